@@ -1,0 +1,1 @@
+"""Archives: encoded image bytes in, from tar, zip, Parquet or loose files."""

@@ -1,0 +1,106 @@
+"""`artifact.json`: what is known of a fitted detector, readable without torch.
+
+An artifact is a folder with this record and one safetensors file. The tensors are written first, under a name made
+of their sha256; the record, written last, names them and is the commit. So a killed fit leaves no half-written
+artifact, and a reader of the old one keeps reading it.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from raydetect import __version__
+from raydetect.errors import ArtifactError, StorageError
+from raydetect.storage import Storage, join_uri
+
+FORMAT_VERSION = 1
+RECORD = "artifact.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """What held-out normal images, which the detector did not see while fitting, scored.
+
+    Attributes:
+        scores: image scores, ascending.
+        map_low: smallest anomaly map value of these images.
+        map_high: largest.
+    """
+
+    scores: tuple[float, ...]
+    map_low: float
+    map_high: float
+
+    def map_scale(self) -> tuple[float, float]:
+        """(low, high) of the fixed scale of heatmaps: the range of normal images, and nine more of it above."""
+        width = max(self.map_high - self.map_low, 1e-6)
+        return self.map_low, self.map_low + 10.0 * width
+
+
+@dataclass(frozen=True, slots=True)
+class ArtifactRecord:
+    """The parsed record.
+
+    Attributes:
+        uri: the artifact's folder.
+        digest: sha256 of the record's bytes; it covers the tensors, whose sha256 the record holds.
+        body: everything in it.
+    """
+
+    uri: str
+    digest: str
+    body: Mapping[str, Any]
+
+    @property
+    def calibration(self) -> Calibration:
+        """The stored calibration."""
+        stored = self.body["calibration"]
+        return Calibration(scores=tuple(stored["scores"]), map_low=stored["map_low"], map_high=stored["map_high"])
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in px that images are resized to."""
+        height, width = self.body["params"]["image_size"]
+        return height, width
+
+
+def write_record(uri: str, storage: Storage, body: Mapping[str, Any]) -> str:
+    """Commits an artifact and returns its digest.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    whole = {"format_version": FORMAT_VERSION, **body}
+    text = json.dumps(whole, indent=1, sort_keys=True, allow_nan=False).encode()
+    storage.write(join_uri(uri, RECORD), text)
+    return hashlib.sha256(text).hexdigest()
+
+
+def read_record(uri: str, storage: Storage) -> ArtifactRecord:
+    """Reads the record alone; no tensor is loaded.
+
+    Raises:
+        ArtifactError: it is missing, damaged or of a newer format.
+    """
+    place = join_uri(uri, RECORD)
+    try:
+        text = storage.read(place)
+    except StorageError as error:
+        raise ArtifactError(f"no artifact: {error} Run `raydetect fit` first or mend `artifact`.") from None
+    try:
+        body = json.loads(text)
+        version = int(body["format_version"])
+    except (ValueError, KeyError, TypeError):
+        raise ArtifactError(f"{place}: not an artifact record. Fit again.") from None
+    if version > FORMAT_VERSION:
+        raise ArtifactError(
+            f"{place}: has format {version}, raydetect {__version__} reads up to {FORMAT_VERSION}. Update raydetect."
+        )
+    record = ArtifactRecord(uri, hashlib.sha256(text).hexdigest(), body)
+    try:
+        _ = (record.calibration, record.image_size, body["detector"], body["seed"], body["tensors"]["sha256"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{place}: is damaged or foreign (at {error}). Fit again.") from None
+    return record

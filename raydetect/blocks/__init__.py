@@ -1,0 +1,1 @@
+"""Blocks: torch building parts that detectors share; no data input or output."""

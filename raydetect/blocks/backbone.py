@@ -1,0 +1,126 @@
+"""Backbones by torchvision or timm name, cut after the deepest used layer.
+
+Building one loads no weights from anywhere; `detectors/_weights.py` fetches them.
+"""
+
+import copy
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import timm
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.optimization import fuse
+from torchvision import models
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from raydetect.blocks.seeding import keyed_seed
+from raydetect.config import nearest
+from raydetect.errors import ArtifactError, SpecError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+ALIASES = {"wide_resnet50": "wide_resnet50_2", "wide_resnet101": "wide_resnet101_2"}
+TIMM_PREFIX = "timm/"
+
+
+def is_timm(name: str) -> bool:
+    """Whether a backbone name means timm's model: `timm/NAME`, or a name only timm knows."""
+    return name.startswith(TIMM_PREFIX) or ALIASES.get(name, name) not in models.list_models()
+
+
+def bare_name(name: str) -> str:
+    """The name as its library has it.
+
+    Raises:
+        SpecError: neither torchvision nor timm knows it.
+    """
+    bare = ALIASES.get(name, name).removeprefix(TIMM_PREFIX)
+    if is_timm(name) and bare.partition(".")[0] not in timm.list_models():
+        raise SpecError(f"backbone {name!r} is unknown to torchvision and timm.{nearest(name, models.list_models())}")
+    return bare
+
+
+class Backbone(nn.Module):
+    """Feature pyramid of uint8 RGB images at the named layers, shallowest first.
+
+    Raises on building: SpecError when the name or a layer is unknown.
+    """
+
+    def __init__(self, name: str, layers: Sequence[str], seed: int, *words: str) -> None:
+        """Builds the cut trunk with random weights keyed by `seed` and `words`."""
+        super().__init__()
+        self.name, self.layers = name, tuple(layers)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(keyed_seed(seed, "backbone", name, *words))
+            self.trunk = _timm_trunk(name, layers) if is_timm(name) else _torchvision_trunk(name, layers)
+        self.register_buffer("mean_C11", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std_C11", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+
+    def forward(self, images_BCHW: Tensor) -> list[Tensor]:
+        """Features (B, C_i, h_i, w_i) of every layer, from uint8 RGB images."""
+        unit = images_BCHW.to(torch.float32).div_(255.0)
+        normal = unit.sub_(self.mean_C11).div_(self.std_C11).contiguous(memory_format=torch.channels_last)
+        found = self.trunk(normal)
+        return list(found.values()) if isinstance(found, dict) else list(found)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The used tensors by the library's own key names."""
+        state = self.trunk.state_dict()
+        return {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+
+    def load(self, weights: Mapping[str, Tensor], source: str) -> None:
+        """Takes the used tensors out of `weights`; others are passed over.
+
+        Raises:
+            ArtifactError: a used tensor is missing or has another shape; the message names it.
+        """
+        own = self.weights()
+        for name, value in own.items():
+            if name not in weights:
+                raise ArtifactError(
+                    f"{source}: has no tensor {name!r}, which {self.name} needs up to {self.layers[-1]}."
+                )
+            if weights[name].shape != value.shape:
+                raise ArtifactError(
+                    f"{source}: tensor {name!r} has shape {tuple(weights[name].shape)}, {self.name} needs "
+                    f"{tuple(value.shape)}."
+                )
+        self.trunk.load_state_dict({name: weights[name] for name in own}, strict=False)
+
+    def digest(self) -> str:
+        """sha256 over the used tensors, in order of their names."""
+        total = hashlib.sha256()
+        for name, value in sorted(self.weights().items()):
+            total.update(name.encode())
+            total.update(value.detach().cpu().contiguous().numpy().tobytes())
+        return total.hexdigest()
+
+    def frozen(self) -> "Backbone":
+        """A copy for scoring: eval mode, no gradients, batch norm folded into convolutions, channels last."""
+        twin = copy.deepcopy(self).eval().requires_grad_(False)
+        if not is_timm(self.name):
+            # the extractor holds a graph per mode; fuse wants one
+            plain = fx.GraphModule(twin.trunk, twin.trunk.graph)
+            twin.trunk = fuse(plain.eval())
+        return twin.to(memory_format=torch.channels_last)
+
+
+def _torchvision_trunk(name: str, layers: Sequence[str]) -> nn.Module:
+    model = models.get_model(bare_name(name), weights=None)
+    try:
+        return create_feature_extractor(model, return_nodes={layer: layer for layer in layers})
+    except ValueError:
+        known = [child for child, _ in model.named_children()]
+        raise SpecError(f"backbone {name!r} has no layer among {list(layers)}.{nearest(layers[0], known)}") from None
+
+
+def _timm_trunk(name: str, layers: Sequence[str]) -> nn.Module:
+    bare = bare_name(name)
+    known = timm.create_model(bare, pretrained=False, features_only=True).feature_info
+    names = [entry["module"] for entry in known.info] if hasattr(known, "info") else known.module_name()
+    for layer in layers:
+        if layer not in names:
+            raise SpecError(f"backbone {name!r} has no layer {layer!r}.{nearest(layer, names)}")
+    places = tuple(names.index(layer) for layer in layers)
+    return timm.create_model(bare, pretrained=False, features_only=True, out_indices=places)

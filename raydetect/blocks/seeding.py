@@ -1,0 +1,31 @@
+"""Randomness keyed by words (seed, purpose, image key), never by position, rank or call order."""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+
+
+def _hash(seed: int, words: Sequence[str | int]) -> int:
+    text = "\x1f".join([str(seed), *map(str, words)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def keyed_seed(seed: int, *words: str | int) -> int:
+    """A 63-bit seed that is a function of `seed` and `words` alone."""
+    return _hash(seed, words) >> 1
+
+
+def keyed_generator(seed: int, *words: str | int) -> torch.Generator:
+    """A CPU generator seeded by `seed` and `words`."""
+    return torch.Generator().manual_seed(keyed_seed(seed, *words))
+
+
+def keyed_unit(seed: int, *words: str | int) -> float:
+    """A number in [0, 1), uniform over `words`."""
+    return (_hash(seed, words) >> 11) / float(1 << 53)
+
+
+def shuffled(keys: Sequence[str], seed: int, epoch: int) -> list[str]:
+    """`keys` in the order of one epoch; does not depend on the order they come in."""
+    return sorted(keys, key=lambda key: (_hash(seed, ("shuffle", epoch, key)), key))

@@ -1,0 +1,52 @@
+"""Every error raydetect raises on purpose: one sentence that says what, given what, where, and what to do."""
+
+
+class RaydetectError(Exception):
+    """Base of all deliberate errors; `exit_code` is what the command line returns for it."""
+
+    exit_code = 1
+
+
+class SpecError(RaydetectError):
+    """The job file, an option or a parameter is wrong; found before any cluster is touched."""
+
+    exit_code = 2
+
+
+class StorageError(RaydetectError):
+    """A file, folder or bucket cannot be reached, read or written."""
+
+
+class ArtifactError(RaydetectError):
+    """A fitted detector on disk is missing, damaged or of a newer format."""
+
+    exit_code = 2
+
+
+class ResumeError(RaydetectError):
+    """The results directory belongs to another spec, artifact or archive."""
+
+    exit_code = 2
+
+
+class ArchiveError(RaydetectError):
+    """A whole shard cannot be read (truncated, not a tar, broken directory)."""
+
+
+class MemberError(RaydetectError):
+    """One image cannot be used; becomes a row with this status, never a score.
+
+    Args:
+        status: one of `records.BAD_STATUSES`.
+        message: one sentence for the row's `error` column.
+    """
+
+    def __init__(self, status: str, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class TooManyBadRows(RaydetectError):
+    """The run finished, but more than `max_bad_fraction` of its rows or shards are bad."""
+
+    exit_code = 3

@@ -1,0 +1,60 @@
+"""Split-conformal p-values and thresholds from scores of held-out normal images.
+
+Source: Vovk, Gammerman and Shafer, Algorithmic Learning in a Random World (2005), sec. 2; for anomaly detection
+Bates et al., "Testing for outliers with conformal p-values", Annals of Statistics 51 (2023), eq. 2.
+"""
+
+import math
+
+import numpy as np
+
+from raydetect.errors import SpecError
+
+ROUNDING = 1e-9
+
+
+def p_values(calibration_M: np.ndarray, scores_N: np.ndarray) -> np.ndarray:
+    """(1 + number of calibration scores >= s) / (M + 1) for every score s.
+
+    Under exchangeability a normal image has p <= a with probability at most a.
+
+    Args:
+        calibration_M: scores of held-out normal images, ascending.
+        scores_N: scores to judge.
+
+    Returns:
+        float64 in (0, 1], shape (N,).
+    """
+    at_least_N = len(calibration_M) - np.searchsorted(calibration_M, scores_N, side="left")
+    return (1.0 + at_least_N) / (len(calibration_M) + 1.0)
+
+
+def required_size(alpha: float) -> int:
+    """The fewest calibration images with which a p-value can be <= alpha."""
+    return max(1, math.ceil((1.0 - ROUNDING) / alpha) - 1)
+
+
+def threshold_for(calibration_M: np.ndarray, alpha: float) -> float:
+    """The threshold t with: score >= t exactly when its p-value is <= alpha.
+
+    It is the float just above the (k+1)-th largest calibration score, where k calibration scores may be at least
+    as large as a flagged one.
+
+    Args:
+        calibration_M: scores of held-out normal images, ascending.
+        alpha: share of normal images that may be flagged, in (0, 1).
+
+    Raises:
+        SpecError: too few calibration images for this alpha.
+    """
+    size = len(calibration_M)
+    allowed = math.floor(alpha * (size + 1) * (1.0 + ROUNDING)) - 1
+    if allowed < 0:
+        raise SpecError(
+            f"flag.alpha = {alpha} needs at least {required_size(alpha)} held-out normal images, the artifact has "
+            f"{size}. Fit with more images or a larger calibration.holdout_ratio, or raise alpha to "
+            f"{math.ceil(1000 / (size + 1)) / 1000}."
+        )
+    if allowed >= size:
+        return -math.inf
+    return float(np.nextafter(calibration_M[size - 1 - allowed], np.inf))

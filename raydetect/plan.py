@@ -1,0 +1,226 @@
+"""What is left of a scoring job: the listing minus the ledger; and committing shards as their parts come in."""
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from raydetect.archives.base import Archive, archive_fingerprint
+from raydetect.archives.open import open_archive
+from raydetect.artifact_record import ArtifactRecord, read_record
+from raydetect.errors import TooManyBadRows
+from raydetect.metrics.conformal import threshold_for
+from raydetect.records import OK, Part, Receipt, Shard
+from raydetect.sinks.ledger import Ledger, Totals
+from raydetect.sinks.parquet import ResultsSink
+from raydetect.spec import ScoreSpec, public_spec, result_words, sink_storage, source_storage
+from raydetect.storage import Storage, normalise_uri
+
+
+@dataclass(frozen=True, slots=True)
+class ScorePlan:
+    """A scoring job, checked and listed; nothing is written yet.
+
+    Attributes:
+        spec: the job.
+        archive: open.
+        shards: the whole listing.
+        todo: shards without a ledger record.
+        artifact: the artifact's record.
+        ledger: of the results directory.
+        run: what `run.json` holds.
+    """
+
+    spec: ScoreSpec
+    archive: Archive
+    shards: tuple[Shard, ...]
+    todo: tuple[Shard, ...]
+    artifact: ArtifactRecord
+    ledger: Ledger
+    run: Mapping[str, Any]
+
+    @property
+    def sink(self) -> ResultsSink:
+        """Where workers write."""
+        return ResultsSink(self.ledger.uri, self.ledger.storage)
+
+
+def plan_score(spec: ScoreSpec) -> ScorePlan:
+    """Lists the archive, reads the artifact's record and the ledger, and checks that they fit. Writes nothing.
+
+    Raises:
+        SpecError, StorageError, ArtifactError, ResumeError: the job cannot run as it is.
+    """
+    artifact = read_record(normalise_uri(spec.artifact), Storage(spec.storage))
+    if spec.flag.alpha is not None:
+        threshold_for(np.asarray(artifact.calibration.scores), spec.flag.alpha)
+    ledger = Ledger(normalise_uri(spec.sink.uri), Storage(sink_storage(spec)))
+    archive = open_archive(spec.source, Storage(source_storage(spec, spec.source)))
+    shards = tuple(archive.shards())
+    run = describe_run(spec, artifact, shards)
+    ledger.compare(run)
+    committed = ledger.committed()
+    todo = tuple(shard for shard in shards if shard.index not in committed)
+    return ScorePlan(spec, archive, shards, todo, artifact, ledger, run)
+
+
+def describe_run(spec: ScoreSpec, artifact: ArtifactRecord, shards: tuple[Shard, ...]) -> dict[str, Any]:
+    """The content of `run.json`."""
+    public = public_spec(spec)
+    low, high = artifact.calibration.map_scale()
+    return {
+        "kind": "score",
+        "spec": public,
+        "result": {
+            "spec": result_words(public),
+            "artifact": artifact.digest,
+            "archive": archive_fingerprint(shards),
+        },
+        "num_shards": len(shards),
+        "num_bytes": sum(shard.size_bytes for shard in shards),
+        "heatmap_scale": {"low": low, "high": high},
+        "packages": artifact.body.get("packages", {}),
+    }
+
+
+@dataclass(slots=True)
+class Committer:
+    """Gathers the parts of shards and commits each shard when all of its chunks are there.
+
+    Parts may come in any order and more than once (a chunk written twice has the same files).
+    """
+
+    plan: ScorePlan
+    totals: Totals = field(default_factory=Totals)
+    bytes_done: int = 0
+    _open: dict[int, dict[int, Part]] = field(default_factory=dict)
+
+    def add(self, part: Part) -> Receipt | None:
+        """Takes a part; commits its shard and returns the receipt when this was the last one missing."""
+        parts = self._open.setdefault(part.shard, {})
+        parts[part.number] = part
+        final = next((p.number for p in parts.values() if p.last), None)
+        if final is None or len(parts) != final + 1:
+            return None
+        del self._open[part.shard]
+        return self._commit(self.plan.shards[part.shard], [parts[number] for number in range(final + 1)])
+
+    def _commit(self, shard: Shard, parts: list[Part]) -> Receipt:
+        statuses: dict[str, int] = {}
+        for part in parts:
+            for status, count in part.statuses.items():
+                statuses[status] = statuses.get(status, 0) + count
+        receipt = Receipt(
+            shard=shard.index,
+            uri=shard.uri,
+            fingerprint=shard.fingerprint,
+            rows=sum(part.rows for part in parts),
+            statuses=dict(sorted(statuses.items())),
+            parts=tuple(parts),
+            committed_unix=time.time(),
+        )
+        self.plan.sink.commit(receipt)
+        self.totals.add(receipt)
+        self.bytes_done += shard.size_bytes
+        return receipt
+
+
+def finish(plan: ScorePlan) -> dict[str, Any]:
+    """Writes the manifest of a complete run, and judges its bad rows.
+
+    Raises:
+        TooManyBadRows: more bad rows or shards than the job allows; everything is written all the same.
+    """
+    facts = {key: plan.run[key] for key in ("kind", "result", "num_bytes", "heatmap_scale")}
+    facts["heatmap_style"] = plan.spec.sink.style
+    manifest = plan.ledger.finish(facts)
+    judge_bad_rows(manifest, plan.spec.max_bad_fraction, plan.ledger.uri)
+    return manifest
+
+
+def judge_bad_rows(manifest: Mapping[str, Any], limit: float, uri: str) -> None:
+    """Refuses a finished run with too many bad rows or shards.
+
+    Raises:
+        TooManyBadRows: it has.
+    """
+    rows, bad = manifest["rows"], manifest["bad_rows"]
+    shards, bad_shards = manifest["shards"], manifest["bad_shards"]
+    if bad > limit * rows or bad_shards > limit * shards:
+        kinds = ", ".join(f"{count} {status}" for status, count in manifest["statuses"].items() if status != OK)
+        raise TooManyBadRows(
+            f"{uri}: {bad} of {rows} rows and {bad_shards} of {shards} shards are bad ({kinds}), more than "
+            f"max_bad_fraction = {limit}. All rows are written; look at the column `error`."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEstimate:
+    """Hours and cost of what is left, on some number of workers."""
+
+    num_workers: int
+    hours: float
+    cost: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a scoring job will read and write.
+
+    Attributes:
+        images: of what is left; None when no shard could tell.
+        images_from: how the number of images is known.
+        puts: files that will be written: parts, heatmap zips at most, ledger records, run.json, manifest.json.
+        images_per_second: of one worker, as measured when the artifact was fitted; None if it was not.
+    """
+
+    shards: int
+    shards_left: int
+    bytes_left: int
+    images: int
+    images_from: str
+    chunks: int
+    puts: int
+    images_per_second: float
+    estimates: tuple[WorkerEstimate, ...]
+
+
+SAMPLE_SHARDS = 3
+SAMPLE_IMAGES = 64
+
+
+def forecast(plan: ScorePlan, workers: Iterable[int], price_per_worker_hour: float | None) -> Forecast:
+    """Images, chunks, PUTs, hours and cost of what is left.
+
+    The number of images comes from the listing for loose images, else from the mean encoded size of the first
+    images of a few shards.
+    """
+    left_bytes = sum(shard.size_bytes for shard in plan.todo)
+    images, how = _count_images(plan)
+    chunk_images = plan.spec.chunk_images
+    chunks = max(len(plan.todo), -(-images // chunk_images)) if plan.todo else 0
+    heatmaps = 0 if plan.spec.sink.heatmaps == "none" else chunks
+    rate = float(plan.artifact.body.get("images_per_second", 0.0))
+    estimates = []
+    for count in workers:
+        hours = images / (rate * count) / 3600 if rate else float("nan")
+        cost = None if price_per_worker_hour is None else hours * count * price_per_worker_hour
+        estimates.append(WorkerEstimate(count, hours, cost))
+    puts = chunks + heatmaps + len(plan.todo) + 2
+    return Forecast(len(plan.shards), len(plan.todo), left_bytes, images, how, chunks, puts, rate, tuple(estimates))
+
+
+def _count_images(plan: ScorePlan) -> tuple[int, str]:
+    seen = read = 0
+    step = max(1, len(plan.todo) // SAMPLE_SHARDS)
+    for shard in plan.todo[::step][:SAMPLE_SHARDS]:
+        for number, member in enumerate(plan.archive.read(shard)):
+            if number == SAMPLE_IMAGES:
+                break
+            seen, read = seen + 1, read + max(1, len(member.data))
+    if not seen:
+        return 0, "no image found in a sample of shards"
+    left = sum(shard.size_bytes for shard in plan.todo)
+    return max(1, round(left / (read / seen))), f"estimated from the size of {seen} images"

@@ -1,0 +1,162 @@
+"""The values that travel between the rooms: shards, members, chunks, rows, parts and receipts."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+OK = "ok"
+BAD_STATUSES = frozenset(
+    {
+        "bad_shard",  # the container broke here; what follows in it is unknown
+        "unsafe_name",  # absolute, `..`, or otherwise unusable member name
+        "duplicate_key",  # a second member of the same name in one shard
+        "empty",  # zero bytes
+        "too_many_bytes",  # encoded image larger than source.max_image_bytes
+        "too_many_pixels",  # header says more pixels than source.max_pixels
+        "not_an_image",  # no decoder knows these bytes
+        "corrupt",  # a decoder knows them and fails
+        "unsupported_mode",  # decoded, but to pixels without a stated conversion (float TIFF)
+        "not_finite",  # the detector returned NaN or infinity
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One unit of scheduling, as listed on the driver without reading data.
+
+    Attributes:
+        index: position in the sorted listing; names files of the results directory.
+        uri: the container (`s3://b/day.tar`), or the folder for loose images.
+        format: "tar", "zip", "parquet" or "prefix".
+        size_bytes: bytes this shard covers.
+        fingerprint: changes when the bytes change (etag, or size and mtime).
+        span: byte range [start, stop) of the container that this shard covers; None = all of it.
+            A member belongs to the span in which its data (zip: header; parquet: row group) starts.
+        listing: packed member names of a prefix shard, else empty.
+    """
+
+    index: int
+    uri: str
+    format: str
+    size_bytes: int
+    fingerprint: str
+    span: tuple[int, int] | None = None
+    listing: bytes = b""
+
+    @property
+    def name(self) -> str:
+        """Five-digit name used in paths: `00012`."""
+        return f"{self.index:05d}"
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One image of a shard: its encoded bytes, or the reason why there are none.
+
+    Attributes:
+        key: `<shard uri>#<member>`; stable, never a position.
+        image_uri: fsspec URL that opens the encoded image as it is.
+        data: encoded bytes; empty when `status` is not "ok".
+        status: "ok" or one of BAD_STATUSES.
+        error: one sentence when not ok, else "".
+        label: 0 normal, 1 anomalous, None unknown.
+        category: object category, None unknown.
+        defect: defect type, None unknown.
+        mask_uri: fsspec URL of the ground-truth mask, None when there is none.
+        meta: the sidecar's JSON text, or "".
+    """
+
+    key: str
+    image_uri: str
+    data: bytes = b""
+    status: str = OK
+    error: str = ""
+    label: int | None = None
+    category: str | None = None
+    defect: str | None = None
+    mask_uri: str | None = None
+    meta: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """At most `chunk_images` consecutive members of one shard: a pure function of the archive."""
+
+    shard: int
+    number: int
+    last: bool
+    members: tuple[Member, ...]
+
+    @property
+    def id(self) -> str:
+        """`00012-0003`: names every file that this chunk writes."""
+        return f"{self.shard:05d}-{self.number:04d}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One row of the results. Holds no time and no host name, so that a resumed run is equal row for row.
+
+    `image_score` is raw (never clamped or normalised), None unless `status` is "ok"; so are the columns after it
+    up to `heatmap_uri`. `p_value` is None when the artifact has no calibration.
+    """
+
+    key: str
+    image_uri: str
+    chunk: str
+    status: str
+    error: str = ""
+    width: int | None = None
+    height: int | None = None
+    image_score: float | None = None
+    p_value: float | None = None
+    threshold: float | None = None
+    flagged: bool | None = None
+    heatmap_uri: str | None = None
+    artifact: str = ""
+    label: int | None = None
+    category: str | None = None
+    defect: str | None = None
+    mask_uri: str | None = None
+    meta: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What one chunk left in the results directory; paths are relative to it."""
+
+    chunk: str
+    shard: int
+    number: int
+    last: bool
+    path: str
+    sha256: str
+    rows: int
+    statuses: Mapping[str, int]
+    flagged: int = 0
+    labelled: int = 0
+    heatmaps: int = 0
+    heatmap_path: str = ""
+    clipped_pixels: int = 0
+    seconds: float = 0.0
+    host: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """The ledger record of a shard. Writing it commits the shard."""
+
+    shard: int
+    uri: str
+    fingerprint: str
+    rows: int
+    statuses: Mapping[str, int]
+    parts: tuple[Part, ...]
+    error: str = ""
+    committed_unix: float = 0.0
+    extra: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def bad_rows(self) -> int:
+        """Rows without a score."""
+        return self.rows - self.statuses.get(OK, 0)

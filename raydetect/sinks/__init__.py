@@ -1,0 +1,1 @@
+"""Sinks: rows, heatmaps and the ledger out."""

@@ -1,0 +1,77 @@
+"""Heatmaps: an overlay for people, or the anomaly map itself as 16-bit PNG on a fixed scale."""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+# Control points (position, red, green, blue) of a dark-violet to pale-yellow ramp of rising lightness, which stays
+# readable with every kind of colour blindness and in grey print.
+RAMP = (
+    (0.00, 48, 18, 90),
+    (0.25, 132, 32, 107),
+    (0.50, 214, 68, 70),
+    (0.75, 249, 146, 38),
+    (1.00, 253, 252, 168),
+)
+NORMAL_SHARE = 0.1
+OPAQUE = 0.72
+DEEPEST = 65535
+
+
+def ramp_colours(level_HW: np.ndarray) -> np.ndarray:
+    """RGB of levels in [0, 1], float32 in [0, 255], shape (H, W, 3)."""
+    places = [point[0] for point in RAMP]
+    channels = [np.interp(level_HW, places, [point[c] for point in RAMP]) for c in (1, 2, 3)]
+    return np.stack(channels, axis=-1).astype(np.float32)
+
+
+def overlay_png(image_HW3: np.ndarray, map_HW: np.ndarray, low: float, high: float) -> bytes:
+    """The image with its anomaly map drawn over it, PNG.
+
+    What lies in the range of normal images stays untouched; above it colour and opacity grow with the map up to
+    three times that range, so one picture can be compared with another.
+
+    Args:
+        image_HW3: uint8 RGB.
+        map_HW: anomaly map of any size; resized to the image.
+        low: smallest value of the fixed scale.
+        high: largest; the normal range is its lowest tenth.
+    """
+    height, width = image_HW3.shape[:2]
+    resized = Image.fromarray(map_HW.astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC)
+    share_HW = (np.asarray(resized) - low) / (high - low) / NORMAL_SHARE
+    level_HW = np.clip((share_HW - 1.0) / 2.0, 0.0, 1.0)
+    soft_HW = np.clip((share_HW - 0.9) / 0.4, 0.0, 1.0)
+    alpha_HW1 = (OPAQUE * soft_HW * (0.55 + 0.45 * level_HW))[..., None]
+    mixed = (1.0 - alpha_HW1) * image_HW3.astype(np.float32) + alpha_HW1 * ramp_colours(level_HW)
+    return _png(Image.fromarray(np.clip(np.rint(mixed), 0, 255).astype(np.uint8)))
+
+
+def map_png(map_HW: np.ndarray, low: float, high: float) -> tuple[bytes, int]:
+    """The map as 16-bit grey PNG: round(65535 * (x - low) / (high - low)), clipped.
+
+    Returns:
+        The PNG, and how many pixels lay outside the scale.
+
+    Raises:
+        ValueError: high is not above low.
+    """
+    if not high > low:
+        raise ValueError(f"the scale of a map needs high > low, given {low} and {high}")
+    level_HW = (map_HW.astype(np.float64) - low) / (high - low)
+    clipped = int(((level_HW < 0.0) | (level_HW > 1.0)).sum())
+    values_HW = np.rint(np.clip(level_HW, 0.0, 1.0) * DEEPEST).astype(np.uint16)
+    return _png(Image.fromarray(values_HW)), clipped
+
+
+def read_map_png(data: bytes, low: float, high: float) -> np.ndarray:
+    """The map of `map_png`, float32; pixels inside the scale are off by at most (high - low) / 65535 / 2."""
+    values_HW = np.asarray(Image.open(io.BytesIO(data), formats=("PNG",))).astype(np.float64)
+    return (low + values_HW / DEEPEST * (high - low)).astype(np.float32)
+
+
+def _png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", compress_level=3)
+    return buffer.getvalue()

@@ -1,0 +1,194 @@
+"""The ledger of a results directory: what was asked, which shards are committed, the manifest at the end."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from raydetect.config import differences, to_plain, validate
+from raydetect.errors import ResumeError, SpecError, StorageError
+from raydetect.records import Receipt
+from raydetect.storage import Storage, join_uri
+
+FORMAT_VERSION = 1
+RECEIPT_NAME = re.compile(r"/ledger/(\d{5,})\.json$")
+READERS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """Reads and writes the records of one results directory.
+
+    Attributes:
+        uri: the results directory.
+        storage: reaches it.
+    """
+
+    uri: str
+    storage: Storage
+
+    def begin(self, run: Mapping[str, Any]) -> None:
+        """Writes `run.json`, or checks that the one there asks for the same rows.
+
+        Args:
+            run: must hold `result`: what decides the rows.
+
+        Raises:
+            ResumeError: the directory belongs to another spec, artifact or archive; says what differs.
+        """
+        self.compare(run)
+        if self.run() is None:
+            self._write("run.json", {"format_version": FORMAT_VERSION, **run})
+
+    def compare(self, run: Mapping[str, Any]) -> None:
+        """Refuses a run that would mix other rows into this directory.
+
+        Raises:
+            ResumeError: it would; says what differs.
+        """
+        old = self.run()
+        if old is None:
+            return
+        changed = differences(old["result"], to_plain(run["result"]))
+        if changed:
+            raise ResumeError(
+                f"{self.uri}: holds the results of another job; these differ (there -> here): "
+                f"{'; '.join(changed)}. Use another sink.uri, or the job it was begun with."
+            )
+
+    def run(self) -> dict[str, Any] | None:
+        """`run.json`, None when the run was never begun."""
+        return self._read_versioned("run.json")
+
+    def manifest(self) -> dict[str, Any] | None:
+        """`manifest.json`, None while the run is not finished."""
+        return self._read_versioned("manifest.json")
+
+    def committed(self) -> frozenset[int]:
+        """Indexes of the committed shards, from one listing; opens no record."""
+        folder = join_uri(self.uri, "ledger")
+        if not self.storage.exists(folder):
+            return frozenset()
+        names = (RECEIPT_NAME.search(file.uri) for file in self.storage.list(folder))
+        return frozenset(int(name.group(1)) for name in names if name)
+
+    def write_receipt(self, receipt: Receipt) -> None:
+        """Commits a shard."""
+        self._write(f"ledger/{receipt.shard:05d}.json", to_plain(receipt))
+
+    def receipts(self) -> Iterator[Receipt]:
+        """Every committed receipt in order of shards, read by several threads.
+
+        Raises:
+            StorageError: a record is damaged.
+        """
+        with ThreadPoolExecutor(READERS) as pool:
+            yield from pool.map(self.receipt, sorted(self.committed()))
+
+    def receipt(self, shard: int) -> Receipt:
+        """The receipt of one committed shard.
+
+        Raises:
+            StorageError: it is missing or damaged.
+        """
+        name = f"ledger/{shard:05d}.json"
+        body = self._read(name)
+        try:
+            return validate(Receipt, body or {}, join_uri(self.uri, name))
+        except SpecError as error:
+            raise StorageError(f"the ledger record is damaged: {error} Remove it to score the shard anew.") from None
+
+    def finish(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes `manifest.json` from all receipts, and returns it."""
+        totals = Totals()
+        for receipt in self.receipts():
+            totals.add(receipt)
+        body = {"format_version": FORMAT_VERSION, **facts, **totals.plain()}
+        self._write("manifest.json", body)
+        return body
+
+    def part_uris(self) -> list[str]:
+        """Parquet parts that count, in order of shards and chunks; whatever else lies there does not."""
+        return [join_uri(self.uri, part.path) for receipt in self.receipts() for part in receipt.parts]
+
+    def _write(self, name: str, body: Mapping[str, Any]) -> None:
+        text = json.dumps(body, indent=1, sort_keys=True, allow_nan=False)
+        self.storage.write(join_uri(self.uri, name), text.encode())
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        place = join_uri(self.uri, name)
+        if not self.storage.exists(place):
+            return None
+        try:
+            body = json.loads(self.storage.read(place))
+        except ValueError as error:
+            raise StorageError(f"{place}: is damaged ({error}). Restore it or use another sink.uri.") from None
+        if not isinstance(body, dict):
+            raise StorageError(f"{place}: is damaged (no JSON object). Restore it or use another sink.uri.")
+        return body
+
+    def _read_versioned(self, name: str) -> dict[str, Any] | None:
+        body = self._read(name)
+        if body is None:
+            return None
+        version = body.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ResumeError(
+                f"{join_uri(self.uri, name)}: has format {version}, this raydetect reads {FORMAT_VERSION}. "
+                "Update raydetect or use another sink.uri."
+            )
+        return body
+
+
+@dataclass(slots=True)
+class Totals:
+    """Sums over receipts; adding is associative and does not depend on order."""
+
+    shards: int = 0
+    rows: int = 0
+    flagged: int = 0
+    labelled: int = 0
+    heatmaps: int = 0
+    parts: int = 0
+    clipped_pixels: int = 0
+    bad_shards: int = 0
+    statuses: Counter[str] = field(default_factory=Counter)
+    first_unix: float = float("inf")
+    last_unix: float = 0.0
+
+    def add(self, receipt: Receipt) -> None:
+        """Adds one shard."""
+        self.shards += 1
+        self.rows += receipt.rows
+        self.statuses.update(receipt.statuses)
+        self.bad_shards += bool(receipt.statuses.get("bad_shard"))
+        for part in receipt.parts:
+            self.parts += 1
+            self.flagged += part.flagged
+            self.labelled += part.labelled
+            self.heatmaps += part.heatmaps
+            self.clipped_pixels += part.clipped_pixels
+        self.first_unix = min(self.first_unix, receipt.committed_unix)
+        self.last_unix = max(self.last_unix, receipt.committed_unix)
+
+    @property
+    def bad_rows(self) -> int:
+        """Rows without a score."""
+        return self.rows - self.statuses.get("ok", 0)
+
+    def plain(self) -> dict[str, Any]:
+        """What the manifest holds: nothing that depends on when or where the run happened."""
+        return {
+            "shards": self.shards,
+            "rows": self.rows,
+            "bad_rows": self.bad_rows,
+            "bad_shards": self.bad_shards,
+            "flagged": self.flagged,
+            "heatmaps": self.heatmaps,
+            "parts": self.parts,
+            "clipped_pixels": self.clipped_pixels,
+            "statuses": dict(sorted(self.statuses.items())),
+        }

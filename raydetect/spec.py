@@ -1,0 +1,265 @@
+"""The job file's words: frozen, strict dataclasses with a doc line and a check under every field."""
+
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import ConfigDict, Field
+
+from raydetect.config import STRICT, apply_overrides, digest, nearest, to_plain, validate
+from raydetect.errors import SpecError
+
+MiB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StorageOptions:
+    """How to reach object storage. Empty means the usual AWS environment (variables, profile, role)."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    endpoint_url: Annotated[str | None, Field(description="S3 endpoint, e.g. http://127.0.0.1:9000")] = None
+    key: Annotated[str | None, Field(description="access key id")] = None
+    secret: Annotated[str | None, Field(description="secret access key")] = None
+    token: Annotated[str | None, Field(description="session token")] = None
+    profile: Annotated[str | None, Field(description="profile of the AWS configuration files")] = None
+    region: Annotated[str | None, Field(description="region name")] = None
+    anon: Annotated[bool, Field(description="anonymous requests")] = False
+
+    def public(self) -> dict[str, Any]:
+        """What may be written to disk or printed: no key, secret or token."""
+        return {
+            "endpoint_url": self.endpoint_url,
+            "profile": self.profile,
+            "region": self.region,
+            "anon": self.anon,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceSpec:
+    """The images: where they are, how they are packed, which of them count, what to do with bad ones."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    uri: Annotated[str | tuple[str, ...], Field(description="a file, a folder, a glob, or a list of them")]
+    format: Annotated[
+        Literal["auto", "tar", "zip", "parquet", "prefix"],
+        Field(description="how images are packed; auto decides by file name, folder by folder"),
+    ] = "auto"
+    storage: Annotated[StorageOptions | None, Field(description="storage of this source; none = the job's own")] = None
+    pattern: Annotated[
+        str | None,
+        Field(
+            description="path of a member, e.g. {category}/test/{defect}/{name}.png; members that do not "
+            "match are left out; {category}, {defect}, {label} and {split} fill columns"
+        ),
+    ] = None
+    mask_pattern: Annotated[
+        str | None,
+        Field(description="path of an anomalous member's mask in the same archive, by the same fields"),
+    ] = None
+    normal_names: Annotated[tuple[str, ...], Field(description="values of {defect} that mean label 0")] = (
+        "good",
+        "normal",
+        "ok",
+    )
+    image_column: Annotated[
+        str | None, Field(description="Parquet column with images; none = the only fitting one")
+    ] = None
+    exif_orientation: Annotated[
+        Literal["apply", "ignore"], Field(description="turn images as their EXIF tag says, or not")
+    ] = "apply"
+    max_pixels: Annotated[int, Field(gt=0, description="larger images are refused from their header")] = 178_956_970
+    max_image_bytes: Annotated[int, Field(gt=0, description="larger encoded images are refused unread")] = 512 * MiB
+    split_bytes: Annotated[
+        int, Field(gt=0, description="containers larger than this are split where random access allows")
+    ] = 1024 * MiB
+    shard_images: Annotated[int, Field(gt=0, description="loose images per shard of a prefix source")] = 1024
+    on_bad_shard: Annotated[
+        Literal["fail", "record"],
+        Field(description="an unreadable shard stops the job, or becomes a row with a status"),
+    ] = "record"
+    on_bad_member: Annotated[
+        Literal["fail", "row"],
+        Field(description="an unreadable image stops the job, or becomes a row with a status"),
+    ] = "row"
+
+    def uris(self) -> tuple[str, ...]:
+        """The URIs as a tuple, however they were written."""
+        return (self.uri,) if isinstance(self.uri, str) else self.uri
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DetectorSpec:
+    """Which algorithm, with which parameters (`raydetect detectors NAME` lists them)."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    name: Annotated[str, Field(description="a name of `raydetect detectors`")]
+    params: Annotated[dict[str, Any], Field(description="parameters that differ from the defaults")] = field(
+        default_factory=dict
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationSpec:
+    """Normal images that the detector does not see while fitting; thresholds come from these alone."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    holdout_ratio: Annotated[
+        float, Field(gt=0, lt=1, description="share of the source held out, chosen by hash of seed and key")
+    ] = 0.1
+    source: Annotated[SourceSpec | None, Field(description="a separate archive of normal images instead")] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResourceSpec:
+    """What each worker gets. Stated, never probed."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    num_workers: Annotated[int, Field(ge=1, description="workers side by side")] = 1
+    cpus_per_worker: Annotated[int, Field(ge=1, description="CPU slots and torch threads of each")] = 1
+    gpus_per_worker: Annotated[float, Field(ge=0, description="GPU share of each; 0 = CPU")] = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SinkSpec:
+    """Where results go, and which images get a heatmap."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    uri: Annotated[str, Field(description="results directory")]
+    storage: Annotated[StorageOptions | None, Field(description="storage of the results; none = the job's own")] = None
+    heatmaps: Annotated[Literal["none", "flagged", "top_k", "all"], Field(description="which images get a heatmap")] = (
+        "flagged"
+    )
+    top_k: Annotated[int, Field(ge=1, description="with top_k: heatmaps per chunk; they include the run's top_k")] = 8
+    style: Annotated[
+        Literal["overlay", "map"],
+        Field(description="a picture for people, or the map as 16-bit PNG on the manifest's scale"),
+    ] = "overlay"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlagSpec:
+    """When an image is flagged: exactly one of the two."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    alpha: Annotated[float | None, Field(gt=0, lt=1, description="flag when the conformal p-value is <= alpha")] = None
+    threshold: Annotated[float | None, Field(description="flag when the image score is >= threshold")] = None
+
+    def __post_init__(self) -> None:
+        if (self.alpha is None) == (self.threshold is None):
+            raise ValueError("state either alpha or threshold, and not both")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitSpec:
+    """`kind: fit`: images to an artifact."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    kind: Literal["fit"]
+    source: SourceSpec
+    detector: DetectorSpec
+    artifact: Annotated[str, Field(description="where the artifact is written")]
+    storage: Annotated[StorageOptions, Field(description="storage of everything that names none")] = field(
+        default_factory=StorageOptions
+    )
+    seed: Annotated[int, Field(ge=0, description="seeds every random choice")] = 0
+    batch_size: Annotated[int, Field(ge=1, description="images in one forward pass of collect")] = 16
+    calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
+    max_bad_fraction: Annotated[
+        float, Field(ge=0, le=1, description="more bad images than this share: exit 3, no artifact")
+    ] = 0.05
+    resources: ResourceSpec = field(default_factory=ResourceSpec)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreSpec:
+    """`kind: score`: an archive and an artifact to a results directory."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    kind: Literal["score"]
+    source: SourceSpec
+    artifact: Annotated[str, Field(description="the fitted detector")]
+    sink: SinkSpec
+    storage: Annotated[StorageOptions, Field(description="storage of everything that names none")] = field(
+        default_factory=StorageOptions
+    )
+    flag: FlagSpec = field(default_factory=lambda: FlagSpec(alpha=0.01))
+    batch_size: Annotated[int, Field(ge=1, description="images in one forward pass")] = 16
+    chunk_images: Annotated[int, Field(ge=1, description="images per Parquet part, at most")] = 64
+    chunk_bytes: Annotated[int, Field(ge=1, description="encoded bytes after which a chunk is closed")] = 128 * MiB
+    max_bad_fraction: Annotated[
+        float, Field(ge=0, le=1, description="more bad rows or shards than this share: exit 3")
+    ] = 0.05
+    resources: ResourceSpec = field(default_factory=ResourceSpec)
+
+
+JobSpec = FitSpec | ScoreSpec
+KINDS: dict[str, type[FitSpec] | type[ScoreSpec]] = {"fit": FitSpec, "score": ScoreSpec}
+
+
+def parse_job(values: dict[str, Any], where: str, overrides: tuple[str, ...] = ()) -> JobSpec:
+    """A job from the plain values of its file.
+
+    Args:
+        values: what the YAML file held.
+        where: the file's name, for messages.
+        overrides: `a.b=c` texts of `--set`.
+
+    Raises:
+        SpecError: every mistake, one line each.
+    """
+    values = apply_overrides(values, overrides)
+    kind = values.get("kind")
+    if kind not in KINDS:
+        said = "kind is missing" if kind is None else f"kind {kind!r} is unknown"
+        raise SpecError(f"{where}: {said}.{nearest(str(kind), list(KINDS))}")
+    return validate(KINDS[kind], values, where)
+
+
+def source_storage(spec: JobSpec, source: SourceSpec) -> StorageOptions:
+    """The storage that a source of this job uses."""
+    return source.storage or spec.storage
+
+
+def sink_storage(spec: ScoreSpec) -> StorageOptions:
+    """The storage that the results of this job use."""
+    return spec.sink.storage or spec.storage
+
+
+def public_spec(spec: JobSpec) -> dict[str, Any]:
+    """The spec with all defaults and without credentials: what run.json and the artifact hold."""
+    return _redact(to_plain(spec))
+
+
+def result_digest(spec: JobSpec) -> str:
+    """sha256 over what decides the rows: the public spec less storage and the number of workers.
+
+    Threads per worker stay in: floating-point sums may depend on them.
+    """
+    return digest(result_words(public_spec(spec)))
+
+
+def result_words(public: dict[str, Any]) -> dict[str, Any]:
+    """The part of a public spec that decides the rows."""
+    words = {k: _without_storage(v) for k, v in public.items() if k not in ("storage", "max_bad_fraction")}
+    words["resources"] = {k: v for k, v in words["resources"].items() if k != "num_workers"}
+    return words
+
+
+def with_workers(spec: ScoreSpec, num_workers: int) -> ScoreSpec:
+    """The same job on another number of workers."""
+    return replace(spec, resources=replace(spec.resources, num_workers=num_workers))
+
+
+def _without_storage(value: Any) -> Any:
+    return {k: v for k, v in value.items() if k != "storage"} if isinstance(value, dict) else value
+
+
+def _redact(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            k: {i: j for i, j in v.items() if i not in ("key", "secret", "token")}
+            if k == "storage" and isinstance(v, dict)
+            else _redact(v)
+            for k, v in value.items()
+        }
+    return value

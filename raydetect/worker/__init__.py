@@ -1,0 +1,1 @@
+"""One worker's work, free of Ray."""

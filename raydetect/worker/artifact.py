@@ -1,0 +1,109 @@
+"""The tensors of an artifact: written and read as safetensors, checked by sha256, never pickled."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from raydetect.artifact_record import ArtifactRecord, Calibration, read_record, write_record
+from raydetect.config import to_plain
+from raydetect.detectors._base import Detector
+from raydetect.detectors._registry import build_detector
+from raydetect.errors import ArtifactError, SpecError, StorageError
+from raydetect.storage import Storage, join_uri
+
+PACKAGES = ("raydetect", "torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "ray")
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A fitted detector, on the CPU, with its record."""
+
+    detector: Detector
+    record: ArtifactRecord
+
+
+def save_artifact(
+    uri: str,
+    storage: Storage,
+    name: str,
+    detector: Detector,
+    calibration: Calibration,
+    facts: Mapping[str, Any],
+) -> str:
+    """Writes the artifact and returns its digest.
+
+    Args:
+        uri: folder of the artifact.
+        storage: reaches it.
+        name: detector name.
+        detector: fitted.
+        calibration: from held-out normal images.
+        facts: further entries of the record: spec, weights, counts, times.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    data = save({k: v.detach().cpu().contiguous() for k, v in detector.tensors().items()})
+    sha256 = hashlib.sha256(data).hexdigest()
+    file_name = f"tensors-{sha256[:16]}.safetensors"
+    storage.write(join_uri(uri, file_name), data)
+    body = {
+        **facts,
+        "detector": name,
+        "params": to_plain(detector.params),
+        "seed": detector.seed,
+        "tensors": {"file": file_name, "sha256": sha256, "bytes": len(data)},
+        "calibration": to_plain(calibration),
+        "packages": package_versions(),
+    }
+    return write_record(uri, storage, body)
+
+
+def load_artifact(uri: str, storage: Storage) -> Artifact:
+    """The fitted detector, with every file checked against its sha256.
+
+    Raises:
+        ArtifactError: a file is missing, damaged or of a newer format.
+    """
+    record = read_record(uri, storage)
+    body = record.body
+    try:
+        detector = build_detector(body["detector"], body["params"], body["seed"])
+    except SpecError as error:
+        raise ArtifactError(f"{uri}: this raydetect cannot build its detector ({error}). Fit again.") from None
+    detector.load_tensors(_read_tensors(uri, storage, body["tensors"]))
+    return Artifact(detector, record)
+
+
+def _read_tensors(uri: str, storage: Storage, entry: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    file_name = str(entry["file"])
+    if "/" in file_name or file_name.startswith("."):
+        raise ArtifactError(f"{uri}: the record names {file_name!r}, outside the folder. Fit again.")
+    place = join_uri(uri, file_name)
+    try:
+        data = storage.read(place)
+    except StorageError as error:
+        raise ArtifactError(f"the artifact is incomplete: {error} Fit again.") from None
+    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        raise ArtifactError(f"{place}: its sha256 is not the record's. Fit again or copy it anew.")
+    try:
+        return load(data)
+    except SafetensorError as error:
+        raise ArtifactError(f"{place}: not a safetensors file ({error}). Fit again.") from None
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that decide numbers."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

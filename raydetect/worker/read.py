@@ -1,0 +1,39 @@
+"""Members of a shard as the job file wants bad ones handled."""
+
+from collections.abc import Iterator
+
+from raydetect.archives.base import Archive
+from raydetect.errors import ArchiveError
+from raydetect.records import OK, Member, Shard
+from raydetect.spec import SourceSpec
+
+
+def read_members(archive: Archive, shard: Shard, source: SourceSpec) -> Iterator[Member]:
+    """Streams the members of a shard; a shard that breaks ends with a `bad_shard` member when recorded.
+
+    Raises:
+        ArchiveError: a bad shard or member, and the source says `fail`.
+        StorageError: the storage failed; the job stops and can be started again.
+    """
+    try:
+        for member in archive.read(shard):
+            refuse_bad_member(member.status, member.error, source)
+            yield member
+    except ArchiveError as error:
+        if source.on_bad_shard == "fail" or isinstance(error, BadMemberError):
+            raise
+        yield Member(f"{shard.uri}#", shard.uri, status="bad_shard", error=str(error))
+
+
+class BadMemberError(ArchiveError):
+    """One bad image stops the job, because the source says `on_bad_member: fail`."""
+
+
+def refuse_bad_member(status: str, error: str, source: SourceSpec) -> None:
+    """Raises when a member is bad and bad members stop the job.
+
+    Raises:
+        BadMemberError: it is, and they do.
+    """
+    if status != OK and source.on_bad_member == "fail":
+        raise BadMemberError(f"{error} (status {status}). Mend it or set source.on_bad_member: row.")
