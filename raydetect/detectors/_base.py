@@ -103,8 +103,8 @@ class Detector(abc.ABC):
     """One anomaly detection algorithm.
 
     A subclass sets `info`, `phases` and `Params`, and implements `score`, the hooks of its phases, and
-    `tensors` / `load_tensors`. It does no file or network access except in `load_weights`, writes no merging code and never
-    looks at the batch as a whole: an image's score must not depend on its neighbours.
+    `tensors` / `load_tensors`. It does no file or network access except in `load_weights`, writes no merging code and
+    never looks at the batch as a whole: an image's score must not depend on its neighbours.
     """
 
     info: ClassVar[DetectorInfo]

@@ -29,12 +29,12 @@ def calibrate(
     """
     scores: list[float] = []
     low, high = np.inf, -np.inf
-    for pairs in images.chunks(keys):
-        for scored in score_batches(detector, [pixels for _, pixels in pairs], batch_size):
-            scores.append(scored.image_score)
-            low = min(low, float(scored.anomaly_map_HW.min()))
-            high = max(high, float(scored.anomaly_map_HW.max()))
-        tick(len(pairs))
+    pixels = (pixels for pairs in images.chunks(keys) for _, pixels in pairs)
+    for scored in score_batches(detector, pixels, batch_size):
+        scores.append(scored.image_score)
+        low = min(low, float(scored.anomaly_map_HW.min()))
+        high = max(high, float(scored.anomaly_map_HW.max()))
+        tick(1)
     if not scores:
         raise CalibrationError(f"{images.source.uri}: no usable image to calibrate on. Add normal images.")
     if not np.isfinite([*scores, low, high]).all():

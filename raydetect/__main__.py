@@ -1,0 +1,5 @@
+"""`python -m raydetect` is the command `raydetect`."""
+
+from raydetect.cli import main
+
+main()

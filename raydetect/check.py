@@ -1,0 +1,74 @@
+"""Every mistake of a job file that can be found without a cluster, in seconds."""
+
+from collections.abc import Callable
+
+from raydetect.archives.open import open_archive
+from raydetect.artifact_record import read_record
+from raydetect.detectors._registry import build_detector
+from raydetect.errors import RaydetectError, SpecError
+from raydetect.plan import plan_score
+from raydetect.spec import FitSpec, JobSpec, ScoreSpec, SourceSpec, StorageOptions, sink_storage, source_storage
+from raydetect.storage import Storage, normalise_uri
+
+
+def find_problems(spec: JobSpec) -> list[str]:
+    """One sentence for each mistake; empty when the job can run."""
+    checks = _fit_checks(spec) if isinstance(spec, FitSpec) else _score_checks(spec)
+    found = [sentence for check in checks if (sentence := _sentence(check))]
+    if not found and isinstance(spec, ScoreSpec):
+        found = [sentence for sentence in [_sentence(lambda: plan_score(spec))] if sentence]
+    return list(dict.fromkeys(found))
+
+
+def _fit_checks(spec: FitSpec) -> list[Callable[[], object]]:
+    checks: list[Callable[[], object]] = [
+        lambda: build_detector(spec.detector.name, spec.detector.params, spec.seed).load_weights(),
+        lambda: _first_shard(spec.source, source_storage(spec, spec.source)),
+        lambda: _reachable(spec.artifact, spec.storage, "artifact"),
+        lambda: _one_worker(spec),
+    ]
+    extra = spec.calibration.source
+    if extra is not None:
+        checks.append(lambda: _first_shard(extra, source_storage(spec, extra)))
+    return checks
+
+
+def _score_checks(spec: ScoreSpec) -> list[Callable[[], object]]:
+    return [
+        lambda: _first_shard(spec.source, source_storage(spec, spec.source)),
+        lambda: read_record(normalise_uri(spec.artifact), Storage(spec.storage)),
+        lambda: _reachable(spec.sink.uri, sink_storage(spec), "sink.uri"),
+    ]
+
+
+def _sentence(check: Callable[[], object]) -> str | None:
+    try:
+        check()
+    except RaydetectError as error:
+        return str(error)
+    return None
+
+
+def _first_shard(source: SourceSpec, options: StorageOptions) -> None:
+    next(iter(open_archive(source, Storage(options)).shards()))
+
+
+def _reachable(uri: str, options: StorageOptions, word: str) -> None:
+    """The bucket must be there; folders are made when something is written.
+
+    Raises:
+        SpecError: it is not.
+    """
+    uri = normalise_uri(uri)
+    storage = Storage(options)
+    scheme, _, rest = uri.partition("://")
+    bucket = f"{scheme}://{rest.partition('/')[0]}"
+    if scheme == "s3" and not storage.exists(bucket):
+        raise SpecError(f"{word}: the bucket {bucket} does not exist. Create it or mend the URI.")
+
+
+def _one_worker(spec: FitSpec) -> None:
+    if spec.resources.num_workers != 1:
+        raise SpecError(
+            f"resources.num_workers = {spec.resources.num_workers}: fitting runs in one process. Set it to 1."
+        )

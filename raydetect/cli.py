@@ -1,0 +1,280 @@
+"""The door: `raydetect`. Torch and Ray are loaded inside the commands that need them, so help is instant."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from raydetect import __version__
+from raydetect.errors import RaydetectError, SpecError
+
+if TYPE_CHECKING:
+    from raydetect.plan import Forecast, ScorePlan
+    from raydetect.spec import JobSpec
+
+BAD_JOB, INTERRUPTED = 2, 130
+
+job_file = click.argument("job", type=click.Path(dir_okay=False, path_type=Path))
+overrides = click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override one key of the job file.")
+cluster = click.option("--address", help="Ray cluster (default: RAY_ADDRESS, else a local Ray).")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="raydetect")
+def main() -> None:
+    """Finds the abnormal images in large archives: fits detectors, scores archives on Ray, keeps a ledger.
+
+    Exit codes: 0 done, 1 the run failed, 2 the job file is wrong, 3 done with too many bad rows.
+    """
+
+
+@main.command()
+@job_file
+@overrides
+def check(job: Path, overrides: tuple[str, ...]) -> None:
+    """Find every mistake in a job file; touches no cluster."""
+    with _errors(BAD_JOB):
+        from raydetect.check import find_problems
+
+        spec = _load(job, overrides)
+        problems = find_problems(spec)
+    if problems:
+        for sentence in problems:
+            click.echo(f"{job}: {sentence}", err=True)
+        sys.exit(BAD_JOB)
+    click.echo(f"{job}: ready to {spec.kind}.")
+
+
+@main.command()
+@job_file
+@overrides
+def fit(job: Path, overrides: tuple[str, ...]) -> None:
+    """Fit a detector on normal images and write the artifact."""
+    with _errors(BAD_JOB):
+        spec = _expect(_load(job, overrides), "fit", job)
+        from raydetect import local
+        from raydetect.console import FitDisplay
+    with _errors(), FitDisplay() as display:
+        report = local.fit(spec, display.tick)
+    images, seconds = report.facts["images"], sum(report.facts["seconds"].values())
+    click.echo(f"Fitted {spec.detector.name} on {images['fitted']} images in {seconds:.0f} s.")
+    click.echo(f"Weights: {report.facts['weights']}")
+    if str(report.facts["weights"]).startswith("random"):
+        click.echo("Note: random weights find coarse defects only; give `weights:` a file for real use.")
+    left_out = f"{images['bad']} bad and {images['labelled_anomalous_left_out']} labelled anomalous left out"
+    click.echo(f"Calibrated on {images['held_out']} held-out normal images; {left_out}.")
+    click.echo(f"Artifact: {report.uri} (sha256 {report.digest[:16]})")
+
+
+@main.command()
+@job_file
+@overrides
+@cluster
+@click.option("--local", "in_process", is_flag=True, help="Run in this process, without Ray.")
+def score(job: Path, overrides: tuple[str, ...], address: str | None, in_process: bool) -> None:
+    """Score an archive; started again, it goes on where it stopped."""
+    with _errors(BAD_JOB):
+        spec = _expect(_load(job, overrides), "score", job)
+        from raydetect.plan import plan_score
+
+        plan = plan_score(spec)
+        plan.ledger.begin(plan.run)
+    done = len(plan.shards) - len(plan.todo)
+    if done:
+        click.echo(f"{done} of {len(plan.shards)} shards are committed already; going on with the rest.", err=True)
+    with _errors():
+        manifest = _run_score(plan, address, in_process)
+    _summary(plan, manifest)
+
+
+def _run_score(plan: "ScorePlan", address: str | None, in_process: bool) -> dict[str, Any]:
+    from raydetect.console import ScoreDisplay
+    from raydetect.records import Part, Receipt
+
+    left = sum(shard.size_bytes for shard in plan.todo)
+    with ScoreDisplay(len(plan.shards) - len(plan.todo), len(plan.shards), left) as display:
+
+        def on_part(part: Part, receipt: Receipt | None) -> None:
+            display.part(part, receipt, plan.shards[part.shard].size_bytes)
+
+        if in_process:
+            from raydetect import local
+
+            return local.score(plan, on_part)
+        from raydetect.distributed.score import score as score_on_ray
+
+        return score_on_ray(plan, address, on_part)
+
+
+def _summary(plan: "ScorePlan", manifest: dict[str, Any]) -> None:
+    from raydetect.sinks.results import labelled_auroc
+    from raydetect.storage import join_uri
+
+    uri = plan.ledger.uri
+    kinds = ", ".join(f"{count:,} {status}" for status, count in manifest["statuses"].items())
+    click.echo(f"Scored {manifest['rows']:,} images in {manifest['shards']:,} shards ({kinds or 'none'}).")
+    click.echo(f"Flagged {manifest['flagged']:,}; heatmaps {manifest['heatmaps']:,}.")
+    quality = labelled_auroc(plan.ledger)
+    if quality is not None:
+        click.echo(f"Image AUROC over {quality[1]:,} labelled images: {quality[0]:.4f}")
+    click.echo(f"Rows: {join_uri(uri, 'scores')}")
+    click.echo(f"Manifest: {join_uri(uri, 'manifest.json')}")
+
+
+@main.command()
+@job_file
+@overrides
+@click.option("--address", required=True, help="Ray dashboard, http://HOST:8265.")
+@click.option("--no-wait", is_flag=True, help="Return as soon as the job is accepted.")
+def submit(job: Path, overrides: tuple[str, ...], address: str, no_wait: bool) -> None:
+    """Submit a job file to a cluster (Ray Jobs), follow it, and exit with its code."""
+    with _errors(BAD_JOB):
+        values = _values(job, overrides)
+        _parse(values, job)
+        from raydetect.distributed import submit as jobs
+    with _errors():
+        client, name = jobs.submit(address, values)
+        click.echo(f"Submitted {name} to {address}.", err=True)
+        if no_wait:
+            click.echo(name)
+            return
+        code = jobs.follow(client, name, lambda text: click.echo(text, nl=False))
+    click.echo(f"{name} ended with exit code {code}.", err=True)
+    sys.exit(code)
+
+
+@main.command()
+@click.argument("results")
+@click.option("--endpoint-url", help="S3 endpoint; keys come from the AWS environment or --profile.")
+@click.option("--profile", help="Profile of the AWS configuration files.")
+@click.option("--anon", is_flag=True, help="Anonymous requests.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def status(results: str, endpoint_url: str | None, profile: str | None, anon: bool, as_json: bool) -> None:
+    """Progress of a results directory, from its ledger alone."""
+    with _errors(BAD_JOB):
+        from raydetect.sinks.ledger import Ledger
+        from raydetect.sinks.results import progress
+        from raydetect.spec import StorageOptions
+        from raydetect.storage import Storage, normalise_uri
+
+        options = StorageOptions(endpoint_url=endpoint_url, profile=profile, anon=anon)
+        found = progress(Ledger(normalise_uri(results), Storage(options)))
+    if as_json:
+        click.echo(json.dumps(found.plain(), indent=1, sort_keys=True))
+        return
+    for line in found.lines():
+        click.echo(line)
+
+
+@main.command()
+@job_file
+@overrides
+@click.option("--workers", default="1,2,4,8,16", help="Worker counts to forecast.", show_default=True)
+@click.option("--price", type=float, help="Price of one worker for one hour, for the cost column.")
+def plan(job: Path, overrides: tuple[str, ...], workers: str, price: float | None) -> None:
+    """Shards, bytes, chunks, PUTs, hours and cost of what a scoring job has left."""
+    with _errors(BAD_JOB):
+        spec = _expect(_load(job, overrides), "score", job)
+        from raydetect.plan import forecast, plan_score
+
+        try:
+            counts = [int(word) for word in workers.split(",")]
+        except ValueError:
+            raise SpecError(f"--workers {workers}: expected numbers such as 1,2,4.") from None
+        if min(counts) < 1:
+            raise SpecError(f"--workers {workers}: every count must be at least 1.")
+        found = forecast(plan_score(spec), counts, price)
+    _print_forecast(found)
+
+
+def _print_forecast(found: "Forecast") -> None:
+    from raydetect.console import bytes_text, seconds_text
+
+    click.echo(f"Shards     {found.shards_left:,} left of {found.shards:,}")
+    click.echo(f"Bytes      {bytes_text(found.bytes_left)} to read")
+    click.echo(f"Images     {found.images:,} ({found.images_from})")
+    click.echo(f"Chunks     {found.chunks:,}")
+    click.echo(f"PUTs       {found.puts:,} at most")
+    if not found.images_per_second:
+        click.echo("Time       unknown: the artifact holds no measured rate.")
+        return
+    click.echo(f"Rate       {found.images_per_second:.1f} images/s and worker, measured when the artifact was fitted")
+    click.echo("Workers    time" + ("         cost" if found.estimates[0].cost is not None else ""))
+    for row in found.estimates:
+        cost = "" if row.cost is None else f"{row.cost:>10.2f}"
+        click.echo(f"{row.num_workers:>7}    {seconds_text(row.hours * 3600):<8}{cost}")
+
+
+@main.command()
+@click.argument("name", required=False)
+def detectors(name: str | None) -> None:
+    """List the detectors, or one detector's parameters with defaults and doc lines."""
+    with _errors(BAD_JOB):
+        from raydetect.detectors._registry import detector_class, list_models
+
+        if name is None:
+            for known in list_models():
+                info = detector_class(known).info
+                click.echo(f"{known:<12} {info.title}, {info.venue}: {info.summary}")
+            return
+        _print_detector(detector_class(name), name)
+
+
+def _print_detector(kind: Any, name: str) -> None:
+    from raydetect.config import describe_fields
+
+    info = kind.info
+    click.echo(f"{info.title} ({info.venue}, {info.paper}): {info.summary}.")
+    click.echo(f"Labels needed: {info.labels}. Localises: {'yes' if info.localises else 'no'}.")
+    click.echo(f"Published: {info.published}")
+    click.echo(f"\nParameters of detector.name: {name}")
+    for field in describe_fields(kind.Params):
+        click.echo(f"  {field.name}: {field.type} = {field.default}")
+        click.echo(f"      {field.doc}")
+
+
+def _values(job: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
+    from raydetect.config import apply_overrides, parse_yaml
+
+    try:
+        text = job.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise SpecError(f"{job}: cannot be read ({reason}). Check the path of the job file.") from None
+    return apply_overrides(parse_yaml(text, str(job)), overrides)
+
+
+def _parse(values: dict[str, Any], job: Path) -> "JobSpec":
+    from raydetect.spec import parse_job
+
+    return parse_job(values, str(job))
+
+
+def _load(job: Path, overrides: tuple[str, ...]) -> "JobSpec":
+    return _parse(_values(job, overrides), job)
+
+
+def _expect(spec: "JobSpec", kind: str, job: Path) -> Any:
+    if spec.kind != kind:
+        raise SpecError(f"{job}: is a {spec.kind} job. Run `raydetect {spec.kind} {job}`.")
+    return spec
+
+
+@contextmanager
+def _errors(code: int | None = None) -> Iterator[None]:
+    """Deliberate errors become one line and an exit code: `code`, or the error's own."""
+    try:
+        yield
+    except RaydetectError as error:
+        _fail(str(error), code or error.exit_code)
+    except KeyboardInterrupt:
+        _fail("Stopped. What is committed stays; the same command goes on from there.", INTERRUPTED)
+
+
+def _fail(text: str, code: int) -> NoReturn:
+    click.echo(f"Error: {text}", err=True)
+    sys.exit(code)

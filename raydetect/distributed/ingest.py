@@ -1,0 +1,106 @@
+"""Shards to chunks of encoded images as Ray Data rows. Bytes travel between operators, never pixels.
+
+One row is one chunk: its numbers, and its members as an Arrow table in IPC bytes. Ray may cut its blocks as it
+likes; a chunk is never cut.
+"""
+
+import dataclasses
+import io
+from collections.abc import Iterator
+
+import pyarrow as pa
+import ray
+from ray.data import DataContext, Dataset, TaskPoolStrategy
+
+from raydetect.archives.base import cut_chunks
+from raydetect.plan import ScorePlan
+from raydetect.records import Chunk, Member, Shard
+from raydetect.worker.read import read_members
+
+MAX_BLOCKS = 2000
+BYTES_TYPES = {"data": pa.large_binary(), "label": pa.int8()}
+MEMBERS = pa.schema([(f.name, BYTES_TYPES.get(f.name, pa.string())) for f in dataclasses.fields(Member)])
+
+
+def chunk_dataset(plan: ScorePlan, readers: int) -> Dataset:
+    """A lazy dataset with one row for each chunk of the shards that are left.
+
+    Args:
+        plan: the job.
+        readers: tasks that read at the same time.
+    """
+    context = DataContext.get_current()
+    context.target_max_block_size = 1  # a chunk is handed on as soon as it is read
+    rows = [shard_row(shard) for shard in plan.todo]
+    shards = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS))
+    reader = ChunkReader(plan)
+    return shards.map_batches(
+        reader.read,
+        batch_format="pyarrow",
+        batch_size=1,
+        compute=TaskPoolStrategy(size=readers),
+        num_cpus=0,  # reading waits for the network; all CPU slots belong to the scoring actors
+    )
+
+
+class ChunkReader:
+    """Reads shards in a Ray task."""
+
+    def __init__(self, plan: ScorePlan) -> None:
+        """Keeps what a task needs: not the listing."""
+        self.archive, self.spec = plan.archive, plan.spec
+
+    def read(self, table: pa.Table) -> Iterator[pa.Table]:
+        """One table of one row for every chunk of the shards in `table`."""
+        for row in table.to_pylist():
+            shard = row_shard(row)
+            members = read_members(self.archive, shard, self.spec.source)
+            for chunk in cut_chunks(shard, members, self.spec.chunk_images, self.spec.chunk_bytes):
+                yield pack_chunk(chunk)
+
+
+def shard_row(shard: Shard) -> dict[str, object]:
+    """A shard as plain columns."""
+    start, stop = shard.span or (-1, -1)
+    return {
+        "index": shard.index,
+        "uri": shard.uri,
+        "format": shard.format,
+        "size_bytes": shard.size_bytes,
+        "fingerprint": shard.fingerprint,
+        "start": start,
+        "stop": stop,
+        "listing": shard.listing,
+    }
+
+
+def row_shard(row: dict[str, object]) -> Shard:
+    """The shard of `shard_row`."""
+    words = dict(row)
+    start, stop = words.pop("start"), words.pop("stop")
+    return Shard(**words, span=None if start == -1 else (start, stop))  # type: ignore[arg-type]
+
+
+def pack_chunk(chunk: Chunk) -> pa.Table:
+    """A chunk as a table of one row."""
+    columns = {name: [getattr(member, name) for member in chunk.members] for name in MEMBERS.names}
+    buffer = io.BytesIO()
+    table = pa.table(columns, schema=MEMBERS)
+    with pa.ipc.new_stream(buffer, MEMBERS) as writer:
+        writer.write_table(table)
+    return pa.table(
+        {
+            "shard": [chunk.shard],
+            "number": [chunk.number],
+            "last": [chunk.last],
+            "members": pa.array([buffer.getvalue()], pa.large_binary()),
+        }
+    )
+
+
+def unpack_chunks(table: pa.Table) -> Iterator[Chunk]:
+    """The chunks of `pack_chunk` tables."""
+    for i in range(table.num_rows):
+        with pa.ipc.open_stream(table["members"][i].as_buffer()) as reader:
+            members = tuple(Member(**words) for words in reader.read_all().to_pylist())
+        yield Chunk(table["shard"][i].as_py(), table["number"][i].as_py(), table["last"][i].as_py(), members)

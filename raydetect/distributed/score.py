@@ -1,0 +1,114 @@
+"""Scoring on Ray Data: read tasks feed actors, actors write parts, the driver commits shards."""
+
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+import torch
+from ray.data import ActorPoolStrategy
+
+from raydetect.config import to_plain, validate
+from raydetect.distributed.ingest import chunk_dataset, unpack_chunks
+from raydetect.distributed.session import session, translate
+from raydetect.errors import SpecError
+from raydetect.plan import Committer, ScorePlan, finish
+from raydetect.records import Part, Receipt
+from raydetect.sinks.parquet import ResultsSink
+from raydetect.spec import ScoreSpec
+from raydetect.storage import Storage
+from raydetect.worker.artifact import load_artifact
+from raydetect.worker.score import Scorer
+
+CHUNKS_WAITING_PER_ACTOR = 2
+
+
+class ScoreActor:
+    """A warm Scorer in a Ray actor."""
+
+    def __init__(self, spec: ScoreSpec, artifact_uri: str, digest: str, sink: ResultsSink) -> None:
+        """Loads the artifact.
+
+        Raises:
+            SpecError: the artifact is another one than the driver planned with.
+        """
+        torch.set_num_threads(spec.resources.cpus_per_worker)
+        artifact = load_artifact(artifact_uri, Storage(spec.storage))
+        if artifact.record.digest != digest:
+            raise SpecError(f"{artifact_uri}: was replaced while the job started. Start the job again.")
+        self.scorer = Scorer(artifact, spec, "cuda" if spec.resources.gpus_per_worker else "cpu")
+        self.sink = sink
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Scores and writes chunks; returns their parts as JSON."""
+        parts = []
+        for chunk in unpack_chunks(table):
+            begun = time.perf_counter()
+            result = self.scorer.score_chunk(chunk)
+            part = self.sink.write(chunk, result.rows, result.pictures, result.clipped_pixels)
+            part = replace(part, seconds=round(time.perf_counter() - begun, 3), host=socket.gethostname())
+            parts.append(json.dumps(to_plain(part)))
+        return pa.table({"part": parts})
+
+
+def score(plan: ScorePlan, address: str | None, on_part: Callable[[Part, Receipt | None], None]) -> dict[str, Any]:
+    """Scores what is left of a plan on Ray and returns the manifest.
+
+    Args:
+        plan: the job.
+        address: of a cluster, or None (see `session`).
+        on_part: told of every part, and of the receipt when it completed its shard.
+
+    Raises:
+        ArchiveError: a bad shard or member, and the source says `fail`.
+        ClusterError: the cluster broke down; what is committed stays.
+        TooManyBadRows: the run is complete and too much of it is bad.
+    """
+    refuse_memory_urls(plan)
+    plan.ledger.begin(plan.run)
+    if plan.todo:
+        with session(address, plan.spec.resources):
+            committer = Committer(plan)
+            for part in _parts(plan, address):
+                on_part(part, committer.add(part))
+    return finish(plan)
+
+
+def refuse_memory_urls(plan: ScorePlan) -> None:
+    """`memory://` lives in one process only.
+
+    Raises:
+        SpecError: the job names such a URL.
+    """
+    places = [plan.ledger.uri, plan.artifact.uri, *(shard.uri for shard in plan.shards[:1])]
+    for uri in places:
+        if uri.startswith("memory://"):
+            raise SpecError(f"{uri}: memory:// is not shared between processes. Use --local or another storage.")
+
+
+def _parts(plan: ScorePlan, address: str | None) -> Iterator[Part]:
+    resources = plan.spec.resources
+    chunks = chunk_dataset(plan, readers=max(2, resources.num_workers))
+    scored = chunks.map_batches(
+        ScoreActor,
+        fn_constructor_kwargs={
+            "spec": plan.spec,
+            "artifact_uri": plan.artifact.uri,
+            "digest": plan.artifact.digest,
+            "sink": plan.sink,
+        },
+        batch_format="pyarrow",
+        batch_size=1,
+        compute=ActorPoolStrategy(size=resources.num_workers, max_tasks_in_flight_per_actor=CHUNKS_WAITING_PER_ACTOR),
+        num_cpus=resources.cpus_per_worker,
+        num_gpus=resources.gpus_per_worker,
+    )
+    try:
+        for batch in scored.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for text in batch["part"].to_pylist():
+                yield validate(Part, json.loads(text), "a part")
+    except Exception as error:
+        raise translate(error, address) from error
