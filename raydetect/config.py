@@ -24,7 +24,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if key in seen:
                 line = key_node.start_mark.line + 1
                 raise SpecError(f"line {line}: the key {key!r} is written twice. Keep one of them.")
@@ -138,8 +138,8 @@ def _describe(field: "dataclasses.Field[Any]", hint: Any) -> FieldDoc:
         doc = next((e.description for e in extras if getattr(e, "description", None)), "")
     default: Any = field.default
     if default is dataclasses.MISSING:
-        made = field.default_factory
-        default = "required" if made is dataclasses.MISSING else made()
+        factory = field.default_factory
+        default = factory() if callable(factory) else "required"
     elif default is PydanticUndefined:
         default = "required"
     shown = default if default == "required" else json.dumps(to_plain(default))

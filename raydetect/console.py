@@ -12,6 +12,7 @@ from rich.progress import (
     ProgressColumn,
     SpinnerColumn,
     Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
 )
@@ -28,7 +29,7 @@ class FitDisplay:
     def __init__(self) -> None:
         """Chooses the display by whether standard error is a terminal."""
         self._live = _live() if sys.stderr.isatty() else None
-        self._tasks: dict[str, int] = {}
+        self._tasks: dict[str, TaskID] = {}
         self._done: dict[str, int] = {}
         self._line_at = 0.0
 
@@ -48,7 +49,7 @@ class FitDisplay:
         if self._live:
             if first:
                 self._tasks[phase] = self._live.add_task(phase, total=total, note="")
-            self._live.advance(self._tasks[phase], done)  # type: ignore[arg-type]
+            self._live.advance(self._tasks[phase], done)
             return
         now = time.monotonic()
         ended = total is not None and self._done[phase] >= total
@@ -68,7 +69,7 @@ class ScoreDisplay:
         self._begun: float | None = None
         self._line_at = 0.0
         self._live = _live() if sys.stderr.isatty() else None
-        self._task = None
+        self._task: TaskID | None = None
 
     def __enter__(self) -> "ScoreDisplay":
         if self._live:

@@ -227,7 +227,8 @@ def sink_storage(spec: ScoreSpec) -> StorageOptions:
 
 def public_spec(spec: JobSpec) -> dict[str, Any]:
     """The spec with all defaults and without credentials: what run.json and the artifact hold."""
-    return _redact(to_plain(spec))
+    public: dict[str, Any] = _redact(to_plain(spec))
+    return public
 
 
 def result_digest(spec: JobSpec) -> str:

@@ -36,8 +36,8 @@ def normalise_uri(uri: str) -> str:
     Raises:
         SpecError: an unknown scheme, a chained URL, or a path that climbs out with `..`.
     """
-    text = os.fspath(uri).strip()
-    if not text:
+    text = os.fspath(uri)
+    if not text.strip():
         raise SpecError("an empty URI was given. State a path or a URL such as s3://bucket/folder.")
     scheme, separator, rest = text.partition("://")
     if not separator:

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
-from raydetect.archives import parquet, tar, zip
+from raydetect.archives import parquet, tar
+from raydetect.archives import zip as zip_format
 from raydetect.archives.base import Archive, is_image_name
 from raydetect.archives.naming import Naming
 from raydetect.archives.prefix import group_files, read_prefix
@@ -12,10 +14,10 @@ from raydetect.records import Member, Shard
 from raydetect.spec import SourceSpec
 from raydetect.storage import FileInfo, Storage, normalise_uri
 
-CONTAINERS = {"tar": tar.SUFFIXES, "zip": zip.SUFFIXES, "parquet": parquet.SUFFIXES}
+CONTAINERS = {"tar": tar.SUFFIXES, "zip": zip_format.SUFFIXES, "parquet": parquet.SUFFIXES}
 READERS = {
     "tar": tar.read_tar,
-    "zip": zip.read_zip,
+    "zip": zip_format.read_zip,
     "parquet": parquet.read_parquet,
     "prefix": read_prefix,
 }
@@ -110,7 +112,7 @@ def split_container(file: FileInfo, kind: str, source: SourceSpec, names: set[st
         yield whole
         return
     edges = [file.size_bytes * i // count for i in range(count + 1)]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         yield replace(whole, span=(start, stop), size_bytes=stop - start)
 
 

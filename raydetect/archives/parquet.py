@@ -64,7 +64,7 @@ def image_column(schema: pa.Schema, source: SourceSpec, uri: str) -> str:
             f"{uri}: {len(fitting)} columns could hold encoded images ({', '.join(fitting) or 'none'}). "
             "State source.image_column."
         )
-    return fitting[0]
+    return str(fitting[0])
 
 
 def _holds_images(kind: pa.DataType) -> bool:

@@ -54,6 +54,8 @@ class Backbone(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(keyed_seed(seed, "backbone", name, *words))
             self.trunk = _timm_trunk(name, layers) if is_timm(name) else _torchvision_trunk(name, layers)
+        self.mean_C11: Tensor
+        self.std_C11: Tensor
         self.register_buffer("mean_C11", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std_C11", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
 
@@ -101,8 +103,8 @@ class Backbone(nn.Module):
         twin = copy.deepcopy(self).eval().requires_grad_(False)
         if not is_timm(self.name):
             # the extractor holds a graph per mode; fuse wants one
-            plain = fx.GraphModule(twin.trunk, twin.trunk.graph)
-            twin.trunk = fuse(plain.eval())
+            assert isinstance(twin.trunk, fx.GraphModule)
+            twin.trunk = fuse(fx.GraphModule(twin.trunk, twin.trunk.graph).eval())
         return twin.to(memory_format=torch.channels_last)
 
 

@@ -72,7 +72,7 @@ class STFPM(Detector):
         """A fresh student, initialised by the seed, under SGD."""
         self.student = None
         self.raw_student = Backbone(self.params.backbone, self.params.layers, self.seed, "student")
-        self.raw_student.to(self.device, memory_format=torch.channels_last).train()
+        self.raw_student.to(self.device).to(memory_format=torch.channels_last).train()
         optimizer = torch.optim.SGD(
             self.raw_student.parameters(),
             lr=self.params.learning_rate,

@@ -1,0 +1,38 @@
+# The only door. `make test` and `make demo` make their own environment in .venv/ and use it again.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.made
+
+.PHONY: demo test check bench clean
+.DELETE_ON_ERROR:
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "raydetect needs Python 3.11 ($(PYTHON) is not there). Say make PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "Making the environment in $(VENV) (a few minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	@rm -rf .demo
+	@$(BIN)/python -m tests.made.archives .demo/archive
+	@$(BIN)/raydetect fit jobs/demo/fit.yaml $(if $(WEIGHTS),--set detector.params.weights=$(WEIGHTS))
+	@$(BIN)/raydetect score jobs/demo/score.yaml
+	@echo "Heatmaps of flagged images: .demo/results/heatmaps"
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+test: check
+	$(BIN)/python -m pytest
+
+bench: $(STAMP)
+	$(BIN)/python -m jobs.bench.search
+	$(BIN)/python -m jobs.bench.job
+
+clean:
+	rm -rf $(VENV) .demo

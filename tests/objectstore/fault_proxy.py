@@ -1,0 +1,139 @@
+"""An HTTP proxy before an object store that fails on purpose: refusals, cut connections, cut bodies, slow bodies.
+
+Faults come from a plan: a list of fault names, used up one by one by the requests that match. The Host header is
+forwarded as it is, so signatures stay valid.
+"""
+
+import asyncio
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from urllib.parse import urlsplit
+
+from tests.objectstore import ObjectStore
+
+FAULTS = ("slow_down", "drop", "truncate", "slow")
+SLOW_DOWN = (
+    b'<?xml version="1.0"?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>'
+)
+HEAD_END = b"\r\n\r\n"
+
+
+@dataclass
+class FaultPlan:
+    """What goes wrong next, and what went wrong so far."""
+
+    waiting: deque[str] = field(default_factory=deque)
+    matches: Callable[[str, str], bool] = lambda method, path: True
+    injected: Counter[str] = field(default_factory=Counter)
+
+    def take(self, method: str, path: str) -> str | None:
+        """The fault for this request, if any."""
+        if self.waiting and self.matches(method, path):
+            fault = self.waiting.popleft()
+            self.injected[fault] += 1
+            return fault
+        return None
+
+
+@contextmanager
+def faulty(store: ObjectStore, plan: FaultPlan) -> Iterator[ObjectStore]:
+    """The same store, reached through the proxy."""
+    target = urlsplit(store.endpoint_url)
+    loop = asyncio.new_event_loop()
+    started = threading.Event()
+    ports: list[int] = []
+
+    async def serve() -> None:
+        async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await _handle(reader, writer, (str(target.hostname), int(target.port or 80)), plan)
+
+        server = await asyncio.start_server(handle, "127.0.0.1", 0)
+        ports.append(server.sockets[0].getsockname()[1])
+        started.set()
+        async with server:
+            await server.serve_forever()
+
+    def run() -> None:
+        task = loop.create_task(serve())
+        try:
+            loop.run_until_complete(task)
+        except asyncio.CancelledError:
+            return
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    assert started.wait(10)
+    try:
+        yield replace(store, endpoint_url=f"http://127.0.0.1:{ports[0]}")
+    finally:
+        loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(loop)])
+        thread.join(10)
+
+
+async def _handle(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, target: tuple[str, int], plan: FaultPlan
+) -> None:
+    try:
+        head = await reader.readuntil(HEAD_END)
+        method, path, _ = head.split(b"\r\n", 1)[0].decode().split(" ", 2)
+        body = await _body(reader, head)
+        fault = plan.take(method, path)
+        if fault == "drop":
+            return
+        if fault == "slow_down":
+            size = f"Content-Length: {len(SLOW_DOWN)}\r\nConnection: close".encode()
+            writer.write(b"HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\n" + size + HEAD_END + SLOW_DOWN)
+            await writer.drain()
+            return
+        await _forward(writer, _closing(head), body, target, fault)
+    except (asyncio.IncompleteReadError, ConnectionError):
+        return
+    finally:
+        writer.close()
+
+
+async def _forward(
+    writer: asyncio.StreamWriter, head: bytes, body: bytes, target: tuple[str, int], fault: str | None
+) -> None:
+    back_reader, back_writer = await asyncio.open_connection(*target, limit=1 << 20)
+    try:
+        back_writer.write(head + body)
+        await back_writer.drain()
+        answer_head = await back_reader.readuntil(HEAD_END)
+        answer = b"" if head.startswith(b"HEAD ") else await back_reader.read()
+        if fault == "truncate":
+            answer = answer[: len(answer) // 2]
+        writer.write(_closing(answer_head))
+        if fault == "slow":
+            for start in range(0, len(answer), max(1, len(answer) // 8)):
+                writer.write(answer[start : start + max(1, len(answer) // 8)])
+                await writer.drain()
+                await asyncio.sleep(0.2)
+        else:
+            writer.write(answer)
+        await writer.drain()
+    finally:
+        back_writer.close()
+
+
+async def _body(reader: asyncio.StreamReader, head: bytes) -> bytes:
+    for line in head.split(b"\r\n"):
+        name, _, value = line.partition(b":")
+        if name.lower() == b"content-length":
+            return await reader.readexactly(int(value))
+        if name.lower() == b"transfer-encoding" and b"chunked" in value:
+            parts = [line_of := await reader.readuntil(b"\r\n")]
+            while int(line_of.split(b";")[0], 16):
+                parts.append(await reader.readexactly(int(line_of.split(b";")[0], 16) + 2))
+                parts.append(line_of := await reader.readuntil(b"\r\n"))
+            return b"".join([*parts, await reader.readuntil(b"\r\n")])
+    return b""
+
+
+def _closing(head: bytes) -> bytes:
+    """The head with `Connection: close`: one request per connection keeps the proxy simple."""
+    lines = [line for line in head[: -len(HEAD_END)].split(b"\r\n") if not line.lower().startswith(b"connection:")]
+    return b"\r\n".join([*lines, b"Connection: close"]) + HEAD_END

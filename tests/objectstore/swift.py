@@ -1,0 +1,122 @@
+"""OpenStack Swift with its S3 API on loopback: one replica on one folder, its own memcached, ended by process id."""
+
+import http.client
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.objectstore import ObjectStore, free_port
+
+PROGRAMS = ("swift-proxy-server", "swift-ring-builder", "memcached")
+SERVERS = ("account", "container", "object")
+START_SECONDS = 30
+PROXY = """[DEFAULT]
+bind_ip = 127.0.0.1
+bind_port = {port}
+workers = 0
+user = {user}
+swift_dir = {folder}
+log_address = {folder}/nowhere
+
+[pipeline:main]
+pipeline = catch_errors gatekeeper healthcheck cache listing_formats bulk s3api tempauth slo dlo proxy-server
+
+[app:proxy-server]
+use = egg:swift#proxy
+allow_account_management = true
+account_autocreate = true
+
+[filter:tempauth]
+use = egg:swift#tempauth
+user_test_tester = testing .admin
+
+[filter:s3api]
+use = egg:swift#s3api
+location = us-east-1
+
+[filter:cache]
+use = egg:swift#memcache
+memcache_servers = 127.0.0.1:{memcached}
+"""
+PLAIN_FILTERS = ("catch_errors", "gatekeeper", "healthcheck", "listing_formats", "bulk", "slo", "dlo")
+PROXY += "".join(f"\n[filter:{name}]\nuse = egg:swift#{name}\n" for name in PLAIN_FILTERS)
+SERVER = """[DEFAULT]
+bind_ip = 127.0.0.1
+bind_port = {port}
+workers = 0
+user = {user}
+swift_dir = {folder}
+devices = {folder}/devices
+mount_check = false
+log_address = {folder}/nowhere
+
+[pipeline:main]
+pipeline = {kind}-server
+
+[app:{kind}-server]
+use = egg:swift#{kind}
+"""
+
+
+def is_installed() -> bool:
+    """Whether the Debian packages are there."""
+    return all(shutil.which(program) for program in PROGRAMS)
+
+
+@contextmanager
+def running_swift(folder: Path) -> Iterator[ObjectStore]:
+    """Starts Swift below `folder` and ends exactly what it started."""
+    ports = {name: free_port() for name in ("proxy", "memcached", *SERVERS)}
+    _configure(folder, ports)
+    commands = [["memcached", "-l", "127.0.0.1", "-p", str(ports["memcached"]), "-u", _user(), "-U", "0"]]
+    commands += [[f"swift-{kind}-server", str(folder / f"{kind}-server.conf")] for kind in (*SERVERS, "proxy")]
+    log = (folder / "log").open("wb")
+    processes = [subprocess.Popen(c, stdout=log, stderr=subprocess.STDOUT, cwd=folder) for c in commands]
+    try:
+        _wait_until_healthy(ports["proxy"], folder)
+        yield ObjectStore("swift", f"http://127.0.0.1:{ports['proxy']}", "test:tester", "testing")
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait(timeout=20)
+        log.close()
+
+
+def _user() -> str:
+    import getpass
+
+    return getpass.getuser()
+
+
+def _configure(folder: Path, ports: dict[str, int]) -> None:
+    (folder / "devices" / "one").mkdir(parents=True)
+    words = {"folder": folder, "user": _user(), "memcached": ports["memcached"]}
+    (folder / "swift.conf").write_text(
+        "[swift-hash]\nswift_hash_path_prefix = raydetect\nswift_hash_path_suffix = raydetect\n"
+        "[storage-policy:0]\nname = one\ndefault = yes\n"
+    )
+    (folder / "proxy-server.conf").write_text(PROXY.format(port=ports["proxy"], **words))
+    for kind in SERVERS:
+        (folder / f"{kind}-server.conf").write_text(SERVER.format(kind=kind, port=ports[kind], **words))
+        ring = str(folder / f"{kind}.builder")
+        device = f"r1z1-127.0.0.1:{ports[kind]}/one"
+        for words_of_step in (["create", "4", "1", "0"], ["add", device, "1"], ["rebalance"]):
+            step = ["swift-ring-builder", ring, *words_of_step]
+            subprocess.run(step, check=True, capture_output=True, cwd=folder)
+
+
+def _wait_until_healthy(port: int, folder: Path) -> None:
+    end = time.monotonic() + START_SECONDS
+    while time.monotonic() < end:
+        try:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
+            connection.request("GET", "/healthcheck")
+            if connection.getresponse().status == 200:
+                return
+        except OSError:
+            time.sleep(0.1)
+    raise RuntimeError(f"Swift did not start: {(folder / 'log').read_text()[-2000:]}")
