@@ -18,7 +18,7 @@ from raydetect.spec import StorageOptions
 
 SCHEMES = ("file", "s3", "memory", "gs", "az", "abfs", "http", "https")
 READ_BLOCK_BYTES = 8 << 20
-S3_ATTEMPTS = 6
+S3_ATTEMPTS = 3  # botocore's, with growing pauses; s3fs then tries each request up to five times
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +88,7 @@ class Storage:
         made: dict[str, Any] = {
             "anon": options.anon,
             "use_listings_cache": False,
+            "max_concurrency": 1,  # s3fs does not repeat a cut body when it reads a file in parts at once
             "config_kwargs": {"retries": retries, "connect_timeout": 10, "read_timeout": 60},
             "client_kwargs": client,
         }

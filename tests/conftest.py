@@ -20,15 +20,16 @@ for name in ("AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "RAY_A
 
 @pytest.fixture(scope="session")
 def running_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
-    """Swift where it is installed, else moto's server; CI demands Swift."""
-    if is_installed():
+    """Swift where it is installed, else moto's server; RAYDETECT_STORE=swift or moto demands one of them."""
+    wanted = os.environ.get("RAYDETECT_STORE") or ("swift" if is_installed() else "moto")
+    if wanted == "swift":
         with running_swift(tmp_path_factory.mktemp("swift")) as store:
             yield store
-        return
-    if os.environ.get("RAYDETECT_SWIFT") == "required":
-        raise RuntimeError("RAYDETECT_SWIFT=required, and the Swift packages are not installed")
-    with running_moto() as store:
-        yield store
+    elif wanted == "moto":
+        with running_moto() as store:
+            yield store
+    else:
+        raise ValueError(f"RAYDETECT_STORE={wanted}: is neither swift nor moto")
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def object_store(running_store: ObjectStore) -> ObjectStore:
     """The store with a fresh bucket."""
     store = replace(running_store, bucket=f"test-{uuid.uuid4().hex[:12]}")
     fs, _ = store.storage.filesystem(store.uri())
-    fs.mkdir(store.bucket)
+    fs.call_s3("create_bucket", Bucket=store.bucket)
     return store
 
 

@@ -79,6 +79,8 @@ async def _handle(
     try:
         head = await reader.readuntil(HEAD_END)
         method, path, _ = head.split(b"\r\n", 1)[0].decode().split(" ", 2)
+        if b"100-continue" in head.lower():
+            writer.write(b"HTTP/1.1 100 Continue" + HEAD_END)
         body = await _body(reader, head)
         fault = plan.take(method, path)
         if fault == "drop":
@@ -89,7 +91,7 @@ async def _handle(
             await writer.drain()
             return
         await _forward(writer, _closing(head), body, target, fault)
-    except (asyncio.IncompleteReadError, ConnectionError):
+    except (asyncio.IncompleteReadError, asyncio.CancelledError, ConnectionError):
         return
     finally:
         writer.close()
@@ -134,6 +136,7 @@ async def _body(reader: asyncio.StreamReader, head: bytes) -> bytes:
 
 
 def _closing(head: bytes) -> bytes:
-    """The head with `Connection: close`: one request per connection keeps the proxy simple."""
-    lines = [line for line in head[: -len(HEAD_END)].split(b"\r\n") if not line.lower().startswith(b"connection:")]
+    """The head with `Connection: close` (one request per connection keeps this simple) and without `Expect`."""
+    dropped = (b"connection:", b"expect:")
+    lines = [line for line in head[: -len(HEAD_END)].split(b"\r\n") if not line.lower().startswith(dropped)]
     return b"\r\n".join([*lines, b"Connection: close"]) + HEAD_END

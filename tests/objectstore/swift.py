@@ -1,8 +1,11 @@
 """OpenStack Swift with its S3 API on loopback: one replica on one folder, its own memcached, ended by process id."""
 
 import http.client
+import os
 import shutil
+import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,21 +16,27 @@ from tests.objectstore import ObjectStore, free_port
 PROGRAMS = ("swift-proxy-server", "swift-ring-builder", "memcached")
 SERVERS = ("account", "container", "object")
 START_SECONDS = 30
+DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "TERM")  # also when the tests are killed
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parent / "filters")}
 PROXY = """[DEFAULT]
 bind_ip = 127.0.0.1
 bind_port = {port}
 workers = 0
 user = {user}
 swift_dir = {folder}
-log_address = {folder}/nowhere
+log_udp_host = 127.0.0.1
+log_udp_port = {log_port}
 
 [pipeline:main]
-pipeline = catch_errors gatekeeper healthcheck cache listing_formats bulk s3api tempauth slo dlo proxy-server
+pipeline = head catch_errors gatekeeper healthcheck cache listing_formats bulk s3api tempauth slo dlo proxy-server
 
 [app:proxy-server]
 use = egg:swift#proxy
 allow_account_management = true
 account_autocreate = true
+
+[filter:head]
+paste.filter_factory = swift_head:filter_factory
 
 [filter:tempauth]
 use = egg:swift#tempauth
@@ -51,7 +60,8 @@ user = {user}
 swift_dir = {folder}
 devices = {folder}/devices
 mount_check = false
-log_address = {folder}/nowhere
+log_udp_host = 127.0.0.1
+log_udp_port = {log_port}
 
 [pipeline:main]
 pipeline = {kind}-server
@@ -70,11 +80,13 @@ def is_installed() -> bool:
 def running_swift(folder: Path) -> Iterator[ObjectStore]:
     """Starts Swift below `folder` and ends exactly what it started."""
     ports = {name: free_port() for name in ("proxy", "memcached", *SERVERS)}
-    _configure(folder, ports)
-    commands = [["memcached", "-l", "127.0.0.1", "-p", str(ports["memcached"]), "-u", _user(), "-U", "0"]]
-    commands += [[f"swift-{kind}-server", str(folder / f"{kind}-server.conf")] for kind in (*SERVERS, "proxy")]
-    log = (folder / "log").open("wb")
-    processes = [subprocess.Popen(c, stdout=log, stderr=subprocess.STDOUT, cwd=folder) for c in commands]
+    receiver = _receive_log(folder)
+    _configure(folder, ports, receiver.getsockname()[1])
+    commands = [[*DIE_WITH_PARENT, "memcached", "-l", "127.0.0.1", "-p", str(ports["memcached"]), "-u", _user(), "-U", "0"]]
+    commands += [[*DIE_WITH_PARENT, f"swift-{kind}-server", str(folder / f"{kind}-server.conf")] for kind in (*SERVERS, "proxy")]
+    with (folder / "log").open("ab") as log:
+        words = {"stdout": log, "stderr": log, "cwd": folder, "env": ENVIRONMENT}
+        processes = [subprocess.Popen(command, **words) for command in commands]
     try:
         _wait_until_healthy(ports["proxy"], folder)
         yield ObjectStore("swift", f"http://127.0.0.1:{ports['proxy']}", "test:tester", "testing")
@@ -83,7 +95,24 @@ def running_swift(folder: Path) -> Iterator[ObjectStore]:
             process.terminate()
         for process in processes:
             process.wait(timeout=20)
-        log.close()
+        receiver.close()
+
+
+def _receive_log(folder: Path) -> socket.socket:
+    """Swift logs to syslog over UDP only, and fails requests when nobody listens; this writes it to a file."""
+    receiver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    receiver.bind(("127.0.0.1", 0))
+
+    def write() -> None:
+        with (folder / "log").open("ab", buffering=0) as log:
+            while receiver.fileno() != -1:
+                try:
+                    log.write(receiver.recv(65536) + b"\n")
+                except OSError:  # closed: the servers have ended
+                    return
+
+    threading.Thread(target=write, daemon=True).start()
+    return receiver
 
 
 def _user() -> str:
@@ -92,9 +121,9 @@ def _user() -> str:
     return getpass.getuser()
 
 
-def _configure(folder: Path, ports: dict[str, int]) -> None:
+def _configure(folder: Path, ports: dict[str, int], log_port: int) -> None:
     (folder / "devices" / "one").mkdir(parents=True)
-    words = {"folder": folder, "user": _user(), "memcached": ports["memcached"]}
+    words = {"folder": folder, "user": _user(), "memcached": ports["memcached"], "log_port": log_port}
     (folder / "swift.conf").write_text(
         "[swift-hash]\nswift_hash_path_prefix = raydetect\nswift_hash_path_suffix = raydetect\n"
         "[storage-policy:0]\nname = one\ndefault = yes\n"
