@@ -11,11 +11,12 @@ a k-d split of the bank, so few survive, and only these are multiplied in full.
 import torch
 from torch import Tensor
 
-GROUP_ROWS = 256
-BLOCK_GROUPS = 8
+GROUP_ROWS = 128
+BLOCK_ROWS = 2048  # rows of the bank in one product: with PATCH_ROWS, 8 MB that stay in cache
 PATCH_ROWS = 1024
-LEADING_DIMS = 64
-PRUNE_FROM_ROWS = 4096
+CALL_ROWS = 16384  # patches that share the walk over groups
+LEADING_DIMS = 47  # and the rest's length: 48 columns
+PRUNE_FROM_ROWS = 1024
 SPLIT_DIMS = 16
 # float32 products of centred rows err by less than this share of |a|^2 + |b|^2 (D * 2^-24, D <= 8192, is below it)
 SLACK = 1e-5
@@ -28,7 +29,7 @@ class BankSearch:
     norms about the bank's mean), and the returned distance is computed from differences, so it is accurate near zero
     and does not depend on the other patches of the call.
 
-    Cost that surprises: building rotates the bank (an eigendecomposition of D x D) and holds two copies of it.
+    Cost that surprises: building rotates the bank (an eigendecomposition of D x D) and holds three copies of it.
     """
 
     def __init__(self, bank_MD: Tensor) -> None:
@@ -73,7 +74,7 @@ class BankSearch:
             raise ValueError(f"patches have {patches_ND.shape[1]} dims, the bank has {dims}")
         if not 1 <= num_neighbors <= num_rows:
             raise ValueError(f"{num_neighbors} neighbours asked of a bank of {num_rows} rows")
-        found = [self._block(block, num_neighbors) for block in patches_ND.float().split(PATCH_ROWS)]
+        found = [self._block(block, num_neighbors) for block in patches_ND.float().split(CALL_ROWS)]
         return torch.cat([d for d, _ in found]), torch.cat([i for _, i in found])
 
     def _block(self, patches_ND: Tensor, num_neighbors: int) -> tuple[Tensor, Tensor]:
@@ -81,15 +82,15 @@ class BankSearch:
         if num_neighbors == 1 and self.pruner is not None and patches_ND.device.type == "cpu":
             index_NK = self.pruner.nearest(centred_ND)[:, None]
         else:
-            index_NK = self._by_product(centred_ND, num_neighbors)
+            index_NK = torch.cat([self._by_product(part, num_neighbors) for part in centred_ND.split(PATCH_ROWS)])
         return self._settle(patches_ND, index_NK)
 
     def _by_product(self, centred_ND: Tensor, num_neighbors: int) -> Tensor:
         """Nearest rows by |b|^2 - 2ab over blocks of the bank, keeping the best K."""
         best_NK = centred_ND.new_full((len(centred_ND), num_neighbors), torch.inf)
         index_NK = torch.zeros_like(best_NK, dtype=torch.int64)
-        for start in range(0, len(self.centred_MD), GROUP_ROWS * BLOCK_GROUPS):
-            stop = start + GROUP_ROWS * BLOCK_GROUPS
+        for start in range(0, len(self.centred_MD), BLOCK_ROWS):
+            stop = start + BLOCK_ROWS
             block = torch.addmm(self.norms_M[start:stop], centred_ND, self.centred_MD[start:stop].T, alpha=-2)
             values, places = block.topk(min(num_neighbors, block.shape[1]), largest=False)
             both, index = torch.cat([best_NK, values], 1), torch.cat([index_NK, places + start], 1)
@@ -127,22 +128,20 @@ class _Pruner:
         """Row of the bank nearest to every patch, int64."""
         rotated_ND = centred_ND @ self.axes_DD
         norms_N = rotated_ND.square().sum(1)
-        bounds_NG = self._group_bounds(self._thin(rotated_ND))
+        bounds_NG = torch.cat([self._group_bounds(part) for part in self._thin(rotated_ND).split(PATCH_ROWS)])
         best_N = torch.full_like(norms_N, torch.inf)
         index_N = torch.zeros_like(norms_N, dtype=torch.int64)
-        slack_N = SLACK * (norms_N + self.largest)
-        first_N = bounds_NG.argmin(1)
-        self._open(first_N[:, None] == torch.arange(bounds_NG.shape[1]), rotated_ND, best_N, index_N)
-        needed_NG = bounds_NG <= (best_N + slack_N)[:, None]
-        needed_NG[torch.arange(len(first_N)), first_N] = False
-        self._open(needed_NG, rotated_ND, best_N, index_N)
+        first_NG = torch.zeros_like(bounds_NG, dtype=torch.bool).scatter_(1, bounds_NG.argmin(1, keepdim=True), True)
+        self._open(first_NG, rotated_ND, best_N, index_N)
+        reach_N1 = (best_N + SLACK * (norms_N + self.largest))[:, None]
+        self._open((bounds_NG <= reach_N1) & ~first_NG, rotated_ND, best_N, index_N)
         return self.rows_M[index_N]
 
     def _group_bounds(self, thin_N: Tensor) -> Tensor:
         """Smallest lower bound of |a - b|^2 - |a|^2 in every group, shape (N, groups)."""
         found = []
-        for start in range(0, len(self.thin_M), GROUP_ROWS * BLOCK_GROUPS):
-            stop = start + GROUP_ROWS * BLOCK_GROUPS
+        for start in range(0, len(self.thin_M), BLOCK_ROWS):
+            stop = start + BLOCK_ROWS
             block = torch.addmm(self.norms_M[start:stop], thin_N, self.thin_M[start:stop].T, alpha=-2)
             whole = block.shape[1] // GROUP_ROWS * GROUP_ROWS
             if whole:
@@ -158,14 +157,12 @@ class _Pruner:
         for group, mine in enumerate(patches.split(counts)):
             if not len(mine):
                 continue
-            start = group * GROUP_ROWS
-            rows = self.rotated_MD[start : start + GROUP_ROWS]
-            block = torch.addmm(self.norms_M[start : start + GROUP_ROWS], rotated_ND[mine], rows.T, alpha=-2)
+            start, stop = group * GROUP_ROWS, (group + 1) * GROUP_ROWS
+            block = torch.addmm(self.norms_M[start:stop], rotated_ND[mine], self.rotated_MD[start:stop].T, alpha=-2)
             value, place = block.min(1)
             nearer = value < best_N[mine]
-            chosen = mine[nearer]
-            best_N[chosen] = value[nearer]
-            index_N[chosen] = place[nearer] + start
+            best_N[mine] = torch.where(nearer, value, best_N[mine])
+            index_N[mine] = torch.where(nearer, place + start, index_N[mine])
 
 
 def _leaf_order(coordinates_MD: Tensor) -> Tensor:
