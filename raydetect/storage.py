@@ -6,6 +6,7 @@ import posixpath
 import re
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +19,8 @@ from raydetect.spec import StorageOptions
 
 SCHEMES = ("file", "s3", "memory", "gs", "az", "abfs", "http", "https")
 READ_BLOCK_BYTES = 8 << 20
+LISTERS = 16
+MAX_FOLDERS_AT_ONCE = 256
 S3_ATTEMPTS = 3  # botocore's, with growing pauses; s3fs then tries each request up to five times
 
 
@@ -178,7 +181,7 @@ class Storage:
         is_glob = any(letter in path for letter in "*?[")
         try:
             fs.invalidate_cache()
-            found = fs.glob(path, detail=True) if is_glob else fs.find(path, detail=True)
+            found = fs.glob(path, detail=True) if is_glob else _find(fs, path)
         except Exception as error:
             raise translate(uri, "list", error) from error
         if not found and not is_glob and not self.exists(uri):
@@ -233,6 +236,21 @@ def _scrub(text: str) -> str:
     """Drops query strings (signatures) and anything after a key name."""
     text = re.sub(r"\?[^ '\"]+", "", text)
     return re.sub(r"(?i)((?:secret|token|key)[a-z_]*['\"]?\s*[=:]\s*)\S+", r"\1***", text)[:300]
+
+
+def _find(fs: AbstractFileSystem, path: str) -> dict[str, dict[str, Any]]:
+    """Every file below a folder. Object stores list keys one page after the other, so folders are listed at once."""
+    if "s3" not in fs.protocol:
+        return dict(fs.find(path, detail=True))
+    entries = fs.ls(path, detail=True)
+    folders = [entry["name"] for entry in entries if entry["type"] == "directory"]
+    if not 1 < len(folders) <= MAX_FOLDERS_AT_ONCE:
+        return dict(fs.find(path, detail=True))
+    found = {entry["name"]: entry for entry in entries if entry["type"] != "directory"}
+    with ThreadPoolExecutor(LISTERS) as pool:
+        for below in pool.map(lambda folder: fs.find(folder, detail=True), folders):
+            found |= below
+    return found
 
 
 def _write_local(path: Path, data: bytes) -> None:

@@ -52,7 +52,7 @@ def assemble(
 
     Args:
         container_uri: URI of the container.
-        scheme: fsspec scheme that opens a member of it ("tar", "zip").
+        scheme: fsspec scheme that opens a member of it ("tar", "tarzst", "zip").
         entries: wanted entries in order.
         naming: the source's patterns.
         seen: safe names that came earlier in the container, for a shard that covers a later part.
@@ -111,6 +111,7 @@ def _member(container_uri: str, scheme: str, entry: Entry, sample: _Sample, nami
     facts = naming.read(name)
     if facts is None:
         return None
+    dots = entry.name.removesuffix(name)  # the `./` that some packers write
     member = Member(
         key,
         f"{scheme}://{entry.name}::{container_uri}",
@@ -120,7 +121,7 @@ def _member(container_uri: str, scheme: str, entry: Entry, sample: _Sample, nami
         label=facts.label,
         category=facts.category,
         defect=facts.defect,
-        mask_uri=None if facts.mask_name is None else f"{scheme}://{facts.mask_name}::{container_uri}",
+        mask_uri=None if facts.mask_name is None else f"{scheme}://{dots}{facts.mask_name}::{container_uri}",
     )
     return _with_sidecars(member, sample, scheme, container_uri)
 

@@ -46,7 +46,8 @@ def read_tar(shard: Shard, source: SourceSpec, storage: Storage, naming: Naming)
         ArchiveError: the tar or its index is broken.
     """
     if shard.span is None:
-        return assemble(shard.uri, "tar", _stream(shard, source, storage), naming)
+        scheme = "tarzst" if shard.uri.endswith(".zst") else "tar"
+        return assemble(shard.uri, scheme, _stream(shard, source, storage), naming)
     components = read_index(shard.uri, storage)
     first = shard.span[0]
     seen = {key_of(shard.uri, c.name) for c in components if c.offset < first and is_image_name(c.name)}

@@ -8,19 +8,21 @@ unless the source says `ignore`. Resizing is Pillow's antialiased bilinear, aspe
 
 import io
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from raydetect.errors import MemberError
 from raydetect.records import OK, Member
 from raydetect.spec import SourceSpec
 
-FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "MPO", "PPM", "GIF")
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "GIF")
 SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+# What Pillow warns of becomes a status or is judged by source.max_pixels. Set once: the filters are not thread-safe.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,17 +104,15 @@ def decode_all(
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        try:
-            picture = Image.open(io.BytesIO(data), formats=FORMATS)
-        except UnidentifiedImageError:
-            start = data[:8].hex(" ")
-            raise MemberError("not_an_image", f"no image format begins with the bytes {start}.") from None
-        except Image.DecompressionBombError as error:
-            raise MemberError("too_many_pixels", f"{_short(error)}.") from None
-        except Exception as error:
-            raise MemberError("corrupt", f"the image header cannot be read ({_short(error)}).") from None
+    try:
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        start = data[:8].hex(" ")
+        raise MemberError("not_an_image", f"no image format begins with the bytes {start}.") from None
+    except Image.DecompressionBombError as error:
+        raise MemberError("too_many_pixels", f"{_short(error)}.") from None
+    except Exception as error:
+        raise MemberError("corrupt", f"the image header cannot be read ({_short(error)}).") from None
     width, height = picture.size
     if width * height > max_pixels:
         raise MemberError(
@@ -142,7 +142,3 @@ def _sixteen_to_eight(picture: Image.Image) -> Image.Image:
 
 def _short(error: Exception) -> str:
     return " ".join(str(error).split())[:160] or type(error).__name__
-
-
-Decoder = Callable[[Member], Pixels]
-ImageFile.LOAD_TRUNCATED_IMAGES = False

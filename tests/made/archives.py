@@ -62,7 +62,7 @@ def index_bytes(tar: bytes) -> bytes:
 PACKERS = {
     ".tar": tar_bytes,
     ".tar.gz": lambda files: gzip.compress(tar_bytes(files), mtime=0),
-    ".tar.zst": lambda files: zstandard.compress(tar_bytes(files)),
+    ".tar.zst": lambda files: zstandard.ZstdCompressor(write_checksum=True).compress(tar_bytes(files)),
     ".zip": zip_bytes,
     ".parquet": parquet_bytes,
 }

@@ -82,8 +82,12 @@ def running_swift(folder: Path) -> Iterator[ObjectStore]:
     ports = {name: free_port() for name in ("proxy", "memcached", *SERVERS)}
     receiver = _receive_log(folder)
     _configure(folder, ports, receiver.getsockname()[1])
-    commands = [[*DIE_WITH_PARENT, "memcached", "-l", "127.0.0.1", "-p", str(ports["memcached"]), "-u", _user(), "-U", "0"]]
-    commands += [[*DIE_WITH_PARENT, f"swift-{kind}-server", str(folder / f"{kind}-server.conf")] for kind in (*SERVERS, "proxy")]
+    commands = [
+        [*DIE_WITH_PARENT, "memcached", "-l", "127.0.0.1", "-p", str(ports["memcached"]), "-u", _user(), "-U", "0"]
+    ]
+    commands += [
+        [*DIE_WITH_PARENT, f"swift-{kind}-server", str(folder / f"{kind}-server.conf")] for kind in (*SERVERS, "proxy")
+    ]
     with (folder / "log").open("ab") as log:
         words = {"stdout": log, "stderr": log, "cwd": folder, "env": ENVIRONMENT}
         processes = [subprocess.Popen(command, **words) for command in commands]

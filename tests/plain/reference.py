@@ -1,0 +1,66 @@
+"""Slow, obvious code that the tests compare with: loops, float64, no cleverness."""
+
+import math
+
+import numpy as np
+
+
+def nearest_rows(patches_ND: np.ndarray, bank_MD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distance to, and row of, the nearest bank row; float64 differences."""
+    distance = np.empty((len(patches_ND), len(bank_MD)))
+    for n, patch in enumerate(patches_ND.astype(np.float64)):
+        distance[n] = np.sqrt(((bank_MD.astype(np.float64) - patch) ** 2).sum(1))
+    return distance, distance.argmin(1)
+
+
+def farthest_first(points_NP: np.ndarray, count: int) -> list[int]:
+    """Greedy k-center over integer points, one pass per centre; ties to the smaller row."""
+    points = points_NP.astype(np.int64)
+    chosen = [int((points**2).sum(1).argmax())]
+    nearest = ((points - points[chosen[0]]) ** 2).sum(1)
+    while len(chosen) < count:
+        candidates = nearest.copy()
+        candidates[chosen] = -1
+        chosen.append(int(candidates.argmax()))
+        nearest = np.minimum(nearest, ((points - points[chosen[-1]]) ** 2).sum(1))
+    return chosen
+
+
+def patch_embeddings(levels: list[np.ndarray]) -> np.ndarray:
+    """3x3 means with zero padding (every mean over nine), deeper levels bilinear to the first grid; (B, h, w, D)."""
+    height, width = levels[0].shape[2:]
+    parts = []
+    for level in levels:
+        batch, channels, rows, columns = level.shape
+        pooled = np.zeros_like(level, dtype=np.float64)
+        padded = np.pad(level.astype(np.float64), ((0, 0), (0, 0), (1, 1), (1, 1)))
+        for r in range(rows):
+            for c in range(columns):
+                pooled[:, :, r, c] = padded[:, :, r : r + 3, c : c + 3].sum((2, 3)) / 9
+        grid = np.empty((batch, channels, height, width))
+        for r in range(height):
+            for c in range(width):
+                grid[:, :, r, c] = _bilinear(pooled, (r + 0.5) * rows / height - 0.5, (c + 0.5) * columns / width - 0.5)
+        parts.append(grid)
+    return np.concatenate(parts, 1).transpose(0, 2, 3, 1)
+
+
+def _bilinear(level: np.ndarray, row: float, column: float) -> np.ndarray:
+    rows, columns = level.shape[2:]
+    row, column = max(row, 0.0), max(column, 0.0)
+    top, left = min(int(row), rows - 1), min(int(column), columns - 1)
+    below, right = min(top + 1, rows - 1), min(left + 1, columns - 1)
+    down, across = row - top, column - left
+    upper = level[:, :, top, left] * (1 - across) + level[:, :, top, right] * across
+    lower = level[:, :, below, left] * (1 - across) + level[:, :, below, right] * across
+    return upper * (1 - down) + lower * down
+
+
+def reweighted(distance: float, to_neighbours: list[float]) -> float:
+    """PatchCore, eq. 7, as written."""
+    return (1 - math.exp(distance) / sum(math.exp(d) for d in to_neighbours)) * distance
+
+
+def p_value(calibration: list[float], score: float) -> float:
+    """(1 + how many calibration scores are at least this) / (M + 1)."""
+    return (1 + sum(c >= score for c in calibration)) / (len(calibration) + 1)

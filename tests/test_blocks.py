@@ -1,0 +1,210 @@
+"""Blocks against slow code, scipy and closed forms."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
+
+from raydetect.blocks import neighbors
+from raydetect.blocks.anomaly_map import smooth, upsample
+from raydetect.blocks.backbone import Backbone
+from raydetect.blocks.coreset import covering_radius, greedy_coreset, project, quantise
+from raydetect.blocks.neighbors import BankSearch
+from raydetect.blocks.pyramid import patch_embeddings
+from raydetect.blocks.seeding import keyed_generator, keyed_unit, shuffled
+from raydetect.errors import ArtifactError, SpecError
+from tests.plain import reference
+
+
+def features(count: int, dims: int, seed: int, clusters: int = 7) -> torch.Tensor:
+    """Clustered, off-centre points, as features are."""
+    random = np.random.default_rng(seed)
+    centres = random.normal(3, 2, (clusters, dims)) * np.linspace(2, 0.05, dims)
+    points = centres[random.integers(clusters, size=count)] + random.normal(0, 0.3, (count, dims))
+    return torch.from_numpy(points.astype(np.float32))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 127, 1023, 1024, 1025, 2300])
+def test_the_nearest_row_is_the_nearest(rows: int) -> None:
+    bank, patches = features(rows, 64, 1), features(300, 64, 2)
+    patches[7] = bank[rows // 2]  # distance zero
+    distance_NK, index_NK = BankSearch(bank).nearest(patches)
+    expected, index = reference.nearest_rows(patches.numpy(), bank.numpy())
+    best = expected.min(1)
+    np.testing.assert_allclose(distance_NK[:, 0].numpy(), best, rtol=1e-5, atol=1e-6)
+    ties = expected[np.arange(300), index_NK[:, 0].numpy()]
+    np.testing.assert_allclose(ties, best, rtol=1e-5, atol=1e-6)
+    assert (index_NK[:, 0].numpy() == index).mean() > 0.99
+    assert distance_NK[7, 0] == 0.0
+
+
+@pytest.mark.parametrize("rows", [40, 2300])
+@pytest.mark.parametrize("neighbours", [2, 9, 40])
+def test_several_neighbours_come_ascending(rows: int, neighbours: int) -> None:
+    bank, patches = features(rows, 48, 3), features(60, 48, 4)
+    distance_NK, _ = BankSearch(bank).nearest(patches, neighbours)
+    expected, _ = reference.nearest_rows(patches.numpy(), bank.numpy())
+    np.testing.assert_allclose(distance_NK.numpy(), np.sort(expected, 1)[:, :neighbours], rtol=1e-5, atol=1e-6)
+
+
+def test_pruning_gives_what_the_whole_product_gives() -> None:
+    bank, patches = features(5000, 200, 5), features(3000, 200, 6)
+    pruned = BankSearch(bank)
+    plain = BankSearch(bank)
+    plain.pruner = None
+    (a, i), (b, j) = pruned.nearest(patches), plain.nearest(patches)
+    assert pruned.pruner is not None
+    assert torch.equal(i, j) and torch.equal(a, b)
+
+
+def test_pruning_survives_duplicates_and_constant_dims() -> None:
+    bank = features(1, 96, 7).repeat(2000, 1)
+    bank[1500:, 3] += 1.0
+    distance_N1, index_N1 = BankSearch(bank).nearest(bank[[0, 1999]])
+    assert distance_N1.flatten().tolist() == [0.0, 0.0]
+    assert index_N1[0] < 1500 <= index_N1[1]
+
+
+def test_a_large_offset_costs_no_precision() -> None:
+    bank, patches = features(2000, 64, 8) + 1000.0, features(50, 64, 9) + 1000.0
+    expected, _ = reference.nearest_rows(patches.numpy(), bank.numpy())
+    found = BankSearch(bank).nearest(patches)[0][:, 0].numpy()
+    np.testing.assert_allclose(found, expected.min(1), rtol=1e-3)
+
+
+def test_search_refuses_what_makes_no_sense() -> None:
+    with pytest.raises(ValueError, match="at least one row"):
+        BankSearch(torch.zeros(0, 4))
+    search = BankSearch(torch.zeros(3, 4))
+    with pytest.raises(ValueError, match="5 dims"):
+        search.nearest(torch.zeros(2, 5))
+    with pytest.raises(ValueError, match="4 neighbours"):
+        search.nearest(torch.zeros(2, 4), 4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 300), st.integers(1, 24), st.integers(0, 10_000), st.integers(1, 64), st.booleans())
+def test_the_coreset_is_greedy_farthest_first(
+    count: int, dims: int, seed: int, candidates: int, many_ties: bool
+) -> None:
+    points = features(count, dims, seed)
+    if many_ties:
+        points = points.round()
+    wanted = max(1, count // 3)
+    found = greedy_coreset(points, wanted, seed=seed, projected_dims=8, candidates=candidates)
+    integers = quantise(project(points, 8, seed))
+    assert torch.equal(integers, integers.round())
+    assert found.tolist() == reference.farthest_first(integers.numpy(), wanted)
+
+
+def test_quantised_distances_are_exact_integers() -> None:
+    points = quantise(project(features(500, 128, 3), None, 0))
+    product = points @ points.T
+    exact = points.numpy().astype(np.int64) @ points.numpy().astype(np.int64).T
+    assert (product.numpy().astype(np.int64) == exact).all()
+    assert 4 * (points.double() ** 2).sum(1).max() < 2**24
+
+
+def test_the_coreset_covers_better_than_chance() -> None:
+    points = features(3000, 64, 4, clusters=50)
+    chosen = greedy_coreset(points, 60, seed=0)
+    random = torch.randperm(3000, generator=torch.Generator().manual_seed(0))[:60]
+    assert covering_radius(points, points[chosen]) < 0.8 * covering_radius(points, points[random])
+    assert len(set(chosen.tolist())) == 60
+
+
+def test_the_coreset_refuses_nan_and_counts_out_of_range() -> None:
+    with pytest.raises(ValueError, match="NaN"):
+        greedy_coreset(torch.full((3, 2), torch.nan), 1, seed=0)
+    with pytest.raises(ValueError, match="4 centres"):
+        greedy_coreset(torch.zeros(3, 2), 4, seed=0)
+    assert sorted(greedy_coreset(torch.zeros(3, 2), 3, seed=0).tolist()) == [0, 1, 2]
+
+
+def test_patch_embeddings_are_local_means_on_one_grid() -> None:
+    random = np.random.default_rng(0)
+    levels = [random.normal(size=(2, 3, 6, 8)).astype(np.float32), random.normal(size=(2, 5, 3, 4)).astype(np.float32)]
+    found = patch_embeddings([torch.from_numpy(level) for level in levels])
+    np.testing.assert_allclose(found.numpy(), reference.patch_embeddings(levels), atol=1e-5)
+
+
+@pytest.mark.parametrize("sigma", [0.5, 2.0, 4.0])
+@pytest.mark.parametrize("shape", [(40, 56), (5, 9)])
+def test_smoothing_is_scipys(sigma: float, shape: tuple[int, int]) -> None:
+    picture = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+    found = smooth(torch.from_numpy(picture)[None], sigma)[0].numpy()
+    np.testing.assert_allclose(found, gaussian_filter(picture.astype(np.float64), sigma, mode="reflect"), atol=2e-5)
+
+
+def test_upsampling_keeps_a_constant_and_smoothing_zero_changes_nothing() -> None:
+    grid = torch.full((2, 3, 4), 1.5)
+    torch.testing.assert_close(upsample(grid, (17, 9)), torch.full((2, 17, 9), 1.5))
+    assert smooth(grid, 0.0) is grid
+
+
+def test_a_frozen_backbone_gives_the_features_of_the_plain_one() -> None:
+    backbone = Backbone("resnet18", ("layer1", "layer3"), 3).eval()
+    generator = keyed_generator(0, "statistics")
+    for name, value in backbone.trunk.state_dict().items():  # batch norms that do something
+        if "running_mean" in name or name.endswith("bias"):
+            value.copy_(torch.randn(value.shape, generator=generator) * 0.1)
+        if "running_var" in name:
+            value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
+    images = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
+    with torch.inference_mode():
+        plain, frozen = backbone(images), backbone.frozen()(images)
+    assert [tuple(level.shape) for level in plain] == [(2, 64, 16, 24), (2, 256, 4, 6)]
+    for a, b in zip(plain, frozen, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["timm/resnet18", "resnet10t"])
+def test_timm_backbones_work(name: str) -> None:
+    backbone = Backbone(name, ("layer2", "layer3"), 0).frozen()
+    with torch.inference_mode():
+        levels = backbone(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    assert [level.shape[-1] for level in levels] == [8, 4]
+
+
+def test_backbone_weights_are_keyed_checked_and_named() -> None:
+    backbone = Backbone("resnet18", ("layer1",), 0)
+    assert backbone.digest() == Backbone("resnet18", ("layer1",), 0).digest()
+    assert backbone.digest() != Backbone("resnet18", ("layer1",), 1).digest()
+    weights = backbone.weights()
+    assert not any(name.startswith("layer2") for name in weights)
+    with pytest.raises(ArtifactError, match=r"no tensor 'conv1\.weight'"):
+        backbone.load({k: v for k, v in weights.items() if k != "conv1.weight"}, "file")
+    with pytest.raises(ArtifactError, match=r"has shape \(1,\)"):
+        backbone.load({**weights, "conv1.weight": torch.zeros(1)}, "file")
+
+
+def test_an_unknown_backbone_or_layer_names_the_nearest() -> None:
+    with pytest.raises(SpecError, match="resnet18"):
+        Backbone("resnet81", ("layer1",), 0)
+    with pytest.raises(SpecError, match="layer3"):
+        Backbone("resnet18", ("layer33",), 0)
+    with pytest.raises(SpecError, match="layer3"):
+        Backbone("timm/resnet18", ("layer33",), 0)
+
+
+def test_randomness_is_keyed_by_words_alone() -> None:
+    keys = [f"k{i}" for i in range(50)]
+    assert shuffled(keys, 0, 1) == shuffled(keys[::-1], 0, 1) != shuffled(keys, 0, 2)
+    units = [keyed_unit(0, "holdout", key) for key in map(str, range(4000))]
+    assert min(units) >= 0.0 and max(units) < 1.0 and abs(np.mean(units) - 0.5) < 0.02
+
+
+def test_the_slack_covers_the_rounding_of_float32() -> None:
+    bank, patches = features(3000, 384, 1) * 100, features(500, 384, 2) * 100
+    search = BankSearch(bank)
+    assert search.pruner is not None
+    centred = patches - search.mean_D
+    rotated = (centred @ search.pruner.axes_DD).double()
+    exact = (centred.double()[:, None] - search.centred_MD[search.pruner.rows_M].double()[:100][None]) ** 2
+    found = rotated.square().sum(1)[:, None] + (
+        search.pruner.norms_M[:100] - 2 * (rotated.float() @ search.pruner.rotated_MD[:100].T)
+    )
+    allowed = neighbors.SLACK * (rotated.square().sum(1)[:, None] + search.pruner.largest)
+    assert ((found - exact.sum(-1)).abs() < 0.5 * allowed).all()
