@@ -56,7 +56,9 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of `values` with `a.b=c` texts applied; the right side is read as YAML.
+    """A copy of `values` with `a.b=c` texts applied; the right side is read as YAML, else taken as text.
+
+    So `pattern={category}/{name}.png` needs no quotes.
 
     Raises:
         SpecError: a text without `=`, or a path through something that is not a mapping.
@@ -72,8 +74,15 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
             place = place.setdefault(parent, {})
             if not isinstance(place, dict):
                 raise SpecError(f"--set {text}: {parent!r} is not a mapping. Set it as a whole.")
-        place[last] = yaml.safe_load(right)
+        place[last] = _yaml_or_text(right)
     return result
+
+
+def _yaml_or_text(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def validate(kind: type[T], values: Mapping[str, Any], where: str) -> T:

@@ -112,6 +112,8 @@ def test_overrides_copy_and_differences_name_paths() -> None:
     values = {"a": {"b": 1}, "c": [1]}
     changed = apply_overrides(values, ["a.b=2", "a.d=[x, y]"])
     assert values == {"a": {"b": 1}, "c": [1]} and changed["a"] == {"b": 2, "d": ["x", "y"]}
+    pattern = "{category}/test/{name}.png"
+    assert apply_overrides({}, [f"source.pattern={pattern}"]) == {"source": {"pattern": pattern}}
     assert differences(values, changed) == ["a.b: 1 -> 2", 'a.d: null -> ["x", "y"]']
 
 

@@ -1,0 +1,97 @@
+"""One row for each detector: how to fit it small, and how well it must then find planted defects."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from raydetect import local
+from raydetect.detectors._base import Detector, Scores
+from raydetect.spec import FitSpec, parse_job
+from raydetect.storage import Storage
+from raydetect.worker.artifact import load_artifact
+from tests.made.archives import normal_files, pack
+from tests.made.images import DEFECTS, defect_image, normal_image
+
+SIZE_PX = 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """One detector's case.
+
+    Attributes:
+        name: of the registry.
+        params: small enough for seconds on two cores.
+        floor: image AUROC on planted defects that it must pass, with random backbone weights.
+        pixel_floor: pixel AUROC likewise.
+        bad: parameters that must be refused, with a word of the message.
+    """
+
+    name: str
+    params: dict[str, Any]
+    floor: float
+    pixel_floor: float
+    bad: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+RANDOM = {"backbone": "resnet18", "weights": "random"}
+CASES = (
+    Case(
+        "patchcore",
+        {**RANDOM, "layers": ["layer1", "layer2"], "coreset_sampling_ratio": 0.05, "smoothing_sigma": 1},
+        floor=0.95,
+        pixel_floor=0.93,
+        bad={"coreset_sampling_ratio": {"coreset_sampling_ratio": 0}, "n_neighbors": {"n_neighbors": 0}},
+    ),
+    Case(
+        "stfpm",
+        {**RANDOM, "epochs": 20, "batch_size": 16, "learning_rate": 0.2},
+        floor=0.8,
+        pixel_floor=0.88,
+        bad={"momentum": {"momentum": 1.5}, "epochs": {"epochs": 0}},
+    ),
+)
+
+
+def fit(case: Case, place: str, *, images: int = 40, shard_images: int = 20, seed: int = 0) -> Detector:
+    """Fits a case on loose images under `memory://place` and loads the artifact."""
+    pack(f"memory://{place}/normal", "", normal_files(images), 1)
+    params = {"image_size": [SIZE_PX, SIZE_PX], **case.params}
+    spec = parse_job(
+        {
+            "kind": "fit",
+            "source": {"uri": f"memory://{place}/normal", "shard_images": shard_images},
+            "detector": {"name": case.name, "params": params},
+            "artifact": f"memory://{place}/artifact",
+            "seed": seed,
+            "batch_size": 8,
+            "resources": {"cpus_per_worker": 2},
+        },
+        case.name,
+    )
+    assert isinstance(spec, FitSpec)
+    local.fit(spec, lambda *_: None)
+    return load_artifact(f"memory://{place}/artifact", Storage()).detector
+
+
+def as_batch(images: list[np.ndarray]) -> torch.Tensor:
+    """uint8 (B, 3, H, W)."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def test_images(count: int = 12) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+    """(images, labels, masks): normal ones first, then planted defects, none of them seen in fitting."""
+    normal = [normal_image(90_000 + i, SIZE_PX) for i in range(count)]
+    planted = [defect_image(500 + i, DEFECTS[i % len(DEFECTS)], SIZE_PX) for i in range(count)]
+    masks = np.zeros((2 * count, SIZE_PX, SIZE_PX), bool)
+    for i, (_, mask) in enumerate(planted):
+        masks[count + i] = mask
+    return as_batch([*normal, *(image for image, _ in planted)]), np.repeat([0, 1], count), masks
+
+
+def score(detector: Detector, images_BCHW: torch.Tensor) -> Scores:
+    """Scores in one batch."""
+    with torch.inference_mode():
+        return detector.score(images_BCHW)

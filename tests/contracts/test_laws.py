@@ -1,0 +1,215 @@
+"""The laws of the Detector contract, each one test over every registered detector."""
+
+import time
+from collections.abc import Iterator
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from raydetect.detectors._base import Batch, Detector, FitState, NotFittedError
+from raydetect.detectors._registry import build_detector, detector_class, list_models
+from raydetect.errors import ArtifactError, RaydetectError, SpecError
+from raydetect.storage import Storage
+from raydetect.worker.artifact import load_artifact
+from tests.contracts import cases
+from tests.contracts.cases import CASES, SIZE_PX, Case
+
+pytestmark = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+fitted_by_name: dict[str, Detector] = {}
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def fitted(case: Case) -> Detector:
+    """The case's detector, fitted once for the tests that do not change it."""
+    if case.name not in fitted_by_name:
+        fitted_by_name[case.name] = cases.fit(case, "shared")
+    return fitted_by_name[case.name]
+
+
+def test_every_detector_has_a_case(case: Case) -> None:
+    assert case.name in list_models()
+    assert {c.name for c in CASES} == set(list_models())
+
+
+def test_its_name_is_its_file_and_its_facts_are_there(case: Case) -> None:
+    kind = detector_class(case.name)
+    assert kind.__name__.lower() == case.name
+    assert kind.info.paper.startswith("arXiv:") and kind.info.venue and kind.info.summary and kind.info.published
+    assert kind.phases and set(kind.phases) <= {"collect", "train"}
+
+
+def test_it_is_cheap_to_build(case: Case) -> None:
+    begun = time.perf_counter()
+    build_detector(case.name, {"weights": "no/such/file"})  # nothing is loaded yet
+    assert time.perf_counter() - begun < 0.2
+
+
+def test_unknown_and_bad_parameters_are_refused(case: Case) -> None:
+    with pytest.raises(SpecError, match="image_size"):
+        build_detector(case.name, {"image_sise": [64, 64]})
+    for word, params in case.bad.items():
+        with pytest.raises(SpecError, match=word):
+            build_detector(case.name, params)
+
+
+def test_weights_that_cannot_be_had_say_what_to_do(case: Case) -> None:
+    with pytest.raises(ArtifactError, match="weights"):
+        build_detector(case.name, {**case.params, "weights": "/no/such/file.safetensors"}).load_weights()
+
+
+def test_unfitted_it_refuses_to_score_and_to_save(case: Case) -> None:
+    detector = build_detector(case.name, case.params)
+    for _ in range(2):
+        with pytest.raises(NotFittedError, match=case.name):
+            detector.score(torch.zeros(1, 3, SIZE_PX, SIZE_PX, dtype=torch.uint8))
+        with pytest.raises(NotFittedError):
+            detector.tensors()
+        detector.load_weights()
+
+
+def test_scores_have_their_shapes_and_are_finite(case: Case) -> None:
+    images = torch.randint(0, 256, (3, 3, SIZE_PX, SIZE_PX), dtype=torch.uint8)
+    for batch in (images, torch.zeros_like(images), torch.full_like(images, 255)):
+        scores = cases.score(fitted(case), batch)
+        assert scores.image_score_B.shape == (3,) and scores.image_score_B.dtype == torch.float32
+        assert scores.anomaly_map_BHW.shape == (3, SIZE_PX, SIZE_PX) and scores.anomaly_map_BHW.dtype == torch.float32
+        assert torch.isfinite(scores.image_score_B).all() and torch.isfinite(scores.anomaly_map_BHW).all()
+
+
+def test_it_finds_planted_defects(case: Case) -> None:
+    images, labels, masks = cases.test_images()
+    scores = cases.score(fitted(case), images)
+    assert roc_auc_score(labels, scores.image_score_B.numpy()) >= case.floor
+    assert roc_auc_score(masks.ravel(), scores.anomaly_map_BHW.numpy().ravel()) >= case.pixel_floor
+
+
+def test_an_image_is_scored_alone_whatever_its_neighbours(case: Case) -> None:
+    images = cases.test_images()[0]
+    together = cases.score(fitted(case), images)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    shuffled = cases.score(fitted(case), images[order])
+    assert torch.equal(shuffled.image_score_B, together.image_score_B[order])
+    assert torch.equal(shuffled.anomaly_map_BHW, together.anomaly_map_BHW[order])
+    alone = torch.cat([cases.score(fitted(case), images[i : i + 1]).image_score_B for i in range(4)])
+    torch.testing.assert_close(alone, together.image_score_B[:4], rtol=1e-4, atol=1e-6)
+
+
+def test_scoring_is_pure(case: Case) -> None:
+    images = cases.test_images(3)[0]
+    before = images.clone()
+    first, second = cases.score(fitted(case), images), cases.score(fitted(case), images)
+    assert torch.equal(first.image_score_B, second.image_score_B)
+    assert torch.equal(first.anomaly_map_BHW, second.anomaly_map_BHW)
+    assert torch.equal(images, before)
+
+
+def test_the_fit_does_not_depend_on_batches_or_order(case: Case) -> None:
+    """The keyed state of images collected one by one, in any order and partly twice, is one and the same."""
+    kind = detector_class(case.name)
+    if "collect" not in kind.phases:
+        with pytest.raises(TypeError, match="no collect phase"):
+            build_detector(case.name, case.params).collect(Batch(torch.zeros(0), []))
+        return
+    images, keys = cases.test_images(6)[0], [f"image-{i}" for i in range(12)]
+    banks = []
+    for orders in ([range(0, 12)], [range(11, 5, -1), range(5, -1, -1)], [range(4), range(2, 9), range(8, 12)]):
+        detector = build_detector(case.name, {**case.params, "image_size": [SIZE_PX, SIZE_PX]})
+        detector.load_weights()
+        state = FitState()
+        with torch.inference_mode():
+            for order in orders:
+                places = list(order)
+                padded = images[[*places, *[0] * (12 - len(places))]]
+                found = detector.collect(Batch(padded, [keys[i] for i in places] + [""] * (12 - len(places))))
+                found.items.pop("", None)
+                state = state.merge(found)
+        detector.finish(state)
+        banks.append(detector.tensors())
+    for other in banks[1:]:
+        assert all(torch.equal(banks[0][name], other[name]) for name in banks[0])
+
+
+def test_the_fit_does_not_depend_on_the_number_of_shards(case: Case) -> None:
+    one, many = (cases.fit(case, "shards", images=8, shard_images=n).tensors() for n in (100, 3))
+    assert all(torch.equal(one[name], many[name]) for name in one)
+
+
+def test_the_fit_is_repeatable_and_follows_the_seed(case: Case) -> None:
+    first, again, other = (cases.fit(case, "seed", images=8, seed=s).tensors() for s in (3, 3, 4))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_a_second_fit_forgets_the_first(case: Case) -> None:
+    fresh = cases.fit(case, "forget", images=8)
+    detector = build_detector(case.name, {**case.params, "image_size": [SIZE_PX, SIZE_PX]})
+    detector.load_weights()
+    images = cases.test_images(8)[0]
+    keys = [str(i) for i in range(16)]
+
+    def fit_on(rows: range) -> dict[str, torch.Tensor]:
+        batch = Batch(images[list(rows)], [keys[i] for i in rows])
+        if "collect" in detector.phases:
+            with torch.inference_mode():
+                detector.finish(detector.collect(batch))
+        else:
+            plan = detector.begin_training(len(rows))
+            for _ in range(2):
+                plan.optimizer.zero_grad()
+                detector.training_loss(batch).backward()
+                plan.optimizer.step()
+            detector.end_training()
+        return {name: value.clone() for name, value in detector.tensors().items()}
+
+    once = fit_on(range(8))
+    fit_on(range(8, 16))
+    twice = fit_on(range(8))
+    assert all(torch.equal(once[name], twice[name]) for name in once)
+    assert fresh.tensors().keys() == once.keys()
+
+
+def test_saved_and_loaded_it_scores_bit_for_bit_without_pickle(case: Case) -> None:
+    detector = cases.fit(case, "saved", images=8)
+    images = cases.test_images(4)[0]
+    scores = [cases.score(d, images) for d in (detector, load_artifact("memory://saved/artifact", Storage()).detector)]
+    assert torch.equal(scores[0].image_score_B, scores[1].image_score_B)
+    assert torch.equal(scores[0].anomaly_map_BHW, scores[1].anomaly_map_BHW)
+    names = [name.rpartition("/")[2] for name in fsspec.filesystem("memory").find("/saved/artifact")]
+    assert sorted(name.rpartition(".")[2] for name in names) == ["json", "safetensors"]
+
+
+def test_a_missing_tensor_is_named(case: Case) -> None:
+    tensors = dict(fitted(case).tensors())
+    name = next(n for n in sorted(tensors) if n.endswith("weight") or n == "bank")
+    del tensors[name]
+    detector = build_detector(case.name, {**case.params, "image_size": [SIZE_PX, SIZE_PX]})
+    with pytest.raises(ArtifactError, match=r"has no tensor|misses"):
+        detector.load_tensors(tensors)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (65, 97), (33, 40), (200, 48)])
+def test_any_image_size_works_or_is_refused(case: Case, size: tuple[int, int]) -> None:
+    images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
+    try:
+        scores = cases.score(fitted(case), images)
+    except RaydetectError as error:
+        assert str(size[0]) in str(error)
+        return
+    assert scores.anomaly_map_BHW.shape == (2, *size)
+    assert torch.isfinite(scores.anomaly_map_BHW).all()
+
+
+def test_moving_to_a_device_returns_itself(case: Case) -> None:
+    detector = fitted(case)
+    assert detector.to(torch.device("cpu")) is detector
+    assert np.isfinite(cases.score(detector, cases.test_images(1)[0]).image_score_B.numpy()).all()

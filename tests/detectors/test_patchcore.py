@@ -1,0 +1,66 @@
+"""PatchCore against slow float64 code."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter
+
+from raydetect.detectors._base import Batch
+from raydetect.detectors._registry import build_detector
+from raydetect.detectors.patchcore import PatchCore
+from tests.contracts.cases import as_batch
+from tests.made.images import defect_image, normal_image
+from tests.plain import reference
+
+PARAMS = {"backbone": "resnet18", "weights": "random", "image_size": [64, 64], "coreset_sampling_ratio": 0.2}
+
+
+def fitted(**params: object) -> PatchCore:
+    detector = build_detector("patchcore", {**PARAMS, **params})
+    assert isinstance(detector, PatchCore)
+    detector.load_weights()
+    images = as_batch([normal_image(i, 64) for i in range(12)])
+    with torch.inference_mode():
+        detector.finish(detector.collect(Batch(images, [f"{i:02d}" for i in range(12)])))
+    return detector
+
+
+@pytest.mark.parametrize("n_neighbors", [1, 3, 9])
+def test_scores_and_maps_are_equation_7_in_float64(n_neighbors: int) -> None:
+    detector = fitted(n_neighbors=n_neighbors, smoothing_sigma=0)
+    images = as_batch([normal_image(900, 64), defect_image(1, "blob", 64)[0], defect_image(2, "scratch", 64)[0]])
+    scores = detector.score(images)
+    assert detector.search is not None
+    bank = detector.search.bank_MD.double().numpy()
+    with torch.inference_mode():
+        embeddings = detector._embed(images).double().numpy()
+    for i, grid in enumerate(embeddings):
+        distance, index = reference.nearest_rows(grid.reshape(-1, grid.shape[-1]), bank)
+        best = distance.min(1)
+        worst = int(best.argmax())
+        around = np.sqrt(((bank - bank[index[worst]]) ** 2).sum(1)).argsort(kind="stable")[:n_neighbors]
+        expected = best[worst]
+        if n_neighbors > 1:
+            expected = reference.reweighted(best[worst], [distance[worst, row] for row in around])
+        assert float(scores.image_score_B[i]) == pytest.approx(expected, rel=1e-3)
+        coarse = torch.from_numpy(best.reshape(8, 8))[None, None]
+        upsampled = torch.nn.functional.interpolate(coarse, size=(64, 64), mode="bilinear")[0, 0].numpy()
+        np.testing.assert_allclose(scores.anomaly_map_BHW[i].numpy(), upsampled, rtol=1e-3, atol=1e-5)
+
+
+def test_the_map_is_smoothed_as_scipy_does() -> None:
+    images = as_batch([defect_image(1, "blob", 64)[0]])
+    plain = fitted(smoothing_sigma=0).score(images).anomaly_map_BHW[0].numpy()
+    smooth = fitted(smoothing_sigma=3).score(images).anomaly_map_BHW[0].numpy()
+    np.testing.assert_allclose(smooth, gaussian_filter(plain.astype(np.float64), 3, mode="reflect"), rtol=1e-3)
+
+
+def test_a_training_image_is_normal_when_the_bank_holds_everything() -> None:
+    detector = fitted(coreset_sampling_ratio=1.0, smoothing_sigma=0)
+    scores = detector.score(as_batch([normal_image(i, 64) for i in range(12)]))
+    assert scores.image_score_B.abs().max() < 1e-3
+
+
+def test_the_bank_has_the_stated_share_and_bound() -> None:
+    assert fitted().tensors()["bank"].shape == (round(12 * 64 * 0.2), 384)
+    assert fitted(max_bank_vectors=17).tensors()["bank"].shape == (17, 384)
