@@ -55,7 +55,8 @@ class FitDisplay:
         ended = total is not None and self._done[phase] >= total
         if first or ended or now - self._line_at > LINE_SECONDS:
             self._line_at = now
-            _line(f"{phase}: {self._done[phase]}" + (f"/{total}" if total is not None else ""))
+            of_all = f"/{total}" if total is not None else ""
+            _line(f"{phase}: {self._done[phase]}{of_all}" if done else phase)
 
 
 class ScoreDisplay:

@@ -169,7 +169,7 @@ def test_bad_images_are_rows_with_a_status_and_no_score() -> None:
     Storage().write("memory://data/bad/a.tar", tar_bytes(files))
     Storage().write("memory://data/bad/b.tar", tar_bytes(mixed_files(4, 0))[:20_000])
     Storage().write("memory://data/bad/c.tar", b"no tar at all")
-    with pytest.raises(TooManyBadRows, match="max_bad_fraction = 0.05"):
+    with pytest.raises(TooManyBadRows, match=r"max_bad_fraction = 0\.05"):
         run("source.uri=memory://data/bad")
     plan, manifest = run("source.uri=memory://data/bad", "max_bad_fraction=1")
     found = rows(plan)

@@ -2,10 +2,11 @@
 
 import logging
 import os
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # before ray is loaded: its C++ side reads it once
+from pathlib import Path
 
 import ray
 from ray.data import DataContext
@@ -33,18 +34,52 @@ def session(address: str | None, resources: ResourceSpec) -> Iterator[None]:
         ClusterError: it cannot be reached or refuses.
     """
     target = address or os.environ.get("RAY_ADDRESS")
+    with _native_messages_in_a_file():
+        try:
+            if target:
+                ray.init(address=target, log_to_driver=False, logging_level=logging.ERROR)
+            else:
+                _start_local(resources)
+        except Exception as error:
+            raise translate(error, target) from None
+        try:
+            _quiet()
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _native_messages_in_a_file() -> Iterator[None]:
+    """Ray's C++ side writes to file descriptor 2 past every Python setting; Python's own messages still reach people.
+
+    The file `raydetect-ray-PID.log` lies in the temporary folder, and is removed when nothing was written.
+    """
+    log = Path(tempfile.gettempdir()) / f"raydetect-ray-{os.getpid()}.log"
+    sys.stderr.flush()
+    kept = os.dup(2)
+    people = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
+    before = sys.stderr
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 2)
+    if _is_descriptor_2(before):
+        sys.stderr = people
     try:
-        if target:
-            ray.init(address=target, log_to_driver=False, logging_level=logging.ERROR)
-        else:
-            _start_local(resources)
-    except Exception as error:
-        raise translate(error, target) from None
-    try:
-        _quiet()
         yield
     finally:
-        ray.shutdown()
+        sys.stderr = before
+        people.close()
+        os.dup2(kept, 2)
+        os.close(kept)
+        if log.stat().st_size == 0:
+            log.unlink()
+
+
+def _is_descriptor_2(stream: object) -> bool:
+    try:
+        return stream.fileno() == 2  # type: ignore[attr-defined]
+    except (AttributeError, OSError, ValueError):  # replaced by something that is no file, as in tests
+        return False
 
 
 def _start_local(resources: ResourceSpec) -> None:
