@@ -7,7 +7,6 @@ import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 
-import timm
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
@@ -36,8 +35,12 @@ def bare_name(name: str) -> str:
         SpecError: neither torchvision nor timm knows it.
     """
     bare = ALIASES.get(name, name).removeprefix(TIMM_PREFIX)
-    if is_timm(name) and bare.partition(".")[0] not in timm.list_models():
-        raise SpecError(f"backbone {name!r} is unknown to torchvision and timm.{nearest(name, models.list_models())}")
+    if is_timm(name):
+        import timm  # slow, and only needed for its own models
+
+        if bare.partition(".")[0] not in timm.list_models():
+            known = nearest(name, models.list_models())
+            raise SpecError(f"backbone {name!r} is unknown to torchvision and timm.{known}")
     return bare
 
 
@@ -118,6 +121,8 @@ def _torchvision_trunk(name: str, layers: Sequence[str]) -> nn.Module:
 
 
 def _timm_trunk(name: str, layers: Sequence[str]) -> nn.Module:
+    import timm
+
     bare = bare_name(name)
     known = timm.create_model(bare, pretrained=False, features_only=True).feature_info
     names = [entry["module"] for entry in known.info] if hasattr(known, "info") else known.module_name()

@@ -2,7 +2,6 @@
 
 import io
 
-import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
@@ -43,6 +42,8 @@ def _imagenet(name: str) -> dict[str, Tensor]:
     bare = bare_name(name)
     try:
         if is_timm(name):
+            import timm
+
             return dict(timm.create_model(bare, pretrained=True).state_dict())
         enum = models.get_model_weights(bare)
         chosen = getattr(enum, "IMAGENET1K_V1", None) or next(iter(enum))

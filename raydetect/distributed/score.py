@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
-import torch
 from ray.data import ActorPoolStrategy
 
 from raydetect.config import to_plain, validate
@@ -20,14 +19,12 @@ from raydetect.records import Part, Receipt
 from raydetect.sinks.parquet import ResultsSink
 from raydetect.spec import ScoreSpec
 from raydetect.storage import Storage
-from raydetect.worker.artifact import load_artifact
-from raydetect.worker.score import Scorer
 
 CHUNKS_WAITING_PER_ACTOR = 2
 
 
 class ScoreActor:
-    """A warm Scorer in a Ray actor."""
+    """A warm Scorer in a Ray actor. The driver handles this class too, so torch is loaded in the actor alone."""
 
     def __init__(self, spec: ScoreSpec, artifact_uri: str, digest: str, sink: ResultsSink) -> None:
         """Loads the artifact.
@@ -35,6 +32,11 @@ class ScoreActor:
         Raises:
             SpecError: the artifact is another one than the driver planned with.
         """
+        import torch
+
+        from raydetect.worker.artifact import load_artifact
+        from raydetect.worker.score import Scorer
+
         torch.set_num_threads(spec.resources.cpus_per_worker)
         artifact = load_artifact(artifact_uri, Storage(spec.storage))
         if artifact.record.digest != digest:

@@ -1,0 +1,76 @@
+"""A small fitted artifact and an archive in the object store, shared by the tests of whole jobs."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.made.archives import mixed_files, normal_files, pack
+from tests.objectstore import ObjectStore
+from tests.together.runs import run, write_job
+
+
+@dataclass(frozen=True)
+class Line:
+    """Generated images of one production line in a bucket, and an artifact fitted on its normal ones."""
+
+    store: ObjectStore
+    folder: Path
+
+    def job(self, results: str, *, workers: int = 2, **changes: Any) -> str:
+        """A scoring job file into `results` of the bucket."""
+        values = {
+            "kind": "score",
+            "source": {
+                "uri": self.store.uri("mixed"),
+                "pattern": "{category}/test/{defect}/{name}.png",
+                "mask_pattern": "{category}/ground_truth/{defect}/{name}_mask.png",
+            },
+            "artifact": self.store.uri("artifact"),
+            "sink": {"uri": self.store.uri(results), "heatmaps": "all"},
+            "storage": self.store.words,
+            "flag": {"alpha": 0.1},
+            "batch_size": 4,
+            "chunk_images": 8,
+            "resources": {"num_workers": workers, "cpus_per_worker": 1},
+            **changes,
+        }
+        return write_job(self.folder / f"{results}.yaml", values)
+
+
+@pytest.fixture(scope="session")
+def line(running_store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> Line:
+    """Twelve tar shards of 20 images each, and PatchCore fitted on 40 normal images."""
+    store = replace(running_store, bucket="line")
+    fs, _ = store.storage.filesystem(store.uri())
+    fs.call_s3("create_bucket", Bucket=store.bucket)
+    pack(store.uri("normal"), ".tar", normal_files(40), 2, store.storage)
+    pack(store.uri("mixed"), ".tar", mixed_files(150, 30), 12, store.storage)
+    made = Line(store, tmp_path_factory.mktemp("line"))
+    fit = {
+        "kind": "fit",
+        "source": {"uri": store.uri("normal")},
+        "detector": {
+            "name": "patchcore",
+            "params": {
+                "backbone": "resnet18",
+                "weights": "random",
+                "image_size": [96, 96],
+                "coreset_sampling_ratio": 0.05,
+            },
+        },
+        "artifact": store.uri("artifact"),
+        "storage": store.words,
+        "calibration": {"holdout_ratio": 0.25},
+        "resources": {"cpus_per_worker": 2},
+    }
+    run(made.folder / "fit", "fit", write_job(made.folder / "fit.yaml", fit))
+    return made
+
+
+@pytest.fixture(scope="session")
+def truth(line: Line) -> str:
+    """Results of an uninterrupted run in one process."""
+    run(line.folder / "truth", "score", line.job("truth", workers=1), "--local")
+    return line.store.uri("truth")

@@ -1,0 +1,159 @@
+"""Whole jobs through the command line, in processes of their own that tests may kill."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow.parquet as pq
+import yaml
+
+from raydetect.sinks.ledger import Ledger
+from raydetect.storage import Storage
+
+COMMAND = Path(sys.executable).with_name("raydetect")
+
+
+@dataclass
+class Run:
+    """A running command with its output in files."""
+
+    process: subprocess.Popen[bytes]
+    folder: Path
+
+    def text(self) -> str:
+        """What it said so far."""
+        return "".join((self.folder / name).read_text() for name in ("stdout", "stderr"))
+
+    def wait(self, seconds: float = 240) -> int:
+        """Its exit code."""
+        return self.process.wait(timeout=seconds)
+
+    def kill(self) -> None:
+        """SIGKILL to the command itself."""
+        os.kill(self.process.pid, signal.SIGKILL)
+        self.process.wait(timeout=20)
+
+
+def start(folder: Path, *words: str, **environment: str) -> Run:
+    """Starts `raydetect WORDS`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
+        process = subprocess.Popen(
+            [COMMAND, *words], stdout=out, stderr=err, stdin=subprocess.DEVNULL, env={**os.environ, **environment}
+        )
+    return Run(process, folder)
+
+
+def run(folder: Path, *words: str, **environment: str) -> Run:
+    """Runs `raydetect WORDS` to its end; exit code 0."""
+    made = start(folder, *words, **environment)
+    code = made.wait()
+    assert code == 0, f"raydetect {' '.join(words)} ended with {code}:\n{made.text()}"
+    return made
+
+
+def write_job(path: Path, values: dict[str, Any]) -> str:
+    """A job file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+def descendants(pid: int) -> Iterator[int]:
+    """Processes that `pid` started, and those that these started."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except (OSError, IndexError):  # it ended meanwhile
+                continue
+            children.setdefault(parent, []).append(int(entry.name))
+    waiting = [pid]
+    while waiting:
+        for child in children.get(waiting.pop(), []):
+            yield child
+            waiting.append(child)
+
+
+def scoring_actors(pid: int) -> list[int]:
+    """Ray's processes below `pid` that hold a scoring actor."""
+    found = []
+    for child in descendants(pid):
+        try:
+            words = Path(f"/proc/{child}/cmdline").read_bytes()
+        except OSError:
+            continue
+        if b"ScoreActor" in words:
+            found.append(child)
+    return found
+
+
+def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
+    """The first true value of a condition."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.05)
+    raise AssertionError(f"{what} did not happen in {seconds} s")
+
+
+def rows_of(uri: str, storage: Storage) -> list[dict[str, Any]]:
+    """Committed rows in order of keys, heatmap URIs relative to the results directory; no key twice."""
+    found: list[dict[str, Any]] = []
+    for part in Ledger(uri, storage).part_uris():
+        with storage.open(part) as handle:
+            found += pq.read_table(handle).to_pylist()
+    for row in found:
+        row["heatmap_uri"] = (row["heatmap_uri"] or "").replace(uri, "")
+    keys = [row["key"] for row in found]
+    assert len(set(keys)) == len(keys), "a key is there twice"
+    return sorted(found, key=lambda row: row["key"])
+
+
+def open_heatmaps(uri: str, storage: Storage) -> int:
+    """Opens every heatmap of the rows by its URI; how many there are."""
+    wanted: dict[str, list[str]] = {}
+    for row in rows_of(uri, storage):
+        if row["heatmap_uri"]:
+            member, _, container = row["heatmap_uri"].partition("::")
+            wanted.setdefault(uri + container, []).append(member.removeprefix("zip://"))
+    options = storage.fsspec_options(uri)
+    for container, members in wanted.items():
+        scheme = container.partition("://")[0]
+        zipped = fsspec.filesystem("zip", fo=container, target_protocol=scheme, target_options=options)
+        for member in members:
+            assert zipped.cat_file(member)[:8] == b"\x89PNG\r\n\x1a\n"
+    return sum(map(len, wanted.values()))
+
+
+def end(pids: list[int]) -> None:
+    """SIGKILL to processes that this test started and that are still there."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+@contextmanager
+def two_nodes() -> Iterator[Any]:
+    """A cluster of two nodes with one CPU slot each, on this machine; yields (cluster, its second node)."""
+    from ray.cluster_utils import Cluster
+
+    words = {"num_cpus": 1, "object_store_memory": 200 << 20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, connect=False, head_node_args=words)
+    try:
+        second = cluster.add_node(num_cpus=1, object_store_memory=200 << 20)
+        cluster.wait_for_nodes()
+        yield cluster, second
+    finally:
+        cluster.shutdown()

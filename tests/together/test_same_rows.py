@@ -1,0 +1,102 @@
+"""One answer: in one process, on Ray with one and three workers, on two nodes, and after every kind of kill."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from raydetect.sinks.ledger import Ledger
+from tests.together.conftest import Line
+from tests.together.runs import (
+    Run,
+    descendants,
+    end,
+    open_heatmaps,
+    rows_of,
+    run,
+    scoring_actors,
+    start,
+    two_nodes,
+    wait_until,
+)
+
+
+def same_as_truth(line: Line, results: str, truth: str) -> None:
+    """Rows are equal in every column, none is lost or doubled, and every heatmap opens."""
+    uri, storage = line.store.uri(results), line.store.storage
+    expected = rows_of(truth, storage)
+    found = rows_of(uri, storage)
+    assert len(found) == len(expected) == 240
+    for a, b in zip(found, expected, strict=True):
+        assert a == b
+    assert open_heatmaps(uri, storage) == 240
+    manifest = Ledger(uri, storage).manifest()
+    assert manifest is not None and manifest["rows"] == 240 and manifest["statuses"] == {"ok": 240}
+
+
+def begin(line: Line, results: str, tmp_path: Path, *words: str, workers: int = 2) -> Run:
+    """Starts a job and waits for its first committed shards, but not for its last."""
+    running = start(tmp_path / results, "score", line.job(results, workers=workers), *words)
+    ledger = Ledger(line.store.uri(results), line.store.storage)
+
+    def some_but_not_all() -> bool:
+        assert running.process.poll() is None, running.text()
+        return 0 < len(ledger.committed()) < 12
+
+    wait_until(some_but_not_all, 120, "the first commit")
+    return running
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_ray_gives_what_one_process_gives(line: Line, truth: str, workers: int, tmp_path: Path) -> None:
+    results = f"ray{workers}"
+    ended = run(tmp_path, "score", line.job(results, workers=workers))
+    same_as_truth(line, results, truth)
+    said = (ended.folder / "stderr").read_text()
+    assert "shards 12/12, 240 images" in said and "ray" not in said.lower().replace("raydetect", "")
+    assert "Image AUROC over 240 labelled images" in (ended.folder / "stdout").read_text()
+
+
+def test_two_nodes_give_what_one_process_gives(line: Line, truth: str, tmp_path: Path) -> None:
+    with two_nodes() as (cluster, _):
+        run(tmp_path, "score", line.job("nodes"), "--address", cluster.address)
+    same_as_truth(line, "nodes", truth)
+
+
+def test_a_killed_actor_loses_nothing(line: Line, truth: str, tmp_path: Path) -> None:
+    running = begin(line, "actor", tmp_path)
+    victims = scoring_actors(running.process.pid)
+    assert victims, "no scoring actor was found"
+    os.kill(victims[0], signal.SIGKILL)
+    if running.wait() != 0:
+        run(tmp_path / "again", "score", line.job("actor"))
+    same_as_truth(line, "actor", truth)
+
+
+def test_a_killed_driver_goes_on_at_the_next_start(line: Line, truth: str, tmp_path: Path) -> None:
+    running = begin(line, "driver", tmp_path)
+    below = list(descendants(running.process.pid))
+    running.kill()
+    wait_until(lambda: not set(scoring_actors(1)) & set(below), 60, "the end of actors without a driver")
+    end(below)  # Ray's agents take a minute more
+    ledger = Ledger(line.store.uri("driver"), line.store.storage)
+    done = ledger.committed()
+    assert ledger.manifest() is None and 0 < len(done) < 12
+    again = run(tmp_path / "again", "score", line.job("driver", workers=1))
+    assert f"{len(done)} of 12 shards are committed already" in again.text()
+    same_as_truth(line, "driver", truth)
+
+
+def test_a_killed_node_loses_nothing(line: Line, truth: str, tmp_path: Path) -> None:
+    with two_nodes() as (cluster, second):
+        running = begin(line, "node", tmp_path, "--address", cluster.address)
+        cluster.remove_node(second, allow_graceful=False)
+        try:
+            code = running.wait(120)
+        finally:
+            if running.process.poll() is None:
+                running.kill()
+        if code != 0:
+            run(tmp_path / "again", "score", line.job("node", workers=1), "--address", cluster.address)
+    same_as_truth(line, "node", truth)
