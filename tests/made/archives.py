@@ -69,15 +69,20 @@ PACKERS = {
 
 
 def pack(folder: str, suffix: str, files: Files, shards: int, storage: Storage | None = None) -> list[str]:
-    """Deals files over `shards` containers of one format, or writes them loose when suffix is ""."""
+    """Deals files over `shards` containers of one format, each mask with its image; or loose when suffix is ""."""
     storage = storage or Storage()
     if not suffix:
         for name, data in files:
             storage.write(join_uri(folder, name), data)
         return [join_uri(folder, name) for name, _ in files]
     uris = [join_uri(folder, f"part-{i}{suffix}") for i in range(shards)]
-    for i, uri in enumerate(uris):
-        storage.write(uri, PACKERS[suffix](list(files)[i::shards]))
+    dealt: list[list[tuple[str, bytes]]] = [[] for _ in uris]
+    samples = 0
+    for name, data in files:
+        samples += "/ground_truth/" not in name
+        dealt[(samples - 1) % shards].append((name, data))
+    for uri, mine in zip(uris, dealt, strict=True):
+        storage.write(uri, PACKERS[suffix](mine))
     return uris
 
 
