@@ -1,0 +1,154 @@
+"""The house: floors, words, documents whose commands run, cluster files that load, packages that are pinned."""
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from raydetect.config import parse_yaml
+from raydetect.spec import parse_job
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted((ROOT / "raydetect").rglob("*.py"))
+PINNED_RAY = re.search(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+
+
+def test_files_and_functions_are_small() -> None:
+    for path in SOURCES:
+        assert len(path.read_text().splitlines()) <= 400, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert (node.end_lineno or 0) - node.lineno < 60, f"{path}: {node.name}"
+
+
+def test_everything_public_has_a_doc_line() -> None:
+    for path in SOURCES:
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree), path
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{path}: {node.name}"
+
+
+def test_no_drawer_for_everything_and_no_pickle() -> None:
+    for path in SOURCES:
+        assert path.stem not in ("utils", "helpers", "common", "manager", "misc"), path
+        names = {a.name.partition(".")[0] for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Import)
+                 for a in n.names}  # fmt: skip
+        assert not names & {"pickle", "cloudpickle", "dill", "joblib", "shelve"}, path
+        for line in path.read_text().splitlines():
+            if "torch.load(" in line:
+                assert "weights_only=True" in line, path
+
+
+@pytest.mark.parametrize("module", ["raydetect", "raydetect.detectors.patchcore", "raydetect.worker.score"])
+def test_the_core_runs_without_ray(module: str) -> None:
+    code = f"import sys; sys.modules['ray'] = None; import {module}; assert 'ray.data' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_package_in_use_is_pinned_inside_its_range() -> None:
+    pinned = dict(re.findall(r"^([A-Za-z0-9_.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    names = {name.lower().replace("_", "-") for name in pinned}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [
+        *project["dependencies"],
+        *project["optional-dependencies"]["cpu"],
+        *project["optional-dependencies"]["dev"],
+    ]
+    for requirement in wanted:
+        name = re.match(r"[A-Za-z0-9_.-]+", requirement)
+        assert name is not None and name.group().lower().replace("_", "-") in names, requirement
+    assert pinned["torch"] == "2.14.1" and pinned["torchvision"] == "0.29.1"
+    assert importlib.metadata.version("ray") == pinned["ray"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs").rglob("*.yaml")), ids=lambda path: path.name)
+def test_every_job_file_parses(path: Path) -> None:
+    parse_job(parse_yaml(path.read_text(), path.name), path.name)
+
+
+def documents(path: Path) -> list[dict[str, object]]:
+    return [found for found in yaml.safe_load_all(path.read_text()) if found]
+
+
+def images_in(value: object) -> list[str]:
+    if isinstance(value, dict):
+        own = [value["image"]] if isinstance(value.get("image"), str) else []
+        return own + [image for item in value.values() for image in images_in(item)]
+    return [image for item in value for image in images_in(item)] if isinstance(value, list) else []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "cluster").glob("*.yaml")), ids=lambda path: path.name)
+def test_cluster_files_load_and_name_the_pinned_ray(path: Path) -> None:
+    assert PINNED_RAY is not None
+    found = documents(path)
+    assert found
+    images = images_in(found)
+    assert images and all(image.endswith(f"ray{PINNED_RAY.group(1)}") for image in images), images
+    text = path.read_text()
+    assert "RAY_AUTH_MODE" in text and re.search(r"RAY_AUTH_MODE\W+(value:\s*)?token", text)
+    for body in found:
+        if "kind" in body:
+            assert body["kind"] in ("RayCluster", "RayJob", "ConfigMap") and body["apiVersion"]
+            spec = body.get("spec")
+            if body["kind"] == "RayCluster" and isinstance(spec, dict):
+                assert spec["rayVersion"] == PINNED_RAY.group(1)
+
+
+def test_the_image_is_built_on_the_pinned_ray_and_installs_this_project() -> None:
+    assert PINNED_RAY is not None
+    text = (ROOT / "cluster" / "Dockerfile").read_text()
+    assert f"FROM rayproject/ray:{PINNED_RAY.group(1)}-py311" in text
+    assert "constraints.txt" in text and "RAY_AUTH_MODE=token" in text
+
+
+def test_the_job_of_the_kubernetes_file_is_a_job_file() -> None:
+    bodies = documents(ROOT / "cluster" / "rayjob-score.yaml")
+    config = next(body for body in bodies if body["kind"] == "ConfigMap")
+    data = config["data"]
+    assert isinstance(data, dict)
+    for name, text in data.items():
+        parse_job(parse_yaml(text, name), name)
+
+
+DOCUMENTS = sorted([ROOT / "README.md", ROOT / "raydetect" / "README.md", *ROOT.glob("*/**/README.md")])
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in DOCUMENTS if ".venv" not in p.parts], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_commands_and_paths_in_documents_are_real(path: Path) -> None:
+    from click import Group
+
+    from raydetect.cli import main
+
+    assert isinstance(main, Group)
+    makefile = (ROOT / "Makefile").read_text()
+    for block in re.findall(r"^```\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE):
+        for line in block.splitlines():
+            words = line.partition("#")[0].split()
+            if words[:1] == ["raydetect"] and len(words) > 1 and not words[1].startswith("-"):
+                command = main.commands[words[1]]
+                options = {name for parameter in command.params for name in parameter.opts}
+                assert {w.partition("=")[0] for w in words if w.startswith("--")} <= options, line
+            if words[:1] == ["make"]:
+                assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), line
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+        if "://" not in target:
+            assert (path.parent / target).exists(), f"{path}: {target}"
+
+
+def test_yaml_in_documents_is_a_valid_job() -> None:
+    count = 0
+    for path in DOCUMENTS:
+        for block in re.findall(r"^```yaml\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE):
+            parse_job(parse_yaml(block, path.name), path.name)
+            count += 1
+    assert count >= 2

@@ -1,0 +1,183 @@
+"""The command line: exit codes, one-sentence answers, help without torch or Ray, completion."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from raydetect.cli import main
+from raydetect.detectors._registry import list_models
+from tests.made.archives import mixed_files, normal_files, pack, tar_bytes
+from tests.together.runs import COMMAND
+
+FIT: dict[str, Any] = {
+    "kind": "fit",
+    "detector": {
+        "name": "patchcore",
+        "params": {
+            "backbone": "resnet18",
+            "weights": "random",
+            "image_size": [64, 64],
+            "coreset_sampling_ratio": 0.05,
+        },
+    },
+    "calibration": {"holdout_ratio": 0.4},
+}
+
+
+class Place:
+    """A folder with job files, images and an artifact."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        pack(f"file://{folder}/normal", ".tar", normal_files(25), 2)
+        pack(f"file://{folder}/mixed", ".tar", mixed_files(4, 1), 2)
+        self.fit = self.job("fit", FIT | {"source": {"uri": f"{folder}/normal"}, "artifact": f"{folder}/artifact"})
+        self.score = self.job("score", self.score_words())
+
+    def score_words(self, **changes: Any) -> dict[str, Any]:
+        return {
+            "kind": "score",
+            "source": {"uri": f"{self.folder}/mixed", "pattern": "{category}/test/{defect}/{name}.png"},
+            "artifact": f"{self.folder}/artifact",
+            "sink": {"uri": f"{self.folder}/results"},
+            "flag": {"alpha": 0.1},
+            **changes,
+        }
+
+    def job(self, name: str, values: dict[str, Any]) -> str:
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return str(path)
+
+
+def call(*words: str) -> Result:
+    result = CliRunner().invoke(main, list(words))
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    made = Place(tmp_path_factory.mktemp("cli"))
+    ended = call("fit", made.fit)
+    assert ended.exit_code == 0, ended.output
+    assert "Fitted patchcore on 15 images" in ended.output and "Note: random weights" in ended.output
+    assert f"Artifact: file://{made.folder}/artifact" in ended.output
+    return made
+
+
+def test_help_is_instant_and_loads_neither_torch_nor_ray() -> None:
+    words = [sys.executable, "-X", "importtime", "-c", "from raydetect.cli import main; main(['--help'])"]
+    ended = subprocess.run(words, capture_output=True, text=True, check=True)
+    loaded = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines()}
+    assert not loaded & {"torch", "ray", "pyarrow", "numpy", "pydantic", "fsspec"}
+    times = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        subprocess.run([COMMAND, "--help"], capture_output=True, check=True)
+        times.append(time.perf_counter() - begun)
+    assert min(times) < 0.5
+    for word in ("check", "detectors", "fit", "plan", "score", "status", "submit"):
+        assert f"  {word} " in ended.stdout
+
+
+def test_shell_completion_works() -> None:
+    environment = {**os.environ, "_RAYDETECT_COMPLETE": "bash_complete", "COMP_WORDS": "raydetect s", "COMP_CWORD": "1"}
+    ended = subprocess.run([COMMAND], capture_output=True, text=True, env=environment)
+    assert [line.partition(",")[2] for line in ended.stdout.split()] == ["score", "status", "submit"]
+
+
+def test_detectors_are_listed_with_defaults_and_doc_lines() -> None:
+    listed = call("detectors").output
+    for name in list_models():
+        assert any(line.startswith(name) for line in listed.splitlines())
+        described = call("detectors", name).output
+        assert "arXiv:" in described and "image_size: tuple[int, int] = [256, 256]" in described
+    assert "coreset_sampling_ratio: float = 0.1" in call("detectors", "patchcore").output
+    wrong = call("detectors", "patchcor")
+    assert wrong.exit_code == 2 and "Did you mean 'patchcore'?" in wrong.output
+
+
+def test_a_score_job_from_check_to_status(place: Place) -> None:
+    assert "ready to score" in call("check", place.score).output
+    before = call("plan", place.score, "--workers", "1,3", "--price", "2").output
+    assert "Shards     2 left of 2" in before and "images/s and worker" in before
+    ended = call("score", place.score, "--local")
+    assert ended.exit_code == 0 and "Scored 7 images in 2 shards (7 ok)." in ended.output
+    assert "Image AUROC over 7 labelled images" in ended.output
+    assert f"Rows: file://{place.folder}/results/scores" in ended.output
+    again = call("score", place.score, "--local")
+    assert again.exit_code == 0 and "2 of 2 shards are committed already" in again.output
+    status = call("status", f"{place.folder}/results")
+    assert "finished" in status.output and "2 of 2 committed" in status.output
+    assert yaml.safe_load(call("status", f"{place.folder}/results", "--json").output)["rows"] == 7
+    assert "Shards     0 left of 2" in call("plan", place.score).output
+    changed = call("score", place.score, "--local", "--set", "flag.alpha=0.2")
+    assert changed.exit_code == 2 and "flag.alpha: 0.1 -> 0.2" in changed.output
+
+
+def test_every_mistake_is_named_before_anything_runs(place: Place) -> None:
+    folder = place.folder
+    fit = FIT | {"source": {"uri": f"{folder}/normal"}, "artifact": "x"}
+    no_weights = {"name": "stfpm", "params": {"weights": "/no/file.safetensors"}}
+    nothing = place.score_words(source={"uri": f"{folder}/nowhere"}, artifact=f"{folder}/none")
+    misspelt = place.score_words(sink={"uri": f"{folder}/r", "heatmap": "all"})
+    cases: list[tuple[dict[str, Any], list[str]]] = [
+        (misspelt, ["sink.heatmap: unknown key", "'heatmaps'"]),
+        (place.score_words(chunk_images="many"), ["chunk_images"]),
+        (nothing, ["nothing is there", "no artifact"]),
+        (place.score_words(flag={"alpha": 0.001}), ["at least 999 held-out"]),
+        (place.score_words(source={"uri": f"{folder}/../x"}), ["nothing is there"]),
+        (place.score_words(source={"uri": "s3://b/../x"}), ["`..` is not allowed"]),
+        (fit | {"resources": {"num_workers": 3}}, ["one process"]),
+        (fit | {"detector": {"name": "patchcoer"}}, ["'patchcore'"]),
+        (fit | {"detector": no_weights}, ["/no/file.safetensors", "weights: random"]),
+    ]
+    for values, messages in cases:
+        ended = call("check", place.job("wrong", values))
+        assert ended.exit_code == 2, ended.output
+        for message in messages:
+            assert message in ended.output
+    assert call("check", f"{folder}/no.yaml").exit_code == 2
+    assert "Run `raydetect fit" in call("score", place.fit).output
+    assert call("plan", place.score, "--workers", "1,x").exit_code == 2
+
+
+def test_an_artifact_of_a_newer_format_is_refused(place: Place, tmp_path: Path) -> None:
+    record = (place.folder / "artifact" / "artifact.json").read_text()
+    (tmp_path / "artifact.json").write_text(record.replace('"format_version": 1', '"format_version": 7'))
+    ended = call("score", place.score, "--local", "--set", f"artifact={tmp_path}")
+    assert ended.exit_code == 2 and "has format 7" in ended.output and "Update raydetect" in ended.output
+
+
+def test_too_many_bad_rows_end_with_exit_code_3_and_all_rows(place: Place, tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(tar_bytes([("widget/test/good/a.png", b""), *normal_files(1)]))
+    words = ["--set", f"source={{uri: {tmp_path}}}", "--set", f"sink.uri={tmp_path}/results", "--local"]
+    ended = call("score", place.score, *words)
+    assert ended.exit_code == 3 and "1 of 2 rows" in ended.output and "1 empty" in ended.output
+    assert (tmp_path / "results" / "manifest.json").exists()
+    stopped = call(
+        "score", place.score, *words, "--set", f"sink.uri={tmp_path}/other", "--set", "source.on_bad_member=fail"
+    )
+    assert stopped.exit_code == 1 and "zero bytes" in stopped.output
+
+
+def test_status_of_nothing_says_so(tmp_path: Path) -> None:
+    ended = call("status", str(tmp_path))
+    assert ended.exit_code == 2
+    assert "holds no run.json" in ended.output
+
+
+def test_no_command_prints_a_traceback_or_a_secret(place: Place) -> None:
+    secret = "hush-hush-secret"
+    values = place.score_words(storage={"key": "k", "secret": secret}, sink={"uri": "s3://x/y"}, nonsense=1)
+    for command in ("check", "score", "plan"):
+        ended = call(command, place.job("secret", values))
+        assert ended.exit_code == 2 and secret not in ended.output and "Traceback" not in ended.output
