@@ -93,13 +93,22 @@ def test_cluster_files_load_and_name_the_pinned_ray(path: Path) -> None:
     images = images_in(found)
     assert images and all(image.endswith(f"ray{PINNED_RAY.group(1)}") for image in images), images
     text = path.read_text()
-    assert "RAY_AUTH_MODE" in text and re.search(r"RAY_AUTH_MODE\W+(value:\s*)?token", text)
+    assert re.search(r"RAY_AUTH_MODE\W+(value:\s*)?token", text)
     for body in found:
         if "kind" in body:
             assert body["kind"] in ("RayCluster", "RayJob", "ConfigMap") and body["apiVersion"]
             spec = body.get("spec")
             if body["kind"] == "RayCluster" and isinstance(spec, dict):
                 assert spec["rayVersion"] == PINNED_RAY.group(1)
+
+
+def test_ray_up_accepts_its_file() -> None:
+    from ray.autoscaler._private.util import fillout_defaults, validate_config
+
+    config = fillout_defaults(documents(ROOT / "cluster" / "ray-up.yaml")[0])
+    validate_config(config)
+    with pytest.raises(Exception, match="max_wokers"):
+        validate_config({**config, "max_wokers": 3})
 
 
 def test_the_image_is_built_on_the_pinned_ray_and_installs_this_project() -> None:
