@@ -31,8 +31,10 @@ test: check
 	$(BIN)/python -m pytest
 
 bench: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,bench]'
 	$(BIN)/python -m jobs.bench.search
 	$(BIN)/python -m jobs.bench.job
+	$(BIN)/python -m jobs.bench.memory
 
 clean:
 	rm -rf $(VENV) .demo

@@ -182,6 +182,8 @@ class Storage:
         try:
             fs.invalidate_cache()
             found = fs.glob(path, detail=True) if is_glob else _find(fs, path)
+        except FileNotFoundError:
+            found = {}
         except Exception as error:
             raise translate(uri, "list", error) from error
         if not found and not is_glob and not self.exists(uri):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 import ray
-from ray.data import DataContext, Dataset, TaskPoolStrategy
+from ray.data import DataContext, Dataset, ExecutionResources, TaskPoolStrategy
 
 from raydetect.archives.base import cut_chunks
 from raydetect.plan import ScorePlan
@@ -18,6 +18,7 @@ from raydetect.records import Chunk, Member, Shard
 from raydetect.worker.read import read_members
 
 MAX_BLOCKS = 2000
+CHUNKS_HELD_PER_WORKER = 6  # being read, waiting and being scored
 BYTES_TYPES = {"data": pa.large_binary(), "label": pa.int8()}
 MEMBERS = pa.schema([(f.name, BYTES_TYPES.get(f.name, pa.string())) for f in dataclasses.fields(Member)])
 
@@ -31,6 +32,9 @@ def chunk_dataset(plan: ScorePlan, readers: int) -> Dataset:
     """
     context = DataContext.get_current()
     context.target_max_block_size = 1  # a chunk is handed on as soon as it is read
+    # without a limit readers run ahead until they fill the object store, and a large archive takes more memory
+    limit_bytes = CHUNKS_HELD_PER_WORKER * plan.spec.resources.num_workers * plan.spec.chunk_bytes
+    context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=limit_bytes)
     rows = [shard_row(shard) for shard in plan.todo]
     shards = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS))
     reader = ChunkReader(plan)

@@ -5,10 +5,11 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import ray
+from ray._private import ray_constants
 from ray.data import DataContext
 
 from raydetect.errors import RaydetectError
@@ -34,7 +35,7 @@ def session(address: str | None, resources: ResourceSpec) -> Iterator[None]:
         ClusterError: it cannot be reached or refuses.
     """
     target = address or os.environ.get("RAY_ADDRESS")
-    with _native_messages_in_a_file():
+    with _native_messages_in_a_file(), nullcontext() if target else _loopback_only():
         try:
             if target:
                 ray.init(address=target, log_to_driver=False, logging_level=logging.ERROR)
@@ -80,6 +81,19 @@ def _is_descriptor_2(stream: object) -> bool:
         return stream.fileno() == 2  # type: ignore[attr-defined]
     except (AttributeError, OSError, ValueError):  # replaced by something that is no file, as in tests
         return False
+
+
+@contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Ray turns 127.0.0.1 into the machine's own address, and listens on all interfaces, unless clusters are off."""
+    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    os.environ[name] = "0"  # for its child processes
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        os.environ.pop(name)
 
 
 def _start_local(resources: ResourceSpec) -> None:

@@ -61,6 +61,7 @@ def test_every_package_in_use_is_pinned_inside_its_range() -> None:
         *project["dependencies"],
         *project["optional-dependencies"]["cpu"],
         *project["optional-dependencies"]["dev"],
+        *project["optional-dependencies"]["bench"],
     ]
     for requirement in wanted:
         name = re.match(r"[A-Za-z0-9_.-]+", requirement)

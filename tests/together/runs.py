@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +82,22 @@ def descendants(pid: int) -> Iterator[int]:
         for child in children.get(waiting.pop(), []):
             yield child
             waiting.append(child)
+
+
+def listening_addresses(pids: Iterable[int]) -> set[str]:
+    """Hexadecimal addresses, as the kernel lists them, on which these processes listen for TCP connections."""
+    sockets = {}
+    for name in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A":  # LISTEN
+                sockets[f"socket:[{words[9]}]"] = words[1].partition(":")[0]
+    found = set()
+    for pid in pids:
+        for entry in Path(f"/proc/{pid}/fd").glob("*"):
+            with suppress(OSError):  # it was closed meanwhile
+                found.add(sockets.get(os.readlink(entry), ""))
+    return found - {""}
 
 
 def scoring_actors(pid: int) -> list[int]:

@@ -12,6 +12,7 @@ from tests.together.runs import (
     Run,
     descendants,
     end,
+    listening_addresses,
     open_heatmaps,
     rows_of,
     run,
@@ -62,6 +63,14 @@ def test_two_nodes_give_what_one_process_gives(line: Line, truth: str, tmp_path:
     with two_nodes() as (cluster, _):
         run(tmp_path, "score", line.job("nodes"), "--address", cluster.address)
     same_as_truth(line, "nodes", truth)
+
+
+def test_a_local_ray_listens_on_loopback_alone(line: Line, tmp_path: Path) -> None:
+    running = begin(line, "loopback", tmp_path)
+    addresses = listening_addresses(descendants(running.process.pid))
+    assert running.wait() == 0
+    loopback = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+    assert addresses and addresses <= loopback
 
 
 def test_a_killed_actor_loses_nothing(line: Line, truth: str, tmp_path: Path) -> None:

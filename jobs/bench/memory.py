@@ -1,0 +1,101 @@
+"""Peak memory of a scoring job on Ray over archives of one and of ten parts.
+
+Proportional set size (shared memory counted once) of the command and everything it started, sampled while it runs.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from jobs.bench.record import write
+from raydetect.storage import normalise_uri
+from tests.made.archives import normal_files, pack
+from tests.made.images import encode
+from tests.together.runs import descendants
+
+PART_IMAGES = 400
+SIZE_PX = 400  # noise does not compress: about 480 kB each
+INPUT_PX = 64
+PYTHON = sys.executable
+
+
+def make_archive(folder: Path) -> None:
+    """`one/` with PART_IMAGES images, `ten/` with ten times as many."""
+    random = np.random.default_rng(0)
+    pool = [encode(random.integers(0, 256, (SIZE_PX, SIZE_PX, 3)).astype(np.uint8)) for _ in range(50)]
+    for name, count in (("one", 1), ("ten", 10)):
+        for shard in range(4 * count):
+            files = [(f"{shard:03d}-{i:03d}.png", pool[i % len(pool)]) for i in range(PART_IMAGES // 4)]
+            pack(normalise_uri(str(folder / name / f"{shard:03d}")), ".tar", files, 1)
+    pack(normalise_uri(str(folder / "normal")), ".tar", normal_files(40), 1)
+
+
+def fit(folder: Path) -> None:
+    """A small artifact."""
+    params = {"backbone": "resnet18", "weights": "random", "image_size": [INPUT_PX, INPUT_PX]}
+    values = {
+        "kind": "fit",
+        "source": {"uri": f"{folder}/normal"},
+        "detector": {"name": "patchcore", "params": params},
+        "artifact": f"{folder}/artifact",
+        "calibration": {"holdout_ratio": 0.5},
+    }
+    (folder / "fit.yaml").write_text(yaml.safe_dump(values))
+    subprocess.run([PYTHON, "-m", "raydetect", "fit", str(folder / "fit.yaml")], check=True, capture_output=True)
+
+
+def peak_bytes(folder: Path, name: str) -> int:
+    """Peak memory of scoring `name/`."""
+    values = {
+        "kind": "score",
+        "source": {"uri": f"{folder}/{name}"},
+        "artifact": f"{folder}/artifact",
+        "sink": {"uri": f"{folder}/results-{name}", "heatmaps": "none"},
+        "flag": {"alpha": 0.1},
+        "chunk_images": 16,
+        "chunk_bytes": 8 << 20,
+        "resources": {"num_workers": 2, "cpus_per_worker": 1},
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(values))
+    process = subprocess.Popen([PYTHON, "-m", "raydetect", "score", str(path)], stderr=subprocess.DEVNULL)
+    most = 0
+    while process.poll() is None:
+        most = max(most, sum(map(resident_bytes, [process.pid, *descendants(process.pid)])))
+        time.sleep(0.3)
+    assert process.returncode == 0
+    return most
+
+
+def resident_bytes(pid: int) -> int:
+    """Proportional set size of a process; 0 when it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
+
+
+def main() -> None:
+    """Measures and writes."""
+    folder = Path(tempfile.mkdtemp(prefix="raydetect-bench-"))
+    figures: dict[str, Any] = {"images": [PART_IMAGES, 10 * PART_IMAGES], "encoded_bytes_per_image": 3 * SIZE_PX**2}
+    try:
+        make_archive(folder)
+        fit(folder)
+        one, ten = peak_bytes(folder, "one"), peak_bytes(folder, "ten")
+    finally:
+        shutil.rmtree(folder)
+    figures |= {"peak_mb": [one >> 20, ten >> 20], "ten_over_one": round(ten / one, 3)}
+    write("memory", "make bench", figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""What every benchmark writes: figures with the machine and the packages they were measured on."""
+
+import json
+import os
+import platform
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+FOLDER = Path(__file__).parent / "results"
+
+
+def write(name: str, command: str, figures: dict[str, Any]) -> None:
+    """Writes `results/<name>.json` and prints it."""
+    models = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if "model name" in line
+    ]
+    body = {
+        "command": command,
+        "machine": {"cpu": models[0] if models else platform.machine(), "cores": os.cpu_count()},
+        "packages": {p: metadata.version(p) for p in ("raydetect", "torch", "torchvision", "ray")},
+        **figures,
+    }
+    FOLDER.mkdir(exist_ok=True)
+    path = FOLDER / f"{name}.json"
+    path.write_text(json.dumps(body, indent=1) + "\n")
+    print(json.dumps(figures, indent=1))
+    print(f"Written: {path}")
+
+
+def alternate(first: Callable[[], Any], second: Callable[[], Any], rounds: int = 7) -> tuple[list[float], list[float]]:
+    """Seconds of both, measured in turns after one call of each to warm up."""
+    first(), second()
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        for times, work in zip(seconds, (first, second), strict=True):
+            begun = perf_counter()
+            work()
+            times.append(perf_counter() - begun)
+    return seconds
+
+
+def ratio(slower: list[float], faster: list[float]) -> dict[str, float]:
+    """Median of the ratios of neighbouring measurements, and their range."""
+    ratios = sorted(a / b for a, b in zip(slower, faster, strict=True))
+    return {"median": round(median(ratios), 2), "least": round(ratios[0], 2), "most": round(ratios[-1], 2)}

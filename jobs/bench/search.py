@@ -1,0 +1,107 @@
+"""PatchCore scoring against anomalib's own torch prediction: same images, weights, bank and threads, in one process.
+
+Real images and weights when RAYDETECT_DATA and RAYDETECT_WEIGHTS name them, else generated images and random weights.
+"""
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from jobs.bench.record import alternate, ratio, write
+from raydetect.blocks.coreset import greedy_coreset
+from raydetect.blocks.neighbors import BankSearch
+from raydetect.detectors._registry import build_detector
+from raydetect.detectors.patchcore import PatchCore
+from tests.made.images import defect_image, normal_image
+
+BANKS = (2_000, 20_000)
+BATCH = 8
+SIZE_PX = 256
+MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+
+
+def images(split: str, count: int) -> torch.Tensor:
+    """uint8 (B, 3, H, W), channels last in memory as decoders leave them."""
+    root = os.environ.get("RAYDETECT_DATA")
+    if root:
+        paths = sorted((Path(root) / "mvtec_bottle_256" / "bottle" / split).rglob("*.png"))
+        chosen = paths[:: max(1, len(paths) // count)][:count]
+        arrays = [np.array(Image.open(path).convert("RGB")) for path in chosen]
+    elif split == "train":
+        arrays = [normal_image(i, SIZE_PX) for i in range(count)]
+    else:
+        arrays = [defect_image(i, "blob", SIZE_PX)[0] for i in range(count)]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+
+
+def peer(detector: PatchCore) -> Any:
+    """anomalib's PatchCore with the same backbone weights."""
+    from anomalib.models.image.patchcore.torch_model import PatchcoreModel
+
+    model = PatchcoreModel(layers=["layer2", "layer3"], backbone="resnet18", pre_trained=False).eval()
+    assert detector.raw is not None
+    found = model.feature_extractor.feature_extractor.load_state_dict(detector.raw.weights(), strict=False)
+    assert not [name for name in found.missing_keys if not name.endswith("num_batches_tracked")], found.missing_keys
+    return model
+
+
+def error_against_float64(detector: PatchCore, batch_BCHW: torch.Tensor) -> tuple[float, float]:
+    """(largest relative error of a patch distance, share of patches whose row is not a nearest one up to 1e-6)."""
+    assert detector.search is not None
+    with torch.inference_mode():
+        patches_ND = detector._embed(batch_BCHW).flatten(0, 2)[::5]
+        distance_N1, index_N1 = detector.search.nearest(patches_ND)
+        exact_NM = torch.cdist(
+            patches_ND.double(), detector.search.bank_MD.double(), compute_mode="donot_use_mm_for_euclid_dist"
+        )
+    best_N = exact_NM.min(1).values
+    chosen_N = exact_NM.gather(1, index_N1)[:, 0]
+    relative = ((distance_N1[:, 0] - best_N).abs() / best_N.clamp_min(1e-9)).max()
+    return float(relative), float((chosen_N > best_N * (1 + 1e-6)).float().mean())
+
+
+def main() -> None:
+    """Measures and writes."""
+    warnings.filterwarnings("ignore")
+    threads = os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    weights = os.environ.get("RAYDETECT_WEIGHTS")
+    place = str(Path(weights) / "resnet18_imagenet_layer1-3.safetensors") if weights else "random"
+    detector = build_detector("patchcore", {"backbone": "resnet18", "weights": place})
+    assert isinstance(detector, PatchCore)
+    detector.load_weights()
+    with torch.inference_mode():
+        training = images("train", 200)
+        embeddings_ND = torch.cat([detector._embed(part).flatten(0, 2) for part in training.split(BATCH)])
+    print(f"Choosing a coreset of {BANKS[-1]} among {len(embeddings_ND)} embeddings", flush=True)
+    rows_M = greedy_coreset(embeddings_ND, BANKS[-1], seed=0)
+    model, batch_BCHW = peer(detector), images("test", BATCH)
+    figures: dict[str, Any] = {"images": "real" if "RAYDETECT_DATA" in os.environ else "generated", "threads": threads}
+
+    def theirs() -> Any:
+        with torch.inference_mode():
+            return model((batch_BCHW.float() / 255 - MEAN) / STD)
+
+    for size in BANKS:  # the first rows of a greedy coreset are the smaller coreset
+        detector.search = BankSearch(embeddings_ND[rows_M[:size]])
+        model.memory_bank = detector.search.bank_MD
+        their_seconds, our_seconds = alternate(theirs, lambda: detector.score(batch_BCHW))
+        apart = (theirs().pred_score.flatten() - detector.score(batch_BCHW).image_score_B).abs().max()
+        relative, wrong = error_against_float64(detector, batch_BCHW)
+        figures[f"bank_{size}"] = {
+            "anomalib_over_raydetect": ratio(their_seconds, our_seconds),
+            "images_per_second": round(BATCH / sorted(our_seconds)[len(our_seconds) // 2], 1),
+            "largest_difference_of_image_scores": float(apart),
+            "largest_relative_error_of_a_distance": relative,
+            "share_of_wrong_neighbours": wrong,
+        }
+    write("search", "make bench", figures)
+
+
+if __name__ == "__main__":
+    main()
