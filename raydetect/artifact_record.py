@@ -3,6 +3,8 @@
 An artifact is a folder with this record and one safetensors file. The tensors are written first, under a name made
 of their sha256; the record, written last, names them and is the commit. So a killed fit leaves no half-written
 artifact, and a reader of the old one keeps reading it.
+
+A fleet (`fleet_record`) has a record of the same name that lists one artifact for each category.
 """
 
 import hashlib
@@ -16,6 +18,8 @@ from raydetect.errors import ArtifactError, StorageError
 from raydetect.storage import Storage, join_uri
 
 FORMAT_VERSION = 1
+# Fleets begin at 2: readers of format 1 alone, which would call a fleet damaged, ask to be updated instead.
+FORMATS = {"detector": FORMAT_VERSION, "fleet": 2}
 RECORD = "artifact.json"
 
 
@@ -72,17 +76,25 @@ def write_record(uri: str, storage: Storage, body: Mapping[str, Any]) -> str:
     Raises:
         StorageError: it cannot be written.
     """
-    whole = {"format_version": FORMAT_VERSION, **body}
-    text = json.dumps(whole, indent=1, sort_keys=True, allow_nan=False).encode()
+    return write_json(uri, storage, {"format_version": FORMAT_VERSION, **body})
+
+
+def write_json(uri: str, storage: Storage, body: Mapping[str, Any]) -> str:
+    """Writes a record of any kind and returns its digest.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    text = json.dumps(body, indent=1, sort_keys=True, allow_nan=False).encode()
     storage.write(join_uri(uri, RECORD), text)
     return hashlib.sha256(text).hexdigest()
 
 
-def read_record(uri: str, storage: Storage) -> ArtifactRecord:
-    """Reads the record alone; no tensor is loaded.
+def read_body(uri: str, storage: Storage) -> tuple[str, dict[str, Any]]:
+    """(digest, content) of a record of any kind.
 
     Raises:
-        ArtifactError: it is missing, damaged or of a newer format.
+        ArtifactError: it is missing, damaged, of an unknown kind or of a newer format.
     """
     place = join_uri(uri, RECORD)
     try:
@@ -92,13 +104,46 @@ def read_record(uri: str, storage: Storage) -> ArtifactRecord:
     try:
         body = json.loads(text)
         version = int(body["format_version"])
-    except (ValueError, KeyError, TypeError):
+        kind = kind_of(body)
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ArtifactError(f"{place}: not an artifact record. Fit again.") from None
-    if version > FORMAT_VERSION:
+    if kind not in FORMATS:
+        kinds = " or ".join(FORMATS)
         raise ArtifactError(
-            f"{place}: has format {version}, raydetect {__version__} reads up to {FORMAT_VERSION}. Update raydetect."
+            f"{place}: is of kind {kind!r}, raydetect {__version__} reads {kinds}. Update raydetect or mend `artifact`."
         )
-    record = ArtifactRecord(uri, hashlib.sha256(text).hexdigest(), body)
+    if version > FORMATS[kind]:
+        raise ArtifactError(
+            f"{place}: has format {version}, raydetect {__version__} reads up to {FORMATS[kind]}. Update raydetect."
+        )
+    return hashlib.sha256(text).hexdigest(), body
+
+
+def kind_of(body: Mapping[str, Any]) -> str:
+    """What a record describes: "detector" unless it says otherwise."""
+    return str(body.get("kind", "detector"))
+
+
+def read_record(uri: str, storage: Storage) -> ArtifactRecord:
+    """Reads the record of one detector alone; no tensor is loaded.
+
+    Raises:
+        ArtifactError: it is missing, damaged, of a newer format or a fleet.
+    """
+    digest, body = read_body(uri, storage)
+    return parse_record(uri, digest, body)
+
+
+def parse_record(uri: str, digest: str, body: Mapping[str, Any]) -> ArtifactRecord:
+    """The record of one detector from the content of its file.
+
+    Raises:
+        ArtifactError: it is damaged or a fleet.
+    """
+    place = join_uri(uri, RECORD)
+    if kind_of(body) == "fleet":
+        raise ArtifactError(f"{place}: is a fleet, and one detector is needed here. Name the artifact of one category.")
+    record = ArtifactRecord(uri, digest, body)
     try:
         _ = (record.calibration, record.image_size, body["detector"], body["seed"], body["tensors"]["sha256"])
     except (KeyError, TypeError, ValueError) as error:

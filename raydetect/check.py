@@ -3,9 +3,9 @@
 from collections.abc import Callable
 
 from raydetect.archives.open import open_archive
-from raydetect.artifact_record import read_record
 from raydetect.detectors._registry import build_detector
 from raydetect.errors import RaydetectError, SpecError
+from raydetect.fleet_record import read_index, read_records
 from raydetect.plan import plan_score
 from raydetect.spec import FitSpec, JobSpec, ScoreSpec, SourceSpec, StorageOptions, sink_storage, source_storage
 from raydetect.storage import Storage, normalise_uri
@@ -34,9 +34,10 @@ def _fit_checks(spec: FitSpec) -> list[Callable[[], object]]:
 
 
 def _score_checks(spec: ScoreSpec) -> list[Callable[[], object]]:
+    models = Storage(spec.storage)
     return [
         lambda: _first_shard(spec.source, source_storage(spec, spec.source)),
-        lambda: read_record(normalise_uri(spec.artifact), Storage(spec.storage)),
+        lambda: read_records(read_index(normalise_uri(spec.artifact), models), models),
         lambda: _reachable(spec.sink.uri, sink_storage(spec), "sink.uri"),
     ]
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from raydetect.spec import JobSpec
 
 BAD_JOB, INTERRUPTED = 2, 130
+NAMED_CATEGORIES = 8
 
 job_file = click.argument("job", type=click.Path(dir_okay=False, path_type=Path))
 overrides = click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override one key of the job file.")
@@ -120,7 +121,8 @@ def _summary(plan: "ScorePlan", manifest: dict[str, Any]) -> None:
     click.echo(f"Flagged {manifest['flagged']:,}; heatmaps {manifest['heatmaps']:,}.")
     quality = labelled_auroc(plan.ledger)
     if quality is not None:
-        click.echo(f"Image AUROC over {quality[1]:,} labelled images: {quality[0]:.4f}")
+        mean = ", mean of the fleet's categories" if plan.artifact.categories else ""
+        click.echo(f"Image AUROC over {quality[1]:,} labelled images{mean}: {quality[0]:.4f}")
     click.echo(f"Rows: {join_uri(uri, 'scores')}")
     click.echo(f"Manifest: {join_uri(uri, 'manifest.json')}")
 
@@ -194,6 +196,10 @@ def plan(job: Path, overrides: tuple[str, ...], workers: str, price: float | Non
 def _print_forecast(found: "Forecast") -> None:
     from raydetect.console import bytes_text, seconds_text
 
+    if found.categories:
+        more = ", ..." if len(found.categories) > NAMED_CATEGORIES else ""
+        names = ", ".join(found.categories[:NAMED_CATEGORIES]) + more
+        click.echo(f"Fleet      {len(found.categories):,} categories: {names}")
     click.echo(f"Shards     {found.shards_left:,} left of {found.shards:,}")
     click.echo(f"Bytes      {bytes_text(found.bytes_left)} to read")
     click.echo(f"Images     {found.images:,} ({found.images_from})")
@@ -202,7 +208,8 @@ def _print_forecast(found: "Forecast") -> None:
     if not found.images_per_second:
         click.echo("Time       unknown: the artifact holds no measured rate.")
         return
-    click.echo(f"Rate       {found.images_per_second:.1f} images/s and worker, measured when the artifact was fitted")
+    how = "the mean over equally many images of each category" if found.categories else "measured"
+    click.echo(f"Rate       {found.images_per_second:.1f} images/s and worker, {how} when the artifact was fitted")
     click.echo("Workers    time" + ("         cost" if found.estimates[0].cost is not None else ""))
     for row in found.estimates:
         cost = "" if row.cost is None else f"{row.cost:>10.2f}"

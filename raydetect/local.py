@@ -17,7 +17,7 @@ from raydetect.plan import Committer, ScorePlan, finish
 from raydetect.records import Part, Receipt
 from raydetect.spec import FitSpec, SourceSpec, public_spec, source_storage
 from raydetect.storage import Storage, normalise_uri
-from raydetect.worker.artifact import load_artifact, save_artifact
+from raydetect.worker.artifact import StoredDetectors, save_artifact
 from raydetect.worker.calibrate import calibrate
 from raydetect.worker.collect import ImageSource, Survey, choose_holdout, collect, survey
 from raydetect.worker.read import read_members
@@ -158,8 +158,8 @@ def score(plan: ScorePlan, on_part: Callable[[Part, Receipt | None], None]) -> d
     torch.set_num_threads(spec.resources.cpus_per_worker)
     plan.ledger.begin(plan.run)
     if plan.todo:
-        artifact = load_artifact(plan.artifact.uri, Storage(spec.storage))
-        scorer = Scorer(artifact, spec, str(_device(spec.resources.gpus_per_worker)))
+        detectors = StoredDetectors(plan.artifact, Storage(spec.storage))
+        scorer = Scorer(detectors, spec, str(_device(spec.resources.gpus_per_worker)))
         committer = Committer(plan)
         for shard in plan.todo:
             members = read_members(plan.archive, shard, spec.source)

@@ -9,13 +9,14 @@ import numpy as np
 
 from raydetect.archives.base import Archive, archive_fingerprint
 from raydetect.archives.open import open_archive
-from raydetect.artifact_record import ArtifactRecord, read_record
-from raydetect.errors import TooManyBadRows
+from raydetect.artifact_record import ArtifactRecord
+from raydetect.errors import SpecError, TooManyBadRows
+from raydetect.fleet_record import ArtifactIndex, read_index, read_records
 from raydetect.metrics.conformal import threshold_for
 from raydetect.records import OK, Part, Receipt, Shard
 from raydetect.sinks.ledger import Ledger, Totals
 from raydetect.sinks.parquet import ResultsSink
-from raydetect.spec import ScoreSpec, public_spec, result_words, sink_storage, source_storage
+from raydetect.spec import ScoreSpec, SourceSpec, public_spec, result_words, sink_storage, source_storage
 from raydetect.storage import Storage, normalise_uri
 
 
@@ -28,7 +29,8 @@ class ScorePlan:
         archive: open.
         shards: the whole listing.
         todo: shards without a ledger record.
-        artifact: the artifact's record.
+        artifact: which artifact scores which category.
+        records: the record of every detector by category; one under None when there is no fleet.
         ledger: of the results directory.
         run: what `run.json` holds.
     """
@@ -37,7 +39,8 @@ class ScorePlan:
     archive: Archive
     shards: tuple[Shard, ...]
     todo: tuple[Shard, ...]
-    artifact: ArtifactRecord
+    artifact: ArtifactIndex
+    records: Mapping[str | None, ArtifactRecord]
     ledger: Ledger
     run: Mapping[str, Any]
 
@@ -48,28 +51,75 @@ class ScorePlan:
 
 
 def plan_score(spec: ScoreSpec) -> ScorePlan:
-    """Lists the archive, reads the artifact's record and the ledger, and checks that they fit. Writes nothing.
+    """Lists the archive, reads the artifact's records and the ledger, and checks that they fit. Writes nothing.
 
     Raises:
         SpecError, StorageError, ArtifactError, ResumeError: the job cannot run as it is.
     """
-    artifact = read_record(normalise_uri(spec.artifact), Storage(spec.storage))
+    artifact = read_index(normalise_uri(spec.artifact), Storage(spec.storage))
+    records = read_records(artifact, Storage(spec.storage))
     if spec.flag.alpha is not None:
-        threshold_for(np.asarray(artifact.calibration.scores), spec.flag.alpha)
+        check_alpha(records, spec.flag.alpha)
     ledger = Ledger(normalise_uri(spec.sink.uri), Storage(sink_storage(spec)))
     archive = open_archive(spec.source, Storage(source_storage(spec, spec.source)))
     shards = tuple(archive.shards())
-    run = describe_run(spec, artifact, shards)
+    refuse_without_categories(spec.source, artifact, shards)
+    run = describe_run(spec, artifact, records, shards)
     ledger.compare(run)
     committed = ledger.committed()
     todo = tuple(shard for shard in shards if shard.index not in committed)
-    return ScorePlan(spec, archive, shards, todo, artifact, ledger, run)
+    return ScorePlan(spec, archive, shards, todo, artifact, records, ledger, run)
 
 
-def describe_run(spec: ScoreSpec, artifact: ArtifactRecord, shards: tuple[Shard, ...]) -> dict[str, Any]:
+def check_alpha(records: Mapping[str | None, ArtifactRecord], alpha: float) -> None:
+    """Every detector must have held-out images enough; of those that have not, the one with the fewest is told of.
+
+    Raises:
+        SpecError: one has too few; names its category.
+    """
+    smallest = min(records, key=lambda category: len(records[category].calibration.scores))
+    try:
+        threshold_for(np.asarray(records[smallest].calibration.scores), alpha)
+    except SpecError as error:
+        raise SpecError(str(error) if smallest is None else f"category {smallest!r}: {error}") from None
+
+
+def refuse_without_categories(source: SourceSpec, artifact: ArtifactIndex, shards: tuple[Shard, ...]) -> None:
+    """A fleet needs the category of an image, and loose images carry it in their path alone.
+
+    Raises:
+        SpecError: no image of the source can have a category.
+    """
+    loose = all(shard.format == "prefix" for shard in shards)
+    if artifact.categories and loose and "{category}" not in (source.pattern or ""):
+        raise SpecError(
+            f"source.pattern: names no {{category}}, by which the fleet {artifact.uri} chooses its detector. "
+            "Add it, such as {category}/{name}."
+        )
+
+
+def heatmap_scale(records: Mapping[str | None, ArtifactRecord]) -> dict[str, Any]:
+    """`low` and `high` of heatmaps of style `map`; for a fleet those of every category, under `categories`."""
+    alone = records.get(None)
+    if alone is not None:
+        return _scale(alone)
+    return {"categories": {category: _scale(record) for category, record in records.items()}}
+
+
+def _scale(record: ArtifactRecord) -> dict[str, Any]:
+    low, high = record.calibration.map_scale()
+    return {"low": low, "high": high}
+
+
+def describe_run(
+    spec: ScoreSpec,
+    artifact: ArtifactIndex,
+    records: Mapping[str | None, ArtifactRecord],
+    shards: tuple[Shard, ...],
+) -> dict[str, Any]:
     """The content of `run.json`."""
     public = public_spec(spec)
-    low, high = artifact.calibration.map_scale()
+    members = {category: ref.digest for category, ref in artifact.categories.items()}
     return {
         "kind": "score",
         "spec": public,
@@ -77,10 +127,11 @@ def describe_run(spec: ScoreSpec, artifact: ArtifactRecord, shards: tuple[Shard,
             "spec": result_words(public),
             "artifact": artifact.digest,
             "archive": archive_fingerprint(shards),
+            **({"categories": members} if members else {}),  # so that a resume can say which one differs
         },
         "num_shards": len(shards),
         "num_bytes": sum(shard.size_bytes for shard in shards),
-        "heatmap_scale": {"low": low, "high": high},
+        "heatmap_scale": heatmap_scale(records),
         "packages": artifact.body.get("packages", {}),
     }
 
@@ -173,7 +224,8 @@ class Forecast:
         images: of what is left; None when no shard could tell.
         images_from: how the number of images is known.
         puts: files that will be written: parts, heatmap zips at most, ledger records, run.json, manifest.json.
-        images_per_second: of one worker, as measured when the artifact was fitted; None if it was not.
+        images_per_second: of one worker, as measured when the artifact was fitted; 0 if it was not.
+        categories: of a fleet, else empty.
     """
 
     shards: int
@@ -185,6 +237,7 @@ class Forecast:
     puts: int
     images_per_second: float
     estimates: tuple[WorkerEstimate, ...]
+    categories: tuple[str, ...] = ()
 
 
 SAMPLE_SHARDS = 3
@@ -202,14 +255,27 @@ def forecast(plan: ScorePlan, workers: Iterable[int], price_per_worker_hour: flo
     chunk_images = plan.spec.chunk_images
     chunks = max(len(plan.todo), -(-images // chunk_images)) if plan.todo else 0
     heatmaps = 0 if plan.spec.sink.heatmaps == "none" else chunks
-    rate = float(plan.artifact.body.get("images_per_second", 0.0))
+    rate = scoring_rate(plan.records.values())
     estimates = []
     for count in workers:
         hours = images / (rate * count) / 3600 if rate else float("nan")
         cost = None if price_per_worker_hour is None else hours * count * price_per_worker_hour
         estimates.append(WorkerEstimate(count, hours, cost))
     puts = chunks + heatmaps + len(plan.todo) + 2
-    return Forecast(len(plan.shards), len(plan.todo), left_bytes, images, how, chunks, puts, rate, tuple(estimates))
+    categories = tuple(plan.artifact.categories)
+    return Forecast(
+        len(plan.shards), len(plan.todo), left_bytes, images, how, chunks, puts, rate, tuple(estimates), categories
+    )
+
+
+def scoring_rate(records: Iterable[ArtifactRecord]) -> float:
+    """Images per second of one worker; 0 when a detector was not measured.
+
+    For a fleet, the rate over equally many images of every category (the harmonic mean); loading detectors again
+    and again, where a chunk mixes more categories than `detectors_in_memory`, is not in it.
+    """
+    rates = [float(record.body.get("images_per_second", 0.0)) for record in records]
+    return len(rates) / sum(1.0 / rate for rate in rates) if all(rates) else 0.0
 
 
 def _count_images(plan: ScorePlan) -> tuple[int, str]:

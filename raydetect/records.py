@@ -15,6 +15,7 @@ BAD_STATUSES = frozenset(
         "not_an_image",  # no decoder knows these bytes
         "corrupt",  # a decoder knows them and fails
         "unsupported_mode",  # decoded, but to pixels without a stated conversion (float TIFF)
+        "unknown_category",  # the fleet has no detector for the image's category, or the image has none
         "not_finite",  # the detector returned NaN or infinity
     }
 )

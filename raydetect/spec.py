@@ -117,6 +117,9 @@ class ResourceSpec:
     num_workers: Annotated[int, Field(ge=1, description="workers side by side")] = 1
     cpus_per_worker: Annotated[int, Field(ge=1, description="CPU slots and torch threads of each")] = 1
     gpus_per_worker: Annotated[float, Field(ge=0, description="GPU share of each; 0 = CPU")] = 0
+    detectors_in_memory: Annotated[
+        int, Field(ge=1, description="detectors of a fleet that each keeps loaded; the least recently used one goes")
+    ] = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,6 +195,7 @@ class ScoreSpec:
     resources: ResourceSpec = field(default_factory=ResourceSpec)
 
 
+FREE_RESOURCES = ("num_workers", "detectors_in_memory")  # they do not change rows
 JobSpec = FitSpec | ScoreSpec
 KINDS: dict[str, type[FitSpec] | type[ScoreSpec]] = {"fit": FitSpec, "score": ScoreSpec}
 
@@ -232,7 +236,7 @@ def public_spec(spec: JobSpec) -> dict[str, Any]:
 
 
 def result_digest(spec: JobSpec) -> str:
-    """sha256 over what decides the rows: the public spec less storage and the number of workers.
+    """sha256 over what decides the rows: the public spec less storage and what workers may have more or less of.
 
     Threads per worker stay in: floating-point sums may depend on them.
     """
@@ -242,7 +246,7 @@ def result_digest(spec: JobSpec) -> str:
 def result_words(public: dict[str, Any]) -> dict[str, Any]:
     """The part of a public spec that decides the rows."""
     words = {k: _without_storage(v) for k, v in public.items() if k not in ("storage", "max_bad_fraction")}
-    words["resources"] = {k: v for k, v in words["resources"].items() if k != "num_workers"}
+    words["resources"] = {k: v for k, v in words["resources"].items() if k not in FREE_RESOURCES}
     return words
 
 

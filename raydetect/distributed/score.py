@@ -14,6 +14,7 @@ from raydetect.config import to_plain, validate
 from raydetect.distributed.ingest import chunk_dataset, unpack_chunks
 from raydetect.distributed.session import session, translate
 from raydetect.errors import SpecError
+from raydetect.fleet_record import ArtifactIndex
 from raydetect.plan import Committer, ScorePlan, finish
 from raydetect.records import Part, Receipt
 from raydetect.sinks.parquet import ResultsSink
@@ -26,22 +27,20 @@ CHUNKS_WAITING_PER_ACTOR = 2
 class ScoreActor:
     """A warm Scorer in a Ray actor. The driver handles this class too, so torch is loaded in the actor alone."""
 
-    def __init__(self, spec: ScoreSpec, artifact_uri: str, digest: str, sink: ResultsSink) -> None:
-        """Loads the artifact.
+    def __init__(self, spec: ScoreSpec, artifact: ArtifactIndex, sink: ResultsSink) -> None:
+        """Loads an ordinary artifact; the detectors of a fleet are loaded when they are needed.
 
         Raises:
-            SpecError: the artifact is another one than the driver planned with.
+            ArtifactError: the artifact is another one than the driver planned with.
         """
         import torch
 
-        from raydetect.worker.artifact import load_artifact
+        from raydetect.worker.artifact import StoredDetectors
         from raydetect.worker.score import Scorer
 
         torch.set_num_threads(spec.resources.cpus_per_worker)
-        artifact = load_artifact(artifact_uri, Storage(spec.storage))
-        if artifact.record.digest != digest:
-            raise SpecError(f"{artifact_uri}: was replaced while the job started. Start the job again.")
-        self.scorer = Scorer(artifact, spec, "cuda" if spec.resources.gpus_per_worker else "cpu")
+        detectors = StoredDetectors(artifact, Storage(spec.storage))
+        self.scorer = Scorer(detectors, spec, "cuda" if spec.resources.gpus_per_worker else "cpu")
         self.sink = sink
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -98,8 +97,7 @@ def _parts(plan: ScorePlan, address: str | None) -> Iterator[Part]:
         ScoreActor,
         fn_constructor_kwargs={
             "spec": plan.spec,
-            "artifact_uri": plan.artifact.uri,
-            "digest": plan.artifact.digest,
+            "artifact": plan.artifact,
             "sink": plan.sink,
         },
         batch_format="pyarrow",

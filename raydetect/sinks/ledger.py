@@ -16,6 +16,7 @@ from raydetect.storage import Storage, join_uri
 FORMAT_VERSION = 1
 RECEIPT_NAME = re.compile(r"/ledger/(\d{5,})\.json$")
 READERS = 16
+MAX_DIFFERENCES, MAX_DIFFERENCE = 12, 400  # lines, letters of each
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class Ledger:
         if changed:
             raise ResumeError(
                 f"{self.uri}: holds the results of another job; these differ (there -> here): "
-                f"{'; '.join(changed)}. Use another sink.uri, or the job it was begun with."
+                f"{_short(changed)}. Use another sink.uri, or the job it was begun with."
             )
 
     def run(self) -> dict[str, Any] | None:
@@ -141,6 +142,13 @@ class Ledger:
                 "Update raydetect or use another sink.uri."
             )
         return body
+
+
+def _short(changed: list[str]) -> str:
+    """Of very many or very long differences the beginning."""
+    shown = [line if len(line) <= MAX_DIFFERENCE else line[:MAX_DIFFERENCE] + "..." for line in changed]
+    more = len(shown) - MAX_DIFFERENCES
+    return "; ".join(shown[:MAX_DIFFERENCES]) + (f"; and {more:,} more" if more > 0 else "")
 
 
 @dataclass(slots=True)

@@ -1,9 +1,12 @@
 """Reading a results directory: progress from the ledger, and how well scores rank labelled images."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raydetect.errors import StorageError
@@ -13,16 +16,18 @@ from raydetect.sinks.ledger import Ledger, Totals
 
 @dataclass(frozen=True, slots=True)
 class RunProgress:
-    """How far a run is, from `run.json` and the ledger."""
+    """How far a run is, from `run.json` and the ledger; `num_categories` is 0 without a fleet."""
 
     uri: str
     num_shards: int
     totals: Totals
     finished: bool
+    num_categories: int = 0
 
     def plain(self) -> dict[str, Any]:
         """For machines."""
-        return {"uri": self.uri, "num_shards": self.num_shards, "finished": self.finished, **self.totals.plain()}
+        run = {"uri": self.uri, "num_shards": self.num_shards, "num_categories": self.num_categories}
+        return {**run, "finished": self.finished, **self.totals.plain()}
 
     def lines(self) -> list[str]:
         """For people."""
@@ -37,6 +42,8 @@ class RunProgress:
             f"Flagged    {totals.flagged:,}",
             f"Heatmaps   {totals.heatmaps:,}",
         ]
+        if self.num_categories:
+            lines.insert(1, f"Fleet      of {self.num_categories:,} categories")
         spent = totals.last_unix - totals.first_unix
         if totals.shards > 1 and spent > 0:
             lines.append(f"Pace       {totals.shards / spent * 60:.1f} shards/min between first and last commit")
@@ -57,19 +64,35 @@ def progress(ledger: Ledger) -> RunProgress:
     totals = Totals()
     for receipt in ledger.receipts():
         totals.add(receipt)
-    return RunProgress(ledger.uri, int(run["num_shards"]), totals, ledger.manifest() is not None)
+    categories = len(run["result"].get("categories", {}))
+    return RunProgress(ledger.uri, int(run["num_shards"]), totals, ledger.manifest() is not None, categories)
 
 
 def labelled_auroc(ledger: Ledger) -> tuple[float, int] | None:
-    """(image AUROC, number of labelled images) of committed rows; None unless both labels are there."""
-    labels, scores = [], []
+    """(image AUROC, number of labelled images) of committed rows; None unless both labels are there.
+
+    Scores of different artifacts cannot be compared: for a fleet it is the mean of its categories' AUROCs, over
+    those categories that have both labels.
+    """
+    groups: dict[str, list[pa.Table]] = {}
     for receipt in ledger.receipts():
         for part in receipt.parts:
             if part.labelled:
-                with ledger.storage.open(f"{ledger.uri}/{part.path}") as handle:
-                    table = pq.read_table(handle, columns=["label", "image_score"]).drop_null()
-                labels.append(table["label"].to_numpy())
-                scores.append(table["image_score"].to_numpy())
-    if not labels or len(np.unique(np.concatenate(labels))) < 2:
+                for digest, table in _by_artifact(ledger, part.path):
+                    groups.setdefault(digest, []).append(table)
+    found = []
+    for tables in groups.values():
+        labels, scores = (pa.concat_tables(tables)[name].to_numpy() for name in ("label", "image_score"))
+        if len(np.unique(labels)) == 2:
+            found.append((auroc(labels, scores), len(labels)))
+    if not found:
         return None
-    return auroc(np.concatenate(labels), np.concatenate(scores)), sum(map(len, labels))
+    return sum(value for value, _ in found) / len(found), sum(count for _, count in found)
+
+
+def _by_artifact(ledger: Ledger, path: str) -> Iterator[tuple[str, pa.Table]]:
+    """(artifact, its label and image_score) of a part's labelled rows."""
+    with ledger.storage.open(f"{ledger.uri}/{path}") as handle:
+        table = pq.read_table(handle, columns=["label", "image_score", "artifact"]).drop_null()
+    for digest in table["artifact"].unique():
+        yield digest.as_py(), table.filter(pc.equal(table["artifact"], digest)).drop_columns("artifact")

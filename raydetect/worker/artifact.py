@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -15,6 +15,7 @@ from raydetect.config import to_plain
 from raydetect.detectors._base import Detector
 from raydetect.detectors._registry import build_detector
 from raydetect.errors import ArtifactError, SpecError, StorageError
+from raydetect.fleet_record import ArtifactIndex, ArtifactRef
 from raydetect.storage import Storage, join_uri
 
 PACKAGES = ("raydetect", "torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "ray")
@@ -26,6 +27,54 @@ class Artifact:
 
     detector: Detector
     record: ArtifactRecord
+
+    @property
+    def index(self) -> ArtifactIndex:
+        """The index that names this artifact alone."""
+        return ArtifactIndex(self.record.uri, self.record.digest, self.record.body)
+
+    def load(self, ref: ArtifactRef) -> "Artifact":
+        """Itself: it is loaded already."""
+        return self
+
+
+class DetectorSource(Protocol):
+    """What scoring needs of artifacts: which one scores an image, and that one loaded."""
+
+    @property
+    def index(self) -> ArtifactIndex:
+        """Answers which artifact scores which category."""
+
+    def load(self, ref: ArtifactRef) -> Artifact:
+        """The artifact of a ref of the index.
+
+        Raises:
+            ArtifactError: it cannot be loaded.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class StoredDetectors:
+    """Loads the detectors of an index when they are needed, each checked against the index.
+
+    Attributes:
+        index: of an artifact or a fleet.
+        storage: reaches it.
+    """
+
+    index: ArtifactIndex
+    storage: Storage
+
+    def load(self, ref: ArtifactRef) -> Artifact:
+        """The artifact of a ref of the index.
+
+        Raises:
+            ArtifactError: it is missing or damaged, or was replaced since the index was read.
+        """
+        artifact = load_artifact(ref.uri, self.storage)
+        if artifact.record.digest != ref.digest:
+            raise ArtifactError(f"{ref.uri}: was replaced after the job was planned. Start the job again.")
+        return artifact
 
 
 def save_artifact(

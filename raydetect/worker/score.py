@@ -1,7 +1,8 @@
 """The one object that scores: the local run, Ray actors and (later) Serve replicas all use it, so rows are equal.
 
 Batches are cut inside a chunk, never across chunks, and padded to one size: an image meets the same kernels
-whatever the number of workers.
+whatever the number of workers. With a fleet, the images of a chunk are grouped by category first, and each group is cut
+into batches of its own, so an image's row is the one that its category's artifact alone would give.
 """
 
 import heapq
@@ -15,17 +16,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from raydetect.artifact_record import Calibration
+from raydetect.config import nearest
 from raydetect.detectors._base import Detector
-from raydetect.metrics.conformal import p_values, threshold_for
+from raydetect.fleet_record import ArtifactRef
 from raydetect.records import OK, Chunk, Member, Row
 from raydetect.sinks.heatmaps import map_png, overlay_png
-from raydetect.spec import FlagSpec, ScoreSpec
-from raydetect.worker.artifact import Artifact
+from raydetect.spec import ScoreSpec
+from raydetect.worker.artifact import DetectorSource
+from raydetect.worker.judge import Judge, Judges
 from raydetect.worker.preprocess import DecodeRules, Pixels, decode_all, decode_image
 from raydetect.worker.read import refuse_bad_member
 
 OVERLAY_MAX_PX = 1024
+NAMED_CATEGORIES = 8  # more of them would make the `error` of every row long
 UNSHARED: AbstractContextManager[object] = nullcontext()
 
 
@@ -87,45 +90,23 @@ def _score_batch(
         yield Scored(position, float(image_score_B[i]), anomaly_map_BHW[i])
 
 
-class Decision:
-    """p-values, threshold and flags of image scores under one calibration and one flag rule."""
-
-    def __init__(self, flag: FlagSpec, calibration: Calibration) -> None:
-        """Precomputes the threshold.
-
-        Raises:
-            SpecError: the calibration is too small for `flag.alpha`.
-        """
-        self._scores = np.asarray(calibration.scores, dtype=np.float64)
-        if flag.threshold is not None:
-            self.threshold = flag.threshold
-        else:
-            assert flag.alpha is not None
-            self.threshold = threshold_for(self._scores, flag.alpha)
-
-    def of(self, image_score: float) -> tuple[float, bool]:
-        """(p-value, flagged) of one image score."""
-        p_value = float(p_values(self._scores, np.asarray([image_score]))[0])
-        return p_value, image_score >= self.threshold
-
-
 class Scorer:
-    """Scores chunks with one artifact. Threads may share it: decoding overlaps, forward passes take turns."""
+    """Scores chunks with one artifact or a fleet. Threads may share it: decoding overlaps, forward passes do not."""
 
-    def __init__(self, artifact: Artifact, spec: ScoreSpec, device: str = "cpu") -> None:
-        """Moves the detector to the device.
+    def __init__(self, source: DetectorSource, spec: ScoreSpec, device: str = "cpu") -> None:
+        """Loads an ordinary artifact at once, the detectors of a fleet when they are needed.
 
         Args:
-            artifact: loaded.
-            spec: what the job file says of source, sink, flag and batch size.
+            source: a loaded artifact, or the stored ones of an index.
+            spec: what the job file says of source, sink, flag, batch size and resources.
             device: torch device name.
+
+        Raises:
+            ArtifactError, SpecError: the artifact cannot be loaded or does not fit `flag`.
         """
-        self.artifact = artifact
+        self.index = source.index
         self.spec = spec
-        self.detector = artifact.detector.to(torch.device(device))
-        calibration = artifact.record.calibration
-        self.decision = Decision(spec.flag, calibration)
-        self.map_low, self.map_high = calibration.map_scale()
+        self.judges = Judges(source, spec.flag, torch.device(device), spec.resources.detectors_in_memory)
         self.rules = DecodeRules.of(spec.source)
         self.decode_threads = spec.resources.cpus_per_worker
         self._lock = threading.Lock()
@@ -134,29 +115,48 @@ class Scorer:
         """Rows and heatmaps of a chunk.
 
         Raises:
+            ArtifactError: the detector of a category cannot be loaded.
             BadMemberError: an image is bad and the source says `on_bad_member: fail`.
         """
-        headers: list[Pixels] = []
-        decoded = decode_all(chunk.members, self.rules, self.artifact.record.image_size, self.decode_threads)
+        headers: dict[int, Pixels] = {}
         rows: dict[int, Row] = {}
         result = ChunkResult([], {})
-        for scored in self._chosen(
-            score_batches(self.detector, _tee(decoded, headers), self.spec.batch_size, self._lock),
-            chunk,
-            rows,
-        ):
-            self._draw(scored, chunk, result)
-        for position, (member, header) in enumerate(zip(chunk.members, headers, strict=True)):
+        for ref, positions in self._groups(chunk):
+            judge = self.judges.get(ref)
+            for scored in self._chosen(self._scored(judge, chunk, positions, headers), judge, chunk, rows):
+                self._draw(scored, judge, chunk, result)
+        for position, member in enumerate(chunk.members):
+            header = headers.get(position) or self._undecoded(member)
             row = rows.get(position) or self._bad_row(member, chunk, header)
             result.rows.append(replace(row, width=header.width, height=header.height))
         return result
 
-    def _chosen(self, scored: Iterator[Scored], chunk: Chunk, rows: dict[int, Row]) -> Iterator[Scored]:
-        """Makes the row of every image and passes on those that get a heatmap."""
+    def _groups(self, chunk: Chunk) -> list[tuple[ArtifactRef, list[int]]]:
+        """Positions of readable images by the artifact that scores them, in order of artifacts."""
+        groups: dict[ArtifactRef, list[int]] = {}
+        for position, member in enumerate(chunk.members):
+            ref = self.index.for_category(member.category)
+            if ref is not None and member.status == OK:
+                groups.setdefault(ref, []).append(position)
+        return sorted(groups.items())
+
+    def _scored(self, judge: Judge, chunk: Chunk, positions: list[int], headers: dict[int, Pixels]) -> Iterator[Scored]:
+        """Scores of the images at `positions`; fills in what is known of each without its picture."""
+        members = [chunk.members[position] for position in positions]
+        decoded = decode_all(members, self.rules, judge.image_size, self.decode_threads)
+        noted = _note(decoded, positions, headers)
+        for item in score_batches(judge.detector, noted, self.spec.batch_size, self._lock):
+            yield replace(item, position=positions[item.position])
+
+    def _chosen(self, scored: Iterable[Scored], judge: Judge, chunk: Chunk, rows: dict[int, Row]) -> Iterator[Scored]:
+        """Makes the row of every image and passes on those that get a heatmap.
+
+        `top_k` compares images of one artifact only: raw scores of different detectors say nothing about each other.
+        """
         heatmaps = self.spec.sink.heatmaps
         best: list[tuple[float, int, Scored]] = []
         for item in scored:
-            row = self._row(item, chunk)
+            row = self._row(item, judge, chunk)
             rows[item.position] = row
             if row.status != OK:
                 continue
@@ -168,31 +168,47 @@ class Scorer:
                     heapq.heappop(best)
         yield from (item for _, _, item in sorted(best, key=lambda entry: -entry[1]))
 
-    def _row(self, item: Scored, chunk: Chunk) -> Row:
+    def _row(self, item: Scored, judge: Judge, chunk: Chunk) -> Row:
         base = self._base_row(chunk.members[item.position], chunk)
         if not (math.isfinite(item.image_score) and np.isfinite(item.anomaly_map_HW).all()):
             message = f"{base.key}: the detector returned a score or map that is not finite. Report the image."
             return replace(base, status="not_finite", error=message)
-        p_value, flagged = self.decision.of(item.image_score)
+        p_value, flagged = judge.decision.of(item.image_score)
         return replace(
             base,
             image_score=item.image_score,
             p_value=p_value,
-            threshold=self.decision.threshold,
+            threshold=judge.decision.threshold,
             flagged=flagged,
         )
+
+    def _undecoded(self, member: Member) -> Pixels:
+        """Why a member was not even decoded: it could not be read, or no detector is there for it."""
+        if member.status != OK:
+            return Pixels(None, status=member.status, error=member.error)
+        return Pixels(None, status="unknown_category", error=f"{member.key}: {self._unknown(member.category)}")
+
+    def _unknown(self, category: str | None) -> str:
+        if category is None:
+            return "has no category, and a fleet scores by category. State it in source.pattern, a sidecar or a column."
+        known = list(self.index.categories)
+        near = nearest(category, known)
+        if len(known) > NAMED_CATEGORIES:
+            near = f"{near.partition(' Known:')[0]} It knows {len(known):,} others."
+        return f"the fleet has no detector for category {category!r}.{near}"
 
     def _bad_row(self, member: Member, chunk: Chunk, header: Pixels) -> Row:
         refuse_bad_member(header.status, header.error, self.spec.source)
         return replace(self._base_row(member, chunk), status=header.status, error=header.error)
 
     def _base_row(self, member: Member, chunk: Chunk) -> Row:
+        ref = self.index.for_category(member.category)
         return Row(
             key=member.key,
             image_uri=member.image_uri,
             chunk=chunk.id,
             status=OK,
-            artifact=self.artifact.record.digest,
+            artifact=ref.digest if ref is not None else self.index.digest,
             label=member.label,
             category=member.category,
             defect=member.defect,
@@ -200,19 +216,19 @@ class Scorer:
             meta=member.meta,
         )
 
-    def _draw(self, item: Scored, chunk: Chunk, result: ChunkResult) -> None:
+    def _draw(self, item: Scored, judge: Judge, chunk: Chunk, result: ChunkResult) -> None:
         if self.spec.sink.style == "map":
-            picture, clipped = map_png(item.anomaly_map_HW, self.map_low, self.map_high)
+            picture, clipped = map_png(item.anomaly_map_HW, judge.map_low, judge.map_high)
             result.clipped_pixels += clipped
         else:
             image = decode_image(chunk.members[item.position].data, self.rules)
             image.thumbnail((OVERLAY_MAX_PX, OVERLAY_MAX_PX))
-            picture = overlay_png(np.asarray(image), item.anomaly_map_HW, self.map_low, self.map_high)
+            picture = overlay_png(np.asarray(image), item.anomaly_map_HW, judge.map_low, judge.map_high)
         result.pictures[item.position] = picture
 
 
-def _tee(pixels: Iterable[Pixels], headers: list[Pixels]) -> Iterator[Pixels]:
+def _note(pixels: Iterable[Pixels], positions: list[int], headers: dict[int, Pixels]) -> Iterator[Pixels]:
     """Passes pixels on and keeps what is known of each without its picture."""
-    for item in pixels:
-        headers.append(replace(item, image_HWC=None))
+    for position, item in zip(positions, pixels, strict=True):
+        headers[position] = replace(item, image_HWC=None)
         yield item
