@@ -208,8 +208,10 @@ def _print_forecast(found: "Forecast") -> None:
     if not found.images_per_second:
         click.echo("Time       unknown: the artifact holds no measured rate.")
         return
-    how = "the mean over equally many images of each category" if found.categories else "measured"
-    click.echo(f"Rate       {found.images_per_second:.1f} images/s and worker, {how} when the artifact was fitted")
+    how = " (as many images of each category)" if found.categories else ""
+    click.echo(
+        f"Rate       {found.images_per_second:.1f} images/s and worker, measured when the artifact was fitted{how}"
+    )
     click.echo("Workers    time" + ("         cost" if found.estimates[0].cost is not None else ""))
     for row in found.estimates:
         cost = "" if row.cost is None else f"{row.cost:>10.2f}"

@@ -1,6 +1,8 @@
 """Fleets: one detector for each category; rows as each category alone would have them; every refusal."""
 
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 
 import fsspec
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner, Result
 from hypothesis import given
@@ -40,7 +43,7 @@ SCORE: dict[str, Any] = {
     "sink": {"uri": f"{ROOT}/results", "heatmaps": "all", "style": "map"},
     "flag": {"alpha": 0.2},
     "batch_size": 4,
-    "resources": {"cpus_per_worker": 2},
+    "resources": {"cpus_per_worker": 1},
 }
 
 
@@ -167,10 +170,32 @@ def test_one_detector_in_memory_gives_the_rows_of_eight(loads: list[str]) -> Non
 @pytest.mark.usefixtures("fleet")
 def test_the_least_recently_used_detector_is_dropped(loads: list[str]) -> None:
     index = read_index(FLEET, Storage())
-    judges = Judges(StoredDetectors(index, Storage()), plan().spec.flag, local.torch.device("cpu"), limit=2)
+    judges = Judges(StoredDetectors(index, Storage()), plan().spec.flag, torch.device("cpu"), limit=2)
     for category in (NUTS, BOLTS, NUTS, RINGS, NUTS, BOLTS):
         assert judges.get(index.categories[category]).digest == index.categories[category].digest
     assert loads == [NUTS, BOLTS, RINGS, BOLTS]
+
+
+@pytest.mark.usefixtures("fleet")
+def test_no_more_detectors_are_in_memory_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights: weakref.WeakSet[torch.nn.Parameter] = weakref.WeakSet()
+    before: list[int] = []
+    plain = StoredDetectors.load
+
+    def watched(self: StoredDetectors, ref: Any) -> Artifact:
+        before.append(len(weights))
+        artifact = plain(self, ref)
+        modules = [value for value in vars(artifact.detector).values() if isinstance(value, torch.nn.Module)]
+        weights.update(parameter for module in modules for parameter in module.parameters())
+        return artifact
+
+    monkeypatch.setattr(StoredDetectors, "load", watched)
+    gc.disable()
+    try:
+        run("resources.detectors_in_memory=1")
+    finally:
+        gc.enable()
+    assert before == [0] * 6
 
 
 @pytest.mark.usefixtures("fleet")
@@ -326,7 +351,8 @@ def test_a_broken_fleet_ends_with_one_sentence_and_exit_code_2(
 def test_the_command_line_tells_of_the_fleet(folder: Path) -> None:
     assert "ready to score" in call(folder, "check").output
     said = call(folder, "plan", "--workers", "2").output
-    assert "Fleet      3 categories: ../rings, Hex nuts/M4, bolts" in said and "images of each category" in said
+    assert "Fleet      3 categories: ../rings, Hex nuts/M4, bolts\n" in said
+    assert "measured when the artifact was fitted (as many images of each category)\n" in said
     ended = call(folder, "score", "--local")
     assert ended.exit_code == 0 and "over 30 labelled images, mean of the fleet's categories: " in ended.output
     names = {path.name for path in (folder / "fleet" / "categories").iterdir()}

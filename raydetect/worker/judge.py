@@ -1,5 +1,6 @@
 """A loaded detector with what its calibration makes of scores; and the few of a fleet that stay loaded."""
 
+import gc
 import threading
 from collections import OrderedDict
 
@@ -87,8 +88,9 @@ class Judges:
         with self._lock:
             found = self._kept.get(ref)
             if found is None:
-                while len(self._kept) >= self._limit:
+                if len(self._kept) == self._limit:
                     self._kept.popitem(last=False)
+                    gc.collect()  # the traced graph of a backbone refers to itself, and would hold its weights for long
                 found = Judge(self._source.load(ref), self._flag, self._device)
                 self._kept[ref] = found
             self._kept.move_to_end(ref)

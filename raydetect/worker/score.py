@@ -122,9 +122,7 @@ class Scorer:
         rows: dict[int, Row] = {}
         result = ChunkResult([], {})
         for ref, positions in self._groups(chunk):
-            judge = self.judges.get(ref)
-            for scored in self._chosen(self._scored(judge, chunk, positions, headers), judge, chunk, rows):
-                self._draw(scored, judge, chunk, result)
+            self._score_group(ref, positions, chunk, headers, rows, result)
         for position, member in enumerate(chunk.members):
             header = headers.get(position) or self._undecoded(member)
             row = rows.get(position) or self._bad_row(member, chunk, header)
@@ -139,6 +137,20 @@ class Scorer:
             if ref is not None and member.status == OK:
                 groups.setdefault(ref, []).append(position)
         return sorted(groups.items())
+
+    def _score_group(
+        self,
+        ref: ArtifactRef,
+        positions: list[int],
+        chunk: Chunk,
+        headers: dict[int, Pixels],
+        rows: dict[int, Row],
+        result: ChunkResult,
+    ) -> None:
+        """Scores the images of one artifact. On return nothing holds its detector, so another may take its place."""
+        judge = self.judges.get(ref)
+        for scored in self._chosen(self._scored(judge, chunk, positions, headers), judge, chunk, rows):
+            self._draw(scored, judge, chunk, result)
 
     def _scored(self, judge: Judge, chunk: Chunk, positions: list[int], headers: dict[int, Pixels]) -> Iterator[Scored]:
         """Scores of the images at `positions`; fills in what is known of each without its picture."""

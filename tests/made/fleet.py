@@ -41,7 +41,7 @@ def fit_category(root: str, category: str, seed: int = 0) -> str:
         "artifact": member_uri(f"{root}/fleet", category),
         "seed": seed,
         "calibration": {"holdout_ratio": 0.4},
-        "resources": {"cpus_per_worker": 2},
+        "resources": {"cpus_per_worker": 1},
     }
     spec = parse_job(values, category)
     assert isinstance(spec, FitSpec)
