@@ -127,9 +127,9 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.usefixtures("fleet")
-@pytest.mark.parametrize(("heatmaps", "count"), [("all", 30), ("top_k", 12)])
-def test_rows_and_heatmaps_are_those_of_each_category_scored_alone(heatmaps: str, count: int) -> None:
-    words = [f"sink.heatmaps={heatmaps}", "sink.top_k=2"]
+@pytest.mark.parametrize(("heatmaps", "style", "count"), [("all", "map", 30), ("top_k", "overlay", 12)])
+def test_rows_and_heatmaps_are_those_of_each_category_scored_alone(heatmaps: str, style: str, count: int) -> None:
+    words = [f"sink.heatmaps={heatmaps}", f"sink.style={style}", "sink.top_k=2"]
     whole, manifest = run(*words)
     assert manifest["rows"] == 30 and manifest["statuses"] == {"ok": 30} and manifest["heatmaps"] == count
     found = rows(whole)
@@ -326,7 +326,7 @@ def rewrite_index(uri: str, change: Callable[[dict[str, Any]], None]) -> None:
 
 BREAKS: list[tuple[str, Callable[[dict[str, Any]], None]]] = [
     ("digest", lambda body: body["categories"][BOLTS].update(digest="0" * 64)),
-    ("outside of categories/", lambda body: body["categories"][BOLTS].update(folder="categories/../../bolts")),
+    ("outside of categories/", lambda body: body["categories"][BOLTS].update(folder="categories/x/../../bolts")),
     ("outside of categories/", lambda body: body["categories"][BOLTS].update(folder="/etc")),
     ("not found", lambda body: body["categories"][BOLTS].update(folder="categories/gone-123")),
     ("has format 3", lambda body: body.update(format_version=3)),
