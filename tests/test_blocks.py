@@ -7,11 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
-from raydetect.blocks import neighbors
 from raydetect.blocks.anomaly_map import smooth, upsample
 from raydetect.blocks.backbone import Backbone
 from raydetect.blocks.coreset import covering_radius, greedy_coreset, project, quantise
-from raydetect.blocks.neighbors import BankSearch
 from raydetect.blocks.pyramid import patch_embeddings
 from raydetect.blocks.seeding import keyed_generator, keyed_unit, shuffled
 from raydetect.errors import ArtifactError, SpecError
@@ -24,64 +22,6 @@ def features(count: int, dims: int, seed: int, clusters: int = 7) -> torch.Tenso
     centres = random.normal(3, 2, (clusters, dims)) * np.linspace(2, 0.05, dims)
     points = centres[random.integers(clusters, size=count)] + random.normal(0, 0.3, (count, dims))
     return torch.from_numpy(points.astype(np.float32))
-
-
-@pytest.mark.parametrize("rows", [1, 5, 127, 1023, 1024, 1025, 2300])
-def test_the_nearest_row_is_the_nearest(rows: int) -> None:
-    bank, patches = features(rows, 64, 1), features(300, 64, 2)
-    patches[7] = bank[rows // 2]  # distance zero
-    distance_NK, index_NK = BankSearch(bank).nearest(patches)
-    expected, index = reference.nearest_rows(patches.numpy(), bank.numpy())
-    best = expected.min(1)
-    np.testing.assert_allclose(distance_NK[:, 0].numpy(), best, rtol=1e-5, atol=1e-6)
-    ties = expected[np.arange(300), index_NK[:, 0].numpy()]
-    np.testing.assert_allclose(ties, best, rtol=1e-5, atol=1e-6)
-    assert (index_NK[:, 0].numpy() == index).mean() > 0.99
-    assert distance_NK[7, 0] == 0.0
-
-
-@pytest.mark.parametrize("rows", [40, 2300])
-@pytest.mark.parametrize("neighbours", [2, 9, 40])
-def test_several_neighbours_come_ascending(rows: int, neighbours: int) -> None:
-    bank, patches = features(rows, 48, 3), features(60, 48, 4)
-    distance_NK, _ = BankSearch(bank).nearest(patches, neighbours)
-    expected, _ = reference.nearest_rows(patches.numpy(), bank.numpy())
-    np.testing.assert_allclose(distance_NK.numpy(), np.sort(expected, 1)[:, :neighbours], rtol=1e-5, atol=1e-6)
-
-
-def test_pruning_gives_what_the_whole_product_gives() -> None:
-    bank, patches = features(5000, 200, 5), features(3000, 200, 6)
-    pruned = BankSearch(bank)
-    plain = BankSearch(bank)
-    plain.pruner = None
-    (a, i), (b, j) = pruned.nearest(patches), plain.nearest(patches)
-    assert pruned.pruner is not None
-    assert torch.equal(i, j) and torch.equal(a, b)
-
-
-def test_pruning_survives_duplicates_and_constant_dims() -> None:
-    bank = features(1, 96, 7).repeat(2000, 1)
-    bank[1500:, 3] += 1.0
-    distance_N1, index_N1 = BankSearch(bank).nearest(bank[[0, 1999]])
-    assert distance_N1.flatten().tolist() == [0.0, 0.0]
-    assert index_N1[0] < 1500 <= index_N1[1]
-
-
-def test_a_large_offset_costs_no_precision() -> None:
-    bank, patches = features(2000, 64, 8) + 1000.0, features(50, 64, 9) + 1000.0
-    expected, _ = reference.nearest_rows(patches.numpy(), bank.numpy())
-    found = BankSearch(bank).nearest(patches)[0][:, 0].numpy()
-    np.testing.assert_allclose(found, expected.min(1), rtol=1e-3)
-
-
-def test_search_refuses_what_makes_no_sense() -> None:
-    with pytest.raises(ValueError, match="at least one row"):
-        BankSearch(torch.zeros(0, 4))
-    search = BankSearch(torch.zeros(3, 4))
-    with pytest.raises(ValueError, match="5 dims"):
-        search.nearest(torch.zeros(2, 5))
-    with pytest.raises(ValueError, match="4 neighbours"):
-        search.nearest(torch.zeros(2, 4), 4)
 
 
 @settings(max_examples=25, deadline=None)
@@ -194,17 +134,3 @@ def test_randomness_is_keyed_by_words_alone() -> None:
     assert shuffled(keys, 0, 1) == shuffled(keys[::-1], 0, 1) != shuffled(keys, 0, 2)
     units = [keyed_unit(0, "holdout", key) for key in map(str, range(4000))]
     assert min(units) >= 0.0 and max(units) < 1.0 and abs(np.mean(units) - 0.5) < 0.02
-
-
-def test_the_slack_covers_the_rounding_of_float32() -> None:
-    bank, patches = features(3000, 384, 1) * 100, features(500, 384, 2) * 100
-    search = BankSearch(bank)
-    assert search.pruner is not None
-    centred = patches - search.mean_D
-    rotated = (centred @ search.pruner.axes_DD).double()
-    exact = (centred.double()[:, None] - search.centred_MD[search.pruner.rows_M].double()[:100][None]) ** 2
-    found = rotated.square().sum(1)[:, None] + (
-        search.pruner.norms_M[:100] - 2 * (rotated.float() @ search.pruner.rotated_MD[:100].T)
-    )
-    allowed = neighbors.SLACK * (rotated.square().sum(1)[:, None] + search.pruner.largest)
-    assert ((found - exact.sum(-1)).abs() < 0.5 * allowed).all()

@@ -1,148 +1,227 @@
-"""Exact nearest rows of a memory bank, without ever writing the patches x bank matrix.
+"""Exact nearest rows of a memory bank in torch, without ever writing the patches x bank matrix.
 
-Shapes: N patches, M bank rows, D feature dim, K neighbours, G rows of a group.
+Shapes: N patches, M bank rows, D feature dim, d leading dims, K neighbours, C candidates, G groups of rows.
 
-Idea: rotate by the bank's principal axes and keep the d leading coordinates plus the length of the rest as one more.
-In these d + 1 coordinates no distance grows, so one thin matrix product bounds every distance from below; a group of
-bank rows whose smallest bound exceeds a distance already known cannot hold the nearest row. The groups are leaves of
-a k-d split of the bank, so few survive, and only these are multiplied in full.
+On CPUs one neighbour is found by pruning: take the bank's d leading principal axes and the length of the rest as one
+more coordinate. In these d + 1 coordinates no product of two rows shrinks, so one thin matrix product bounds every
+distance from below; a group of bank rows whose smallest bound exceeds a distance already known cannot hold the nearest
+row. The groups are leaves of a k-d split of the bank, so few survive, and only these are multiplied in full.
+
+Elsewhere it is a plain product over blocks, in float32 or, to propose candidates, in bfloat16.
 """
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from raydetect.blocks.exact_search import (
+    BLOCK_ROWS,
+    PATCH_ROWS,
+    UNIT,
+    Candidates,
+    ExactSearch,
+    Proposer,
+    largest_approx,
+    least_distance,
+    product_share,
+)
+
 GROUP_ROWS = 128
-BLOCK_ROWS = 2048  # rows of the bank in one product: with PATCH_ROWS, 8 MB that stay in cache
-PATCH_ROWS = 1024
-CALL_ROWS = 16384  # patches that share the walk over groups
 LEADING_DIMS = 47  # and the rest's length: 48 columns
 PRUNE_FROM_ROWS = 1024
 SPLIT_DIMS = 16
-# float32 products of centred rows err by less than this share of |a|^2 + |b|^2 (D * 2^-24, D <= 8192, is below it)
-SLACK = 1e-5
+HALF_UNIT = 2.0**-8  # largest relative rounding error to bfloat16, which has 8 bits of significand
+HALF_CANDIDATES = 16
+
+Precision = Literal["float32", "bfloat16"]
 
 
-class BankSearch:
-    """Searches one memory bank.
+class BankSearch(ExactSearch):
+    """Searches one memory bank; exact at either precision, and the same bits.
 
-    Exact: a returned row is a true nearest one up to float32 rounding of squared distances (relative to the squared
-    norms about the bank's mean), and the returned distance is computed from differences, so it is accurate near zero
-    and does not depend on the other patches of the call.
-
-    Cost that surprises: building rotates the bank (an eigendecomposition of D x D) and holds three copies of it.
+    Cost that surprises: building with float32 finds the principal axes (an eigendecomposition of D x D) and holds a
+    second copy of the bank.
     """
 
-    def __init__(self, bank_MD: Tensor) -> None:
+    def __init__(self, bank_MD: Tensor, precision: Precision = "float32") -> None:
         """Prepares the bank.
 
         Args:
             bank_MD: float32, not empty.
+            precision: of the products that propose candidates. bfloat16 pays where its products are much quicker.
 
         Raises:
             ValueError: the bank is empty or not two-dimensional.
         """
-        if bank_MD.ndim != 2 or bank_MD.shape[0] == 0:
-            raise ValueError(f"a memory bank needs at least one row of features, given {tuple(bank_MD.shape)}")
-        self.bank_MD = bank_MD.float().contiguous()
-        self.mean_D = self.bank_MD.double().mean(0).float()
-        self.centred_MD = self.bank_MD - self.mean_D
-        self.norms_M = self.centred_MD.square().sum(1)
-        self.pruner = _Pruner(self.centred_MD) if len(bank_MD) >= PRUNE_FROM_ROWS else None
+        super().__init__(bank_MD)
+        self.precision = precision
+        centred_MD = self.bank_MD - self.mean_D
+        self.half = HalfProduct(centred_MD) if precision == "bfloat16" else None
+        small = self.num_rows < PRUNE_FROM_ROWS
+        self.pruner = None if small or self.half or centred_MD.device.type != "cpu" else Pruner(centred_MD)
+        self.product = Product(centred_MD) if self.pruner is None else self.pruner.product
 
     def to(self, device: torch.device) -> "BankSearch":
         """This search on another device; itself when it is there already."""
-        return self if self.bank_MD.device == device else BankSearch(self.bank_MD.to(device))
+        return self if self.bank_MD.device == device else BankSearch(self.bank_MD.to(device), self.precision)
 
-    def nearest(self, patches_ND: Tensor, num_neighbors: int = 1) -> tuple[Tensor, Tensor]:
-        """Distance of every patch to its nearest rows of the bank.
+    def proposers(self, num_neighbors: int) -> list[Proposer]:
+        """bfloat16 first if asked for; pruning for one neighbour on a CPU, else the plain product."""
+        careful: Proposer = self.product.propose
+        if num_neighbors == 1 and self.pruner is not None:
+            careful = self.pruner.propose
+        return [careful] if self.half is None else [self.half.propose, careful]
 
-        Args:
-            patches_ND: patch embeddings, float32.
-            num_neighbors: K, 1 <= K <= M.
 
-        Returns:
-            distance_NK: Euclidean (not squared), float32, ascending along K.
-            index_NK: rows of the bank, int64.
+class Product:
+    """|b|^2 - 2ab over blocks of the bank in float32, keeping the best."""
 
-        Raises:
-            ValueError: the dims differ or K is out of range.
+    def __init__(self, centred_MD: Tensor, rows_M: Tensor | None = None) -> None:
+        """Keeps rows about the bank's mean; `rows_M` are their numbers when they stand in another order."""
+        self.centred_MD, self.rows_M = centred_MD, rows_M
+        self.norms_M = centred_MD.square().sum(1)
+        self.share = product_share(centred_MD.shape[1])
 
-        Source: PatchCore (arXiv 2106.08265), eq. 6 for K = 1.
-        """
-        num_rows, dims = self.bank_MD.shape
-        if patches_ND.shape[1] != dims:
-            raise ValueError(f"patches have {patches_ND.shape[1]} dims, the bank has {dims}")
-        if not 1 <= num_neighbors <= num_rows:
-            raise ValueError(f"{num_neighbors} neighbours asked of a bank of {num_rows} rows")
-        found = [self._block(block, num_neighbors) for block in patches_ND.float().split(CALL_ROWS)]
-        return torch.cat([d for d, _ in found]), torch.cat([i for _, i in found])
+    def propose(self, centred_ND: Tensor, num_neighbors: int) -> Candidates:
+        """K + 1 candidates, or all rows."""
+        return self._propose(centred_ND, num_neighbors + 1, self.share)
 
-    def _block(self, patches_ND: Tensor, num_neighbors: int) -> tuple[Tensor, Tensor]:
-        centred_ND = patches_ND - self.mean_D
-        if num_neighbors == 1 and self.pruner is not None and patches_ND.device.type == "cpu":
-            index_NK = self.pruner.nearest(centred_ND)[:, None]
-        else:
-            index_NK = torch.cat([self._by_product(part, num_neighbors) for part in centred_ND.split(PATCH_ROWS)])
-        return self._settle(patches_ND, index_NK)
+    def _propose(self, centred_ND: Tensor, count: int, share: float | Tensor) -> Candidates:
+        count = min(count, len(self.centred_MD))
+        found = [self._best(part, count) for part in centred_ND.split(PATCH_ROWS)]
+        index_NC = torch.cat([index for _, index in found])
+        if self.rows_M is not None:
+            index_NC = self.rows_M[index_NC]
+        square_N = centred_ND.square().sum(1)
+        worst_N = torch.cat([value[:, -1] for value, _ in found]) + square_N
+        if count == len(self.centred_MD):
+            worst_N = torch.full_like(worst_N, torch.inf)
+        return Candidates(index_NC, least_distance(worst_N, square_N.sqrt(), share))
 
-    def _by_product(self, centred_ND: Tensor, num_neighbors: int) -> Tensor:
-        """Nearest rows by |b|^2 - 2ab over blocks of the bank, keeping the best K."""
-        best_NK = centred_ND.new_full((len(centred_ND), num_neighbors), torch.inf)
-        index_NK = torch.zeros_like(best_NK, dtype=torch.int64)
+    def _best(self, centred_ND: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The C smallest values and their places, ascending."""
+        best_NC = centred_ND.new_empty((len(centred_ND), 0))
+        index_NC = torch.empty_like(best_NC, dtype=torch.int64)
         for start in range(0, len(self.centred_MD), BLOCK_ROWS):
-            stop = start + BLOCK_ROWS
-            block = torch.addmm(self.norms_M[start:stop], centred_ND, self.centred_MD[start:stop].T, alpha=-2)
-            values, places = block.topk(min(num_neighbors, block.shape[1]), largest=False)
-            both, index = torch.cat([best_NK, values], 1), torch.cat([index_NK, places + start], 1)
-            best_NK, chosen = both.topk(num_neighbors, largest=False)
-            index_NK = index.gather(1, chosen)
-        return index_NK
+            block = self._block(centred_ND, slice(start, start + BLOCK_ROWS))
+            values, places = _smallest(block, min(count, block.shape[1]))
+            both, index = torch.cat([best_NC, values], 1), torch.cat([index_NC, places + start], 1)
+            best_NC, chosen = both.topk(min(count, both.shape[1]), largest=False)
+            index_NC = index.gather(1, chosen)
+        return best_NC, index_NC
 
-    def _settle(self, patches_ND: Tensor, index_NK: Tensor) -> tuple[Tensor, Tensor]:
-        """Distances from differences, ascending."""
-        differences_NKD = self.bank_MD[index_NK] - patches_ND[:, None]
-        distance_NK = differences_NKD.square_().sum(-1).sqrt_()
-        distance_NK, order_NK = distance_NK.sort(dim=1, stable=True)
-        return distance_NK, index_NK.gather(1, order_NK)
+    def _block(self, centred_ND: Tensor, rows: slice) -> Tensor:
+        return torch.addmm(self.norms_M[rows], centred_ND, self.centred_MD[rows].T, alpha=-2)
 
 
-class _Pruner:
-    """Groups of bank rows with thin lower bounds; see the top of the file."""
+def _smallest(block: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """As `topk`, which is slow for two; overwrites `block`."""
+    if count != 2:
+        return block.topk(count, largest=False)
+    first, place = block.min(1, keepdim=True)
+    block.scatter_(1, place, torch.inf)
+    second, next_place = block.min(1, keepdim=True)
+    return torch.cat([first, second], 1), torch.cat([place, next_place], 1)
+
+
+class HalfProduct(Product):
+    """The same with bfloat16 products and more candidates.
+
+    The bound: let a + e and b + f be the rounded rows. Their product differs from ab by at most (r + s + r s) |a||b|
+    with r = |e| / |a| and s = |f| / |b|, which are measured here and never above 2^-8 (8 bits of significand).
+    Products of two bfloat16 numbers are exact in float32, and their sum errs as in `product_share`. Where the result
+    is rounded to bfloat16 once more (torch on CPUs), 2^-8 (1 + r) (1 + s) |a||b| comes on top. So
+
+        sigma = r + s + r s + 2^-8 (1 + r) (1 + s) + product_share
+
+    bounds the error in the sense of `product_share`: at most 0.012, against 0.00005 in float32 at D = 384.
+    """
 
     def __init__(self, centred_MD: Tensor) -> None:
+        """Rounds the bank."""
+        super().__init__(centred_MD)
+        self.half_MD, lost_M = _halved(centred_MD)
+        self.lost = float(lost_M.max())
+        self.rounds_result = centred_MD.device.type != "cuda"
+
+    def propose(self, centred_ND: Tensor, num_neighbors: int) -> Candidates:
+        """`HALF_CANDIDATES` or twice K, or all rows."""
+        count = max(2 * num_neighbors, HALF_CANDIDATES)
+        return self._propose(centred_ND, count, self.half_share(centred_ND))
+
+    def half_share(self, centred_ND: Tensor) -> Tensor:
+        """sigma of every patch, shape (N,)."""
+        kept_N = (1 + _halved(centred_ND)[1]) * (1 + self.lost)
+        return kept_N - 1 + self.share + (HALF_UNIT * kept_N if self.rounds_result else 0.0)
+
+    def _block(self, centred_ND: Tensor, rows: slice) -> Tensor:
+        half_ND, columns = centred_ND.bfloat16(), self.half_MD[rows].T
+        if self.rounds_result:
+            product = torch.mm(half_ND, columns).float()
+        else:
+            product = torch.mm(half_ND, columns, out_dtype=torch.float32)
+        return torch.add(self.norms_M[rows], product, alpha=-2)
+
+
+def _halved(rows_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows in bfloat16, and the share of its length that each loses."""
+    half_ND = rows_ND.bfloat16()
+    lost_N = torch.linalg.vector_norm(rows_ND - half_ND.float(), dim=1)
+    return half_ND, lost_N / torch.linalg.vector_norm(rows_ND, dim=1).clamp_min(1e-30) * (1 + 2.0**-10)
+
+
+class Pruner:
+    """Groups of bank rows with thin lower bounds; see the top of the file.
+
+    The bound: with d orthonormal axes, ab = pa pb + qa qb <= pa pb + |qa||qb|, p the leading coordinates and q the
+    rest. Computed, p is off by at most eta |a|, eta = sqrt(d) (D + 16) u, and 3 eta |a|^2 is added to |q|^2, so that
+    it is never too short. The thin squared distance then exceeds the true one by 2 (2.5 eta + product_share)
+    |a| (|a| + dist) at most, which is `product_share` with a larger share.
+    """
+
+    def __init__(self, centred_MD: Tensor) -> None:
+        """Finds axes and groups."""
+        dims = centred_MD.shape[1]
+        self.leading = min(LEADING_DIMS, dims)
+        self.eta = self.leading**0.5 * (dims + 16) * UNIT
         axes_DD = torch.linalg.eigh(centred_MD.double().T @ centred_MD.double())[1].flip(1)
-        self.axes_DD = axes_DD.float().contiguous()
-        rotated_MD = centred_MD @ self.axes_DD
-        self.rows_M = _leaf_order(rotated_MD[:, :SPLIT_DIMS])
-        self.rotated_MD = rotated_MD[self.rows_M].contiguous()
-        self.norms_M = self.rotated_MD.square().sum(1)
-        self.largest = float(self.norms_M.max())
-        self.leading = min(LEADING_DIMS, self.rotated_MD.shape[1])
-        self.thin_M = self._thin(self.rotated_MD)
+        self.axes_Dd = axes_DD[:, : self.leading].float().contiguous()
+        self.rows_M = _leaf_order(centred_MD @ self.axes_Dd[:, :SPLIT_DIMS])
+        self.product = Product(centred_MD[self.rows_M].contiguous(), self.rows_M)
+        self.thin_share = 2.5 * self.eta + self.product.share
+        self.thin_M = self.thin(self.product.centred_MD, self.product.norms_M)
 
-    def _thin(self, rotated_ND: Tensor) -> Tensor:
-        rest_N1 = rotated_ND[:, self.leading :].square().sum(1, keepdim=True).sqrt()
-        return torch.cat([rotated_ND[:, : self.leading], rest_N1], 1)
+    def thin(self, centred_ND: Tensor, square_N: Tensor) -> Tensor:
+        """The d leading coordinates and the length of the rest, never too short."""
+        leading_Nd = centred_ND @ self.axes_Dd
+        rest_N = (square_N - leading_Nd.square().sum(1)).clamp_min_(0) + 3 * self.eta * square_N
+        return torch.cat([leading_Nd, rest_N.sqrt_()[:, None]], 1)
 
-    def nearest(self, centred_ND: Tensor) -> Tensor:
-        """Row of the bank nearest to every patch, int64."""
-        rotated_ND = centred_ND @ self.axes_DD
-        norms_N = rotated_ND.square().sum(1)
-        bounds_NG = torch.cat([self._group_bounds(part) for part in self._thin(rotated_ND).split(PATCH_ROWS)])
-        best_N = torch.full_like(norms_N, torch.inf)
-        index_N = torch.zeros_like(norms_N, dtype=torch.int64)
+    def propose(self, centred_ND: Tensor, num_neighbors: int) -> Candidates:
+        """One candidate, for K = 1."""
+        assert num_neighbors == 1
+        square_N = centred_ND.square().sum(1)
+        norm_N = square_N.sqrt()
+        thin_N = self.thin(centred_ND, square_N)
+        bounds_NG = torch.cat([self._group_bounds(part) for part in thin_N.split(PATCH_ROWS)])
+        best = _Best(square_N)
         first_NG = torch.zeros_like(bounds_NG, dtype=torch.bool).scatter_(1, bounds_NG.argmin(1, keepdim=True), True)
-        self._open(first_NG, rotated_ND, best_N, index_N)
-        reach_N1 = (best_N + SLACK * (norms_N + self.largest))[:, None]
-        self._open((bounds_NG <= reach_N1) & ~first_NG, rotated_ND, best_N, index_N)
-        return self.rows_M[index_N]
+        self._open(first_NG, centred_ND, best)
+        known_N = (best.value_N + square_N).clamp_min(0).sqrt()
+        reach_N = largest_approx(known_N, norm_N, self.thin_share + 4 * self.product.share)
+        self._open((bounds_NG <= (reach_N - square_N)[:, None]) & ~first_NG, centred_ND, best)
+        opened_N = least_distance(best.next_N + square_N, norm_N, self.product.share)
+        closed_N = least_distance(reach_N, norm_N, self.thin_share)
+        return Candidates(self.rows_M[best.place_N][:, None], torch.minimum(opened_N, closed_N))
 
     def _group_bounds(self, thin_N: Tensor) -> Tensor:
-        """Smallest lower bound of |a - b|^2 - |a|^2 in every group, shape (N, groups)."""
+        """Smallest lower bound of |a - b|^2 - |a|^2 in every group, shape (N, G)."""
         found = []
+        norms_M = self.product.norms_M
         for start in range(0, len(self.thin_M), BLOCK_ROWS):
             stop = start + BLOCK_ROWS
-            block = torch.addmm(self.norms_M[start:stop], thin_N, self.thin_M[start:stop].T, alpha=-2)
+            block = torch.addmm(norms_M[start:stop], thin_N, self.thin_M[start:stop].T, alpha=-2)
             whole = block.shape[1] // GROUP_ROWS * GROUP_ROWS
             if whole:
                 found.append(block[:, :whole].unflatten(1, (-1, GROUP_ROWS)).amin(2))
@@ -150,19 +229,35 @@ class _Pruner:
                 found.append(block[:, whole:].amin(1, keepdim=True))
         return torch.cat(found, 1)
 
-    def _open(self, needed_NG: Tensor, rotated_ND: Tensor, best_N: Tensor, index_N: Tensor) -> None:
-        """Multiplies the needed groups in full and keeps what is nearer, in place."""
+    def _open(self, needed_NG: Tensor, centred_ND: Tensor, best: "_Best") -> None:
+        """Multiplies the needed groups in full and keeps what is nearer."""
         groups, patches = needed_NG.T.nonzero(as_tuple=True)
         counts = torch.bincount(groups, minlength=needed_NG.shape[1]).tolist()
+        norms_M, rows_MD = self.product.norms_M, self.product.centred_MD
         for group, mine in enumerate(patches.split(counts)):
-            if not len(mine):
-                continue
-            start, stop = group * GROUP_ROWS, (group + 1) * GROUP_ROWS
-            block = torch.addmm(self.norms_M[start:stop], rotated_ND[mine], self.rotated_MD[start:stop].T, alpha=-2)
-            value, place = block.min(1)
-            nearer = value < best_N[mine]
-            best_N[mine] = torch.where(nearer, value, best_N[mine])
-            index_N[mine] = torch.where(nearer, place + start, index_N[mine])
+            if len(mine):
+                start, stop = group * GROUP_ROWS, (group + 1) * GROUP_ROWS
+                best.take(
+                    mine, torch.addmm(norms_M[start:stop], centred_ND[mine], rows_MD[start:stop].T, alpha=-2), start
+                )
+
+
+class _Best:
+    """The smallest value of every patch so far, its place, and the smallest of all other rows."""
+
+    def __init__(self, like_N: Tensor) -> None:
+        self.value_N, self.next_N = torch.full_like(like_N, torch.inf), torch.full_like(like_N, torch.inf)
+        self.place_N = torch.zeros_like(like_N, dtype=torch.int64)
+
+    def take(self, mine: Tensor, block: Tensor, start: int) -> None:
+        """Looks at a block of rows from `start` on for the patches `mine`; overwrites it."""
+        value, place = block.min(1)
+        runner_up = block.scatter_(1, place[:, None], torch.inf).amin(1)
+        before = self.value_N[mine]
+        beaten = torch.minimum(torch.maximum(before, value), runner_up)
+        self.next_N[mine] = torch.minimum(self.next_N[mine], beaten)
+        self.value_N[mine] = torch.minimum(before, value)
+        self.place_N[mine] = torch.where(value < before, place + start, self.place_N[mine])
 
 
 def _leaf_order(coordinates_MD: Tensor) -> Tensor:
