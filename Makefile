@@ -35,6 +35,7 @@ bench: $(STAMP)
 	$(BIN)/python -m jobs.bench.search
 	$(BIN)/python -m jobs.bench.job
 	$(BIN)/python -m jobs.bench.memory
+	$(BIN)/python -m jobs.bench.coreset
 
 clean:
 	rm -rf $(VENV) .demo

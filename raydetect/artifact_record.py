@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raydetect import __version__
-from raydetect.errors import ArtifactError, StorageError
+from raydetect.errors import ArtifactError, SpecError, StorageError
 from raydetect.storage import Storage, join_uri
 
 FORMAT_VERSION = 1
@@ -68,6 +68,24 @@ class ArtifactRecord:
         """(height, width) in px that images are resized to."""
         height, width = self.body["params"]["image_size"]
         return height, width
+
+    def require_bank(self, pieces: int) -> tuple[int, int]:
+        """(rows, dims) of the memory bank, which is to be cut.
+
+        Raises:
+            SpecError: the detector has none that can be cut, or it has fewer rows than pieces.
+        """
+        bank = self.body.get("bank")
+        if bank is None:
+            raise SpecError(
+                f"resources.bank_shards = {pieces}: the {self.body['detector']} of {self.uri} has no memory bank that "
+                "can be cut. Set it to 1."
+            )
+        if pieces > bank["rows"]:
+            raise SpecError(
+                f"resources.bank_shards = {pieces}: the bank of {self.uri} has {bank['rows']} rows. Set it lower."
+            )
+        return bank["rows"], bank["dims"]
 
 
 def write_record(uri: str, storage: Storage, body: Mapping[str, Any]) -> str:

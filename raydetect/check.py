@@ -3,11 +3,21 @@
 from collections.abc import Callable
 
 from raydetect.archives.open import open_archive
-from raydetect.detectors._registry import build_detector
+from raydetect.artifact_record import read_record
+from raydetect.detectors._registry import build_detector, detector_class
 from raydetect.errors import RaydetectError, SpecError
 from raydetect.fleet_record import read_index, read_records
 from raydetect.plan import plan_score
-from raydetect.spec import FitSpec, JobSpec, ScoreSpec, SourceSpec, StorageOptions, sink_storage, source_storage
+from raydetect.spec import (
+    FitSpec,
+    JobSpec,
+    ResourceSpec,
+    ScoreSpec,
+    SourceSpec,
+    StorageOptions,
+    sink_storage,
+    source_storage,
+)
 from raydetect.storage import Storage, normalise_uri
 
 
@@ -25,7 +35,7 @@ def _fit_checks(spec: FitSpec) -> list[Callable[[], object]]:
         lambda: build_detector(spec.detector.name, spec.detector.params, spec.seed).load_weights(),
         lambda: _first_shard(spec.source, source_storage(spec, spec.source)),
         lambda: _reachable(spec.artifact, spec.storage, "artifact"),
-        lambda: _one_worker(spec),
+        lambda: _trainable(spec),
     ]
     extra = spec.calibration.source
     if extra is not None:
@@ -68,8 +78,18 @@ def _reachable(uri: str, options: StorageOptions, word: str) -> None:
         raise SpecError(f"{word}: the bucket {bucket} does not exist. Create it or mend the URI.")
 
 
-def _one_worker(spec: FitSpec) -> None:
-    if spec.resources.num_workers != 1:
-        raise SpecError(
-            f"resources.num_workers = {spec.resources.num_workers}: fitting runs in one process. Set it to 1."
-        )
+def _trainable(spec: FitSpec) -> None:
+    """Words of the job that only some detectors understand.
+
+    Raises:
+        SpecError: this one does not.
+    """
+    phases = detector_class(spec.detector.name).phases
+    if spec.precision != "float32" and "train" not in phases:
+        raise SpecError(f"precision: {spec.detector.name} is not trained, so only float32 fits it. Remove it.")
+    if spec.resources.detectors_in_memory != ResourceSpec().detectors_in_memory:
+        raise SpecError("resources.detectors_in_memory: is for scoring with a fleet, not for a fit. Remove it.")
+    if spec.extend is not None:
+        if "collect" not in phases:
+            raise SpecError(f"extend: {spec.detector.name} has no memory bank to extend. Fit it anew on all images.")
+        read_record(normalise_uri(spec.extend), Storage(spec.storage))

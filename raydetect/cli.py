@@ -14,7 +14,8 @@ from raydetect.errors import RaydetectError, SpecError
 
 if TYPE_CHECKING:
     from raydetect.plan import Forecast, ScorePlan
-    from raydetect.spec import JobSpec
+    from raydetect.spec import FitSpec, JobSpec
+    from raydetect.worker.one_fit import FitReport
 
 BAD_JOB, INTERRUPTED = 2, 130
 NAMED_CATEGORIES = 8
@@ -53,22 +54,65 @@ def check(job: Path, overrides: tuple[str, ...]) -> None:
 @main.command()
 @job_file
 @overrides
-def fit(job: Path, overrides: tuple[str, ...]) -> None:
+@cluster
+@click.option("--local", "in_process", is_flag=True, help="Run in this process, without Ray.")
+@click.option(
+    "--extend", metavar="ARTIFACT", help="Add the images to this artifact's memory bank instead of fitting anew."
+)
+def fit(job: Path, overrides: tuple[str, ...], address: str | None, in_process: bool, extend: str | None) -> None:
     """Fit a detector on normal images and write the artifact."""
     with _errors(BAD_JOB):
-        spec = _expect(_load(job, overrides), "fit", job)
-        from raydetect import local
+        spec = _expect(_load(job, _with_extend(overrides, extend)), "fit", job)
+        from raydetect.check import find_problems
+
+        problems = find_problems(spec)
+        if problems:
+            raise SpecError(" ".join(problems))
         from raydetect.console import FitDisplay
     with _errors(), FitDisplay() as display:
-        report = local.fit(spec, display.tick)
-    images, seconds = report.facts["images"], sum(report.facts["seconds"].values())
-    click.echo(f"Fitted {spec.detector.name} on {images['fitted']} images in {seconds:.0f} s.")
-    click.echo(f"Weights: {report.facts['weights']}")
-    if str(report.facts["weights"]).startswith("random"):
+        if in_process:
+            from raydetect import local
+
+            report = local.fit(spec, display.tick)
+        else:
+            from raydetect.distributed.fit import fit as fit_on_ray
+
+            report = fit_on_ray(spec, address, display.tick)
+    _print_fit(spec, report)
+
+
+def _with_extend(overrides: tuple[str, ...], extend: str | None) -> tuple[str, ...]:
+    return overrides if extend is None else (*overrides, f"extend={extend}")
+
+
+def _print_fit(spec: "FitSpec", report: "FitReport") -> None:
+    from raydetect.console import bytes_text
+
+    facts = report.facts
+    images, seconds = facts["images"], facts["seconds"]
+    by = f" by {facts['workers']} workers" if facts["workers"] > 1 else ""
+    of = f" for each of {facts['categories']} categories" if "categories" in facts else ""
+    click.echo(f"Fitted {spec.detector.name}{of} on {images['fitted']} images{by} in {sum(seconds.values()):.0f} s.")
+    for phase, spent in seconds.items():
+        peak = bytes_text(facts["peak_memory_bytes"][phase])
+        click.echo(f"  {phase:<10} {spent:8.1f} s   peak memory of a worker so far {peak}")
+    if "coreset" in facts:
+        click.echo(_coreset_text(facts["coreset"]))
+    click.echo(f"Weights: {facts['weights']}")
+    if str(facts["weights"]).startswith("random"):
         click.echo("Note: random weights find coarse defects only; give `weights:` a file for real use.")
     left_out = f"{images['bad']} bad and {images['labelled_anomalous_left_out']} labelled anomalous left out"
     click.echo(f"Calibrated on {images['held_out']} held-out normal images; {left_out}.")
     click.echo(f"Artifact: {report.uri} (sha256 {report.digest[:16]})")
+
+
+def _coreset_text(coreset: dict[str, Any]) -> str:
+    proven = coreset["proven_ratio"]
+    ratio = "nothing is proven of it" if proven is None else f"at most {proven:.2f} times the best possible"
+    return (
+        f"Memory bank: {coreset['rows']:,} of {coreset['of']:,} patch embeddings ({coreset['mode']}), covering radius "
+        f"{coreset['covering_radius']:.3g}, {ratio}."
+    )
 
 
 @main.command()

@@ -50,6 +50,17 @@ class ScorePlan:
         return ResultsSink(self.ledger.uri, self.ledger.storage)
 
 
+def only_record(artifact: ArtifactIndex, records: Mapping[str | None, ArtifactRecord]) -> ArtifactRecord:
+    """The record of an ordinary artifact.
+
+    Raises:
+        SpecError: it is a fleet, whose banks are not cut.
+    """
+    if artifact.categories:
+        raise SpecError(f"resources.bank_shards: {artifact.uri} is a fleet, whose banks are not cut. Set it to 1.")
+    return records[None]
+
+
 def plan_score(spec: ScoreSpec) -> ScorePlan:
     """Lists the archive, reads the artifact's records and the ledger, and checks that they fit. Writes nothing.
 
@@ -58,6 +69,8 @@ def plan_score(spec: ScoreSpec) -> ScorePlan:
     """
     artifact = read_index(normalise_uri(spec.artifact), Storage(spec.storage))
     records = read_records(artifact, Storage(spec.storage))
+    if spec.resources.bank_shards > 1:
+        only_record(artifact, records).require_bank(spec.resources.bank_shards)
     if spec.flag.alpha is not None:
         check_alpha(records, spec.flag.alpha)
     ledger = Ledger(normalise_uri(spec.sink.uri), Storage(sink_storage(spec)))

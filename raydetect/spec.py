@@ -9,6 +9,7 @@ from raydetect.config import STRICT, apply_overrides, digest, nearest, to_plain,
 from raydetect.errors import SpecError
 
 MiB = 1 << 20
+FIT_CHUNK_IMAGES, FIT_CHUNK_BYTES = 64, 128 * MiB  # how a fit cuts its archive; it does not change the artifact
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +121,19 @@ class ResourceSpec:
     detectors_in_memory: Annotated[
         int, Field(ge=1, description="detectors of a fleet that each keeps loaded; the least recently used one goes")
     ] = 8
+    bank_shards: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="pieces that the memory bank is cut into when it is larger than one device, for scoring; more "
+            "than 1: one extra actor each, with the CPU slots and GPU share of a worker",
+        ),
+    ] = 1
+
+    @property
+    def num_actors(self) -> int:
+        """Workers, and holders of pieces of the bank."""
+        return self.num_workers + (self.bank_shards if self.bank_shards > 1 else 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,12 +179,39 @@ class FitSpec:
         default_factory=StorageOptions
     )
     seed: Annotated[int, Field(ge=0, description="seeds every random choice")] = 0
+    per_category: Annotated[
+        bool,
+        Field(
+            description="fit a fleet: one detector for each {category} of the pattern, side by side on the workers, "
+            "in one artifact"
+        ),
+    ] = False
+    extend: Annotated[
+        str | None,
+        Field(description="an artifact whose memory bank takes in the images of the source; none = fit anew"),
+    ] = None
     batch_size: Annotated[int, Field(ge=1, description="images in one forward pass of collect")] = 16
+    max_bank_bytes: Annotated[
+        int, Field(ge=1, description="memory of each worker for collected rows; more lies on its disk")
+    ] = 4096 * MiB
+    precision: Annotated[
+        Literal["float32", "bfloat16"], Field(description="of training; bfloat16 is torch autocast")
+    ] = "float32"
+    checkpoint_epochs: Annotated[
+        int, Field(ge=1, description="epochs between kept states of a training; a killed fit goes on from the last")
+    ] = 10
+    max_failures: Annotated[int, Field(ge=0, description="lost workers or nodes after which the fit is given up")] = 3
     calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
     max_bad_fraction: Annotated[
         float, Field(ge=0, le=1, description="more bad images than this share: exit 3, no artifact")
     ] = 0.05
     resources: ResourceSpec = field(default_factory=ResourceSpec)
+
+    def __post_init__(self) -> None:
+        if self.per_category and self.extend is not None:
+            raise ValueError("extend takes one artifact, so extend the categories of a fleet one by one")
+        if self.resources.bank_shards != 1:
+            raise ValueError("resources.bank_shards cuts the bank for scoring; leave it out of a fit")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,7 +236,7 @@ class ScoreSpec:
     resources: ResourceSpec = field(default_factory=ResourceSpec)
 
 
-FREE_RESOURCES = ("num_workers", "detectors_in_memory")  # they do not change rows
+FREE_RESOURCES = ("num_workers", "detectors_in_memory", "bank_shards")  # they do not change rows
 JobSpec = FitSpec | ScoreSpec
 KINDS: dict[str, type[FitSpec] | type[ScoreSpec]] = {"fit": FitSpec, "score": ScoreSpec}
 
@@ -246,6 +287,8 @@ def result_digest(spec: JobSpec) -> str:
 def result_words(public: dict[str, Any]) -> dict[str, Any]:
     """The part of a public spec that decides the rows."""
     words = {k: _without_storage(v) for k, v in public.items() if k not in ("storage", "max_bad_fraction")}
+    for name in ("max_failures", "max_bank_bytes", "checkpoint_epochs"):
+        words.pop(name, None)
     words["resources"] = {k: v for k, v in words["resources"].items() if k not in FREE_RESOURCES}
     return words
 

@@ -4,6 +4,7 @@ import hashlib
 import os
 import posixpath
 import re
+import shutil
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from raydetect.spec import StorageOptions
 
 SCHEMES = ("file", "s3", "memory", "gs", "az", "abfs", "http", "https")
 READ_BLOCK_BYTES = 8 << 20
+RANGE_BYTES = 64 << 20
 LISTERS = 16
 MAX_FOLDERS_AT_ONCE = 256
 S3_ATTEMPTS = 3  # botocore's, with growing pauses; s3fs then tries each request up to five times
@@ -128,6 +130,23 @@ class Storage:
         except Exception as error:
             raise translate(uri, "read", error) from error
 
+    def read_range(self, uri: str, start: int, stop: int) -> bytearray:
+        """The bytes from `start` up to `stop`, in parts, so that a broken transfer repeats little.
+
+        Raises:
+            StorageError: it is missing, shorter, or cannot be reached.
+        """
+        fs, path = self.filesystem(uri)
+        data = bytearray()
+        try:
+            for begin in range(start, stop, RANGE_BYTES):
+                data += fs.cat_file(path, start=begin, end=min(begin + RANGE_BYTES, stop))
+        except Exception as error:
+            raise translate(uri, "read", error) from error
+        if len(data) != stop - start:
+            raise StorageError(f"{uri}: ends before byte {stop}; {len(data)} of {stop - start} bytes came.")
+        return data
+
     def write(self, uri: str, data: bytes) -> None:
         """Writes the whole file or nothing: readers see the old bytes or the new ones, never a part.
 
@@ -201,6 +220,15 @@ class Storage:
             return
         except Exception as error:
             raise translate(uri, "delete", error) from error
+
+    def delete_folder(self, uri: str) -> None:
+        """Removes a folder and all below it, if it is there."""
+        if not self.exists(uri):
+            return
+        for file in self.list(uri):  # one by one: not every S3 store knows the request for many
+            self.delete(file.uri)
+        if uri.startswith("file://"):
+            shutil.rmtree(uri.removeprefix("file://"))
 
 
 def translate(uri: str, verb: str, error: Exception) -> StorageError:

@@ -3,13 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
-from raydetect.blocks.anomaly_map import smooth, upsample
+from raydetect.blocks.anomaly_map import smooth, smooth_upsampled, upsample
 from raydetect.blocks.backbone import Backbone
-from raydetect.blocks.coreset import covering_radius, greedy_coreset, project, quantise
 from raydetect.blocks.pyramid import patch_embeddings
 from raydetect.blocks.seeding import keyed_generator, keyed_unit, shuffled
 from raydetect.errors import ArtifactError, SpecError
@@ -22,45 +19,6 @@ def features(count: int, dims: int, seed: int, clusters: int = 7) -> torch.Tenso
     centres = random.normal(3, 2, (clusters, dims)) * np.linspace(2, 0.05, dims)
     points = centres[random.integers(clusters, size=count)] + random.normal(0, 0.3, (count, dims))
     return torch.from_numpy(points.astype(np.float32))
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.integers(2, 300), st.integers(1, 24), st.integers(0, 10_000), st.integers(1, 64), st.booleans())
-def test_the_coreset_is_greedy_farthest_first(
-    count: int, dims: int, seed: int, candidates: int, many_ties: bool
-) -> None:
-    points = features(count, dims, seed)
-    if many_ties:
-        points = points.round()
-    wanted = max(1, count // 3)
-    found = greedy_coreset(points, wanted, seed=seed, projected_dims=8, candidates=candidates)
-    integers = quantise(project(points, 8, seed))
-    assert torch.equal(integers, integers.round())
-    assert found.tolist() == reference.farthest_first(integers.numpy(), wanted)
-
-
-def test_quantised_distances_are_exact_integers() -> None:
-    points = quantise(project(features(500, 128, 3), None, 0))
-    product = points @ points.T
-    exact = points.numpy().astype(np.int64) @ points.numpy().astype(np.int64).T
-    assert (product.numpy().astype(np.int64) == exact).all()
-    assert 4 * (points.double() ** 2).sum(1).max() < 2**24
-
-
-def test_the_coreset_covers_better_than_chance() -> None:
-    points = features(3000, 64, 4, clusters=50)
-    chosen = greedy_coreset(points, 60, seed=0)
-    random = torch.randperm(3000, generator=torch.Generator().manual_seed(0))[:60]
-    assert covering_radius(points, points[chosen]) < 0.8 * covering_radius(points, points[random])
-    assert len(set(chosen.tolist())) == 60
-
-
-def test_the_coreset_refuses_nan_and_counts_out_of_range() -> None:
-    with pytest.raises(ValueError, match="NaN"):
-        greedy_coreset(torch.full((3, 2), torch.nan), 1, seed=0)
-    with pytest.raises(ValueError, match="4 centres"):
-        greedy_coreset(torch.zeros(3, 2), 4, seed=0)
-    assert sorted(greedy_coreset(torch.zeros(3, 2), 3, seed=0).tolist()) == [0, 1, 2]
 
 
 def test_patch_embeddings_are_local_means_on_one_grid() -> None:
@@ -76,6 +34,19 @@ def test_smoothing_is_scipys(sigma: float, shape: tuple[int, int]) -> None:
     picture = np.random.default_rng(1).normal(size=shape).astype(np.float32)
     found = smooth(torch.from_numpy(picture)[None], sigma)[0].numpy()
     np.testing.assert_allclose(found, gaussian_filter(picture.astype(np.float64), sigma, mode="reflect"), atol=2e-5)
+
+
+@pytest.mark.parametrize(("grid", "size_px"), [((8, 6), (64, 50)), ((1, 3), (7, 24)), ((9, 13), (9, 13))])
+@pytest.mark.parametrize("sigma", [0.0, 0.7, 4.0])
+def test_upsampling_and_smoothing_at_once_are_both_in_turn(
+    grid: tuple[int, int], size_px: tuple[int, int], sigma: float
+) -> None:
+    coarse = torch.from_numpy(np.random.default_rng(2).normal(3, 1, (3, *grid)).astype(np.float32))
+    found = smooth_upsampled(coarse, size_px, sigma)
+    torch.testing.assert_close(found, smooth(upsample(coarse, size_px), sigma), rtol=1e-5, atol=1e-5)
+    assert found.is_contiguous() and found.shape == (3, *size_px)
+    for i in range(3):
+        assert torch.equal(smooth_upsampled(coarse.flip(0), size_px, sigma)[2 - i], found[i])
 
 
 def test_upsampling_keeps_a_constant_and_smoothing_zero_changes_nothing() -> None:

@@ -66,7 +66,7 @@ def call(*words: str) -> Result:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     made = Place(tmp_path_factory.mktemp("cli"))
-    ended = call("fit", made.fit)
+    ended = call("fit", made.fit, "--local")
     assert ended.exit_code == 0, ended.output
     assert "Fitted patchcore on 15 images" in ended.output and "Note: random weights" in ended.output
     assert f"Artifact: file://{made.folder}/artifact" in ended.output
@@ -136,7 +136,7 @@ def test_every_mistake_is_named_before_anything_runs(place: Place) -> None:
         (place.score_words(flag={"alpha": 0.001}), ["at least 999 held-out"]),
         (place.score_words(source={"uri": f"{folder}/../x"}), ["nothing is there"]),
         (place.score_words(source={"uri": "s3://b/../x"}), ["`..` is not allowed"]),
-        (fit | {"resources": {"num_workers": 3}}, ["one process"]),
+        (fit | {"precision": "bfloat16"}, ["only float32"]),
         (fit | {"detector": {"name": "patchcoer"}}, ["'patchcore'"]),
         (fit | {"detector": no_weights}, ["/no/file.safetensors", "weights: random"]),
     ]

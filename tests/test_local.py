@@ -265,8 +265,6 @@ def test_held_out_images_are_not_fitted_and_labelled_anomalies_are_left_out() ->
 
 def test_bad_fit_jobs_are_refused() -> None:
     pack("memory://data/normal", ".tar", normal_files(3), 1)
-    with pytest.raises(SpecError, match="one process"):
-        fit("resources.num_workers=2")
     Storage().write("memory://data/one/a.tar", tar_bytes(normal_files(1)))
     with pytest.raises(SpecError, match="1 usable normal image"):
         fit("source.uri=memory://data/one")
@@ -286,3 +284,14 @@ def test_padding_and_threads_do_not_change_a_score(tmp_path: Path) -> None:
     other, _ = run(f"sink.uri={tmp_path}/other", "batch_size=3", "chunk_images=5")
     np.testing.assert_allclose([r["image_score"] for r in rows(other)], scores[0], rtol=1e-4)
     assert replace(first.spec, batch_size=3) != first.spec
+
+
+def test_training_in_bfloat16_is_close_to_float32_and_not_the_same() -> None:
+    pack("memory://data/normal", ".tar", normal_files(24), 2)
+    words = (
+        "detector={name: stfpm, params: {backbone: resnet18, weights: random, image_size: [64, 64], epochs: 2, "
+        "batch_size: 8, learning_rate: 0.02}}",
+    )
+    whole, half = fit(*words).facts["losses"], fit(*words, "precision=bfloat16").facts["losses"]
+    assert half != whole
+    assert half == pytest.approx(whole, rel=0.02)

@@ -137,7 +137,7 @@ def test_bfloat16_proves_what_it_can_and_asks_again_for_the_rest(
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
-@pytest.mark.parametrize("dims", [1, 47, 384, 1536])
+@pytest.mark.parametrize("dims", [1, 31, 384])
 def test_no_product_errs_by_more_than_its_bound(dims: int, scale: float) -> None:
     bank, patches = features(1100, dims, 1) * scale, features(200, dims, 2) * scale
     patches[:100] = bank[:100] * (1 + 2.0**-9)  # roundings of both sides in one direction
@@ -146,10 +146,10 @@ def test_no_product_errs_by_more_than_its_bound(dims: int, scale: float) -> None
     square_N = centred_ND.square().sum(1)
     exact_NM = torch.cdist(centred_ND.double(), centred_MD.double(), compute_mode="donot_use_mm_for_euclid_dist")
     product, half, pruner = Product(centred_MD), HalfProduct(centred_MD), Pruner(centred_MD)
-    thin_NM = pruner.product.norms_M - 2 * pruner.thin(centred_ND, square_N) @ pruner.thin_M.T
+    thin_NM = pruner.product.norms_M + pruner.thin(centred_ND, square_N) @ pruner.thin_ME.T
     cases = [
-        (product._block(centred_ND, slice(None)), exact_NM, product.share),
-        (half._block(centred_ND, slice(None)), exact_NM, half.half_share(centred_ND)[:, None]),
+        (product.block(centred_ND, slice(None)), exact_NM, product.share),
+        (half.block(centred_ND, slice(None)), exact_NM, half.half_share(centred_ND)[:, None]),
         (thin_NM, exact_NM[:, pruner.rows_M], pruner.thin_share),
     ]
     for value_NM, distance_NM, share in cases:

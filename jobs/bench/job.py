@@ -25,7 +25,7 @@ from tests.together.test_submit import WITH_TOKEN, running_head
 
 SIZE_PX = 256
 SHARDS = 24
-IMAGES = 3000
+IMAGES = 4500
 COMMITTED = 100_000
 PYTHON = sys.executable
 
@@ -46,7 +46,6 @@ def job(folder: Path, results: str, workers: int, threads: int) -> str:
         "artifact": f"{folder}/artifact",
         "sink": {"uri": f"{folder}/{results}", "heatmaps": "none"},
         "flag": {"alpha": 0.1},
-        "chunk_images": 32,
         "resources": {"num_workers": workers, "cpus_per_worker": threads},
     }
     path = folder / f"{results}.yaml"
@@ -65,7 +64,9 @@ def fit(folder: Path) -> None:
         "resources": {"cpus_per_worker": os.cpu_count()},
     }
     (folder / "fit.yaml").write_text(yaml.safe_dump(values))
-    subprocess.run([PYTHON, "-m", "raydetect", "fit", str(folder / "fit.yaml")], check=True, capture_output=True)
+    subprocess.run(
+        [PYTHON, "-m", "raydetect", "fit", str(folder / "fit.yaml"), "--local"], check=True, capture_output=True
+    )
 
 
 def bare(path: str) -> None:

@@ -1,4 +1,4 @@
-"""Peak memory of a scoring job on Ray over archives of one and of ten parts.
+"""Peak memory of jobs on Ray over archives of one and of ten parts: scoring, and fitting within one bank budget.
 
 Proportional set size (shared memory counted once) of the command and everything it started, sampled while it runs.
 """
@@ -17,12 +17,14 @@ import yaml
 from jobs.bench.record import write
 from raydetect.storage import normalise_uri
 from tests.made.archives import normal_files, pack
-from tests.made.images import encode
+from tests.made.images import encode, normal_image
 from tests.together.runs import descendants
 
 PART_IMAGES = 400
 SIZE_PX = 400  # noise does not compress: about 480 kB each
 INPUT_PX = 64
+FIT_PX = 128
+FIT_IMAGES = [250, 2500]
 PYTHON = sys.executable
 
 
@@ -48,10 +50,12 @@ def fit(folder: Path) -> None:
         "calibration": {"holdout_ratio": 0.5},
     }
     (folder / "fit.yaml").write_text(yaml.safe_dump(values))
-    subprocess.run([PYTHON, "-m", "raydetect", "fit", str(folder / "fit.yaml")], check=True, capture_output=True)
+    subprocess.run(
+        [PYTHON, "-m", "raydetect", "fit", str(folder / "fit.yaml"), "--local"], check=True, capture_output=True
+    )
 
 
-def peak_bytes(folder: Path, name: str) -> int:
+def score_peak_bytes(folder: Path, name: str) -> int:
     """Peak memory of scoring `name/`."""
     values = {
         "kind": "score",
@@ -63,9 +67,35 @@ def peak_bytes(folder: Path, name: str) -> int:
         "chunk_bytes": 8 << 20,
         "resources": {"num_workers": 2, "cpus_per_worker": 1},
     }
-    path = folder / f"{name}.yaml"
+    return peak_bytes("score", folder / f"{name}.yaml", values)
+
+
+def fit_peak_bytes(folder: Path, name: str, count: int) -> int:
+    """Peak memory of fitting on `count` images of 128 px, 256 patch embeddings each, with 32 MiB for them."""
+    files = [(f"{i:05d}.png", encode(normal_image(i % 300, FIT_PX))) for i in range(count)]
+    pack(normalise_uri(str(folder / name)), ".tar", files, 8)
+    params = {
+        "backbone": "resnet18",
+        "weights": "random",
+        "image_size": [FIT_PX, FIT_PX],
+        "max_bank_vectors": 500,
+        "projected_dims": 128,
+    }
+    values = {
+        "kind": "fit",
+        "source": {"uri": f"{folder}/{name}"},
+        "detector": {"name": "patchcore", "params": params},
+        "artifact": f"{folder}/artifact-{name}",
+        "max_bank_bytes": 32 << 20,
+        "resources": {"num_workers": 2, "cpus_per_worker": 1},
+    }
+    return peak_bytes("fit", folder / f"{name}.yaml", values)
+
+
+def peak_bytes(command: str, path: Path, values: dict[str, Any]) -> int:
+    """Peak memory of `raydetect COMMAND` and all that it starts."""
     path.write_text(yaml.safe_dump(values))
-    process = subprocess.Popen([PYTHON, "-m", "raydetect", "score", str(path)], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([PYTHON, "-m", "raydetect", command, str(path)], stderr=subprocess.DEVNULL)
     most = 0
     while process.poll() is None:
         most = max(most, sum(map(resident_bytes, [process.pid, *descendants(process.pid)])))
@@ -86,14 +116,19 @@ def resident_bytes(pid: int) -> int:
 def main() -> None:
     """Measures and writes."""
     folder = Path(tempfile.mkdtemp(prefix="raydetect-bench-"))
-    figures: dict[str, Any] = {"images": [PART_IMAGES, 10 * PART_IMAGES], "encoded_bytes_per_image": 3 * SIZE_PX**2}
     try:
         make_archive(folder)
         fit(folder)
-        one, ten = peak_bytes(folder, "one"), peak_bytes(folder, "ten")
+        scored = [score_peak_bytes(folder, name) for name in ("one", "ten")]
+        fitted = [fit_peak_bytes(folder, f"fit{count}", count) for count in FIT_IMAGES]
     finally:
         shutil.rmtree(folder)
-    figures |= {"peak_mb": [one >> 20, ten >> 20], "ten_over_one": round(ten / one, 3)}
+    figures = {
+        "score": {"images": [PART_IMAGES, 10 * PART_IMAGES], "encoded_bytes_per_image": 3 * SIZE_PX**2},
+        "fit": {"images": FIT_IMAGES, "embedding_bytes": [count * 256 * 384 * 4 for count in FIT_IMAGES]},
+    }
+    for name, (one, ten) in (("score", scored), ("fit", fitted)):
+        figures[name] |= {"peak_mb": [one >> 20, ten >> 20], "ten_over_one": round(ten / one, 3)}
     write("memory", "make bench", figures)
 
 

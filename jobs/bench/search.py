@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 
 from jobs.bench.record import alternate, ratio, write
-from raydetect.blocks.coreset import greedy_coreset
+from raydetect.blocks.coreset import choose_coreset
+from raydetect.blocks.group import Group
 from raydetect.blocks.neighbors import BankSearch
+from raydetect.blocks.rows import KeyedRows
 from raydetect.detectors._registry import build_detector
 from raydetect.detectors.patchcore import PatchCore
 from tests.made.images import defect_image, normal_image
@@ -39,6 +41,16 @@ def images(split: str, count: int) -> torch.Tensor:
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
 
+def resnet18() -> PatchCore:
+    """PatchCore with a ResNet-18 of the weights that RAYDETECT_WEIGHTS names, else random ones; not fitted."""
+    folder = os.environ.get("RAYDETECT_WEIGHTS")
+    place = str(Path(folder) / "resnet18_imagenet_layer1-3.safetensors") if folder else "random"
+    detector = build_detector("patchcore", {"backbone": "resnet18", "weights": place})
+    assert isinstance(detector, PatchCore)
+    detector.load_weights()
+    return detector
+
+
 def peer(detector: PatchCore) -> Any:
     """anomalib's PatchCore with the same backbone weights."""
     from anomalib.models.image.patchcore.torch_model import PatchcoreModel
@@ -57,7 +69,7 @@ def error_against_float64(detector: PatchCore, batch_BCHW: torch.Tensor) -> tupl
         patches_ND = detector._embed(batch_BCHW).flatten(0, 2)[::5]
         distance_N1, index_N1 = detector.search.nearest(patches_ND)
         exact_NM = torch.cdist(
-            patches_ND.double(), detector.search.bank_MD.double(), compute_mode="donot_use_mm_for_euclid_dist"
+            patches_ND.double(), detector.search.bank().double(), compute_mode="donot_use_mm_for_euclid_dist"
         )
     best_N = exact_NM.min(1).values
     chosen_N = exact_NM.gather(1, index_N1)[:, 0]
@@ -70,16 +82,15 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     threads = os.cpu_count() or 1
     torch.set_num_threads(threads)
-    weights = os.environ.get("RAYDETECT_WEIGHTS")
-    place = str(Path(weights) / "resnet18_imagenet_layer1-3.safetensors") if weights else "random"
-    detector = build_detector("patchcore", {"backbone": "resnet18", "weights": place})
-    assert isinstance(detector, PatchCore)
-    detector.load_weights()
+    detector = resnet18()
     with torch.inference_mode():
         training = images("train", 200)
-        embeddings_ND = torch.cat([detector._embed(part).flatten(0, 2) for part in training.split(BATCH)])
-    print(f"Choosing a coreset of {BANKS[-1]} among {len(embeddings_ND)} embeddings", flush=True)
-    rows_M = greedy_coreset(embeddings_ND, BANKS[-1], seed=0)
+        embeddings_BND = torch.cat([detector._embed(part).flatten(1, 2) for part in training.split(BATCH)])
+    print(f"Choosing a coreset of {BANKS[-1]} among {embeddings_BND.flatten(0, 1).shape[0]} embeddings", flush=True)
+    rows = KeyedRows(embeddings_BND.shape[2], Group())
+    for number, part_ND in enumerate(embeddings_BND.clone()):
+        rows.add(f"{number:04d}", part_ND)
+    rows_MD = choose_coreset(rows, BANKS[-1], seed=0, projected_dims=128).rows_MD
     model, batch_BCHW = peer(detector), images("test", BATCH)
     figures: dict[str, Any] = {"images": "real" if "RAYDETECT_DATA" in os.environ else "generated", "threads": threads}
 
@@ -88,8 +99,8 @@ def main() -> None:
             return model((batch_BCHW.float() / 255 - MEAN) / STD)
 
     for size in BANKS:  # the first rows of a greedy coreset are the smaller coreset
-        detector.search = BankSearch(embeddings_ND[rows_M[:size]])
-        model.memory_bank = detector.search.bank_MD
+        detector.search = BankSearch(rows_MD[:size])
+        model.memory_bank = detector.search.bank()
         their_seconds, our_seconds = alternate(theirs, lambda: detector.score(batch_BCHW))
         apart = (theirs().pred_score.flatten() - detector.score(batch_BCHW).image_score_B).abs().max()
         relative, wrong = error_against_float64(detector, batch_BCHW)

@@ -1,8 +1,12 @@
 """From a grid of patch scores to an anomaly map: upsampling and Gaussian smoothing."""
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from raydetect.blocks.product import product
 
 
 def upsample(grid_Bhw: Tensor, size_px: tuple[int, int]) -> Tensor:
@@ -30,6 +34,33 @@ def smooth(map_BHW: Tensor, sigma_px: float) -> Tensor:
         shape = (1, 1, -1, 1) if dim == 1 else (1, 1, 1, -1)
         map_BHW = F.conv2d(padded, kernel.view(shape))[:, 0]
     return map_BHW
+
+
+def smooth_upsampled(grid_Bhw: Tensor, size_px: tuple[int, int], sigma_px: float) -> Tensor:
+    """`smooth(upsample(grid_Bhw, size_px), sigma_px)` up to rounding, as two small matrix products, (B, H, W) float32.
+
+    Both are linear and act on rows and columns apart, so that each axis is one matrix.
+    """
+    if sigma_px == 0.0:
+        return upsample(grid_Bhw, size_px)
+    batch, height, width = grid_Bhw.shape
+    rows_Hh, columns_Ww = (
+        _axis_matrix(length, size, sigma_px).to(grid_Bhw.device)
+        for length, size in ((height, size_px[0]), (width, size_px[1]))
+    )
+    wide_BhW = product(grid_Bhw.float().reshape(batch * height, width), columns_Ww).view(batch, height, -1)
+    turned_BWh = wide_BhW.transpose(1, 2).reshape(-1, height)
+    return product(turned_BWh, rows_Hh).view(batch, -1, size_px[0]).transpose(1, 2).contiguous()
+
+
+@lru_cache(maxsize=64)
+def _axis_matrix(length: int, size_px: int, sigma_px: float) -> Tensor:
+    """What upsampling from `length` to `size_px` and smoothing do to one axis, (size, length), from float64."""
+    with torch.inference_mode(False):
+        wide = F.interpolate(torch.eye(length, dtype=torch.float64)[:, None], size=size_px, mode="linear")[:, 0]
+        kernel = gaussian_kernel(sigma_px).double()
+        padded = wide[:, _reflected(size_px, len(kernel) // 2)]
+        return (padded.unfold(1, len(kernel), 1) @ kernel).T.float().contiguous()
 
 
 def _reflected(size: int, radius: int) -> Tensor:

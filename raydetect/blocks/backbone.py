@@ -64,10 +64,20 @@ class Backbone(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> list[Tensor]:
         """Features (B, C_i, h_i, w_i) of every layer, from uint8 RGB images."""
-        unit = images_BCHW.to(torch.float32).div_(255.0)
-        normal = unit.sub_(self.mean_C11).div_(self.std_C11).contiguous(memory_format=torch.channels_last)
-        found = self.trunk(normal)
+        found = self.trunk(self.normalised(images_BCHW))
         return list(found.values()) if isinstance(found, dict) else list(found)
+
+    def normalised(self, images_BCHW: Tensor) -> Tensor:
+        """(x / 255 - mean) / std, float32, channels last.
+
+        Written over rows of width * channels: over channels alone, of which there are three, it takes ten times longer.
+        """
+        images_BHWC = images_BCHW.permute(0, 2, 3, 1).to(torch.float32).contiguous()
+        width = images_BHWC.shape[2]
+        scale_R = (1.0 / (255.0 * self.std_C11)).flatten().repeat(width)
+        shift_R = (-self.mean_C11 / self.std_C11).flatten().repeat(width)
+        normal_BHR = torch.addcmul(shift_R, images_BHWC.flatten(2), scale_R)
+        return normal_BHR.view(images_BHWC.shape).permute(0, 3, 1, 2)
 
     def weights(self) -> dict[str, Tensor]:
         """The used tensors by the library's own key names."""

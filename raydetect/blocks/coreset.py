@@ -1,137 +1,307 @@
-"""Greedy k-center (farthest first) coreset, exact in a few rounds, with rounding taken out.
+"""Coresets of keyed rows over all workers: greedy k-center (farthest first), exact in a few rounds, and two others.
 
-Shapes: N embeddings, D feature dim, P projected dims, M centres.
+Every worker offers its farthest rows, all see the union, and run greedy among these alone as long as the best is
+farther than every row that was not offered: these picks are the true global ones. Then all rows are updated against
+them at once. Distances are exact integers (`blocks/integers.py`) and ties go to the row of smaller order, so the same
+images give the same rows in the same order on any number of workers.
 
-Source: PatchCore (arXiv 2106.08265), algorithm 1; Gonzalez 1985 for the factor 2.
+Shapes: N rows here, M centres, P projected dims, U offered rows.
+
+Source: PatchCore (arXiv 2106.08265), algorithm 1; Gonzalez, "Clustering to minimize the maximum intercluster
+distance" (1985), for the factor 2; composable: Malkomes et al., "Fast distributed k-center clustering with outliers
+on massive data", NeurIPS 2015, sec. 3 (two rounds).
 """
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from raydetect.blocks.seeding import keyed_generator
+from raydetect.blocks.group import Group
+from raydetect.blocks.integers import IntegerPoints, integer_points
+from raydetect.blocks.rows import KeyedRows, RowStore
+from raydetect.blocks.seeding import keyed_seed, mixed_hash
 
+CoresetMode = Literal["exact", "composable", "random"]
 CANDIDATES = 2048
-EXACT_BELOW = 1 << 24  # integers of this size and less are exact in float32
-BLOCK_ROWS = 16384
+ROWS_AT_ONCE, CENTRES_AT_ONCE = 4096, 1024  # a product of 16 MB, most of it in cache
+OVERSAMPLING = 2.0
+TAKEN = -1.0
+Tick = Callable[[int], None]
 
 
-def greedy_coreset(
-    embeddings_ND: Tensor,
+@dataclass(frozen=True, slots=True)
+class Coreset:
+    """Chosen rows, the same on every worker.
+
+    Attributes:
+        rows_MD: their embeddings, float32, in order of choice.
+        sha256: over (image key, row of the image) in order of choice.
+        radius: covering radius in the projected integers, in units of the embeddings (as the projection keeps them).
+        proven_ratio: the radius is at most this many times the best possible one for M centres; None if nothing is
+            proven.
+        mode: how they were chosen.
+    """
+
+    rows_MD: Tensor
+    sha256: str
+    radius: float
+    proven_ratio: float | None
+    mode: CoresetMode
+
+    def facts(self) -> dict[str, object]:
+        """For the artifact's record."""
+        return {
+            "mode": self.mode,
+            "rows": len(self.rows_MD),
+            "sha256": self.sha256,
+            "covering_radius": self.radius,
+            "proven_ratio": self.proven_ratio,
+        }
+
+
+def choose_coreset(
+    rows: KeyedRows,
     num_centres: int,
     *,
     seed: int,
+    mode: CoresetMode = "exact",
     projected_dims: int | None = 128,
     candidates: int = CANDIDATES,
-) -> Tensor:
-    """Rows chosen farthest first: each is the farthest from all before it.
-
-    The embeddings are projected (Johnson-Lindenstrauss) and rounded to integers, so that every squared distance is
-    exact whatever the block size, device or order of summation; ties go to the smaller row. The first centre is the
-    row of largest norm about the mean. The result is the same as one pass per centre, in a few dozen passes.
+    device: torch.device | str = "cpu",
+    tick: Tick | None = None,
+) -> Coreset:
+    """Chooses M rows of all workers' rows.
 
     Args:
-        embeddings_ND: float32; rows in a fixed order (of image keys).
-        num_centres: M, 1 <= M <= N.
-        seed: keys the projection.
-        projected_dims: P; None or P >= D leaves the dims as they are.
-        candidates: rows looked at in a round; changes the time, not the result.
-
-    Returns:
-        Row numbers, int64, in order of choice.
+        rows: this worker's piece; every worker calls at the same time with the same other arguments.
+        num_centres: M, 1 <= M <= rows of all workers.
+        seed: keys the projection, and the choice in mode "random".
+        mode: "exact": the same rows as one pass per centre over all rows, first the one of largest norm about the
+            mean; "composable": every worker chooses among its own rows, then all among these (it depends on the
+            number of workers); "random": by keyed hash.
+        projected_dims: P; None or P >= D keeps all dims.
+        candidates: rows offered in a round of "exact" by all workers; changes the time, not the result.
+        device: where distances are computed; exact on all.
+        tick: told how many more centres were chosen.
 
     Raises:
-        ValueError: M is out of range or an embedding is not finite.
+        ValueError: M is out of range.
     """
-    if not 1 <= num_centres <= len(embeddings_ND):
-        raise ValueError(f"{num_centres} centres asked of {len(embeddings_ND)} embeddings")
-    points_NP = quantise(project(embeddings_ND, projected_dims, seed))
-    norms_N = points_NP.square().sum(1)
-    first = int(norms_N.argmax())
-    chosen = [first]
-    taken_N = torch.zeros(len(points_NP), dtype=torch.bool)
-    taken_N[first] = True
-    nearest_N = torch.full_like(norms_N, torch.inf)
-    _update(nearest_N, points_NP, norms_N, torch.tensor([first]))
-    while len(chosen) < num_centres:
-        picks = _round(points_NP, norms_N, nearest_N, taken_N, num_centres - len(chosen), candidates)
-        taken_N[picks] = True
-        chosen += picks.tolist()
-        _update(nearest_N, points_NP, norms_N, picks)
-    return torch.tensor(chosen)
+    group = rows.group
+    total = rows.total()
+    if not 1 <= num_centres <= total:
+        raise ValueError(f"{num_centres} centres asked of {total} embeddings")
+    points = integer_points(rows, projected_dims, seed, group)
+    greedy = _Greedy(points, rows.order(), group, candidates, torch.device(device), tick or _silent)
+    bound: float | None = None
+    if mode == "exact":
+        greedy.run(num_centres)
+        bound = greedy.farthest() / 4.0  # M + 1 rows at least this far apart; the best radius is at least half
+    elif mode == "composable":
+        bound = _compose(greedy, num_centres, candidates) / 4.0
+    else:
+        _random(greedy, num_centres, seed)
+    radius = greedy.farthest()
+    proven = None if bound is None else 1.0 if radius == 0.0 else math.sqrt(radius / bound) if bound else None
+    length, mine = math.sqrt(radius) * points.unit, greedy.mine
+    del points, greedy  # before the embeddings of the centres are copied
+    names, rows_MD = _gathered(rows, mine, group)
+    return Coreset(rows_MD, _digest(names), length, proven, mode)
 
 
-def project(embeddings_ND: Tensor, projected_dims: int | None, seed: int) -> Tensor:
-    """Gaussian random projection to `projected_dims`, float32, centred."""
-    dims = embeddings_ND.shape[1]
-    if not torch.isfinite(embeddings_ND).all():
-        raise ValueError("an embedding is NaN or infinite; check the weights and the images")
-    centred_ND = embeddings_ND.float() - embeddings_ND.double().mean(0).float()
-    if projected_dims is None or projected_dims >= dims:
-        return centred_ND
-    generator = keyed_generator(seed, "projection", dims, projected_dims)
-    matrix_DP = torch.randn(dims, projected_dims, generator=generator).to(embeddings_ND.device)
-    return centred_ND @ matrix_DP / projected_dims**0.5
+@dataclass(frozen=True, slots=True)
+class _Offers:
+    """Rows that workers offer to each other.
 
-
-def quantise(points_NP: Tensor) -> Tensor:
-    """Integers in float32, as fine as 8 bits and exact products allow: 4 * max |p|^2 stays below 2^24."""
-    largest = float(points_NP.abs().max())
-    if largest == 0.0:
-        return points_NP
-    scale = 127.0 / largest
-    while True:
-        rounded_NP = (points_NP * scale).round()
-        if 4.0 * float(rounded_NP.double().square().sum(1).max()) < EXACT_BELOW:
-            return rounded_NP
-        scale *= 0.9
-
-
-def covering_radius(embeddings_ND: Tensor, centres_MD: Tensor) -> float:
-    """Largest distance of an embedding to its nearest centre."""
-    from raydetect.blocks.neighbors import BankSearch
-
-    return float(BankSearch(centres_MD).nearest(embeddings_ND)[0].max())
-
-
-def _round(
-    points_NP: Tensor, norms_N: Tensor, nearest_N: Tensor, taken_N: Tensor, wanted: int, candidates: int
-) -> Tensor:
-    """The next centres, each truly the farthest of all points.
-
-    Every point outside the candidates is at most `tau` away, so a candidate farther than that is the farthest of
-    all; at tau itself the smaller row would win, so the round ends there unless nothing has been picked yet.
+    Attributes:
+        distance_U: squared distance to the nearest centre so far, float32.
+        order_U: what settles ties, int64.
+        points_UP: int8.
+        place_U2: (rank, row there), int64.
     """
-    open_rows = _farthest(torch.where(taken_N, -1.0, nearest_N), min(candidates, int((~taken_N).sum())))
-    outside = len(open_rows) < int((~taken_N).sum())
-    tau = float(nearest_N[open_rows[-1]]) if outside else -1.0
-    rows = open_rows.sort().values
-    points_BP, norms_B, distance_B = points_NP[rows], norms_N[rows], nearest_N[rows].clone()
+
+    distance_U: Tensor
+    order_U: Tensor
+    points_UP: Tensor
+    place_U2: Tensor
+
+    def shared(self, group: Group) -> "_Offers":
+        """The offers of all workers, by order."""
+        parts = (self.distance_U, self.order_U, self.points_UP, self.place_U2)
+        found = [torch.cat(group.gather(part)) for part in parts]
+        by_order = found[1].argsort()
+        return _Offers(*(part[by_order] for part in found))
+
+
+class _Greedy:
+    """Farthest first over all workers' points.
+
+    Attributes:
+        nearest_N: squared distance of every row here to its nearest centre, TAKEN for centres.
+        mine: (place in the order of choice, row here) of the centres that lie here.
+        count: centres chosen so far.
+    """
+
+    def __init__(
+        self, points: IntegerPoints, order_N: Tensor, group: Group, candidates: int, device: torch.device, tick: Tick
+    ) -> None:
+        self.points, self.order_N, self.group = points, order_N, group
+        self.device, self.tick = device, tick
+        self.candidates = -(-candidates // group.size)
+        self.norms_N = points.norms_N.to(device)
+        self.nearest_N = torch.full_like(self.norms_N, torch.inf)
+        self.mine: list[tuple[int, int]] = []
+        self.count = 0
+
+    def run(self, num_centres: int) -> None:
+        """Chooses until there are `num_centres`."""
+        if not self.count:
+            self.take(self._first())
+        while self.count < num_centres:
+            rows_O, tau = self._farthest_here()
+            offers = self.offer(rows_O, self.nearest_N[rows_O.to(self.device)].cpu()).shared(self.group)
+            tau = float(self.group.max(torch.tensor([tau]))[0])
+            picks = _picks(offers, tau, num_centres - self.count)
+            self.take(_chosen(offers, picks))
+
+    def take(self, chosen: _Offers) -> None:
+        """Makes rows centres, in the order given, and updates every row here."""
+        here = chosen.place_U2[:, 0] == self.group.rank
+        rows_H = chosen.place_U2[here, 1]
+        self.mine += zip((here.nonzero()[:, 0] + self.count).tolist(), rows_H.tolist(), strict=True)
+        self._update(chosen.points_UP.to(self.device).float())
+        self.nearest_N[rows_H.to(self.device)] = TAKEN
+        self.count += len(chosen.order_U)
+        self.tick(len(chosen.order_U))
+
+    def farthest(self) -> float:
+        """Largest squared distance of any row of any worker to its nearest centre."""
+        here = self.nearest_N.max().cpu()[None] if len(self.nearest_N) else torch.tensor([TAKEN])
+        return max(0.0, float(self.group.max(here.float())[0]))
+
+    def _first(self) -> _Offers:
+        """The row of largest norm; ties to the smallest order."""
+        best = _largest(self.norms_N.cpu(), self.order_N, min(1, len(self.norms_N)))
+        offers = self.offer(best, self.norms_N.cpu()[best]).shared(self.group)
+        place = int(offers.distance_U.argmax())
+        return _chosen(offers, torch.tensor([place]))
+
+    def _farthest_here(self) -> tuple[Tensor, float]:
+        """Rows to offer, and the largest distance that is not offered."""
+        nearest_N = self.nearest_N.cpu()
+        rows_O = _largest(nearest_N, self.order_N, min(self.candidates, int((nearest_N != TAKEN).sum())))
+        if len(rows_O) == len(nearest_N):
+            return rows_O, TAKEN
+        rest_N = nearest_N.index_fill(0, rows_O, TAKEN)
+        return rows_O, float(rest_N.max())
+
+    def offer(self, rows_O: Tensor, distance_O: Tensor) -> _Offers:
+        """Rows here, as other workers need them."""
+        place_O2 = torch.stack([torch.full_like(rows_O, self.group.rank), rows_O], 1)
+        return _Offers(distance_O, self.order_N[rows_O], self.points.store.take(rows_O), place_O2)
+
+    def _update(self, centres_MP: Tensor) -> None:
+        norms_M = centres_MP.square().sum(1)
+        for start, block in self.points.store.blocks():
+            for first in range(0, len(block), ROWS_AT_ONCE):
+                points_NP = block[first : first + ROWS_AT_ONCE].to(self.device).float()
+                here = slice(start + first, start + first + len(points_NP))
+                for part in range(0, len(centres_MP), CENTRES_AT_ONCE):
+                    of = slice(part, part + CENTRES_AT_ONCE)
+                    product = torch.addmm(norms_M[of], points_NP, centres_MP[of].T, alpha=-2)
+                    nearest_N = product.amin(1).add_(self.norms_N[here])
+                    torch.minimum(self.nearest_N[here], nearest_N, out=self.nearest_N[here])
+
+
+def _picks(offers: _Offers, tau: float, wanted: int) -> Tensor:
+    """Places of the next centres among the offers, each truly the farthest of all rows.
+
+    Every row that was not offered is at most `tau` away, so an offered one farther than that is the farthest of all;
+    at tau itself a row of smaller order may win, so the round ends there unless nothing has been picked yet: the
+    first is always right, because every worker offers its own farthest rows of smallest order.
+    """
+    points_UP = offers.points_UP.float()
+    norms_U = points_UP.square().sum(1)
+    distance_U = offers.distance_U.clone()
     picks: list[int] = []
-    while len(picks) < min(wanted, len(rows)):
-        best = int(distance_B.argmax())
-        if picks and float(distance_B[best]) <= tau:
+    while len(picks) < min(wanted, len(points_UP)):
+        best = int(distance_U.argmax())  # the first of equals, so the one of smallest order
+        if picks and float(distance_U[best]) <= tau:
             break
         picks.append(best)
-        product_B = points_BP @ points_BP[best]
-        distance_B = torch.minimum(distance_B, norms_B + norms_B[best] - 2.0 * product_B)
-        distance_B[picks] = -2.0
-    return rows[picks]
+        product_U = points_UP @ points_UP[best]
+        torch.minimum(distance_U, norms_U + norms_U[best] - 2.0 * product_U, out=distance_U)
+        distance_U[picks] = TAKEN - 1.0
+    return torch.tensor(picks)
 
 
-def _farthest(distance_N: Tensor, count: int) -> Tensor:
-    """Rows of the `count` largest distances, ties to the smaller row, descending."""
-    least = distance_N.topk(count).values[-1]
-    above = (distance_N > least).nonzero().flatten()
-    equal = (distance_N == least).nonzero().flatten()[: count - len(above)]
-    return torch.cat([above, equal])
+def _largest(values_N: Tensor, order_N: Tensor, count: int) -> Tensor:
+    """Rows of the `count` largest values, ties to the smaller order."""
+    if count == 0:
+        return torch.zeros(0, dtype=torch.int64)
+    least = values_N.topk(count).values[-1]
+    above = (values_N > least).nonzero()[:, 0]
+    equal = (values_N == least).nonzero()[:, 0]
+    return torch.cat([above, equal[order_N[equal].argsort()[: count - len(above)]]])
 
 
-def _update(nearest_N: Tensor, points_NP: Tensor, norms_N: Tensor, picks: Tensor) -> None:
-    """Takes new centres into account, in place."""
-    centres_PM, centre_norms_M = points_NP[picks].T.contiguous(), norms_N[picks]
-    for start in range(0, len(points_NP), BLOCK_ROWS):
-        block = slice(start, start + BLOCK_ROWS)
-        for part in range(0, centres_PM.shape[1], 1024):
-            columns = slice(part, part + 1024)
-            product = torch.addmm(centre_norms_M[columns], points_NP[block], centres_PM[:, columns], alpha=-2)
-            torch.minimum(nearest_N[block], product.amin(1) + norms_N[block], out=nearest_N[block])
+def _chosen(offers: _Offers, picks: Tensor) -> _Offers:
+    return _Offers(*(part[picks] for part in (offers.distance_U, offers.order_U, offers.points_UP, offers.place_U2)))
+
+
+def _compose(greedy: _Greedy, num_centres: int, candidates: int) -> float:
+    """Two rounds: every worker chooses among its own rows, then all choose among these.
+
+    Returns:
+        Squared distance of the next centre among the offers: M + 1 rows are at least that far apart.
+    """
+    wanted = min(len(greedy.points), math.ceil(OVERSAMPLING * num_centres / greedy.group.size))
+    own = _Greedy(greedy.points, greedy.order_N, Group(), candidates, greedy.device, _silent)
+    if wanted:
+        own.run(wanted)
+    rows_O = torch.tensor([row for _, row in own.mine], dtype=torch.int64)
+    offers = greedy.offer(rows_O, greedy.points.norms_N[rows_O]).shared(greedy.group)
+    if len(offers.order_U) < num_centres:
+        raise ValueError(f"{num_centres} centres asked of {len(offers.order_U)} offered rows; use mode exact")
+    store = RowStore(greedy.points.store.dims, torch.int8, greedy.points.store.max_bytes)
+    store.append(offers.points_UP)
+    union = IntegerPoints(store, offers.points_UP.float().square().sum(1), greedy.points.unit)
+    among = _Greedy(union, offers.order_U, Group(), candidates, greedy.device, _silent)
+    among.run(num_centres)
+    greedy.take(_chosen(offers, torch.tensor([row for _, row in among.mine])))
+    return among.farthest()
+
+
+def _random(greedy: _Greedy, num_centres: int, seed: int) -> None:
+    """The rows of smallest keyed hash."""
+    mixed_N = mixed_hash(greedy.order_N, keyed_seed(seed, "random"))
+    rows_O = mixed_N.argsort()[:num_centres]
+    offers = greedy.offer(rows_O, torch.zeros(len(rows_O))).shared(greedy.group)
+    greedy.take(_chosen(offers, mixed_hash(offers.order_U, keyed_seed(seed, "random")).argsort()[:num_centres]))
+
+
+def _gathered(rows: KeyedRows, mine: list[tuple[int, int]], group: Group) -> tuple[list[tuple[str, int]], Tensor]:
+    """Names and embeddings of the centres of all workers, in order of choice."""
+    place_H = torch.tensor([place for place, _ in mine], dtype=torch.int64)
+    row_H = torch.tensor([row for _, row in mine], dtype=torch.int64)
+    texts = group.gather_bytes(json.dumps(rows.names(row_H)).encode())
+    names = [(str(key), int(row)) for text in texts for key, row in json.loads(text)]
+    if group.size == 1:  # they are in order, and a large bank need not be copied
+        return names, rows.store.take(row_H)
+    by_choice = torch.cat(group.gather(place_H)).argsort()
+    rows_MD = torch.cat(group.gather(rows.store.take(row_H)))
+    return [names[i] for i in by_choice.tolist()], rows_MD[by_choice]
+
+
+def _digest(names: list[tuple[str, int]]) -> str:
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()
+
+
+def _silent(_: int) -> None:
+    return None

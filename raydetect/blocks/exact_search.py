@@ -101,6 +101,10 @@ class ExactSearch(Search):
         """Rows by number."""
         return self.bank_MD[index_X]
 
+    def bank(self) -> Tensor:
+        """All rows, not copied."""
+        return self.bank_MD
+
     def nearest(self, patches_ND: Tensor, num_neighbors: int = 1) -> tuple[Tensor, Tensor]:
         """The K nearest rows; see `Search.nearest`.
 
@@ -115,7 +119,7 @@ class ExactSearch(Search):
         index_NK = torch.zeros_like(distance_NK, dtype=torch.int64)
         open_N = torch.arange(len(patches_ND), device=patches_ND.device)
         for propose in self.proposers(num_neighbors):
-            part_ND = patches_ND[open_N]
+            part_ND = patches_ND if len(open_N) == len(patches_ND) else patches_ND[open_N]
             found = propose(part_ND - self.mean_D, num_neighbors)
             settled_NK, rows_NK = settle(self.bank_MD, part_ND, found.index_NC, num_neighbors)
             distance_NK[open_N], index_NK[open_N] = settled_NK, rows_NK

@@ -13,6 +13,7 @@ Elsewhere it is a plain product over blocks, in float32 or, to propose candidate
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from raydetect.blocks.exact_search import (
@@ -26,9 +27,10 @@ from raydetect.blocks.exact_search import (
     least_distance,
     product_share,
 )
+from raydetect.blocks.product import padded_rows, product
 
 GROUP_ROWS = 128
-LEADING_DIMS = 47  # and the rest's length: 48 columns
+LEADING_DIMS = 31  # and the rest's length: 32 columns, a whole number of vector registers
 PRUNE_FROM_ROWS = 1024
 SPLIT_DIMS = 16
 HALF_UNIT = 2.0**-8  # largest relative rounding error to bfloat16, which has 8 bits of significand
@@ -79,8 +81,9 @@ class Product:
 
     def __init__(self, centred_MD: Tensor, rows_M: Tensor | None = None) -> None:
         """Keeps rows about the bank's mean; `rows_M` are their numbers when they stand in another order."""
-        self.centred_MD, self.rows_M = centred_MD, rows_M
+        self.rows_M = rows_M
         self.norms_M = centred_MD.square().sum(1)
+        self.scaled_MD = -2.0 * centred_MD
         self.share = product_share(centred_MD.shape[1])
 
     def propose(self, centred_ND: Tensor, num_neighbors: int) -> Candidates:
@@ -88,31 +91,32 @@ class Product:
         return self._propose(centred_ND, num_neighbors + 1, self.share)
 
     def _propose(self, centred_ND: Tensor, count: int, share: float | Tensor) -> Candidates:
-        count = min(count, len(self.centred_MD))
+        count = min(count, len(self.norms_M))
         found = [self._best(part, count) for part in centred_ND.split(PATCH_ROWS)]
         index_NC = torch.cat([index for _, index in found])
         if self.rows_M is not None:
             index_NC = self.rows_M[index_NC]
-        square_N = centred_ND.square().sum(1)
-        worst_N = torch.cat([value[:, -1] for value, _ in found]) + square_N
-        if count == len(self.centred_MD):
+        norm_N = torch.linalg.vector_norm(centred_ND, dim=1)
+        worst_N = torch.cat([value[:, -1] for value, _ in found]) + norm_N.square()
+        if count == len(self.norms_M):
             worst_N = torch.full_like(worst_N, torch.inf)
-        return Candidates(index_NC, least_distance(worst_N, square_N.sqrt(), share))
+        return Candidates(index_NC, least_distance(worst_N, norm_N, share))
 
     def _best(self, centred_ND: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The C smallest values and their places, ascending."""
         best_NC = centred_ND.new_empty((len(centred_ND), 0))
         index_NC = torch.empty_like(best_NC, dtype=torch.int64)
-        for start in range(0, len(self.centred_MD), BLOCK_ROWS):
-            block = self._block(centred_ND, slice(start, start + BLOCK_ROWS))
+        for start in range(0, len(self.norms_M), BLOCK_ROWS):
+            block = self.block(centred_ND, slice(start, start + BLOCK_ROWS))
             values, places = _smallest(block, min(count, block.shape[1]))
             both, index = torch.cat([best_NC, values], 1), torch.cat([index_NC, places + start], 1)
             best_NC, chosen = both.topk(min(count, both.shape[1]), largest=False)
             index_NC = index.gather(1, chosen)
         return best_NC, index_NC
 
-    def _block(self, centred_ND: Tensor, rows: slice) -> Tensor:
-        return torch.addmm(self.norms_M[rows], centred_ND, self.centred_MD[rows].T, alpha=-2)
+    def block(self, centred_ND: Tensor, rows: slice) -> Tensor:
+        """|b|^2 - 2ab for a run of rows."""
+        return product(centred_ND, self.scaled_MD[rows], self.norms_M[rows])
 
 
 def _smallest(block: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -141,7 +145,7 @@ class HalfProduct(Product):
     def __init__(self, centred_MD: Tensor) -> None:
         """Rounds the bank."""
         super().__init__(centred_MD)
-        self.half_MD, lost_M = _halved(centred_MD)
+        self.scaled_MD, lost_M = _halved(self.scaled_MD)
         self.lost = float(lost_M.max())
         self.rounds_result = centred_MD.device.type != "cuda"
 
@@ -155,13 +159,12 @@ class HalfProduct(Product):
         kept_N = (1 + _halved(centred_ND)[1]) * (1 + self.lost)
         return kept_N - 1 + self.share + (HALF_UNIT * kept_N if self.rounds_result else 0.0)
 
-    def _block(self, centred_ND: Tensor, rows: slice) -> Tensor:
-        half_ND, columns = centred_ND.bfloat16(), self.half_MD[rows].T
+    def block(self, centred_ND: Tensor, rows: slice) -> Tensor:
+        """|b|^2 - 2ab for a run of rows, from bfloat16."""
+        half_ND, columns = centred_ND.bfloat16(), self.scaled_MD[rows].T
         if self.rounds_result:
-            product = torch.mm(half_ND, columns).float()
-        else:
-            product = torch.mm(half_ND, columns, out_dtype=torch.float32)
-        return torch.add(self.norms_M[rows], product, alpha=-2)
+            return self.norms_M[rows] + torch.mm(half_ND, columns)
+        return torch.mm(half_ND, columns, out_dtype=torch.float32).add_(self.norms_M[rows])
 
 
 def _halved(rows_ND: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,25 +189,28 @@ class Pruner:
         self.leading = min(LEADING_DIMS, dims)
         self.eta = self.leading**0.5 * (dims + 16) * UNIT
         axes_DD = torch.linalg.eigh(centred_MD.double().T @ centred_MD.double())[1].flip(1)
-        self.axes_Dd = axes_DD[:, : self.leading].float().contiguous()
-        self.rows_M = _leaf_order(centred_MD @ self.axes_Dd[:, :SPLIT_DIMS])
-        self.product = Product(centred_MD[self.rows_M].contiguous(), self.rows_M)
+        self.axes_ED = torch.zeros(self.leading + 1, dims)  # the last row makes room for the rest's length
+        self.axes_ED[:-1] = axes_DD[:, : self.leading].T
+        self.rows_M = _leaf_order(product(centred_MD, self.axes_ED)[:, : min(SPLIT_DIMS, self.leading)])
+        ordered_MD = centred_MD[self.rows_M]
+        self.product = Product(ordered_MD, self.rows_M)
         self.thin_share = 2.5 * self.eta + self.product.share
-        self.thin_M = self.thin(self.product.centred_MD, self.product.norms_M)
+        self.thin_ME = self.thin(ordered_MD, self.product.norms_M).mul_(-2)
 
     def thin(self, centred_ND: Tensor, square_N: Tensor) -> Tensor:
-        """The d leading coordinates and the length of the rest, never too short."""
-        leading_Nd = centred_ND @ self.axes_Dd
-        rest_N = (square_N - leading_Nd.square().sum(1)).clamp_min_(0) + 3 * self.eta * square_N
-        return torch.cat([leading_Nd, rest_N.sqrt_()[:, None]], 1)
+        """The d leading coordinates and the length of the rest, never too short; (N, E), E = d + 1."""
+        thin_NE = product(centred_ND, self.axes_ED)
+        short_N = (square_N - thin_NE.square().sum(1)).clamp_min_(0)
+        thin_NE[:, -1] = (short_N + 3 * self.eta * square_N).sqrt_()
+        return thin_NE
 
     def propose(self, centred_ND: Tensor, num_neighbors: int) -> Candidates:
         """One candidate, for K = 1."""
         assert num_neighbors == 1
-        square_N = centred_ND.square().sum(1)
-        norm_N = square_N.sqrt()
-        thin_N = self.thin(centred_ND, square_N)
-        bounds_NG = torch.cat([self._group_bounds(part) for part in thin_N.split(PATCH_ROWS)])
+        norm_N = torch.linalg.vector_norm(centred_ND, dim=1)
+        square_N = norm_N.square()
+        thin_NE = self.thin(centred_ND, square_N)
+        bounds_NG = torch.cat([self._group_bounds(part) for part in thin_NE.split(PATCH_ROWS)])
         best = _Best(square_N)
         first_NG = torch.zeros_like(bounds_NG, dtype=torch.bool).scatter_(1, bounds_NG.argmin(1, keepdim=True), True)
         self._open(first_NG, centred_ND, best)
@@ -215,13 +221,12 @@ class Pruner:
         closed_N = least_distance(reach_N, norm_N, self.thin_share)
         return Candidates(self.rows_M[best.place_N][:, None], torch.minimum(opened_N, closed_N))
 
-    def _group_bounds(self, thin_N: Tensor) -> Tensor:
+    def _group_bounds(self, thin_NE: Tensor) -> Tensor:
         """Smallest lower bound of |a - b|^2 - |a|^2 in every group, shape (N, G)."""
         found = []
-        norms_M = self.product.norms_M
-        for start in range(0, len(self.thin_M), BLOCK_ROWS):
-            stop = start + BLOCK_ROWS
-            block = torch.addmm(norms_M[start:stop], thin_N, self.thin_M[start:stop].T, alpha=-2)
+        for start in range(0, len(self.thin_ME), BLOCK_ROWS):
+            rows = slice(start, start + BLOCK_ROWS)
+            block = product(thin_NE, self.thin_ME[rows], self.product.norms_M[rows])
             whole = block.shape[1] // GROUP_ROWS * GROUP_ROWS
             if whole:
                 found.append(block[:, :whole].unflatten(1, (-1, GROUP_ROWS)).amin(2))
@@ -233,13 +238,11 @@ class Pruner:
         """Multiplies the needed groups in full and keeps what is nearer."""
         groups, patches = needed_NG.T.nonzero(as_tuple=True)
         counts = torch.bincount(groups, minlength=needed_NG.shape[1]).tolist()
-        norms_M, rows_MD = self.product.norms_M, self.product.centred_MD
         for group, mine in enumerate(patches.split(counts)):
             if len(mine):
-                start, stop = group * GROUP_ROWS, (group + 1) * GROUP_ROWS
-                best.take(
-                    mine, torch.addmm(norms_M[start:stop], centred_ND[mine], rows_MD[start:stop].T, alpha=-2), start
-                )
+                start = group * GROUP_ROWS
+                part_ND = centred_ND[F.pad(mine, (0, padded_rows(len(mine)) - len(mine)))]
+                best.take(mine, self.product.block(part_ND, slice(start, start + GROUP_ROWS))[: len(mine)], start)
 
 
 class _Best:

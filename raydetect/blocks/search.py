@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 SETTLED = 2.0**-18  # a settled distance is within this share of the true one, for D up to 2^20
+SETTLED_PAIRS = 2048
 
 
 class Search(abc.ABC):
@@ -57,6 +58,10 @@ class Search(abc.ABC):
     def to(self, device: torch.device) -> "Search":
         """This search on another device; itself when it is there already."""
 
+    def bank(self) -> Tensor:
+        """All rows, float32 (M, D)."""
+        return self.rows(torch.arange(self.num_rows))
+
     def tensors(self) -> dict[str, Tensor]:
         """What must be saved besides the bank to build this search again."""
         return {}
@@ -90,7 +95,12 @@ def settled_distance(rows_XD: Tensor, patches_XD: Tensor) -> Tensor:
     Halves are added to halves, so the bits depend on nothing but the pair: not on the number of pairs, the threads or
     the device. Relative error below `SETTLED`, also near zero.
     """
-    squares_XD = (rows_XD - patches_XD).square_()
+    return _length(rows_XD - patches_XD)
+
+
+def _length(squares_XD: Tensor) -> Tensor:
+    """Euclidean norm over the last dim; overwrites what is given."""
+    squares_XD.square_()
     width = squares_XD.shape[-1]
     while width > 1:
         half = width // 2
@@ -102,11 +112,21 @@ def settled_distance(rows_XD: Tensor, patches_XD: Tensor) -> Tensor:
 
 
 def settle(bank_MD: Tensor, patches_ND: Tensor, index_NC: Tensor, num_neighbors: int) -> tuple[Tensor, Tensor]:
-    """The K best of C candidate rows (all different, C >= K) by settled distance, ties by row number."""
+    """The K best of C candidate rows (all different, C >= K) by settled distance, ties by row number.
+
+    Pairs are looked at some thousands at a time, so that memory stays small, and in cache.
+    """
+    step = max(1, SETTLED_PAIRS // index_NC.shape[1])
+    parts = zip(patches_ND.split(step), index_NC.split(step), strict=True)
+    found = [_settle_part(bank_MD, patches, index, num_neighbors) for patches, index in parts]
+    return torch.cat([distance for distance, _ in found]), torch.cat([index for _, index in found])
+
+
+def _settle_part(bank_MD: Tensor, patches_ND: Tensor, index_NC: Tensor, num_neighbors: int) -> tuple[Tensor, Tensor]:
     if index_NC.shape[1] == 1:
-        return settled_distance(bank_MD[index_NC[:, 0]], patches_ND)[:, None], index_NC
+        return _length(bank_MD[index_NC[:, 0]].sub_(patches_ND))[:, None], index_NC
     index_NC = index_NC.sort(dim=1).values
-    distance_NC = settled_distance(bank_MD[index_NC], patches_ND[:, None])
+    distance_NC = _length(bank_MD[index_NC].sub_(patches_ND[:, None]))
     distance_NC, order_NC = distance_NC.sort(dim=1, stable=True)
     return distance_NC[:, :num_neighbors], index_NC.gather(1, order_NC)[:, :num_neighbors]
 

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 
 def _hash(seed: int, words: Sequence[str | int]) -> int:
@@ -29,3 +30,11 @@ def keyed_unit(seed: int, *words: str | int) -> float:
 def shuffled(keys: Sequence[str], seed: int, epoch: int) -> list[str]:
     """`keys` in the order of one epoch; does not depend on the order they come in."""
     return sorted(keys, key=lambda key: (_hash(seed, ("shuffle", epoch, key)), key))
+
+
+def mixed_hash(values_N: Tensor, seed: int) -> Tensor:
+    """A hash of 64-bit integers (the finaliser of splitmix64, Steele et al. 2014), wrapping around."""
+    mixed_N = values_N ^ seed
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+        mixed_N = (mixed_N ^ ((mixed_N >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return mixed_N ^ ((mixed_N >> 31) & ((1 << 33) - 1))

@@ -4,18 +4,21 @@ Shapes: B images, C channels, H W pixels, N patches, D feature dim.
 """
 
 import abc
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor
 
+from raydetect.blocks.rows import FitState
+from raydetect.blocks.search import Search
 from raydetect.config import STRICT
-from raydetect.errors import RaydetectError
+from raydetect.errors import RaydetectError, SpecError
 
 Phase = Literal["collect", "train"]
+Tick = Callable[[int, int], None]
 
 
 class NotFittedError(RaydetectError):
@@ -75,30 +78,6 @@ class Scores:
     anomaly_map_BHW: Tensor
 
 
-@dataclass(slots=True)
-class FitState:
-    """What collecting leaves: named tensors per image key. Merging is written here once, for all detectors.
-
-    Keyed by image, a shard that is read twice changes nothing, and `ordered()` makes the fit independent of the
-    number and order of shards.
-    """
-
-    items: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-
-    def merge(self, other: "FitState") -> "FitState":
-        """The union of two states; the same key on both sides is one image, kept once."""
-        return FitState({**self.items, **other.items})
-
-    def ordered(self, name: str) -> Iterator[tuple[str, Tensor]]:
-        """(key, tensor called `name`) of every image, in order of keys."""
-        for key in sorted(self.items):
-            yield key, self.items[key][name]
-
-    def stacked(self, name: str) -> Tensor:
-        """The tensors called `name` concatenated along dim 0, in order of keys."""
-        return torch.cat([tensor for _, tensor in self.ordered(name)])
-
-
 class Detector(abc.ABC):
     """One anomaly detection algorithm.
 
@@ -144,13 +123,30 @@ class Detector(abc.ABC):
             NotFittedError: the detector is not fitted.
         """
 
-    def collect(self, batch: Batch) -> FitState:
-        """The state of a batch of normal images; only when "collect" is in `phases`."""
+    def collect(self, batch: Batch) -> dict[str, Tensor]:
+        """Rows that a batch of normal images leaves, by name: (B, R, D); only when "collect" is in `phases`."""
         raise TypeError(f"{type(self).__name__} has no collect phase")
 
-    def finish(self, state: FitState) -> None:
-        """Fits from everything collected; forgets any earlier fit."""
+    def finish(self, state: FitState, tick: Tick) -> None:
+        """Fits from everything that all workers collected; forgets any earlier fit. Every worker calls it.
+
+        Args:
+            state: this worker's rows; its `group` are the workers.
+            tick: told how much more is done, and of how much.
+        """
         raise TypeError(f"{type(self).__name__} has no collect phase")
+
+    def extend(self, state: FitState) -> None:
+        """Adds what this fitted detector has stored to a state, before `finish` fits it again.
+
+        Raises:
+            SpecError: this algorithm keeps nothing that could be added to.
+        """
+        raise SpecError(f"{type(self).__name__}: has no memory bank that could be extended. Fit it anew on all images.")
+
+    def facts(self) -> Mapping[str, Any]:
+        """What the fit measured about itself, as plain JSON values for the artifact's record."""
+        return {}
 
     def begin_training(self, num_images: int) -> "TrainingPlan":
         """Makes fresh trainable parts and the optimizer; only when "train" is in `phases`."""
@@ -176,6 +172,22 @@ class Detector(abc.ABC):
             ArtifactError: a tensor is missing or has the wrong shape.
         """
 
+    def memory_bank(self) -> str | None:
+        """Name in `tensors` of a bank (M, D) whose rows searches elsewhere may hold in pieces; None = there is none."""
+        return None
+
+    def piece_search(self, piece_MD: Tensor) -> Search:
+        """The search of this detector's parameters over a run of rows of its bank."""
+        raise SpecError(f"{type(self).__name__}: has no memory bank that can be cut. Set resources.bank_shards to 1.")
+
+    def load_beside(self, tensors: Mapping[str, Tensor], search: Search) -> None:
+        """As `load_tensors`, but the tensor `memory_bank` is left out and `search` answers for it.
+
+        Raises:
+            ArtifactError: a tensor is missing or has the wrong shape.
+        """
+        raise SpecError(f"{type(self).__name__}: has no memory bank that can be cut. Set resources.bank_shards to 1.")
+
     @abc.abstractmethod
     def to(self, device: torch.device) -> "Detector":
         """Moves everything to a device and returns itself."""
@@ -186,14 +198,15 @@ class TrainingPlan:
     """How the trainer runs a gradient detector.
 
     Attributes:
-        optimizer: over the trainable parts.
+        module: all trainable parts; the loss uses every one of its parameters and is a mean over images.
+        optimizer: over its parameters.
         epochs: passes over the images.
-        batch_size: images per step; the last, smaller batch of an epoch is dropped when `drop_last`.
+        batch_size: images per step of all workers, at most.
         scheduler: stepped once per epoch, or None.
     """
 
+    module: torch.nn.Module
     optimizer: torch.optim.Optimizer
     epochs: int
     batch_size: int
-    drop_last: bool = False
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None

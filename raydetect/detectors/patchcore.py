@@ -10,23 +10,29 @@ Shapes: B images, h w feature grid, N patches (B * h * w), M bank rows, D featur
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from raydetect.blocks.anomaly_map import smooth, upsample
+from raydetect.blocks.anomaly_map import smooth_upsampled
 from raydetect.blocks.backbone import Backbone
-from raydetect.blocks.coreset import greedy_coreset
+from raydetect.blocks.coreset import Coreset, CoresetMode, choose_coreset
+from raydetect.blocks.faiss_search import BANK_INDEX, FaissSearch, IvfPqSearch, recall_at_1, require_faiss
 from raydetect.blocks.neighbors import BankSearch
 from raydetect.blocks.pyramid import patch_embeddings
-from raydetect.detectors._base import Batch, Detector, DetectorInfo, FitState, NotFittedError, Scores
+from raydetect.blocks.rows import FitState, KeyedRows
+from raydetect.blocks.search import Search
+from raydetect.detectors._base import Batch, Detector, DetectorInfo, NotFittedError, Scores, Tick
 from raydetect.detectors._weights import load_backbone
 from raydetect.errors import ArtifactError
 
 EMBEDDINGS = "embeddings"
+BANK, BANK_SIZE = "bank", "num_embeddings"
+EARLIER_BANK, BANK_PART = "earlier-bank:", 1 << 19
 BACKBONE = "backbone."
+RECALL_PATCHES = 2048
 
 
 class PatchCore(Detector):
@@ -58,12 +64,27 @@ class PatchCore(Detector):
         max_bank_vectors: Annotated[
             int | None, Field(ge=1, description="upper bound on rows of the memory bank; none = no bound")
         ] = None
+        coreset_mode: Annotated[
+            CoresetMode,
+            Field(
+                description="exact: greedy k-center over all patches, the same on any number of workers; composable: "
+                "in two rounds, for banks beyond memory; random: for comparison"
+            ),
+        ] = "exact"
         projected_dims: Annotated[
             int | None, Field(ge=1, description="dims the coreset is chosen in (sec. 3.2); none = all")
-        ] = 128
+        ] = 384
         n_neighbors: Annotated[
             int, Field(ge=1, description="bank rows that re-weight the image score (eq. 7, b); 1 = off")
         ] = 9
+        search: Annotated[
+            Literal["exact", "bfloat16", "faiss", "ivfpq"],
+            Field(
+                description="how the bank is searched: exact (torch, float32), bfloat16 (proposes, float32 settles; "
+                "for GPUs) and faiss (flat, on CPUs) give the same scores; ivfpq (faiss) is approximate, and the "
+                "artifact tells its recall"
+            ),
+        ] = "exact"
         smoothing_sigma: Annotated[
             float, Field(ge=0, description="Gaussian smoothing of the anomaly map in px (sec. 3.3)")
         ] = 4.0
@@ -75,27 +96,77 @@ class PatchCore(Detector):
         super().__init__(params, seed)
         self.raw: Backbone | None = None
         self.backbone: Backbone | None = None
-        self.search: BankSearch | None = None
+        self.search: Search | None = None
+        self.coreset: Coreset | None = None
+        self.num_embeddings = 0
+        self.recall: dict[str, Any] = {}
 
     def load_weights(self) -> str:
         """Loads the backbone."""
+        if self.params.search in ("faiss", "ivfpq"):
+            require_faiss()  # a fit must not run for hours before it misses it
         raw, said = load_backbone(self.params.backbone, self.params.layers, self.params.weights, self.seed)
         self._set_backbone(raw)
         return said
 
-    def collect(self, batch: Batch) -> FitState:
+    def collect(self, batch: Batch) -> dict[str, Tensor]:
         """Patch embeddings of every image."""
-        embeddings_BhwD = self._embed(batch.images_BCHW)
-        flat_BND = embeddings_BhwD.flatten(1, 2).cpu()
-        return FitState({key: {EMBEDDINGS: flat_BND[i].clone()} for i, key in enumerate(batch.keys)})
+        return {EMBEDDINGS: self._embed(batch.images_BCHW).flatten(1, 2)}
 
-    def finish(self, state: FitState) -> None:
-        """Chooses the coreset over all images, in order of keys."""
-        embeddings_ND = state.stacked(EMBEDDINGS)
-        count = max(1, round(len(embeddings_ND) * self.params.coreset_sampling_ratio))
-        count = min(count, self.params.max_bank_vectors or count)
-        rows_M = greedy_coreset(embeddings_ND, count, seed=self.seed, projected_dims=self.params.projected_dims)
-        self.search = BankSearch(embeddings_ND[rows_M].to(self.device))
+    def finish(self, state: FitState, tick: Tick) -> None:
+        """Chooses the coreset over the images of all workers."""
+        rows = state.rows[EMBEDDINGS]
+        self.num_embeddings = rows.total_stands_for()
+        wanted = max(1, round(self.num_embeddings * self.params.coreset_sampling_ratio))
+        count = min(wanted, rows.total(), self.params.max_bank_vectors or wanted)
+        self.coreset = choose_coreset(
+            rows,
+            count,
+            seed=self.seed,
+            mode=self.params.coreset_mode,
+            projected_dims=self.params.projected_dims,
+            device=self.device,
+            tick=lambda more: tick(more, count),
+        )
+        self.search = self._make_search(self.coreset.rows_MD.to(self.device))
+        self.recall = {} if self.search.exact else self._measured_recall(rows)
+
+    def _make_search(self, bank_MD: Tensor, stored: Tensor | None = None) -> Search:
+        """The search that the parameters name; `stored` is the saved index of ivfpq."""
+        match self.params.search:
+            case "faiss":
+                return FaissSearch(bank_MD)
+            case "ivfpq":
+                return IvfPqSearch(bank_MD, self.seed, stored)
+            case "bfloat16":
+                return BankSearch(bank_MD, "bfloat16")
+            case "exact":
+                return BankSearch(bank_MD)
+
+    def _measured_recall(self, rows: KeyedRows) -> dict[str, Any]:
+        """Compares an approximate search with the exact one on a sample of embeddings that the coreset left out."""
+        assert self.search is not None
+        bank_MD = self.search.bank().to(self.device)
+        patches_ND = rows.sample(2 * RECALL_PATCHES, self.seed).to(self.device)
+        left_out_ND = patches_ND[BankSearch(bank_MD).nearest(patches_ND)[0][:, 0] > 0][:RECALL_PATCHES]
+        if not len(left_out_ND):
+            return {}
+        recall = recall_at_1(self.search, bank_MD, left_out_ND)
+        return {"recall_at_1": round(recall, 4), "patches": len(left_out_ND)}
+
+    def extend(self, state: FitState) -> None:
+        """The bank's rows come in as the rows of one more image; they stand for all that they were chosen from."""
+        if self.search is None:
+            raise NotFittedError("patchcore: is not fitted, there is nothing to extend.")
+        bank_MD = self.search.bank().cpu()
+        for number, part_RD in enumerate(bank_MD.split(BANK_PART)):
+            state.add([f"{EARLIER_BANK}{number}"], {EMBEDDINGS: part_RD[None]})
+        state.rows[EMBEDDINGS].stands_for += self.num_embeddings - len(bank_MD)
+
+    def facts(self) -> dict[str, Any]:
+        """How the bank was chosen and of how many patch embeddings; how it is searched, with its measured recall."""
+        chosen = {} if self.coreset is None else {"coreset": {**self.coreset.facts(), "of": self.num_embeddings}}
+        return {**chosen, "search": {"kind": self.params.search, **self.recall}}
 
     @torch.inference_mode()
     def score(self, images_BCHW: Tensor) -> Scores:
@@ -111,17 +182,17 @@ class PatchCore(Detector):
         place_B = torch.arange(grid[0], device=worst_B.device) * distance_BN.shape[1] + worst_B
         image_score_B = self._reweighted(patches_ND[place_B], distance_N1[place_B, 0], index_N1[place_B, 0])
         size_px = (images_BCHW.shape[-2], images_BCHW.shape[-1])
-        map_BHW = smooth(upsample(distance_N1.view(grid), size_px), self.params.smoothing_sigma)
+        map_BHW = smooth_upsampled(distance_N1.view(grid), size_px, self.params.smoothing_sigma)
         return Scores(image_score_B, map_BHW)
 
     def _reweighted(self, worst_BD: Tensor, distance_B: Tensor, index_B: Tensor) -> Tensor:
         """Eq. 7: s = (1 - exp(d*) / sum over the b rows nearest to m* of exp(d)) * d*, in a stable form."""
         assert self.search is not None
-        count = min(self.params.n_neighbors, len(self.search.bank_MD))
+        count = min(self.params.n_neighbors, self.search.num_rows)
         if count == 1:
             return distance_B
-        neighbours_BK = self.search.nearest(self.search.bank_MD[index_B], count)[1]
-        differences_BKD = self.search.bank_MD[neighbours_BK] - worst_BD[:, None]
+        neighbours_BK = self.search.nearest(self.search.rows(index_B), count)[1]
+        differences_BKD = self.search.rows(neighbours_BK) - worst_BD[:, None]
         distance_BK = differences_BKD.square().sum(-1).sqrt()
         share_B = torch.exp(distance_B - torch.logsumexp(distance_BK, 1))
         return (1.0 - share_B) * distance_B
@@ -140,16 +211,32 @@ class PatchCore(Detector):
         if self.search is None or self.raw is None:
             raise NotFittedError("patchcore: is not fitted, there is nothing to save.")
         weights = {BACKBONE + name: value for name, value in self.raw.weights().items()}
-        return {"bank": self.search.bank_MD, **weights}
+        size = torch.tensor([self.num_embeddings])
+        return {BANK: self.search.bank(), BANK_SIZE: size, **self.search.tensors(), **weights}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Restores backbone and memory bank."""
-        if "bank" not in tensors:
-            raise ArtifactError("patchcore: the artifact has no tensor 'bank'. Fit again.")
+        needed = [BANK, BANK_SIZE, *([BANK_INDEX] if self.params.search == "ivfpq" else [])]
+        for name in needed:
+            if name not in tensors:
+                raise ArtifactError(f"patchcore: the artifact has no tensor {name!r}. Fit again.")
+        self.load_beside(tensors, self._make_search(tensors[BANK].to(self.device), tensors.get(BANK_INDEX)))
+
+    def memory_bank(self) -> str | None:
+        """The bank, unless its search is an index that was trained on the whole."""
+        return None if self.params.search == "ivfpq" else BANK
+
+    def piece_search(self, piece_MD: Tensor) -> Search:
+        """The search over a run of rows."""
+        return self._make_search(piece_MD)
+
+    def load_beside(self, tensors: Mapping[str, Tensor], search: Search) -> None:
+        """Restores the backbone; the bank is where `search` has it."""
         raw = Backbone(self.params.backbone, self.params.layers, self.seed)
         raw.load({name.removeprefix(BACKBONE): value for name, value in tensors.items()}, "the artifact")
         self._set_backbone(raw)
-        self.search = BankSearch(tensors["bank"].to(self.device))
+        self.search = search
+        self.num_embeddings = int(tensors[BANK_SIZE][0])
 
     def to(self, device: torch.device) -> "PatchCore":
         """Moves backbone and memory bank."""

@@ -79,7 +79,7 @@ class STFPM(Detector):
             momentum=self.params.momentum,
             weight_decay=self.params.weight_decay,
         )
-        return TrainingPlan(optimizer, self.params.epochs, self.params.batch_size)
+        return TrainingPlan(self.raw_student, optimizer, self.params.epochs, self.params.batch_size)
 
     def training_loss(self, batch: Batch) -> Tensor:
         """Eqs. 1-3: sum over levels of the mean over positions, averaged over the batch."""

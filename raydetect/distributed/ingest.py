@@ -6,15 +6,16 @@ likes; a chunk is never cut.
 
 import dataclasses
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import pyarrow as pa
 import ray
 from ray.data import DataContext, Dataset, ExecutionResources, TaskPoolStrategy
 
-from raydetect.archives.base import cut_chunks
-from raydetect.plan import ScorePlan
+from raydetect.archives.base import Archive, cut_chunks
 from raydetect.records import Chunk, Member, Shard
+from raydetect.spec import SourceSpec
 from raydetect.worker.read import read_members
 
 MAX_BLOCKS = 2000
@@ -23,44 +24,59 @@ BYTES_TYPES = {"data": pa.large_binary(), "label": pa.int8()}
 MEMBERS = pa.schema([(f.name, BYTES_TYPES.get(f.name, pa.string())) for f in dataclasses.fields(Member)])
 
 
-def chunk_dataset(plan: ScorePlan, readers: int) -> Dataset:
-    """A lazy dataset with one row for each chunk of the shards that are left.
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How an archive is read in Ray tasks.
 
-    Args:
-        plan: the job.
+    Attributes:
+        archive: open.
+        source: the job's words about it.
+        chunk_images: images of a chunk, at most.
+        chunk_bytes: encoded bytes after which a chunk is closed.
         readers: tasks that read at the same time.
+        consumers: workers that chunks wait for.
     """
+
+    archive: Archive
+    source: SourceSpec
+    chunk_images: int
+    chunk_bytes: int
+    readers: int
+    consumers: int
+
+    def tables(self, table: pa.Table) -> Iterator[pa.Table]:
+        """One table of one row for every chunk of the shards in `table`; runs in a Ray task."""
+        for row in table.to_pylist():
+            shard = row_shard(row)
+            members = read_members(self.archive, shard, self.source)
+            for chunk in cut_chunks(shard, members, self.chunk_images, self.chunk_bytes):
+                yield pack_chunk(chunk)
+
+
+def chunk_dataset(reading: Reading, shards: Sequence[Shard]) -> Dataset:
+    """A lazy dataset with one row for each chunk of `shards`."""
     context = DataContext.get_current()
     context.target_max_block_size = 1  # a chunk is handed on as soon as it is read
-    # without a limit readers run ahead until they fill the object store, and a large archive takes more memory
-    limit_bytes = CHUNKS_HELD_PER_WORKER * plan.spec.resources.num_workers * plan.spec.chunk_bytes
-    context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=limit_bytes)
-    rows = [shard_row(shard) for shard in plan.todo]
-    shards = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS))
-    reader = ChunkReader(plan)
-    return shards.map_batches(
-        reader.read,
+    context.execution_options.resource_limits = limits(reading)
+    rows = [shard_row(shard) for shard in shards]
+    listed = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS))
+    return listed.map_batches(
+        reading.tables,
         batch_format="pyarrow",
         batch_size=1,
-        compute=TaskPoolStrategy(size=readers),
-        num_cpus=0,  # reading waits for the network; all CPU slots belong to the scoring actors
+        compute=TaskPoolStrategy(size=reading.readers),
+        num_cpus=0,  # reading waits for the network; all CPU slots belong to the workers
     )
 
 
-class ChunkReader:
-    """Reads shards in a Ray task."""
+def limits(reading: Reading) -> ExecutionResources:
+    """Bytes that may wait in the object store.
 
-    def __init__(self, plan: ScorePlan) -> None:
-        """Keeps what a task needs: not the listing."""
-        self.archive, self.spec = plan.archive, plan.spec
-
-    def read(self, table: pa.Table) -> Iterator[pa.Table]:
-        """One table of one row for every chunk of the shards in `table`."""
-        for row in table.to_pylist():
-            shard = row_shard(row)
-            members = read_members(self.archive, shard, self.spec.source)
-            for chunk in cut_chunks(shard, members, self.spec.chunk_images, self.spec.chunk_bytes):
-                yield pack_chunk(chunk)
+    Without a limit readers run ahead until they fill it, and a large archive takes more memory.
+    """
+    return ExecutionResources.for_limits(
+        object_store_memory=CHUNKS_HELD_PER_WORKER * reading.consumers * reading.chunk_bytes
+    )
 
 
 def shard_row(shard: Shard) -> dict[str, object]:

@@ -3,7 +3,7 @@
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,8 @@ import pyarrow as pa
 from ray.data import ActorPoolStrategy
 
 from raydetect.config import to_plain, validate
-from raydetect.distributed.ingest import chunk_dataset, unpack_chunks
+from raydetect.distributed.bank import Bank, bank_actors
+from raydetect.distributed.ingest import Reading, chunk_dataset, unpack_chunks
 from raydetect.distributed.session import session, translate
 from raydetect.errors import SpecError
 from raydetect.fleet_record import ArtifactIndex
@@ -27,8 +28,10 @@ CHUNKS_WAITING_PER_ACTOR = 2
 class ScoreActor:
     """A warm Scorer in a Ray actor. The driver handles this class too, so torch is loaded in the actor alone."""
 
-    def __init__(self, spec: ScoreSpec, artifact: ArtifactIndex, sink: ResultsSink) -> None:
-        """Loads an ordinary artifact; the detectors of a fleet are loaded when they are needed.
+    def __init__(self, spec: ScoreSpec, artifact: ArtifactIndex, sink: ResultsSink, bank: Bank | None) -> None:
+        """Loads an ordinary artifact, without its memory bank when that is in pieces elsewhere.
+
+        The detectors of a fleet are loaded when they are needed.
 
         Raises:
             ArtifactError: the artifact is another one than the driver planned with.
@@ -39,7 +42,12 @@ class ScoreActor:
         from raydetect.worker.score import Scorer
 
         torch.set_num_threads(spec.resources.cpus_per_worker)
-        detectors = StoredDetectors(artifact, Storage(spec.storage))
+        search = None
+        if bank is not None:
+            from raydetect.distributed.remote_search import RemoteSearch
+
+            search = RemoteSearch(bank)
+        detectors = StoredDetectors(artifact, Storage(spec.storage), search)
         self.scorer = Scorer(detectors, spec, "cuda" if spec.resources.gpus_per_worker else "cpu")
         self.sink = sink
 
@@ -68,37 +76,45 @@ def score(plan: ScorePlan, address: str | None, on_part: Callable[[Part, Receipt
         ClusterError: the cluster broke down; what is committed stays.
         TooManyBadRows: the run is complete and too much of it is bad.
     """
-    refuse_memory_urls(plan)
+    refuse_memory_uris([plan.ledger.uri, plan.artifact.uri, *(shard.uri for shard in plan.shards[:1])])
     plan.ledger.begin(plan.run)
     if plan.todo:
-        with session(address, plan.spec.resources):
+        with session(address, plan.spec.resources), bank_actors(plan, address) as bank:
             committer = Committer(plan)
-            for part in _parts(plan, address):
+            for part in _parts(plan, address, bank):
                 on_part(part, committer.add(part))
     return finish(plan)
 
 
-def refuse_memory_urls(plan: ScorePlan) -> None:
+def refuse_memory_uris(uris: Iterable[str]) -> None:
     """`memory://` lives in one process only.
 
     Raises:
-        SpecError: the job names such a URL.
+        SpecError: one of the URIs is such a URL.
     """
-    places = [plan.ledger.uri, plan.artifact.uri, *(shard.uri for shard in plan.shards[:1])]
-    for uri in places:
+    for uri in uris:
         if uri.startswith("memory://"):
             raise SpecError(f"{uri}: memory:// is not shared between processes. Use --local or another storage.")
 
 
-def _parts(plan: ScorePlan, address: str | None) -> Iterator[Part]:
-    resources = plan.spec.resources
-    chunks = chunk_dataset(plan, readers=max(2, resources.num_workers))
+def _parts(plan: ScorePlan, address: str | None, bank: Bank | None) -> Iterator[Part]:
+    spec, resources = plan.spec, plan.spec.resources
+    reading = Reading(
+        plan.archive,
+        spec.source,
+        spec.chunk_images,
+        spec.chunk_bytes,
+        readers=max(2, resources.num_workers),
+        consumers=resources.num_workers,
+    )
+    chunks = chunk_dataset(reading, plan.todo)
     scored = chunks.map_batches(
         ScoreActor,
         fn_constructor_kwargs={
             "spec": plan.spec,
             "artifact": plan.artifact,
             "sink": plan.sink,
+            "bank": bank,
         },
         batch_format="pyarrow",
         batch_size=1,

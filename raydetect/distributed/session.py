@@ -16,6 +16,7 @@ from raydetect.errors import RaydetectError
 from raydetect.spec import ResourceSpec
 
 LOOPBACK = "127.0.0.1"
+STARTING_AT_ONCE = 8  # actors without CPU slots start beside the workers; Ray warns past four times the slots
 
 
 class ClusterError(RaydetectError):
@@ -98,12 +99,15 @@ def _loopback_only() -> Iterator[None]:
 
 def _start_local(resources: ResourceSpec) -> None:
     ray.init(
-        num_cpus=resources.num_workers * resources.cpus_per_worker,
+        num_cpus=resources.num_actors * resources.cpus_per_worker,
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
         _node_ip_address=LOOPBACK,
-        _system_config={"local_fs_capacity_threshold": 0.99},
+        _system_config={
+            "local_fs_capacity_threshold": 0.99,
+            "worker_maximum_startup_concurrency": STARTING_AT_ONCE,
+        },
     )
 
 

@@ -1,6 +1,7 @@
 """Ray Jobs: submits a job file to a cluster, follows its log, and returns its exit code."""
 
 import asyncio
+import logging
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ def submit(address: str, values: dict[str, Any]) -> tuple[JobSubmissionClient, s
     Raises:
         ClusterError: it cannot be reached or refuses the token.
     """
+    logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         client = JobSubmissionClient(address)
         with tempfile.TemporaryDirectory(prefix="raydetect-") as folder:

@@ -11,12 +11,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from raydetect.artifact_record import ArtifactRecord, Calibration, read_record, write_record
+from raydetect.blocks.search import Search
 from raydetect.config import to_plain
 from raydetect.detectors._base import Detector
 from raydetect.detectors._registry import build_detector
 from raydetect.errors import ArtifactError, SpecError, StorageError
 from raydetect.fleet_record import ArtifactIndex, ArtifactRef
 from raydetect.storage import Storage, join_uri
+from raydetect.worker.tensor_file import TensorFile, tensors_uri
 
 PACKAGES = ("raydetect", "torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "ray")
 
@@ -60,10 +62,12 @@ class StoredDetectors:
     Attributes:
         index: of an artifact or a fleet.
         storage: reaches it.
+        search: holds the memory bank of an ordinary artifact, when that is in pieces; see `worker/bank.py`.
     """
 
     index: ArtifactIndex
     storage: Storage
+    search: Search | None = None
 
     def load(self, ref: ArtifactRef) -> Artifact:
         """The artifact of a ref of the index.
@@ -71,7 +75,7 @@ class StoredDetectors:
         Raises:
             ArtifactError: it is missing or damaged, or was replaced since the index was read.
         """
-        artifact = load_artifact(ref.uri, self.storage)
+        artifact = load_artifact(ref.uri, self.storage, self.search)
         if artifact.record.digest != ref.digest:
             raise ArtifactError(f"{ref.uri}: was replaced after the job was planned. Start the job again.")
         return artifact
@@ -102,8 +106,10 @@ def save_artifact(
     sha256 = hashlib.sha256(data).hexdigest()
     file_name = f"tensors-{sha256[:16]}.safetensors"
     storage.write(join_uri(uri, file_name), data)
+    bank = detector.memory_bank()
     body = {
         **facts,
+        **({} if bank is None else {"bank": _describe_bank(bank, detector)}),
         "detector": name,
         "params": to_plain(detector.params),
         "seed": detector.seed,
@@ -114,8 +120,18 @@ def save_artifact(
     return write_record(uri, storage, body)
 
 
-def load_artifact(uri: str, storage: Storage) -> Artifact:
+def _describe_bank(name: str, detector: Detector) -> dict[str, Any]:
+    rows, dims = detector.tensors()[name].shape
+    return {"tensor": name, "rows": rows, "dims": dims}
+
+
+def load_artifact(uri: str, storage: Storage, search: Search | None = None) -> Artifact:
     """The fitted detector, with every file checked against its sha256.
+
+    Args:
+        uri: folder of the artifact.
+        storage: reaches it.
+        search: holds the memory bank, which is then neither read nor checked here; see `worker/bank.py`.
 
     Raises:
         ArtifactError: a file is missing, damaged or of a newer format.
@@ -126,15 +142,16 @@ def load_artifact(uri: str, storage: Storage) -> Artifact:
         detector = build_detector(body["detector"], body["params"], body["seed"])
     except SpecError as error:
         raise ArtifactError(f"{uri}: this raydetect cannot build its detector ({error}). Fit again.") from None
-    detector.load_tensors(_read_tensors(uri, storage, body["tensors"]))
+    if search is None:
+        detector.load_tensors(_read_tensors(uri, storage, body["tensors"]))
+    else:
+        file = TensorFile.of(record, storage)
+        detector.load_beside(file.read([name for name in file.entries if name != body["bank"]["tensor"]]), search)
     return Artifact(detector, record)
 
 
 def _read_tensors(uri: str, storage: Storage, entry: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    file_name = str(entry["file"])
-    if "/" in file_name or file_name.startswith("."):
-        raise ArtifactError(f"{uri}: the record names {file_name!r}, outside the folder. Fit again.")
-    place = join_uri(uri, file_name)
+    place = tensors_uri(uri, entry)
     try:
         data = storage.read(place)
     except StorageError as error:

@@ -1,13 +1,15 @@
 """Scores of held-out normal images: what thresholds, p-values and the heatmap scale come from."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
-import numpy as np
+import torch
 
 from raydetect.artifact_record import Calibration
+from raydetect.blocks.group import Group
 from raydetect.detectors._base import Detector
 from raydetect.errors import RaydetectError
-from raydetect.worker.collect import ImageSource
+from raydetect.worker.cache import ImageCache
+from raydetect.worker.preprocess import Pixels
 from raydetect.worker.score import score_batches
 
 
@@ -17,28 +19,32 @@ class CalibrationError(RaydetectError):
 
 def calibrate(
     detector: Detector,
-    images: ImageSource,
-    keys: Collection[str] | None,
+    cache: ImageCache,
+    keys: list[str],
     batch_size: int,
+    group: Group,
     tick: Callable[[int], None],
 ) -> Calibration:
-    """Scores the images of `keys` (all when None).
+    """Scores the images of `keys` on every worker, and puts the scores of all together.
 
     Raises:
         CalibrationError: no image, or a score that is not finite.
     """
     scores: list[float] = []
-    low, high = np.inf, -np.inf
-    pixels = (pixels for pairs in images.chunks(keys) for _, pixels in pairs)
+    ends = torch.full((2,), -torch.inf, dtype=torch.float64)  # (- smallest, largest) map value
+    pixels = (Pixels(cache.pixels([key])[0]) for key in keys)
     for scored in score_batches(detector, pixels, batch_size):
         scores.append(scored.image_score)
-        low = min(low, float(scored.anomaly_map_HW.min()))
-        high = max(high, float(scored.anomaly_map_HW.max()))
+        here = torch.tensor([-float(scored.anomaly_map_HW.min()), float(scored.anomaly_map_HW.max())])
+        ends = torch.maximum(ends, here.double()) if torch.isfinite(here).all() else torch.full_like(ends, torch.inf)
         tick(1)
-    if not scores:
-        raise CalibrationError(f"{images.source.uri}: no usable image to calibrate on. Add normal images.")
-    if not np.isfinite([*scores, low, high]).all():
+    gathered = torch.cat(group.gather(torch.tensor(scores, dtype=torch.float64)))
+    ends = group.max(ends)
+    if not len(gathered):
+        raise CalibrationError("there is no usable image to calibrate on. Add normal images.")
+    if not (torch.isfinite(gathered).all() and torch.isfinite(ends).all()):
         raise CalibrationError(
             "a held-out normal image has a score that is not finite; check the weights and parameters."
         )
-    return Calibration(scores=tuple(sorted(scores)), map_low=low, map_high=high)
+    low, high = -float(ends[0]), float(ends[1])
+    return Calibration(scores=tuple(gathered.sort().values.tolist()), map_low=low, map_high=high)

@@ -1,115 +1,146 @@
-"""Training a gradient detector in one process: images decoded once to disk, order keyed by seed and epoch."""
+"""Training a gradient detector on one or several workers: the same global batches whatever their number.
 
-import tempfile
-from collections.abc import Callable, Collection
+Every worker holds all images; of each global batch it takes every size-th, gradients are averaged by
+DistributedDataParallel, and batch norms see the whole batch. The order is keyed by seed and epoch, and an epoch is
+cut into batches of nearly equal size, so none is too small for the workers.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from raydetect.blocks.group import Group
 from raydetect.blocks.seeding import shuffled
-from raydetect.detectors._base import Batch, Detector
-from raydetect.errors import RaydetectError
-from raydetect.worker.collect import ImageSource
+from raydetect.blocks.sync_norm import shared_batch_norm
+from raydetect.detectors._base import Batch, Detector, TrainingPlan
+from raydetect.errors import RaydetectError, SpecError
+from raydetect.worker.cache import ImageCache
+from raydetect.worker.checkpoints import Checkpoints
 
 
 class TrainingDiverged(RaydetectError):
     """The loss became NaN or infinite."""
 
 
-@dataclass(frozen=True, slots=True)
-class ImageCache:
-    """Decoded training images in a file, so that every epoch can read them in its own order.
+class _Loss(nn.Module):
+    """A detector's loss as a module, whose parameters DistributedDataParallel watches."""
+
+    def __init__(self, detector: Detector, module: nn.Module) -> None:
+        super().__init__()
+        self.trained = module
+        self.detector = detector
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.detector.training_loss(batch)
+
+
+@dataclass(slots=True)
+class Trainer:
+    """One worker's part of a training.
 
     Attributes:
-        images_NHWC: uint8, memory-mapped.
-        rows: row of every key.
-        labels: label of every key, None unknown.
-    """
-
-    images_NHWC: np.ndarray
-    rows: dict[str, int]
-    labels: dict[str, int | None]
-
-    def batch(self, keys: list[str], epoch: int, device: torch.device) -> Batch:
-        """The images of `keys`, in that order."""
-        images_BHWC = self.images_NHWC[[self.rows[key] for key in keys]]
-        images_BCHW = torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).to(device)
-        labels = [self.labels[key] or 0 for key in keys]
-        return Batch(images_BCHW, keys, labels=labels, epoch=epoch)
-
-
-def fill_cache(images: ImageSource, keys: Collection[str], folder: Path, tick: Callable[[int], None]) -> ImageCache:
-    """Decodes the images of `keys` once into one file below `folder`."""
-    shape = (len(keys), *images.image_size, 3)
-    pixels_NHWC = np.lib.format.open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
-    rows: dict[str, int] = {}
-    labels: dict[str, int | None] = {}
-    for pairs in images.chunks(keys):
-        for member, pixels in pairs:
-            if pixels.image_HWC is not None and member.key not in rows:
-                pixels_NHWC[len(rows)] = pixels.image_HWC
-                labels[member.key] = member.label
-                rows[member.key] = len(rows)
-        tick(len(pairs))
-    return ImageCache(pixels_NHWC, rows, labels)
-
-
-def train(
-    detector: Detector,
-    images: ImageSource,
-    keys: Collection[str],
-    tick_read: Callable[[int], None],
-    tick_epoch: Callable[[int], None],
-) -> list[float]:
-    """Trains to the end and returns the mean loss of every epoch.
-
-    Args:
         detector: with weights loaded.
-        images: the source.
-        keys: images to train on.
-        tick_read: told how many images were decoded.
-        tick_epoch: told of every epoch that is done.
-
-    Raises:
-        TrainingDiverged: a loss is not finite.
+        cache: holds all images of `keys`.
+        keys: images to train on, the same on every worker.
+        group: the workers.
+        precision: "float32" or "bfloat16" (autocast).
+        checkpoints: where states are kept; none = nowhere.
+        resumed_epochs: how many epochs an earlier start had done.
     """
-    with tempfile.TemporaryDirectory(prefix="raydetect-") as folder:
-        cache = fill_cache(images, keys, Path(folder), tick_read)
-        plan = detector.begin_training(len(cache.rows))
-        losses = []
-        for epoch in range(plan.epochs):
-            order = shuffled(list(cache.rows), detector.seed, epoch)
-            losses.append(_epoch(detector, cache, order, epoch, plan.optimizer, plan.batch_size, plan.drop_last))
+
+    detector: Detector
+    cache: ImageCache
+    keys: list[str]
+    group: Group
+    precision: str = "float32"
+    checkpoints: Checkpoints | None = None
+    resumed_epochs: int = 0
+
+    def run(self, tick: Callable[[int, int], None]) -> list[float]:
+        """Trains to the end and returns the mean loss of every epoch.
+
+        Args:
+            tick: told how many more epochs are done, and of how many.
+
+        Raises:
+            TrainingDiverged: a loss is not finite.
+            SpecError: a batch has fewer images than there are workers.
+        """
+        plan = self.detector.begin_training(len(self.keys))
+        kept = self.checkpoints.last() if self.checkpoints else None
+        losses = [] if kept is None else kept.losses
+        self.resumed_epochs = len(losses)
+        for _ in losses:
             if plan.scheduler is not None:
                 plan.scheduler.step()
-            tick_epoch(1)
-    detector.end_training()
-    return losses
+        if kept is not None:
+            kept.restore(plan.module, plan.optimizer)
+        tick(len(losses), plan.epochs)
+        loss_of = self._loss_module(plan)
+        with shared_batch_norm(plan.module) if self.group.size > 1 else nullcontext():
+            for epoch in range(len(losses), plan.epochs):
+                losses.append(self._epoch(plan, loss_of, epoch))
+                if plan.scheduler is not None:
+                    plan.scheduler.step()
+                self._keep(plan, losses)
+                tick(1, plan.epochs)
+        self.detector.end_training()
+        return losses
 
+    def _loss_module(self, plan: TrainingPlan) -> nn.Module:
+        loss = _Loss(self.detector, plan.module)
+        if self.group.size == 1:
+            return loss
+        return DistributedDataParallel(loss, broadcast_buffers=False)
 
-def _epoch(
-    detector: Detector,
-    cache: ImageCache,
-    order: list[str],
-    epoch: int,
-    optimizer: torch.optim.Optimizer,
-    batch_size: int,
-    drop_last: bool,
-) -> float:
-    total = 0.0
-    steps = max(1, len(order) // batch_size) if drop_last else -(-len(order) // batch_size)
-    for step in range(steps):
-        batch = cache.batch(order[step * batch_size : (step + 1) * batch_size], epoch, detector.device)
-        loss = detector.training_loss(batch)
-        value = loss.item()
-        if not np.isfinite(value):
-            raise TrainingDiverged(
-                f"the loss became {value} in epoch {epoch + 1}. Lower the learning rate or check the images."
+    def _keep(self, plan: TrainingPlan, losses: list[float]) -> None:
+        due = self.checkpoints is not None and len(losses) % self.checkpoints.every == 0
+        if due and self.group.rank == 0 and len(losses) < plan.epochs:
+            assert self.checkpoints is not None
+            self.checkpoints.save(plan.module, plan.optimizer, losses)
+
+    def _epoch(self, plan: TrainingPlan, loss_of: nn.Module, epoch: int) -> float:
+        total = 0.0
+        batches = even_batches(shuffled(self.keys, self.detector.seed, epoch), plan.batch_size)
+        if len(batches[-1]) < self.group.size:
+            raise SpecError(
+                f"{len(self.keys)} images in batches of {plan.batch_size} leave fewer than one for each of "
+                f"{self.group.size} workers. Lower resources.num_workers."
             )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        total += value
-    return total / steps
+        for keys in batches:
+            mine = keys[self.group.rank :: self.group.size]
+            share = len(mine) / len(keys)
+            with self._autocast():
+                loss = loss_of(self.cache.batch(mine, self.detector.device, epoch))
+            value = float(self.group.sum(loss.detach().double().cpu() * share))
+            if not np.isfinite(value):
+                raise TrainingDiverged(
+                    f"the loss became {value} in epoch {epoch + 1}. Lower the learning rate or check the images."
+                )
+            plan.optimizer.zero_grad(set_to_none=True)
+            (loss * share * self.group.size if self.group.size > 1 else loss).backward()  # DDP divides by size
+            plan.optimizer.step()
+            total += value
+        return total / len(batches)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.detector.device.type, dtype=torch.bfloat16)
+
+
+def even_batches(keys: list[str], batch_size: int) -> list[list[str]]:
+    """Consecutive batches of at most `batch_size`, whose lengths differ by one at most; the smaller ones last."""
+    count = -(-len(keys) // batch_size)
+    least, longer = divmod(len(keys), count)
+    batches, start = [], 0
+    for number in range(count):
+        stop = start + least + (number < longer)
+        batches.append(keys[start:stop])
+        start = stop
+    return batches

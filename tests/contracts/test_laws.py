@@ -9,7 +9,8 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from raydetect.detectors._base import Batch, Detector, FitState, NotFittedError
+from raydetect.blocks.rows import PAD_KEY, FitState
+from raydetect.detectors._base import Batch, Detector, NotFittedError
 from raydetect.detectors._registry import build_detector, detector_class, list_models
 from raydetect.errors import ArtifactError, RaydetectError, SpecError
 from raydetect.storage import Storage
@@ -130,10 +131,9 @@ def test_the_fit_does_not_depend_on_batches_or_order(case: Case) -> None:
             for order in orders:
                 places = list(order)
                 padded = images[[*places, *[0] * (12 - len(places))]]
-                found = detector.collect(Batch(padded, [keys[i] for i in places] + [""] * (12 - len(places))))
-                found.items.pop("", None)
-                state = state.merge(found)
-        detector.finish(state)
+                names = [keys[i] for i in places] + [PAD_KEY] * (12 - len(places))
+                state.add(names, detector.collect(Batch(padded, names)))
+        detector.finish(state, lambda *_: None)
         banks.append(detector.tensors())
     for other in banks[1:]:
         assert all(torch.equal(banks[0][name], other[name]) for name in banks[0])
@@ -161,7 +161,9 @@ def test_a_second_fit_forgets_the_first(case: Case) -> None:
         batch = Batch(images[list(rows)], [keys[i] for i in rows])
         if "collect" in detector.phases:
             with torch.inference_mode():
-                detector.finish(detector.collect(batch))
+                state = FitState()
+                state.add(batch.keys, detector.collect(batch))
+                detector.finish(state, lambda *_: None)
         else:
             plan = detector.begin_training(len(rows))
             for _ in range(2):

@@ -1,13 +1,18 @@
 """PatchCore against slow float64 code."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
+from raydetect.blocks.rows import FitState
+from raydetect.blocks.search import ShardedSearch, cut_bank
 from raydetect.detectors._base import Batch
 from raydetect.detectors._registry import build_detector
 from raydetect.detectors.patchcore import PatchCore
+from raydetect.errors import ArtifactError, SpecError
 from tests.contracts.cases import as_batch
 from tests.made.images import defect_image, normal_image
 from tests.plain import reference
@@ -21,7 +26,9 @@ def fitted(**params: object) -> PatchCore:
     detector.load_weights()
     images = as_batch([normal_image(i, 64) for i in range(12)])
     with torch.inference_mode():
-        detector.finish(detector.collect(Batch(images, [f"{i:02d}" for i in range(12)])))
+        state, names = FitState(), [f"{i:02d}" for i in range(12)]
+        state.add(names, detector.collect(Batch(images, names)))
+        detector.finish(state, lambda *_: None)
     return detector
 
 
@@ -31,7 +38,7 @@ def test_scores_and_maps_are_equation_7_in_float64(n_neighbors: int) -> None:
     images = as_batch([normal_image(900, 64), defect_image(1, "blob", 64)[0], defect_image(2, "scratch", 64)[0]])
     scores = detector.score(images)
     assert detector.search is not None
-    bank = detector.search.bank_MD.double().numpy()
+    bank = detector.search.bank().double().numpy()
     with torch.inference_mode():
         embeddings = detector._embed(images).double().numpy()
     for i, grid in enumerate(embeddings):
@@ -64,3 +71,49 @@ def test_a_training_image_is_normal_when_the_bank_holds_everything() -> None:
 def test_the_bank_has_the_stated_share_and_bound() -> None:
     assert fitted().tensors()["bank"].shape == (round(12 * 64 * 0.2), 384)
     assert fitted(max_bank_vectors=17).tensors()["bank"].shape == (17, 384)
+
+
+@pytest.mark.parametrize("search", ["bfloat16", "faiss"])
+def test_every_exact_search_gives_the_same_scores(search: str) -> None:
+    images = as_batch([normal_image(900, 64), defect_image(1, "blob", 64)[0]])
+    expected, found = fitted().score(images), fitted(search=search).score(images)
+    assert torch.equal(found.image_score_B, expected.image_score_B)
+    assert torch.equal(found.anomaly_map_BHW, expected.anomaly_map_BHW)
+    assert fitted(search=search).facts()["search"] == {"kind": search}
+
+
+def test_ivfpq_tells_its_recall_and_scores_the_same_when_loaded() -> None:
+    detector = fitted(search="ivfpq", coreset_sampling_ratio=0.9)
+    said = detector.facts()["search"]
+    assert said["kind"] == "ivfpq" and said["patches"] == 12 * 64 - round(12 * 64 * 0.9)
+    assert 0.3 < said["recall_at_1"] <= 1.0
+    other = build_detector("patchcore", {**PARAMS, "search": "ivfpq", "coreset_sampling_ratio": 0.9})
+    other.load_tensors(detector.tensors())
+    images = as_batch([normal_image(900, 64), defect_image(1, "blob", 64)[0]])
+    for a, b in zip(detector.score(images).anomaly_map_BHW, other.score(images).anomaly_map_BHW, strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ArtifactError, match="no tensor 'bank_index'"):
+        other.load_tensors({name: value for name, value in detector.tensors().items() if name != "bank_index"})
+
+
+def test_ivfpq_that_left_nothing_out_claims_no_recall() -> None:
+    detector = fitted(search="ivfpq", coreset_sampling_ratio=1.0)
+    assert detector.facts()["search"] == {"kind": "ivfpq"}
+
+
+def test_a_fit_that_needs_faiss_misses_it_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(SpecError, match=r"raydetect\[cpu\]"):
+        build_detector("patchcore", {**PARAMS, "search": "faiss"}).load_weights()
+
+
+def test_with_its_bank_elsewhere_it_scores_the_same_and_holds_no_bank() -> None:
+    detector = fitted()
+    tensors = detector.tensors()
+    pieces = [detector.piece_search(tensors["bank"][a:b]) for a, b in cut_bank(len(tensors["bank"]), 3)]
+    other = build_detector("patchcore", PARAMS)
+    other.load_beside({name: value for name, value in tensors.items() if name != "bank"}, ShardedSearch(pieces))
+    images = as_batch([normal_image(900, 64), defect_image(1, "blob", 64)[0]])
+    expected, found = detector.score(images), other.score(images)
+    assert torch.equal(found.image_score_B, expected.image_score_B)
+    assert torch.equal(found.anomaly_map_BHW, expected.anomaly_map_BHW)

@@ -65,7 +65,7 @@ def line(running_store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -
         "calibration": {"holdout_ratio": 0.25},
         "resources": {"cpus_per_worker": 2},
     }
-    run(made.folder / "fit", "fit", write_job(made.folder / "fit.yaml", fit))
+    run(made.folder / "fit", "fit", write_job(made.folder / "fit.yaml", fit), "--local")
     return made
 
 

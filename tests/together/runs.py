@@ -47,9 +47,19 @@ def start(folder: Path, *words: str, **environment: str) -> Run:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
         process = subprocess.Popen(
-            [COMMAND, *words], stdout=out, stderr=err, stdin=subprocess.DEVNULL, env={**os.environ, **environment}
+            [COMMAND, *words],
+            stdout=out,
+            stderr=err,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **environment},
+            preexec_fn=_interruptible,
         )
     return Run(process, folder)
+
+
+def _interruptible() -> None:
+    """A shell's background jobs ignore SIGINT, and so would what they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(folder: Path, *words: str, **environment: str) -> Run:
@@ -100,17 +110,22 @@ def listening_addresses(pids: Iterable[int]) -> set[str]:
     return found - {""}
 
 
-def scoring_actors(pid: int) -> list[int]:
-    """Ray's processes below `pid` that hold a scoring actor."""
+def processes_of(word: bytes, pid: int) -> list[int]:
+    """Processes below `pid` whose command line holds a word: `ScoreActor`, `RayTrainWorker`."""
     found = []
     for child in descendants(pid):
         try:
             words = Path(f"/proc/{child}/cmdline").read_bytes()
-        except OSError:
+        except OSError:  # it ended meanwhile
             continue
-        if b"ScoreActor" in words:
+        if word in words:
             found.append(child)
     return found
+
+
+def scoring_actors(pid: int) -> list[int]:
+    """Ray's processes below `pid` that hold a scoring actor."""
+    return processes_of(b"ScoreActor", pid)
 
 
 def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
@@ -168,7 +183,8 @@ def two_nodes() -> Iterator[Any]:
     words = {"num_cpus": 1, "object_store_memory": 200 << 20, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, connect=False, head_node_args=words)
     try:
-        second = cluster.add_node(num_cpus=1, object_store_memory=200 << 20)
+        # an address of its own: the command connects to the node that has this machine's, which is the first
+        second = cluster.add_node(num_cpus=1, object_store_memory=200 << 20, node_ip_address="127.0.0.2")
         cluster.wait_for_nodes()
         yield cluster, second
     finally:

@@ -3,6 +3,7 @@
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,12 @@ from tests.together.runs import (
     wait_until,
 )
 
+LOOPBACK = {
+    "0100007F",
+    "0000000000000000FFFF00000100007F",
+    "00000000000000000000000001000000",
+}  # as the kernel writes it
+
 
 def same_as_truth(line: Line, results: str, truth: str) -> None:
     """Rows are equal in every column, none is lost or doubled, and every heatmap opens."""
@@ -36,9 +43,9 @@ def same_as_truth(line: Line, results: str, truth: str) -> None:
     assert manifest is not None and manifest["rows"] == 240 and manifest["statuses"] == {"ok": 240}
 
 
-def begin(line: Line, results: str, tmp_path: Path, *words: str, workers: int = 2) -> Run:
+def begin(line: Line, results: str, tmp_path: Path, *words: str, workers: int = 2, **changes: Any) -> Run:
     """Starts a job and waits for its first committed shards, but not for its last."""
-    running = start(tmp_path / results, "score", line.job(results, workers=workers), *words)
+    running = start(tmp_path / results, "score", line.job(results, workers=workers, **changes), *words)
     ledger = Ledger(line.store.uri(results), line.store.storage)
 
     def some_but_not_all() -> bool:
@@ -52,7 +59,10 @@ def begin(line: Line, results: str, tmp_path: Path, *words: str, workers: int = 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_ray_gives_what_one_process_gives(line: Line, truth: str, workers: int, tmp_path: Path) -> None:
     results = f"ray{workers}"
-    ended = run(tmp_path, "score", line.job(results, workers=workers))
+    ended = begin(line, results, tmp_path, workers=workers)
+    addresses = listening_addresses(descendants(ended.process.pid))
+    assert addresses and addresses <= LOOPBACK
+    assert ended.wait() == 0, ended.text()
     same_as_truth(line, results, truth)
     said = (ended.folder / "stderr").read_text()
     assert "shards 12/12, 240 images" in said and "ray" not in said.lower().replace("raydetect", "")
@@ -63,14 +73,6 @@ def test_two_nodes_give_what_one_process_gives(line: Line, truth: str, tmp_path:
     with two_nodes() as (cluster, _):
         run(tmp_path, "score", line.job("nodes"), "--address", cluster.address)
     same_as_truth(line, "nodes", truth)
-
-
-def test_a_local_ray_listens_on_loopback_alone(line: Line, tmp_path: Path) -> None:
-    running = begin(line, "loopback", tmp_path)
-    addresses = listening_addresses(descendants(running.process.pid))
-    assert running.wait() == 0
-    loopback = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
-    assert addresses and addresses <= loopback
 
 
 def test_a_killed_actor_loses_nothing(line: Line, truth: str, tmp_path: Path) -> None:

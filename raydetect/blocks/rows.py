@@ -1,0 +1,205 @@
+"""Rows of keyed images, kept by one worker: in memory up to a budget, beyond it in a file of its own disk.
+
+Shapes: N rows, D dims, B images, R rows of one image.
+"""
+
+import json
+import tempfile
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO
+
+import torch
+from torch import Tensor
+
+from raydetect.blocks.group import Group
+from raydetect.blocks.seeding import keyed_seed, mixed_hash
+
+BLOCK_ROWS = 8192
+PATCH_BITS = 20  # rows of one image
+DEFAULT_BYTES = 4 << 30
+PAD_KEY = ""
+
+
+class RowStore:
+    """Rows of one width, appended in order and read in blocks of BLOCK_ROWS."""
+
+    def __init__(self, dims: int, dtype: torch.dtype, max_bytes: int) -> None:
+        """An empty store.
+
+        Args:
+            dims: D.
+            dtype: of the rows.
+            max_bytes: more than this is kept in a file that has no name and goes with the store.
+        """
+        self.dims, self.dtype, self.max_bytes = dims, dtype, max_bytes
+        self._block_bytes = BLOCK_ROWS * dims * dtype.itemsize
+        self._in_memory = max(1, max_bytes // self._block_bytes)
+        self._full: list[Tensor] = []
+        self._spilled = 0
+        self._file: IO[bytes] | None = None
+        self._last = torch.empty((BLOCK_ROWS, dims), dtype=dtype)
+        self._filled = 0
+
+    def __len__(self) -> int:
+        return (len(self._full) + self._spilled) * BLOCK_ROWS + self._filled
+
+    def append(self, rows_ND: Tensor) -> None:
+        """Adds rows at the end."""
+        while len(rows_ND):
+            space = BLOCK_ROWS - self._filled
+            part, rows_ND = rows_ND[:space], rows_ND[space:]
+            self._last[self._filled : self._filled + len(part)] = part
+            self._filled += len(part)
+            if self._filled == BLOCK_ROWS:
+                self._close_block()
+
+    def _close_block(self) -> None:
+        if len(self._full) < self._in_memory:
+            self._full.append(self._last)
+            self._last = torch.empty_like(self._last)
+        else:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(prefix="raydetect-rows-")  # noqa: SIM115 (the store keeps it)
+            self._file.seek(0, 2)
+            self._file.write(self._last.view(torch.uint8).numpy().data)
+            self._spilled += 1
+        self._filled = 0
+
+    def block(self, number: int) -> Tensor:
+        """The rows [number * BLOCK_ROWS, (number + 1) * BLOCK_ROWS), fewer at the end."""
+        if number < len(self._full):
+            return self._full[number]
+        if number < len(self._full) + self._spilled:
+            assert self._file is not None
+            self._file.seek((number - len(self._full)) * self._block_bytes)
+            found = torch.empty((BLOCK_ROWS, self.dims), dtype=self.dtype)
+            self._file.readinto(found.view(torch.uint8).numpy().data.cast("B"))  # type: ignore[attr-defined]
+            return found
+        return self._last[: self._filled]
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows) block by block."""
+        for number in range(-(-len(self) // BLOCK_ROWS)):
+            yield number * BLOCK_ROWS, self.block(number)
+
+    def take(self, index_N: Tensor) -> Tensor:
+        """The rows of these numbers, in this order."""
+        found = torch.empty((len(index_N), self.dims), dtype=self.dtype)
+        block_N = index_N // BLOCK_ROWS
+        for number in block_N.unique().tolist():
+            mine = (block_N == number).nonzero()[:, 0]
+            found[mine] = self.block(number)[index_N[mine] - number * BLOCK_ROWS]
+        return found
+
+
+class KeyedRows:
+    """Float32 rows of images, each image once, with an order over all workers that does not depend on any of them.
+
+    Attributes:
+        group: the workers that hold the other images.
+        store: this worker's rows, image after image as they came.
+        largest: largest absolute value of a row here.
+        stands_for: rows of earlier fits that the rows here were chosen from, beyond those that are here.
+    """
+
+    def __init__(self, dims: int, group: Group, max_bytes: int = DEFAULT_BYTES) -> None:
+        """An empty piece."""
+        self.group = group
+        self.max_bytes = max_bytes
+        self.store = RowStore(dims, torch.float32, max_bytes)
+        self.largest = 0.0
+        self.stands_for = 0
+        self._keys: list[str] = []
+        self._seen: set[str] = set()
+        self._starts: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def add(self, key: str, rows_RD: Tensor) -> None:
+        """Adds an image; a key that is there already changes nothing.
+
+        Raises:
+            ValueError: a row is NaN or infinite, or the image has too many rows.
+        """
+        if key in self._seen or key == PAD_KEY:
+            return
+        if len(rows_RD) >= 1 << PATCH_BITS:
+            raise ValueError(f"{key}: {len(rows_RD):,} rows of one image; fewer than {1 << PATCH_BITS:,} are allowed")
+        largest = float(rows_RD.abs().max())
+        if not largest < float("inf"):
+            raise ValueError(f"{key}: an embedding is NaN or infinite; check the weights and the image")
+        self._seen.add(key)
+        self._keys.append(key)
+        self._starts.append(len(self.store))
+        self.largest = max(self.largest, largest)
+        self.store.append(rows_RD)
+
+    def total(self) -> int:
+        """Rows of all workers."""
+        return int(sum(int(n) for n in self.group.gather(torch.tensor([len(self)]))))
+
+    def total_stands_for(self) -> int:
+        """Rows of all workers, and those that rows of earlier fits stand for."""
+        return int(sum(int(n) for n in self.group.gather(torch.tensor([len(self) + self.stands_for]))))
+
+    def names(self, index_N: Tensor) -> list[tuple[str, int]]:
+        """(image key, row of that image) of row numbers."""
+        found = []
+        for row in index_N.tolist():
+            image = bisect_right(self._starts, row) - 1
+            found.append((self._keys[image], row - self._starts[image]))
+        return found
+
+    def sample(self, count: int, seed: int) -> Tensor:
+        """At most `count` rows of all workers, the same on any number of them: those of smallest keyed hash."""
+        word = keyed_seed(seed, "sample")
+        order_N = self.order()
+        first = mixed_hash(order_N, word).argsort()[:count]
+        order = torch.cat(self.group.gather(order_N[first]))
+        rows_ND = torch.cat(self.group.gather(self.store.take(first)))
+        return rows_ND[mixed_hash(order, word).argsort()[:count]]
+
+    def order(self) -> Tensor:
+        """An int64 for every row, a function of its image's key and its place there: what settles ties."""
+        lengths = torch.tensor([*self._starts, len(self)], dtype=torch.int64).diff()
+        heads = torch.tensor([keyed_seed(0, "order", key) >> PATCH_BITS for key in self._keys], dtype=torch.int64)
+        places = torch.arange(len(self)) - torch.tensor(self._starts, dtype=torch.int64).repeat_interleave(lengths)
+        return (heads.repeat_interleave(lengths) << PATCH_BITS) + places
+
+
+class FitState:
+    """What collecting leaves on one worker: named rows per image key. Merging over workers is written once, for all.
+
+    Keyed by image, a chunk that is read twice changes nothing, and the order of rows makes the fit independent of the
+    number and order of shards and workers.
+    """
+
+    def __init__(self, group: Group | None = None, max_bytes: int = DEFAULT_BYTES) -> None:
+        """An empty state.
+
+        Args:
+            group: the workers that fit together; none = this one alone.
+            max_bytes: memory for all rows of this worker; more is kept on its disk.
+        """
+        self.group = group or Group()
+        self.max_bytes = max_bytes
+        self.rows: dict[str, KeyedRows] = {}
+
+    def add(self, keys: Sequence[str], collected: Mapping[str, Tensor]) -> None:
+        """Adds the rows of a batch: by name, (B, R, D); images under PAD_KEY are passed over."""
+        with torch.inference_mode(False):  # the rows outlive the forward passes that they come from
+            for name, rows_BRD in collected.items():
+                if name not in self.rows:
+                    self.rows[name] = KeyedRows(rows_BRD.shape[2], self.group, self.max_bytes // len(collected))
+                rows_BRD = rows_BRD.detach().float().cpu()
+                for i, key in enumerate(keys):
+                    self.rows[name].add(key, rows_BRD[i])
+
+    def agree(self) -> None:
+        """Gives workers that saw no image the same names, so that all can merge. Call once, after collecting."""
+        mine = json.dumps({name: rows.store.dims for name, rows in self.rows.items()}).encode()
+        for text in self.group.gather_bytes(mine):
+            for name, dims in json.loads(text).items():
+                self.rows.setdefault(name, KeyedRows(dims, self.group, self.max_bytes))

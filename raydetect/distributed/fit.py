@@ -1,0 +1,253 @@
+"""Fitting on Ray Train: Ray Data deals chunks of encoded images to workers, which fit together.
+
+A lost worker or node ends the attempt; Ray Train then starts the workers that still fit on the cluster, which read
+the archive again. Rows are keyed and the result does not depend on the number of workers, so the artifact is the same.
+"""
+
+import copy
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pyarrow.fs
+import ray
+import ray.train
+from ray.actor import ActorHandle
+from ray.data import DataIterator, Dataset
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raydetect.archives.open import open_archive
+from raydetect.blocks.group import TIMEOUT, Group, TorchGroup
+from raydetect.distributed.ingest import Reading, chunk_dataset, limits, unpack_chunks
+from raydetect.distributed.score import refuse_memory_uris
+from raydetect.distributed.session import ClusterError, session, translate
+from raydetect.errors import RaydetectError, StorageError
+from raydetect.records import Chunk
+from raydetect.spec import FIT_CHUNK_BYTES, FIT_CHUNK_IMAGES, FitSpec, SourceSpec, source_storage
+from raydetect.storage import Storage, join_uri, normalise_uri
+from raydetect.worker.fit import fit_worker
+from raydetect.worker.one_fit import FitReport, Tick
+
+IMAGES, CALIBRATION = "images", "calibration"
+POLL_SECONDS = 0.3
+TICK_SECONDS = 0.2
+RESIZE_SECONDS = 600.0  # a fit that began on fewer workers than asked for starts again on a grown cluster, not sooner
+
+
+class Board:
+    """What workers say: progress, the report, and errors."""
+
+    def __init__(self) -> None:
+        """Nothing has been said."""
+        self._ticks: list[tuple[str, int, int | None]] = []
+        self._report: FitReport | None = None
+        self._error: RaydetectError | None = None
+        self._final = False
+
+    def tick(self, ticks: list[tuple[str, int, int | None]]) -> None:
+        """More of some phases is done."""
+        self._ticks += ticks
+
+    def report(self, report: FitReport) -> None:
+        """The artifact is written."""
+        self._report = report
+
+    def fail(self, error: RaydetectError, final: bool) -> None:
+        """A worker gave up on purpose. The first final error counts, which no other attempt would mend."""
+        if not self._final:
+            self._error, self._final = error, final
+
+    def ended(self) -> bool:
+        """Whether a final error was said."""
+        return self._final
+
+    def read(self) -> tuple[list[tuple[str, int, int | None]], FitReport | None, RaydetectError | None]:
+        """Progress since the last call, the report, the error that counts."""
+        ticks, self._ticks = self._ticks, []
+        return ticks, self._report, self._error
+
+
+class _EveryChunk(ray.train.DataConfig):  # type: ignore[misc]
+    """Deals every chunk to one worker. Ray's own splitting drops rows until all workers have equally many."""
+
+    def __init__(self, reading: Reading) -> None:
+        super().__init__()
+        self.reading = reading
+
+    def configure(
+        self, datasets: dict[str, Dataset], world_size: int, worker_handles: Any, worker_node_ids: Any, **words: Any
+    ) -> list[dict[str, DataIterator]]:
+        dealt: list[dict[str, DataIterator]] = [{} for _ in range(world_size)]
+        for name, dataset in datasets.items():
+            mine = copy.copy(dataset)
+            mine.context.execution_options.resource_limits = limits(self.reading)
+            splits = mine.streaming_split(world_size, equal=False, locality_hints=worker_node_ids)
+            for words_of, split in zip(dealt, splits, strict=True):
+                words_of[name] = split
+        return dealt
+
+
+def fit(spec: FitSpec, address: str | None, tick: Tick) -> FitReport:
+    """Fits on Ray and writes the artifact.
+
+    Args:
+        spec: the job.
+        address: of a cluster, or None (see `session`).
+        tick: told of the progress of all workers together.
+
+    Raises:
+        SpecError: the job cannot run as it is.
+        TooManyBadRows: too many images of the source are bad.
+        ClusterError: the cluster broke down more than `max_failures` times.
+    """
+    spec = _absolute(spec)
+    extra = spec.calibration.source
+    refuse_memory_uris([spec.artifact, *spec.source.uris(), *(extra.uris() if extra else ())])
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # a relative path, as of weights, means the same to workers
+    with session(address, spec.resources):
+        datasets = {IMAGES: _dataset(spec, spec.source)} | ({CALIBRATION: _dataset(spec, extra)} if extra else {})
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
+        trainer = _trainer(spec, datasets, board)
+        try:
+            return _followed(trainer, board, tick)
+        except RaydetectError:
+            raise
+        except Exception as error:
+            raise translate(error, address) from error
+        finally:
+            Storage(spec.storage).delete_folder(_ray_folder(spec))
+
+
+def _ray_folder(spec: FitSpec) -> str:
+    """Where Ray Train keeps notes of a run; it wants a place that all nodes reach."""
+    return join_uri(spec.artifact, "ray-train")
+
+
+def _absolute(spec: FitSpec) -> FitSpec:
+    """The same job with URIs that mean the same in any working directory."""
+    extend = None if spec.extend is None else normalise_uri(spec.extend)
+    return replace(spec, artifact=normalise_uri(spec.artifact), extend=extend)
+
+
+def _reading(spec: FitSpec, source: SourceSpec) -> Reading:
+    workers = spec.resources.num_workers
+    archive = open_archive(source, Storage(source_storage(spec, source)))
+    return Reading(archive, source, FIT_CHUNK_IMAGES, FIT_CHUNK_BYTES, readers=max(2, workers), consumers=workers)
+
+
+def _dataset(spec: FitSpec, source: SourceSpec) -> Dataset:
+    reading = _reading(spec, source)
+    return chunk_dataset(reading, tuple(reading.archive.shards()))
+
+
+def _trainer(spec: FitSpec, datasets: dict[str, Dataset], board: ActorHandle) -> TorchTrainer:
+    resources = spec.resources
+    gpus = resources.gpus_per_worker
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    filesystem, path = Storage(spec.storage).filesystem(_ray_folder(spec))
+    return TorchTrainer(
+        _work,
+        train_loop_config={"spec": spec, "board": board},
+        datasets=datasets,
+        dataset_config=_EveryChunk(_reading(spec, spec.source)),
+        torch_config=TorchConfig(backend=backend, timeout_s=int(TIMEOUT.total_seconds())),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=(1, resources.num_workers),
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": resources.cpus_per_worker} | ({"GPU": gpus} if gpus else {}),
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
+        ),
+        run_config=ray.train.RunConfig(
+            name="run",
+            storage_path=path,
+            storage_filesystem=pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)),
+            failure_config=ray.train.FailureConfig(max_failures=spec.max_failures),
+        ),
+    )
+
+
+def _work(words: dict[str, Any]) -> None:
+    """One worker; runs in its own process."""
+    import torch
+    import torch.distributed as dist
+
+    spec: FitSpec = words["spec"]
+    said = _Said(words["board"])
+    device = torch.device("cuda" if spec.resources.gpus_per_worker else "cpu")
+    group: Group = TorchGroup()
+    try:
+        calibration = None if spec.calibration.source is None else _chunks(CALIBRATION)
+        report = fit_worker(spec, _chunks(IMAGES), calibration, group, said.tick, device)
+    except (StorageError, ClusterError) as error:  # another attempt may find storage and cluster well
+        ray.get(said.board.fail.remote(error, final=False))
+        raise
+    except RaydetectError as error:
+        ray.get(said.board.fail.remote(error, final=True))
+        dist.destroy_process_group()  # whoever waits for this worker is told at once
+        return
+    except Exception:
+        if ray.get(said.board.ended.remote()):
+            return  # because another worker gave up
+        raise
+    said.flush()
+    if report is not None:
+        ray.get(said.board.report.remote(report))
+
+
+def _chunks(name: str) -> Iterator[Chunk]:
+    """This worker's chunks; an error of a read task comes out as it went in."""
+    try:
+        for table in ray.train.get_dataset_shard(name).iter_batches(batch_size=None, batch_format="pyarrow"):
+            yield from unpack_chunks(table)
+    except Exception as error:
+        raise translate(error, None) from error
+
+
+class _Said:
+    """Progress of one worker, sent a few times a second."""
+
+    def __init__(self, board: ActorHandle) -> None:
+        self.board = board
+        self._waiting: dict[str, tuple[int, int | None]] = {}
+        self._sent = 0.0
+
+    def tick(self, phase: str, done: int, total: int | None) -> None:
+        """More of a phase is done; the totals of all workers are summed by the driver."""
+        self._waiting[phase] = (self._waiting.get(phase, (0, None))[0] + done, total)
+        if time.monotonic() - self._sent > TICK_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Sends what has not been sent."""
+        self.board.tick.remote([(phase, done, total) for phase, (done, total) in self._waiting.items()])
+        self._waiting.clear()
+        self._sent = time.monotonic()
+
+
+def _followed(trainer: TorchTrainer, board: ActorHandle, tick: Tick) -> FitReport:
+    """Runs the trainer in a thread and passes on what its workers say."""
+    failed: list[Exception] = []
+
+    def run() -> None:
+        try:
+            trainer.fit()
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while True:
+        ended = not thread.is_alive()
+        ticks, report, error = ray.get(board.read.remote())
+        for phase, done, total in ticks:
+            tick(phase, done, total)
+        if ended and report is not None:
+            return report
+        if ended:
+            raise error or (failed[0] if failed else ClusterError("the fit ended without an artifact. Start it again."))
+        thread.join(POLL_SECONDS)

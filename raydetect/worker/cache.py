@@ -1,0 +1,171 @@
+"""Decoded images of one worker in a file of its own disk, so that the archive is read and decoded once."""
+
+import copy
+import json
+import os
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from raydetect.blocks.group import Group
+from raydetect.detectors._base import Batch
+from raydetect.errors import SpecError, TooManyBadRows
+from raydetect.records import OK, Chunk, Member
+from raydetect.spec import SourceSpec
+from raydetect.worker.preprocess import DecodeRules, Pixels, decode_all
+from raydetect.worker.read import refuse_bad_member
+
+SHARED_AT_ONCE = 64
+REASONS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class CachedImage:
+    """What is known of a cached image beside its pixels."""
+
+    key: str
+    label: int | None
+    category: str | None
+
+
+class ImageCache:
+    """Uint8 RGB images of one size by key, in the order they came. The file has no name and goes with the cache."""
+
+    def __init__(self, image_size: tuple[int, int]) -> None:
+        """An empty cache of images of (height, width) `image_size`."""
+        self.shape = (*image_size, 3)
+        self.images: dict[str, CachedImage] = {}
+        self._rows: dict[str, int] = {}
+        self._bytes = int(np.prod(self.shape))
+        self._file = tempfile.TemporaryFile(prefix="raydetect-images-")  # noqa: SIM115 (the cache keeps it)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def add(self, image: CachedImage, pixels_HWC: np.ndarray) -> None:
+        """Keeps an image; a key that is there already changes nothing."""
+        if image.key not in self._rows:
+            row = len(self._rows)
+            os.pwrite(self._file.fileno(), np.ascontiguousarray(pixels_HWC).data, row * self._bytes)
+            self._rows[image.key] = row
+            self.images[image.key] = image
+
+    def forget(self, keys: Collection[str]) -> None:
+        """Leaves images out from here on."""
+        for key in keys:
+            del self.images[key]
+
+    def of_category(self, category: str) -> "ImageCache":
+        """The images of one category, without a copy."""
+        found = copy.copy(self)
+        found.images = {key: image for key, image in self.images.items() if image.category == category}
+        return found
+
+    def pixels(self, keys: Sequence[str]) -> np.ndarray:
+        """Uint8 (B, H, W, 3) of `keys`, in that order."""
+        images_BHWC = np.empty((len(keys), *self.shape), dtype=np.uint8)
+        for i, key in enumerate(keys):
+            os.preadv(self._file.fileno(), [images_BHWC[i].data.cast("B")], self._rows[key] * self._bytes)
+        return images_BHWC
+
+    def batch(self, keys: Sequence[str], device: torch.device, epoch: int = 0) -> Batch:
+        """The images of `keys`, in that order, on a device."""
+        images_BCHW = torch.from_numpy(self.pixels(keys)).permute(0, 3, 1, 2).to(device)
+        return Batch(images_BCHW, keys, labels=[self.images[key].label or 0 for key in keys], epoch=epoch)
+
+    def share(self, group: Group, wanted: Callable[[CachedImage], bool]) -> None:
+        """Every worker gets the images of all others that it wants; each image travels once."""
+        mine = list(self.images.values())
+        texts = group.gather_bytes(json.dumps([[i.key, i.label, i.category] for i in mine]).encode())
+        for root, text in enumerate(texts):
+            images = [CachedImage(*words) for words in json.loads(text)]
+            for start in range(0, len(images), SHARED_AT_ONCE):
+                self._share_block(group, root, images[start : start + SHARED_AT_ONCE], wanted)
+
+    def _share_block(
+        self, group: Group, root: int, images: list[CachedImage], wanted: Callable[[CachedImage], bool]
+    ) -> None:
+        if group.rank == root:
+            block_BHWC = self.pixels([image.key for image in images])
+        else:
+            block_BHWC = np.empty((len(images), *self.shape), dtype=np.uint8)
+        block_BHWC = group.broadcast(torch.from_numpy(block_BHWC), root).numpy()
+        for image, pixels_HWC in zip(images, block_BHWC, strict=True):
+            if wanted(image):
+                self.add(image, pixels_HWC)
+
+
+@dataclass(slots=True)
+class BadImages:
+    """How many images could not be used, and why the first of them."""
+
+    good: int = 0
+    bad: int = 0
+    reasons: list[str] = field(default_factory=list)
+
+    def judge(self, group: Group, limit: float, where: str) -> int:
+        """How many are bad on all workers.
+
+        Raises:
+            SpecError: there is no image at all.
+            TooManyBadRows: more than the share `limit` is bad.
+        """
+        texts = group.gather_bytes(json.dumps([self.good, self.bad, self.reasons]).encode())
+        found = [json.loads(text) for text in texts]
+        bad = sum(words[1] for words in found)
+        total = bad + sum(words[0] for words in found)
+        if total == 0:
+            raise SpecError(f"{where}: holds no image. Check source.uri, format and pattern.")
+        if bad > limit * total:
+            reasons = "; ".join([reason for words in found for reason in words[2]][:REASONS])
+            raise TooManyBadRows(
+                f"{bad} of {total} images cannot be used, more than max_bad_fraction = {limit}. First: {reasons}"
+            )
+        return bad
+
+
+def read_images(
+    chunks: Iterable[Chunk],
+    source: SourceSpec,
+    image_size: tuple[int, int],
+    threads: int,
+    tick: Callable[[int], None],
+) -> tuple[ImageCache, BadImages]:
+    """Decodes every image of the chunks once.
+
+    Args:
+        chunks: encoded images.
+        source: the job file's words about them.
+        image_size: (height, width) px.
+        threads: decoding threads.
+        tick: told how many images each chunk had.
+
+    Raises:
+        BadMemberError: a bad image and `on_bad_member: fail`.
+    """
+    cache, found = ImageCache(image_size), BadImages()
+    for member, pixels in _decoded(chunks, source, image_size, threads, tick):
+        refuse_bad_member(pixels.status, pixels.error, source)
+        if pixels.image_HWC is not None and pixels.status == OK:
+            cache.add(CachedImage(member.key, member.label, member.category), pixels.image_HWC)
+            found.good += 1
+        else:
+            found.bad += 1
+            found.reasons = [*found.reasons, pixels.error][:REASONS]
+    return cache, found
+
+
+def _decoded(
+    chunks: Iterable[Chunk],
+    source: SourceSpec,
+    image_size: tuple[int, int],
+    threads: int,
+    tick: Callable[[int], None],
+) -> Iterator[tuple[Member, Pixels]]:
+    rules = DecodeRules.of(source)
+    for chunk in chunks:
+        yield from zip(chunk.members, decode_all(chunk.members, rules, image_size, threads), strict=True)
+        tick(len(chunk.members))

@@ -1,0 +1,64 @@
+"""One worker's part of a fit job: the archive is read and decoded once, then one detector or a fleet is fitted."""
+
+from collections.abc import Iterable
+
+import torch
+
+from raydetect.blocks.group import Group
+from raydetect.detectors._registry import build_detector
+from raydetect.records import Chunk
+from raydetect.spec import FitSpec, SourceSpec
+from raydetect.storage import normalise_uri
+from raydetect.worker.cache import ImageCache, read_images
+from raydetect.worker.fleet import fit_fleet
+from raydetect.worker.holdout import drop_doubles
+from raydetect.worker.one_fit import FitReport, OneFit, Phases, Tick
+
+
+def fit_worker(
+    spec: FitSpec,
+    chunks: Iterable[Chunk],
+    calibration: Iterable[Chunk] | None,
+    group: Group,
+    tick: Tick,
+    device: torch.device,
+) -> FitReport | None:
+    """One worker's part of a job, from encoded images on.
+
+    Args:
+        spec: the job.
+        chunks: this worker's encoded images.
+        calibration: likewise of the separate calibration archive, when the job names one.
+        group: the workers.
+        tick: told of progress.
+        device: torch device of this worker.
+
+    Returns:
+        On the first worker, what was made.
+
+    Raises:
+        SpecError: the job cannot run as it is.
+        TooManyBadRows: too many images are bad.
+    """
+    torch.set_num_threads(spec.resources.cpus_per_worker)
+    phases = Phases()
+    with phases.phase("read"):
+        cache, bad = _read(spec, spec.source, chunks, group, tick, "read")
+        judged = None
+        if calibration is not None:
+            assert spec.calibration.source is not None
+            judged, _ = _read(spec, spec.calibration.source, calibration, group, tick, "read calibration")
+    where = ", ".join(spec.source.uris())
+    work = OneFit(spec, normalise_uri(spec.artifact), group, cache, judged, tick, device, where, phases)
+    return fit_fleet(work, bad) if spec.per_category else work.run(bad)
+
+
+def _read(
+    spec: FitSpec, source: SourceSpec, chunks: Iterable[Chunk], group: Group, tick: Tick, phase: str
+) -> tuple[ImageCache, int]:
+    params = build_detector(spec.detector.name, spec.detector.params, spec.seed).params
+    threads = spec.resources.cpus_per_worker
+    cache, found = read_images(chunks, source, params.image_size, threads, lambda done: tick(phase, done, None))
+    bad = found.judge(group, spec.max_bad_fraction, ", ".join(source.uris()))
+    drop_doubles(cache, group)
+    return cache, bad

@@ -1,0 +1,117 @@
+"""Fitting a fleet: images go to the worker that owns their category, and every worker fits its categories alone."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from raydetect.blocks.group import Group
+from raydetect.errors import RaydetectError, SpecError
+from raydetect.fleet_record import member_uri, write_fleet
+from raydetect.spec import public_spec
+from raydetect.storage import Storage
+from raydetect.worker.artifact import package_versions
+from raydetect.worker.cache import CachedImage
+from raydetect.worker.one_fit import FitReport, OneFit, Phases
+
+
+def fit_fleet(work: OneFit, bad: int) -> FitReport | None:
+    """Fits one detector for each category and commits the fleet.
+
+    Each member equals the artifact of a job on the images of its category alone.
+
+    Args:
+        work: with the images that this worker has read.
+        bad: images that could not be used, for the record.
+
+    Returns:
+        On the first worker, what was made.
+
+    Raises:
+        SpecError: an image has no category, or a category cannot be fitted; says which.
+    """
+    group = work.group
+    counts = _categories(work)
+    owners = share_out(counts, group.size)
+
+    def mine(image: CachedImage) -> bool:
+        return owners.get(image.category or "") == group.rank
+
+    with work.phases.phase("share"):
+        for cache in (work.cache, work.judged):
+            if cache is not None:
+                cache.share(group, mine)
+    reports: dict[str, FitReport] = {}
+    with work.phases.phase("fit"):
+        for category in sorted(name for name, owner in owners.items() if owner == group.rank):
+            reports[category] = _fit_category(work, category)
+            work.tick("categories", 1, len(owners))
+    return _commit(work, reports, bad)
+
+
+def share_out(counts: Mapping[str, int], size: int) -> dict[str, int]:
+    """The worker of every category: the largest first, each to whom has least so far."""
+    load = [0] * size
+    owners = {}
+    for category, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        owners[category] = load.index(min(load))
+        load[owners[category]] += count
+    return owners
+
+
+def _categories(work: OneFit) -> dict[str, int]:
+    here = Counter(image.category for image in work.cache.images.values())
+    nameless = here.pop(None, 0)
+    texts = work.group.gather_bytes(json.dumps([nameless, here]).encode())
+    found = [json.loads(text) for text in texts]
+    missing = sum(words[0] for words in found)
+    if missing:
+        raise SpecError(
+            f"{work.where}: {missing} image(s) have no category, by which per_category chooses their detector. "
+            "Add {category} to source.pattern."
+        )
+    total: Counter[str] = Counter()
+    for _, counts in found:
+        total.update(counts)
+    return dict(total)
+
+
+def _fit_category(work: OneFit, category: str) -> FitReport:
+    alone = replace(
+        work,
+        uri=member_uri(work.uri, category),
+        group=Group(),
+        cache=work.cache.of_category(category),
+        judged=None if work.judged is None else work.judged.of_category(category),
+        phases=Phases(),
+        tick=lambda *_: None,
+    )
+    try:
+        report = alone.run(0)
+    except RaydetectError as error:
+        raise type(error)(f"category {category!r}: {error}") from None
+    assert report is not None
+    return report
+
+
+def _commit(work: OneFit, reports: Mapping[str, FitReport], bad: int) -> FitReport | None:
+    here = {name: [report.digest, report.facts["images"], report.facts["weights"]] for name, report in reports.items()}
+    texts = work.group.gather_bytes(json.dumps(here).encode())
+    measured = work.phases.over(work.group)
+    if work.group.rank:
+        return None
+    found = {name: entry for text in texts for name, entry in json.loads(text).items()}
+    images: Counter[str] = Counter()
+    for _, counts, _ in found.values():
+        images.update(counts)
+    facts: dict[str, Any] = {
+        "spec": public_spec(work.spec),
+        "packages": package_versions(),
+        "weights": next(weights for _, _, weights in found.values()),
+        "images": {**images, "bad": bad},
+        "workers": work.group.size,
+        **measured,
+    }
+    digest = write_fleet(work.uri, Storage(work.spec.storage), {name: e[0] for name, e in found.items()}, facts)
+    return FitReport(work.uri, digest, {**facts, "categories": len(found)})

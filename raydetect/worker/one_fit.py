@@ -1,0 +1,225 @@
+"""The fit of one detector on images that are read: hold out, collect or train, calibrate, write the artifact.
+
+A collecting detector works on the images that its worker has read, a training one on all images, which the workers
+give to each other. What comes out is the same on any number of workers.
+"""
+
+import json
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from raydetect.blocks.group import Group
+from raydetect.config import differences, digest, to_plain
+from raydetect.detectors._base import Detector
+from raydetect.detectors._registry import build_detector
+from raydetect.errors import SpecError
+from raydetect.spec import FitSpec, public_spec, result_words
+from raydetect.storage import Storage, join_uri, normalise_uri
+from raydetect.worker.artifact import load_artifact, save_artifact
+from raydetect.worker.cache import ImageCache
+from raydetect.worker.calibrate import calibrate
+from raydetect.worker.checkpoints import Checkpoints
+from raydetect.worker.collect import collect
+from raydetect.worker.holdout import choose_holdout
+from raydetect.worker.train import Trainer
+
+Tick = Callable[[str, int, int | None], None]
+"""Called with a phase's name, how much more of it is done, and the whole of all workers when known."""
+
+
+@dataclass(frozen=True, slots=True)
+class FitReport:
+    """What a fit made.
+
+    Attributes:
+        uri: the artifact's folder.
+        digest: its digest.
+        facts: counts, weights, seconds and peak memory per phase, as stored in the artifact.
+    """
+
+    uri: str
+    digest: str
+    facts: Mapping[str, Any]
+
+
+@dataclass(slots=True)
+class Phases:
+    """Seconds, and the peak memory of this process up to the end, of each phase."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measures one phase."""
+        begun = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - begun, 3)
+        self.peak_bytes[name] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+    def over(self, group: Group) -> dict[str, dict[str, float]]:
+        """The largest of all workers."""
+        names = list(self.seconds)
+        here = torch.tensor([[self.seconds[n], float(self.peak_bytes[n])] for n in names], dtype=torch.float64)
+        most = group.max(here)
+        return {
+            "seconds": {name: round(float(most[i, 0]), 3) for i, name in enumerate(names)},
+            "peak_memory_bytes": {name: int(most[i, 1]) for i, name in enumerate(names)},
+        }
+
+
+@dataclass(slots=True)
+class OneFit:
+    """The fit of one detector on images that are read already.
+
+    Attributes:
+        spec: the job.
+        uri: where the artifact goes.
+        group: the workers that fit it.
+        cache: this worker's images.
+        judged: this worker's images of a separate calibration archive; none = hold out a share of `cache`.
+        tick: told of progress.
+        device: torch device of this worker.
+        where: the source, for messages.
+        phases: measured so far.
+    """
+
+    spec: FitSpec
+    uri: str
+    group: Group
+    cache: ImageCache
+    judged: ImageCache | None
+    tick: Tick
+    device: torch.device
+    where: str
+    phases: Phases
+
+    def run(self, bad: int) -> FitReport | None:
+        """Fits, and on the first worker writes the artifact.
+
+        Args:
+            bad: images that could not be used, for the record.
+
+        Returns:
+            On the first worker, what was made.
+
+        Raises:
+            SpecError: too few images, or the detector cannot do what the job asks.
+        """
+        storage = Storage(self.spec.storage)
+        detector, words = self._detector(storage)
+        detector.to(self.device)
+        trainer: Trainer | None = None
+        with self.phases.phase("fit"):
+            fit_keys, held_out = self._split(detector)
+            fitted, judged_count = self._count(len(fit_keys)), self._count(len(held_out))
+            if "collect" in detector.phases:
+                self._collect(detector, fit_keys, fitted)
+            if "train" in detector.phases:
+                trainer = self._trainer(detector, fit_keys, storage)
+                losses = trainer.run(self._on_first("train epochs"))
+                words |= {"losses": [round(x, 6) for x in losses], "resumed_epochs": trainer.resumed_epochs}
+        with self.phases.phase("calibrate"):
+            judged = self.cache if self.judged is None else self.judged
+            tick = self._ticker("calibrate", judged_count)
+            calibration = calibrate(detector, judged, held_out, self.spec.batch_size, self.group, tick)
+        words |= {**detector.facts(), **self._facts(fitted, len(calibration.scores), bad)}
+        if self.group.rank:
+            return None
+        made = save_artifact(self.uri, storage, self.spec.detector.name, detector, calibration, words)
+        if trainer is not None and trainer.checkpoints is not None:
+            trainer.checkpoints.clear()
+        return FitReport(self.uri, made, words)
+
+    def _detector(self, storage: Storage) -> tuple[Detector, dict[str, Any]]:
+        """The detector before it is fitted, and what the record says of where it comes from."""
+        name, params, seed = self.spec.detector.name, self.spec.detector.params, self.spec.seed
+        fresh = build_detector(name, params, seed)
+        if self.spec.extend is None:
+            return fresh, {"weights": fresh.load_weights()}
+        earlier = load_artifact(normalise_uri(self.spec.extend), storage)
+        changed = differences(earlier.record.body["params"], to_plain(fresh.params), "params")
+        changed += differences(earlier.record.body["detector"], name, "detector")
+        if changed:
+            raise SpecError(
+                f"{self.spec.extend}: was fitted otherwise ({'; '.join(changed)}). Extend it with the same detector."
+            )
+        entry = {
+            "artifact": earlier.record.uri,
+            "digest": earlier.record.digest,
+            "images": earlier.record.body["images"],
+        }
+        lineage = [*earlier.record.body.get("lineage", []), entry]
+        return earlier.detector, {"weights": earlier.record.body["weights"], "lineage": lineage}
+
+    def _split(self, detector: Detector) -> tuple[list[str], list[str]]:
+        """This worker's keys to fit on, and those to calibrate on, sorted."""
+        images = self.cache.images.values()
+        normal = sorted(image.key for image in images if image.label != 1)
+        if self.judged is not None:
+            held_out = sorted(image.key for image in self.judged.images.values() if image.label != 1)
+            kept = set(normal)
+        else:
+            ratio, seed = self.spec.calibration.holdout_ratio, self.spec.seed
+            chosen = choose_holdout(normal, ratio, seed, self.group, self.where)
+            held_out, kept = sorted(chosen), set(normal) - chosen
+        if detector.info.labels != "none":
+            kept |= {image.key for image in images if image.label == 1}
+        return sorted(kept), held_out
+
+    def _collect(self, detector: Detector, keys: list[str], total: int) -> None:
+        state = collect(
+            detector,
+            self.cache,
+            keys,
+            self.spec.batch_size,
+            self.group,
+            self.spec.max_bank_bytes,
+            self._ticker("collect", total),
+        )
+        if self.spec.extend is not None and self.group.rank == 0:
+            detector.extend(state)
+        state.agree()
+        detector.finish(state, self._on_first("finish"))
+
+    def _trainer(self, detector: Detector, keys: list[str], storage: Storage) -> Trainer:
+        """Gives every worker all images, and finds the states of an earlier, killed start."""
+        self.cache.share(self.group, lambda _: True)
+        texts = self.group.gather_bytes(json.dumps(keys).encode())
+        everyone = sorted(key for text in texts for key in json.loads(text))
+        name = digest({"spec": result_words(public_spec(self.spec)), "keys": everyone})[:16]
+        checkpoints = Checkpoints(join_uri(self.uri, f"training-{name}"), storage, self.spec.checkpoint_epochs)
+        return Trainer(detector, self.cache, everyone, self.group, self.spec.precision, checkpoints)
+
+    def _count(self, here: int) -> int:
+        return int(self.group.sum(torch.tensor([here]))[0])
+
+    def _facts(self, fitted: int, held_out: int, bad: int) -> dict[str, Any]:
+        measured = self.phases.over(self.group)
+        left_out = 0 if self.spec.calibration.source else sum(i.label == 1 for i in self.cache.images.values())
+        rate = held_out / max(measured["seconds"]["calibrate"], 1e-9) / self.group.size
+        return {
+            "spec": public_spec(self.spec),
+            "images": {
+                "fitted": fitted,
+                "held_out": held_out,
+                "labelled_anomalous_left_out": left_out,
+                "bad": bad,
+            },
+            "workers": self.group.size,
+            "images_per_second": round(rate, 3),
+            **measured,
+        }
+
+    def _ticker(self, phase: str, total: int) -> Callable[[int], None]:
+        return lambda done: self.tick(phase, done, total)
+
+    def _on_first(self, phase: str) -> Callable[[int, int], None]:
+        """Progress that all workers make together: the first one tells it."""
+        return lambda done, total: None if self.group.rank else self.tick(phase, done, total)

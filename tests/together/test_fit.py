@@ -1,0 +1,231 @@
+"""One artifact: fitted in one process, on Ray Train with several workers, and after the loss of workers and nodes."""
+
+import csv
+import os
+import signal
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raydetect.artifact_record import ArtifactRecord, read_record
+from raydetect.errors import StorageError
+from raydetect.fleet_record import read_index, read_records
+from raydetect.worker.artifact import load_artifact
+from tests.made.archives import normal_files, pack
+from tests.objectstore import ObjectStore
+from tests.together.conftest import Line
+from tests.together.runs import Run, processes_of, rows_of, run, start, two_nodes, wait_until, write_job
+
+PATCHCORE = {"backbone": "resnet18", "weights": "random", "image_size": [96, 96], "coreset_sampling_ratio": 0.05}
+STFPM = {
+    "backbone": "resnet18", "weights": "random", "image_size": [64, 64], "epochs": 6, "batch_size": 16,
+    "learning_rate": 0.02,
+}  # fmt: skip
+
+
+def fit_job(line: Line, name: str, workers: int, algorithm: str = "patchcore", **changes: Any) -> str:
+    """A fit job into `name` of the bucket."""
+    params = PATCHCORE if algorithm == "patchcore" else STFPM
+    values = {
+        "kind": "fit",
+        "source": {"uri": line.store.uri("normal")},
+        "detector": {"name": algorithm, "params": params},
+        "artifact": line.store.uri(name),
+        "storage": line.store.words,
+        "calibration": {"holdout_ratio": 0.25},
+        "resources": {"num_workers": workers, "cpus_per_worker": 1},
+        **changes,
+    }
+    return write_job(line.folder / f"{name}.yaml", values)
+
+
+def record(line: Line, name: str) -> ArtifactRecord:
+    """The record of a fitted artifact."""
+    return read_record(line.store.uri(name), line.store.storage)
+
+
+def same_fit(a: ArtifactRecord, b: ArtifactRecord) -> None:
+    """Bank, backbone and calibration are equal to the bit."""
+    assert a.body["tensors"]["sha256"] == b.body["tensors"]["sha256"]
+    assert a.body["calibration"] == b.body["calibration"]
+    assert a.body["images"] == b.body["images"]
+    if "coreset" in a.body:
+        assert a.body["coreset"] == b.body["coreset"]
+
+
+def train_workers(pid: int) -> list[int]:
+    """Ray Train's worker processes below `pid`."""
+    return processes_of(b"RayTrainWorker", pid)
+
+
+def begun(line: Line, running: Run, phase: str) -> None:
+    """Waits until a phase shows on standard error."""
+
+    def shows() -> bool:
+        assert running.process.poll() is None, running.text()
+        return f"{phase}: " in (running.folder / "stderr").read_text()
+
+    wait_until(shows, 120, f"the phase {phase}")
+
+
+@pytest.fixture(scope="module")
+def alone(line: Line, tmp_path_factory: pytest.TempPathFactory) -> ArtifactRecord:
+    """PatchCore fitted in one process on 240 images."""
+    pack(line.store.uri("normal240"), ".tar", normal_files(240), 6, line.store.storage)
+    job = fit_job(line, "alone", 1, source={"uri": line.store.uri("normal240")})
+    run(tmp_path_factory.mktemp("alone"), "fit", job, "--local")
+    return record(line, "alone")
+
+
+def test_ray_with_two_workers_gives_what_one_process_gives(line: Line, alone: ArtifactRecord, tmp_path: Path) -> None:
+    job = fit_job(line, "two", 2, source={"uri": line.store.uri("normal240")})
+    ended = run(tmp_path, "fit", job)
+    same_fit(record(line, "two"), alone)
+    said = (ended.folder / "stdout").read_text()
+    assert "on 180 images by 2 workers" in said and "Memory bank: " in said and "peak memory" in said
+    assert "raylet" not in said
+    names = [file.uri for file in line.store.storage.list(line.store.uri("two"))]
+    assert len(names) == 2, names  # nothing of the run is left beside the record and the tensors
+    facts = record(line, "two").body
+    assert set(facts["seconds"]) == set(facts["peak_memory_bytes"]) == {"read", "fit", "calibrate"}
+
+
+def test_a_killed_worker_changes_nothing(line: Line, alone: ArtifactRecord, tmp_path: Path) -> None:
+    job = fit_job(line, "killed", 2, source={"uri": line.store.uri("normal240")})
+    running = start(tmp_path, "fit", job)
+    begun(line, running, "collect")
+    os.kill(train_workers(running.process.pid)[0], signal.SIGKILL)
+    assert running.wait() == 0, running.text()
+    same_fit(record(line, "killed"), alone)
+
+
+def test_the_loss_of_a_node_is_survived(line: Line, alone: ArtifactRecord, tmp_path: Path) -> None:
+    job = fit_job(line, "node", 2, source={"uri": line.store.uri("normal240")})
+    with two_nodes() as (cluster, second):
+        running = start(tmp_path, "fit", job, "--address", cluster.address, RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="20")
+        begun(line, running, "collect")
+        cluster.remove_node(second, allow_graceful=False)
+        try:
+            code = running.wait(200)
+        finally:
+            if running.process.poll() is None:
+                running.kill()
+    assert code == 0, running.text()
+    same_fit(record(line, "node"), alone)
+    assert record(line, "node").body["workers"] == 1
+
+
+def test_stopped_by_hand_it_leaves_no_artifact(line: Line, tmp_path: Path) -> None:
+    job = fit_job(line, "stopped", 1, source={"uri": line.store.uri("normal240")})
+    running = start(tmp_path, "fit", job)
+    begun(line, running, "collect")
+    running.process.send_signal(signal.SIGINT)
+    assert running.wait(90) == 130
+    assert "Traceback" not in running.text()
+    with pytest.raises(StorageError):
+        list(line.store.storage.list(line.store.uri("stopped")))
+
+
+def test_training_agrees_on_one_and_two_workers_and_goes_on_after_a_kill(line: Line, tmp_path: Path) -> None:
+    """Only float32 sums in another order differ, which training amplifies; in float64 tests/test_train.py sees none."""
+    job = fit_job(line, "train1", 1, "stfpm")
+    run(tmp_path / "one", "fit", job, "--local")
+    run(tmp_path / "two", "fit", fit_job(line, "train2", 2, "stfpm"))
+    one, two = record(line, "train1").body, record(line, "train2").body
+    assert one["losses"] == pytest.approx(two["losses"], rel=1e-2)
+
+    words = {"detector": {"name": "stfpm", "params": {**STFPM, "epochs": 24}}, "checkpoint_epochs": 2}
+    run(tmp_path / "whole", "fit", fit_job(line, "train24", 1, **words), "--local")
+    running = start(tmp_path / "killed", "fit", fit_job(line, "trained", 1, **words))
+    storage, uri = line.store.storage, line.store.uri("trained")
+
+    def kept() -> bool:
+        assert running.process.poll() is None, running.text()
+        return storage.exists(uri) and any("/training-" in file.uri for file in storage.list(uri))
+
+    wait_until(kept, 120, "the first kept state")
+    os.kill(train_workers(running.process.pid)[0], signal.SIGKILL)
+    assert running.wait() == 0, running.text()
+    whole, resumed = (load_artifact(line.store.uri(n), storage) for n in ("train24", "trained"))
+    assert resumed.record.body["resumed_epochs"] >= 2 and whole.record.body["resumed_epochs"] == 0
+    assert resumed.record.body["losses"] == whole.record.body["losses"]
+    assert all(torch.equal(v, whole.detector.tensors()[n]) for n, v in resumed.detector.tensors().items())
+    assert len(list(storage.list(uri))) == 2  # the states are gone
+
+
+def test_a_fleet_is_fitted_side_by_side_and_routes_what_it_scores(line: Line, tmp_path: Path) -> None:
+    store = line.store
+    files = [(f"{kind}/train/good/{name[-8:]}", data) for kind in ("left", "right") for name, data in normal_files(16)]
+    pack(store.uri("pairs"), ".tar", files, 3, store.storage)
+    pack(store.uri("night"), ".tar", [*files[:4], ("odd/train/good/x.png", files[0][1]), *files[-4:]], 2, store.storage)
+    source = {"uri": store.uri("pairs"), "pattern": "{category}/train/{defect}/{name}.png"}
+    words = {"source": source, "per_category": True}
+    ended = run(tmp_path / "ray", "fit", fit_job(line, "fleet2", 2, **words))
+    assert "for each of 2 categories on 24 images by 2 workers" in ended.text()
+    run(tmp_path / "local", "fit", fit_job(line, "fleet1", 1, **words), "--local")
+    two, one = (read_records(read_index(store.uri(n), store.storage), store.storage) for n in ("fleet2", "fleet1"))
+    assert list(two) == list(one) == ["left", "right"]
+    for category, member in two.items():
+        same_fit(member, one[category])
+    job = line.job(
+        "fleet-night", workers=1, source={**source, "uri": store.uri("night")}, artifact=store.uri("fleet2"),
+        flag={"alpha": 0.25}, max_bad_fraction=0.2,
+    )  # fmt: skip
+    run(tmp_path / "score", "score", job)
+    statuses = Counter((row["category"], row["status"]) for row in rows_of(store.uri("fleet-night"), store.storage))
+    assert statuses == {("left", "ok"): 4, ("right", "ok"): 4, ("odd", "unknown_category"): 1}
+
+
+def test_a_bank_is_extended_through_the_command_line(line: Line, alone: ArtifactRecord, tmp_path: Path) -> None:
+    pack(line.store.uri("judges"), ".tar", normal_files(15, start=700), 2, line.store.storage)
+    job = fit_job(line, "more", 2, calibration={"source": {"uri": line.store.uri("judges")}})
+    run(tmp_path, "fit", job, "--extend", line.store.uri("alone"))
+    body = record(line, "more").body
+    assert body["images"] == {"fitted": 40, "held_out": 15, "labelled_anomalous_left_out": 0, "bad": 0}
+    assert [entry["digest"] for entry in body["lineage"]] == [alone.digest]
+    assert body["coreset"]["of"] == alone.body["coreset"]["of"] + 40 * 144
+
+
+def test_a_shard_that_must_not_break_ends_a_fit_at_once(line: Line, tmp_path: Path) -> None:
+    """The error is raised in a read task, reaches one worker, and the other one does not wait for it."""
+    store = line.store
+    pack(store.uri("rotten"), ".tar", normal_files(40), 2, store.storage)
+    whole = store.storage.read(store.uri("rotten") + "/part-1.tar")
+    store.storage.write(store.uri("rotten") + "/part-1.tar", whole[: len(whole) // 2])
+    source = {"uri": store.uri("rotten"), "on_bad_shard": "fail"}
+    ended = start(tmp_path, "fit", fit_job(line, "rotten-fit", 2, source=source))
+    assert ended.wait() == 1
+    said = ended.text()
+    assert "part-1.tar: broken after" in said and "Re-upload the shard" in said and "Traceback" not in said
+
+
+def test_bottle_has_one_bank_on_one_two_and_four_workers(
+    object_store: ObjectStore, real_data: Path, real_weights: Path, tmp_path: Path
+) -> None:
+    store = replace(object_store)
+    with (real_data / "mvtec_bottle_256" / "manifest.csv").open() as file:
+        paths = [row["path"] for row in csv.DictReader(file) if row["split"] == "train"]
+    files = [(path, (real_data / "mvtec_bottle_256" / path).read_bytes()) for path in paths]
+    pack(store.uri("train"), ".tar", files, 7, store.storage)
+    params = {"backbone": "resnet18", "weights": str(real_weights), "max_bank_vectors": 4000, "image_size": [128, 128]}
+    records = []
+    for workers in (1, 2, 4):
+        values = {
+            "kind": "fit",
+            "source": {"uri": store.uri("train")},
+            "detector": {"name": "patchcore", "params": params},
+            "artifact": store.uri(f"artifact{workers}"),
+            "storage": store.words,
+            "max_bank_bytes": 1 << 20,
+            "resources": {"num_workers": workers, "cpus_per_worker": 1},
+        }
+        run(tmp_path / str(workers), "fit", write_job(tmp_path / f"{workers}.yaml", values))
+        records.append(read_record(store.uri(f"artifact{workers}"), store.storage))
+    assert [r.body["workers"] for r in records] == [1, 2, 4]
+    assert records[0].body["images"] == {"fitted": 188, "held_out": 21, "labelled_anomalous_left_out": 0, "bad": 0}
+    for other in records[1:]:
+        same_fit(other, records[0])
