@@ -28,9 +28,9 @@ def submit(address: str, values: dict[str, Any]) -> tuple[JobSubmissionClient, s
     Raises:
         ClusterError: it cannot be reached or refuses the token.
     """
-    logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         client = JobSubmissionClient(address)
+        logging.getLogger("ray").setLevel(logging.ERROR)  # after the client, which sets it to INFO
         with tempfile.TemporaryDirectory(prefix="raydetect-") as folder:
             (Path(folder) / "job.yaml").write_text(yaml.safe_dump(values))
             job = client.submit_job(

@@ -190,19 +190,6 @@ def test_a_bank_is_extended_through_the_command_line(line: Line, alone: Artifact
     assert body["coreset"]["of"] == alone.body["coreset"]["of"] + 40 * 144
 
 
-def test_a_shard_that_must_not_break_ends_a_fit_at_once(line: Line, tmp_path: Path) -> None:
-    """The error is raised in a read task, reaches one worker, and the other one does not wait for it."""
-    store = line.store
-    pack(store.uri("rotten"), ".tar", normal_files(40), 2, store.storage)
-    whole = store.storage.read(store.uri("rotten") + "/part-1.tar")
-    store.storage.write(store.uri("rotten") + "/part-1.tar", whole[: len(whole) // 2])
-    source = {"uri": store.uri("rotten"), "on_bad_shard": "fail"}
-    ended = start(tmp_path, "fit", fit_job(line, "rotten-fit", 2, source=source))
-    assert ended.wait() == 1
-    said = ended.text()
-    assert "part-1.tar: broken after" in said and "Re-upload the shard" in said and "Traceback" not in said
-
-
 def test_bottle_has_one_bank_on_one_two_and_four_workers(
     object_store: ObjectStore, real_data: Path, real_weights: Path, tmp_path: Path
 ) -> None:
