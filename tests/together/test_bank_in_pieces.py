@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 from tests.together.conftest import Line
-from tests.together.runs import actors_of, run, wait_until
+from tests.together.runs import processes_of, run, wait_until
 from tests.together.test_same_rows import begin, same_as_truth
 
 PIECES = {"num_workers": 2, "cpus_per_worker": 1, "bank_shards": 2}
@@ -18,9 +18,9 @@ def test_a_bank_in_pieces_gives_what_the_whole_gives(line: Line, truth: str, tmp
 
 def test_a_killed_holder_of_a_piece_loses_nothing(line: Line, truth: str, tmp_path: Path) -> None:
     running = begin(line, "holder", tmp_path, resources=PIECES)
-    victims = actors_of(running.process.pid, "BankActor")
+    victims = processes_of(b"BankActor", running.process.pid)
     assert len(victims) == 2
     os.kill(victims[0], signal.SIGKILL)
-    wait_until(lambda: victims[0] not in actors_of(running.process.pid, "BankActor"), 30, "the end of the holder")
+    wait_until(lambda: victims[0] not in processes_of(b"BankActor", running.process.pid), 30, "the end of the holder")
     assert running.wait() == 0, running.text()
     same_as_truth(line, "holder", truth)
