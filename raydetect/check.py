@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from raydetect.archives.open import open_archive
 from raydetect.artifact_record import read_record
-from raydetect.detectors._registry import build_detector, detector_class
+from raydetect.detectors._registry import build_from, detector_class
 from raydetect.errors import RaydetectError, SpecError
 from raydetect.fleet_record import read_index, read_records
 from raydetect.plan import plan_score
@@ -32,7 +32,7 @@ def find_problems(spec: JobSpec) -> list[str]:
 
 def _fit_checks(spec: FitSpec) -> list[Callable[[], object]]:
     checks: list[Callable[[], object]] = [
-        lambda: build_detector(spec.detector.name, spec.detector.params, spec.seed).load_weights(),
+        lambda: build_from(spec.detector, spec.seed).load_weights(),
         lambda: _first_shard(spec.source, source_storage(spec, spec.source)),
         lambda: _reachable(spec.artifact, spec.storage, "artifact"),
         lambda: _trainable(spec),

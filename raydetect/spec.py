@@ -9,6 +9,7 @@ from raydetect.config import STRICT, apply_overrides, digest, nearest, to_plain,
 from raydetect.errors import SpecError
 
 MiB = 1 << 20
+Preset = Literal["paper", "smoke"]
 FIT_CHUNK_IMAGES, FIT_CHUNK_BYTES = 64, 128 * MiB  # how a fit cuts its archive; it does not change the artifact
 
 
@@ -94,6 +95,9 @@ class DetectorSpec:
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
     name: Annotated[str, Field(description="a name of `raydetect detectors`")]
+    preset: Annotated[
+        Preset, Field(description="paper: the published defaults; smoke: small and quick, for tests, never for results")
+    ] = "paper"
     params: Annotated[dict[str, Any], Field(description="parameters that differ from the defaults")] = field(
         default_factory=dict
     )

@@ -65,7 +65,7 @@ def test_a_frozen_backbone_gives_the_features_of_the_plain_one() -> None:
             value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
     images = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
     with torch.inference_mode():
-        plain, frozen = backbone(images), backbone.frozen()(images)
+        plain, frozen = backbone(images), backbone.freeze()(images)
     assert [tuple(level.shape) for level in plain] == [(2, 64, 16, 24), (2, 256, 4, 6)]
     for a, b in zip(plain, frozen, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
@@ -73,7 +73,7 @@ def test_a_frozen_backbone_gives_the_features_of_the_plain_one() -> None:
 
 @pytest.mark.parametrize("name", ["timm/resnet18", "resnet10t"])
 def test_timm_backbones_work(name: str) -> None:
-    backbone = Backbone(name, ("layer2", "layer3"), 0).frozen()
+    backbone = Backbone(name, ("layer2", "layer3"), 0).freeze()
     with torch.inference_mode():
         levels = backbone(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
     assert [level.shape[-1] for level in levels] == [8, 4]

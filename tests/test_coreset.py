@@ -170,6 +170,17 @@ def test_a_key_counts_once_and_padding_never() -> None:
     assert found.names(torch.tensor([0, 3, 5])) == [("a", 0), ("b", 1), ("c", 1)]
 
 
+def test_everything_is_the_same_on_every_worker_and_in_one_order_for_all_names() -> None:
+    images = images_of(torch.randn(40, 3), 4)
+    whole = piece(images, list(images), Group(), 3).everything()
+    assert torch.equal(whole.sort(0).values, torch.cat(list(images.values())).sort(0).values)
+    shares = dealt(list(images), 3, 1)
+    for found in together(3, lambda group: piece(images, shares[group.rank], group, 3).everything()):
+        assert torch.equal(found, whole)
+    firsts = {key: rows[:1] for key, rows in images.items()}
+    assert torch.equal(piece(firsts, list(firsts)[::-1], Group(), 3).everything(), whole[::4])
+
+
 def test_workers_without_images_take_part() -> None:
     def work(group: Group) -> Coreset:
         state = FitState(group)

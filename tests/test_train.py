@@ -46,8 +46,7 @@ class Small(Detector):
             layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.BatchNorm2d(2)]
         self.net = nn.Sequential(*layers).double().train()
         optimizer = torch.optim.Adam(self.net.parameters(), lr=0.01)
-        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
-        return TrainingPlan(self.net, optimizer, epochs=5, batch_size=4, scheduler=scheduler)
+        return TrainingPlan(self.net, optimizer, epochs=5, batch_size=4, rate=lambda done: 0.5 ** (done // 2))
 
     def training_loss(self, batch: Batch) -> Tensor:
         images = batch.images_BCHW.double() / 255

@@ -56,8 +56,8 @@ def peer(detector: PatchCore) -> Any:
     from anomalib.models.image.patchcore.torch_model import PatchcoreModel
 
     model = PatchcoreModel(layers=["layer2", "layer3"], backbone="resnet18", pre_trained=False).eval()
-    assert detector.raw is not None
-    found = model.feature_extractor.feature_extractor.load_state_dict(detector.raw.weights(), strict=False)
+    assert detector.backbone is not None
+    found = model.feature_extractor.feature_extractor.load_state_dict(detector.backbone.weights(), strict=False)
     assert not [name for name in found.missing_keys if not name.endswith("num_batches_tracked")], found.missing_keys
     return model
 

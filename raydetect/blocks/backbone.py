@@ -57,6 +57,7 @@ class Backbone(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(keyed_seed(seed, "backbone", name, *words))
             self.trunk = _timm_trunk(name, layers) if is_timm(name) else _torchvision_trunk(name, layers)
+        self._folded: nn.Module | None = None
         self.mean_C11: Tensor
         self.std_C11: Tensor
         self.register_buffer("mean_C11", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
@@ -64,7 +65,8 @@ class Backbone(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> list[Tensor]:
         """Features (B, C_i, h_i, w_i) of every layer, from uint8 RGB images."""
-        found = self.trunk(self.normalised(images_BCHW))
+        trunk = self.trunk if self._folded is None else self._folded
+        found = trunk(self.normalised(images_BCHW))
         return list(found.values()) if isinstance(found, dict) else list(found)
 
     def normalised(self, images_BCHW: Tensor) -> Tensor:
@@ -111,14 +113,19 @@ class Backbone(nn.Module):
             total.update(value.detach().cpu().contiguous().numpy().tobytes())
         return total.hexdigest()
 
-    def frozen(self) -> "Backbone":
-        """A copy for scoring: eval mode, no gradients, batch norm folded into convolutions, channels last."""
-        twin = copy.deepcopy(self).eval().requires_grad_(False)
+    def freeze(self) -> "Backbone":
+        """From here on for scoring: eval mode, no gradients, batch norm folded into convolutions, channels last.
+
+        `weights` and `digest` still give the tensors before folding.
+        """
+        self.eval().requires_grad_(False)
+        folded = copy.deepcopy(self.trunk)
         if not is_timm(self.name):
             # the extractor holds a graph per mode; fuse wants one
-            assert isinstance(twin.trunk, fx.GraphModule)
-            twin.trunk = fuse(fx.GraphModule(twin.trunk, twin.trunk.graph).eval())
-        return twin.to(memory_format=torch.channels_last)
+            assert isinstance(folded, fx.GraphModule)
+            folded = fuse(fx.GraphModule(folded, folded.graph).eval())
+        self._folded = folded
+        return self.to(memory_format=torch.channels_last)
 
 
 def _torchvision_trunk(name: str, layers: Sequence[str]) -> nn.Module:

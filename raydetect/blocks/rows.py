@@ -161,6 +161,12 @@ class KeyedRows:
         rows_ND = torch.cat(self.group.gather(self.store.take(first)))
         return rows_ND[mixed_hash(order, word).argsort()[:count]]
 
+    def everything(self) -> Tensor:
+        """All rows of all workers on every one of them, (N, D); images in one order, that of all names of a state."""
+        order_N = torch.cat(self.group.gather(self.order()))
+        rows_ND = torch.cat(self.group.gather(self.store.take(torch.arange(len(self)))))
+        return rows_ND[order_N.argsort()]
+
     def order(self) -> Tensor:
         """An int64 for every row, a function of its image's key and its place there: what settles ties."""
         lengths = torch.tensor([*self._starts, len(self)], dtype=torch.int64).diff()

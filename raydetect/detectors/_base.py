@@ -87,7 +87,8 @@ class Detector(abc.ABC):
     """
 
     info: ClassVar[DetectorInfo]
-    phases: ClassVar[tuple[Phase, ...]]
+    phases: ClassVar[tuple[Phase, ...]]  # in the order in which a fit runs them
+    smoke: ClassVar[Mapping[str, Any]] = {}  # parameters of the preset for tests: seconds on two cores, no accuracy
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Params:
@@ -106,10 +107,10 @@ class Detector(abc.ABC):
 
     @abc.abstractmethod
     def load_weights(self) -> str:
-        """Loads pretrained weights, or makes random ones from the seed, before fitting.
+        """Loads pretrained weights, or makes random ones from the seed, and whatever else is read before fitting.
 
         Returns:
-            What was loaded, for the artifact: "<name or URI> sha256:<digest>" or "random seed:<n>".
+            What was loaded, for the artifact: "<name or URI> sha256:<digest>", "random seed:<n>" or "from scratch".
 
         Raises:
             ArtifactError: the weights cannot be had, do not match their digest, or miss a used tensor.
@@ -122,6 +123,10 @@ class Detector(abc.ABC):
         Raises:
             NotFittedError: the detector is not fitted.
         """
+
+    def num_collected(self) -> int | None:
+        """How many images `collect` is to see, chosen by keyed hash over all workers; None = all normal ones."""
+        return None
 
     def collect(self, batch: Batch) -> dict[str, Tensor]:
         """Rows that a batch of normal images leaves, by name: (B, R, D); only when "collect" is in `phases`."""
@@ -152,8 +157,15 @@ class Detector(abc.ABC):
         """Makes fresh trainable parts and the optimizer; only when "train" is in `phases`."""
         raise TypeError(f"{type(self).__name__} has no train phase")
 
-    def training_loss(self, batch: Batch) -> Tensor:
-        """The scalar loss of a batch, with gradients."""
+    def training_pieces(self, batch: Batch) -> Sequence[Any]:
+        """What a batch is cut into, one optimizer step each; as many on every worker, whatever its share of images.
+
+        An algorithm that steps over positions rather than images computes its features here, without gradients.
+        """
+        return [batch]
+
+    def training_loss(self, piece: Any) -> Tensor:
+        """The scalar loss of a piece, a mean over images, with gradients; a piece is a `Batch` unless cut further."""
         raise TypeError(f"{type(self).__name__} has no train phase")
 
     def end_training(self) -> None:
@@ -198,15 +210,19 @@ class TrainingPlan:
     """How the trainer runs a gradient detector.
 
     Attributes:
-        module: all trainable parts; the loss uses every one of its parameters and is a mean over images.
+        module: all trainable parts.
         optimizer: over its parameters.
         epochs: passes over the images.
-        batch_size: images per step of all workers, at most.
-        scheduler: stepped once per epoch, or None.
+        batch_size: images per batch of all workers, at most.
+        rate: factor of the optimizer's learning rates as a function of the epochs done, such as 12.25.
+        batches: keys of every batch from (label by key, epoch); None = all images in a keyed order, cut evenly.
+        all_in_every_step: whether every loss uses every parameter; those it leaves out then keep still.
     """
 
     module: torch.nn.Module
     optimizer: torch.optim.Optimizer
     epochs: int
     batch_size: int
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
+    rate: Callable[[float], float] = lambda _: 1.0
+    batches: Callable[[Mapping[str, int], int], list[list[str]]] | None = None
+    all_in_every_step: bool = True

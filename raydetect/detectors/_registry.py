@@ -10,6 +10,7 @@ import raydetect.detectors as room
 from raydetect.config import nearest, validate
 from raydetect.detectors._base import Detector
 from raydetect.errors import SpecError
+from raydetect.spec import DetectorSpec, Preset
 
 
 @cache
@@ -37,16 +38,27 @@ def detector_class(name: str) -> type[Detector]:
     return found[0]
 
 
-def build_detector(name: str, params: Mapping[str, Any], seed: int = 0) -> Detector:
+def build_detector(name: str, params: Mapping[str, Any], seed: int = 0, preset: Preset = "paper") -> Detector:
     """An unfitted detector, without weights yet.
 
     Args:
         name: a name of `list_models()`.
-        params: what differs from the detector's defaults.
+        params: what differs from the preset.
         seed: seeds every random choice of the fit.
+        preset: "paper", the detector's defaults, or "smoke", which is small and for tests.
 
     Raises:
         SpecError: an unknown name, or unknown or bad parameters.
     """
     kind = detector_class(name)
-    return kind(validate(kind.Params, params, f"detector {name}"), seed)
+    chosen = {**(kind.smoke if preset == "smoke" else {}), **params}
+    return kind(validate(kind.Params, chosen, f"detector {name}"), seed)
+
+
+def build_from(spec: DetectorSpec, seed: int) -> Detector:
+    """The unfitted detector that a job file describes.
+
+    Raises:
+        SpecError: an unknown name, or unknown or bad parameters.
+    """
+    return build_detector(spec.name, spec.params, seed, spec.preset)

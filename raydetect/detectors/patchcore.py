@@ -10,7 +10,7 @@ Shapes: B images, h w feature grid, N patches (B * h * w), M bank rows, D featur
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -46,6 +46,7 @@ class PatchCore(Detector):
         published="MVTec AD, WideResNet-50, 10 %: 99.1 image AUROC, 98.1 pixel AUROC, 94.3 PRO (paper, tables 1-3)",
     )
     phases = ("collect",)
+    smoke: ClassVar = {"backbone": "resnet18", "image_size": (64, 64), "coreset_sampling_ratio": 0.05}
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Params(Detector.Params):
@@ -94,7 +95,6 @@ class PatchCore(Detector):
     def __init__(self, params: Params, seed: int = 0) -> None:
         """Keeps the parameters."""
         super().__init__(params, seed)
-        self.raw: Backbone | None = None
         self.backbone: Backbone | None = None
         self.search: Search | None = None
         self.coreset: Coreset | None = None
@@ -105,8 +105,8 @@ class PatchCore(Detector):
         """Loads the backbone."""
         if self.params.search in ("faiss", "ivfpq"):
             require_faiss()  # a fit must not run for hours before it misses it
-        raw, said = load_backbone(self.params.backbone, self.params.layers, self.params.weights, self.seed)
-        self._set_backbone(raw)
+        backbone, said = load_backbone(self.params.backbone, self.params.layers, self.params.weights, self.seed)
+        self.backbone = backbone.freeze().to(self.device)
         return said
 
     def collect(self, batch: Batch) -> dict[str, Tensor]:
@@ -202,15 +202,11 @@ class PatchCore(Detector):
             raise NotFittedError("patchcore: has no backbone yet. Call load_weights or load an artifact first.")
         return patch_embeddings(self.backbone(images_BCHW))
 
-    def _set_backbone(self, raw: Backbone) -> None:
-        self.raw = raw
-        self.backbone = raw.frozen().to(self.device)
-
     def tensors(self) -> dict[str, Tensor]:
         """Backbone weights and memory bank."""
-        if self.search is None or self.raw is None:
+        if self.search is None or self.backbone is None:
             raise NotFittedError("patchcore: is not fitted, there is nothing to save.")
-        weights = {BACKBONE + name: value for name, value in self.raw.weights().items()}
+        weights = {BACKBONE + name: value for name, value in self.backbone.weights().items()}
         size = torch.tensor([self.num_embeddings])
         return {BANK: self.search.bank(), BANK_SIZE: size, **self.search.tensors(), **weights}
 
@@ -232,9 +228,9 @@ class PatchCore(Detector):
 
     def load_beside(self, tensors: Mapping[str, Tensor], search: Search) -> None:
         """Restores the backbone; the bank is where `search` has it."""
-        raw = Backbone(self.params.backbone, self.params.layers, self.seed)
-        raw.load({name.removeprefix(BACKBONE): value for name, value in tensors.items()}, "the artifact")
-        self._set_backbone(raw)
+        backbone = Backbone(self.params.backbone, self.params.layers, self.seed)
+        backbone.load({name.removeprefix(BACKBONE): value for name, value in tensors.items()}, "the artifact")
+        self.backbone = backbone.freeze().to(self.device)
         self.search = search
         self.num_embeddings = int(tensors[BANK_SIZE][0])
 

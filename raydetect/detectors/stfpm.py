@@ -6,24 +6,24 @@ Differs from the paper: no validation split chooses the epoch; the last one is u
 Shapes: B images, C channels, h w feature grid, H W pixels.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from raydetect.blocks.anomaly_map import upsample
 from raydetect.blocks.backbone import Backbone
-from raydetect.detectors._base import Batch, Detector, DetectorInfo, NotFittedError, Scores, TrainingPlan
+from raydetect.detectors._base import Batch, Detector, DetectorInfo, Scores, TrainingPlan
+from raydetect.detectors._networks import NetworkDetector
 from raydetect.detectors._weights import load_backbone
 
-TEACHER, STUDENT = "teacher.", "student."
+TEACHER, STUDENT = "teacher", "student"
 
 
-class STFPM(Detector):
+class STFPM(NetworkDetector):
     """Disagreement of a student with its teacher over several feature levels."""
 
     info = DetectorInfo(
@@ -34,6 +34,7 @@ class STFPM(Detector):
         published="MVTec AD, ResNet-18: 95.5 image AUROC, 97.0 pixel AUROC, 92.1 PRO (paper, tables 1-2)",
     )
     phases = ("train",)
+    smoke: ClassVar = {"image_size": (64, 64), "epochs": 20, "batch_size": 16, "learning_rate": 0.2}
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Params(Detector.Params):
@@ -54,86 +55,52 @@ class STFPM(Detector):
 
     params: Params
 
-    def __init__(self, params: Params, seed: int = 0) -> None:
-        """Keeps the parameters."""
-        super().__init__(params, seed)
-        self.raw_teacher: Backbone | None = None
-        self.raw_student: Backbone | None = None
-        self.teacher: Backbone | None = None
-        self.student: Backbone | None = None
-
     def load_weights(self) -> str:
         """Loads the teacher."""
-        self.raw_teacher, said = load_backbone(self.params.backbone, self.params.layers, self.params.weights, self.seed)
-        self.teacher = self.raw_teacher.frozen().to(self.device)
+        teacher, said = load_backbone(self.params.backbone, self.params.layers, self.params.weights, self.seed)
+        self.networks = {TEACHER: teacher.freeze().to(self.device)}
         return said
 
+    def make_networks(self) -> dict[str, nn.Module]:
+        """Teacher and student, the latter initialised by the seed."""
+        words = self.params.backbone, self.params.layers, self.seed
+        return {TEACHER: Backbone(*words), STUDENT: Backbone(*words, STUDENT)}
+
     def begin_training(self, num_images: int) -> TrainingPlan:
-        """A fresh student, initialised by the seed, under SGD."""
-        self.student = None
-        self.raw_student = Backbone(self.params.backbone, self.params.layers, self.seed, "student")
-        self.raw_student.to(self.device).to(memory_format=torch.channels_last).train()
+        """A fresh student under SGD."""
+        self.is_fitted = False
+        student = self.make_networks()[STUDENT].to(self.device).to(memory_format=torch.channels_last).train()
+        self.networks[STUDENT] = student
         optimizer = torch.optim.SGD(
-            self.raw_student.parameters(),
+            student.parameters(),
             lr=self.params.learning_rate,
             momentum=self.params.momentum,
             weight_decay=self.params.weight_decay,
         )
-        return TrainingPlan(self.raw_student, optimizer, self.params.epochs, self.params.batch_size)
+        return TrainingPlan(student, optimizer, self.params.epochs, self.params.batch_size)
 
-    def training_loss(self, batch: Batch) -> Tensor:
+    def training_loss(self, piece: Batch) -> Tensor:
         """Eqs. 1-3: sum over levels of the mean over positions, averaged over the batch."""
-        assert self.teacher is not None and self.raw_student is not None
         with torch.no_grad():
-            teacher = self.teacher(batch.images_BCHW)
-        student = self.raw_student(batch.images_BCHW)
+            teacher = self.networks[TEACHER](piece.images_BCHW)
+        student = self.networks[STUDENT](piece.images_BCHW)
         losses = [level_error(t, s).mean() for t, s in zip(teacher, student, strict=True)]
         return torch.stack(losses).sum()
 
     def end_training(self) -> None:
         """Freezes the student."""
-        assert self.raw_student is not None
-        self.raw_student.eval()
-        self.student = self.raw_student.frozen().to(self.device)
+        self.freeze()
 
     @torch.inference_mode()
     def score(self, images_BCHW: Tensor) -> Scores:
         """Eq. 4: the product over levels of upsampled errors; the image score is its maximum."""
-        if self.teacher is None or self.student is None:
-            raise NotFittedError("stfpm: is not fitted. Fit it or load an artifact first.")
+        self.require_fitted()
         size_px = (images_BCHW.shape[-2], images_BCHW.shape[-1])
         map_BHW = torch.ones(len(images_BCHW), *size_px, device=self.device)
-        for teacher, student in zip(self.teacher(images_BCHW), self.student(images_BCHW), strict=True):
+        pairs = zip(self.networks[TEACHER](images_BCHW), self.networks[STUDENT](images_BCHW), strict=True)
+        for teacher, student in pairs:
             map_BHW = map_BHW * upsample(level_error(teacher, student), size_px)
         return Scores(map_BHW.flatten(1).amax(1), map_BHW)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Weights of teacher and student."""
-        if self.raw_teacher is None or self.student is None or self.raw_student is None:
-            raise NotFittedError("stfpm: is not fitted, there is nothing to save.")
-        teacher = {TEACHER + name: value for name, value in self.raw_teacher.weights().items()}
-        return teacher | {STUDENT + name: value for name, value in self.raw_student.weights().items()}
-
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restores teacher and student."""
-        self.raw_teacher = self._restored(tensors, TEACHER)
-        self.raw_student = self._restored(tensors, STUDENT)
-        self.teacher = self.raw_teacher.frozen().to(self.device)
-        self.student = self.raw_student.frozen().to(self.device)
-
-    def _restored(self, tensors: Mapping[str, Tensor], prefix: str) -> Backbone:
-        network = Backbone(self.params.backbone, self.params.layers, self.seed)
-        mine = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        network.load(mine, "the artifact")
-        return network
-
-    def to(self, device: torch.device) -> "STFPM":
-        """Moves teacher and student."""
-        self.device = device
-        for network in (self.teacher, self.student):
-            if network is not None:
-                network.to(device)
-        return self
 
 
 def level_error(teacher_BChw: Tensor, student_BChw: Tensor) -> Tensor:

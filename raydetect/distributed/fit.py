@@ -200,12 +200,9 @@ def _work(words: dict[str, Any]) -> None:
 
 
 def _chunks(name: str) -> Iterator[Chunk]:
-    """This worker's chunks; an error of a read task comes out as it went in."""
-    try:
-        for table in ray.train.get_dataset_shard(name).iter_batches(batch_size=None, batch_format="pyarrow"):
-            yield from unpack_chunks(table)
-    except Exception as error:
-        raise translate(error, None) from error
+    """This worker's chunks."""
+    for table in ray.train.get_dataset_shard(name).iter_batches(batch_size=None, batch_format="pyarrow"):
+        yield from unpack_chunks(table)
 
 
 class _Said:

@@ -6,6 +6,7 @@ likes; a chunk is never cut.
 
 import dataclasses
 import io
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,13 +15,15 @@ import ray
 from ray.data import DataContext, Dataset, ExecutionResources, TaskPoolStrategy
 
 from raydetect.archives.base import Archive, cut_chunks
+from raydetect.errors import ArchiveError, RaydetectError, StorageError
 from raydetect.records import Chunk, Member, Shard
 from raydetect.spec import SourceSpec
-from raydetect.worker.read import read_members
+from raydetect.worker.read import BadMemberError, read_members
 
 MAX_BLOCKS = 2000
 CHUNKS_HELD_PER_WORKER = 6  # being read, waiting and being scored
 BYTES_TYPES = {"data": pa.large_binary(), "label": pa.int8()}
+READ_ERRORS = {kind.__name__: kind for kind in (ArchiveError, BadMemberError, StorageError)}
 MEMBERS = pa.schema([(f.name, BYTES_TYPES.get(f.name, pa.string())) for f in dataclasses.fields(Member)])
 
 
@@ -49,8 +52,11 @@ class Reading:
         for row in table.to_pylist():
             shard = row_shard(row)
             members = read_members(self.archive, shard, self.source)
-            for chunk in cut_chunks(shard, members, self.chunk_images, self.chunk_bytes):
-                yield pack_chunk(chunk)
+            try:
+                for chunk in cut_chunks(shard, members, self.chunk_images, self.chunk_bytes):
+                    yield pack_chunk(chunk)
+            except (ArchiveError, StorageError) as error:
+                yield pack_chunk(Chunk(shard.index, 0, False, ()), error)
 
 
 def chunk_dataset(reading: Reading, shards: Sequence[Shard]) -> Dataset:
@@ -101,8 +107,8 @@ def row_shard(row: dict[str, object]) -> Shard:
     return Shard(**words, span=None if start == -1 else (start, stop))  # type: ignore[arg-type]
 
 
-def pack_chunk(chunk: Chunk) -> pa.Table:
-    """A chunk as a table of one row."""
+def pack_chunk(chunk: Chunk, error: RaydetectError | None = None) -> pa.Table:
+    """A chunk, or why there is none, as a table of one row."""
     columns = {name: [getattr(member, name) for member in chunk.members] for name in MEMBERS.names}
     buffer = io.BytesIO()
     table = pa.table(columns, schema=MEMBERS)
@@ -114,13 +120,22 @@ def pack_chunk(chunk: Chunk) -> pa.Table:
             "number": [chunk.number],
             "last": [chunk.last],
             "members": pa.array([buffer.getvalue()], pa.large_binary()),
+            "error": ["" if error is None else json.dumps([type(error).__name__, str(error)])],
         }
     )
 
 
 def unpack_chunks(table: pa.Table) -> Iterator[Chunk]:
-    """The chunks of `pack_chunk` tables."""
+    """The chunks of `pack_chunk` tables.
+
+    Raises:
+        ArchiveError: a bad shard or member, and the source says `fail`.
+        StorageError: the storage failed.
+    """
     for i in range(table.num_rows):
+        if table["error"][i].as_py():
+            kind, text = json.loads(table["error"][i].as_py())
+            raise READ_ERRORS[kind](text)
         with pa.ipc.open_stream(table["members"][i].as_buffer()) as reader:
             members = tuple(Member(**words) for words in reader.read_all().to_pylist())
         yield Chunk(table["shard"][i].as_py(), table["number"][i].as_py(), table["last"][i].as_py(), members)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 
 from raydetect.blocks.group import Group
-from raydetect.detectors._registry import build_detector
+from raydetect.detectors._registry import build_from
 from raydetect.records import Chunk
 from raydetect.spec import FitSpec, SourceSpec
 from raydetect.storage import normalise_uri
@@ -56,7 +56,7 @@ def fit_worker(
 def _read(
     spec: FitSpec, source: SourceSpec, chunks: Iterable[Chunk], group: Group, tick: Tick, phase: str
 ) -> tuple[ImageCache, int]:
-    params = build_detector(spec.detector.name, spec.detector.params, spec.seed).params
+    params = build_from(spec.detector, spec.seed).params
     threads = spec.resources.cpus_per_worker
     cache, found = read_images(chunks, source, params.image_size, threads, lambda done: tick(phase, done, None))
     bad = found.judge(group, spec.max_bad_fraction, ", ".join(source.uris()))

@@ -1,4 +1,4 @@
-"""Which normal images are held out for calibration: a function of their keys, whoever has read them."""
+"""Which normal images are held out for calibration, or collected: a function of their keys, whoever has read them."""
 
 import torch
 
@@ -8,9 +8,18 @@ from raydetect.errors import SpecError
 from raydetect.worker.cache import ImageCache
 
 
-def marks_of(keys: list[str], seed: int) -> torch.Tensor:
+def marks_of(keys: list[str], seed: int, purpose: str = "holdout") -> torch.Tensor:
     """A keyed hash of every image, int64."""
-    return torch.tensor([keyed_seed(seed, "holdout", key) for key in keys], dtype=torch.int64)
+    return torch.tensor([keyed_seed(seed, purpose, key) for key in keys], dtype=torch.int64)
+
+
+def choose_images(keys: list[str], count: int, seed: int, group: Group) -> list[str]:
+    """Those among this worker's keys that are of the `count` images of all workers with the smallest keyed hash."""
+    if count == 0:
+        return []
+    marks_I = marks_of(keys, seed, "collected")
+    smallest = torch.cat(group.gather(marks_I.sort().values[:count])).sort().values[:count]
+    return [key for key, mark in zip(keys, marks_I.tolist(), strict=True) if mark <= int(smallest[-1])]
 
 
 def drop_doubles(cache: ImageCache, group: Group) -> None:

@@ -17,7 +17,7 @@ import torch
 from raydetect.blocks.group import Group
 from raydetect.config import differences, digest, to_plain
 from raydetect.detectors._base import Detector
-from raydetect.detectors._registry import build_detector
+from raydetect.detectors._registry import build_from
 from raydetect.errors import SpecError
 from raydetect.spec import FitSpec, public_spec, result_words
 from raydetect.storage import Storage, join_uri, normalise_uri
@@ -26,7 +26,7 @@ from raydetect.worker.cache import ImageCache
 from raydetect.worker.calibrate import calibrate
 from raydetect.worker.checkpoints import Checkpoints
 from raydetect.worker.collect import collect
-from raydetect.worker.holdout import choose_holdout
+from raydetect.worker.holdout import choose_holdout, choose_images
 from raydetect.worker.train import Trainer
 
 Tick = Callable[[str, int, int | None], None]
@@ -119,17 +119,21 @@ class OneFit:
         with self.phases.phase("fit"):
             fit_keys, held_out = self._split(detector)
             fitted, judged_count = self._count(len(fit_keys)), self._count(len(held_out))
-            if "collect" in detector.phases:
-                self._collect(detector, fit_keys, fitted)
-            if "train" in detector.phases:
-                trainer = self._trainer(detector, fit_keys, storage)
-                losses = trainer.run(self._on_first("train epochs"))
-                words |= {"losses": [round(x, 6) for x in losses], "resumed_epochs": trainer.resumed_epochs}
+            left_out = self._count(sum(image.label == 1 for image in self.cache.images.values()))
+            if detector.info.labels != "none":
+                left_out = 0
+            for phase in detector.phases:
+                if phase == "collect":
+                    self._collect(detector, fit_keys)
+                else:
+                    trainer = self._trainer(detector, fit_keys, storage)
+                    losses = trainer.run(self._on_first("train epochs"))
+                    words |= {"losses": [round(x, 6) for x in losses], "resumed_epochs": trainer.resumed_epochs}
         with self.phases.phase("calibrate"):
             judged = self.cache if self.judged is None else self.judged
             tick = self._ticker("calibrate", judged_count)
             calibration = calibrate(detector, judged, held_out, self.spec.batch_size, self.group, tick)
-        words |= {**detector.facts(), **self._facts(fitted, len(calibration.scores), bad)}
+        words |= {**detector.facts(), **self._facts(fitted, len(calibration.scores), left_out, bad)}
         if self.group.rank:
             return None
         made = save_artifact(self.uri, storage, self.spec.detector.name, detector, calibration, words)
@@ -139,8 +143,8 @@ class OneFit:
 
     def _detector(self, storage: Storage) -> tuple[Detector, dict[str, Any]]:
         """The detector before it is fitted, and what the record says of where it comes from."""
-        name, params, seed = self.spec.detector.name, self.spec.detector.params, self.spec.seed
-        fresh = build_detector(name, params, seed)
+        name = self.spec.detector.name
+        fresh = build_from(self.spec.detector, self.spec.seed)
         if self.spec.extend is None:
             return fresh, {"weights": fresh.load_weights()}
         earlier = load_artifact(normalise_uri(self.spec.extend), storage)
@@ -173,11 +177,16 @@ class OneFit:
             kept |= {image.key for image in images if image.label == 1}
         return sorted(kept), held_out
 
-    def _collect(self, detector: Detector, keys: list[str], total: int) -> None:
+    def _collect(self, detector: Detector, keys: list[str]) -> None:
+        normal = [key for key in keys if self.cache.images[key].label != 1]
+        wanted = detector.num_collected()
+        if wanted is not None:
+            normal = choose_images(normal, wanted, self.spec.seed, self.group)
+        total = self._count(len(normal))
         state = collect(
             detector,
             self.cache,
-            keys,
+            normal,
             self.spec.batch_size,
             self.group,
             self.spec.max_bank_bytes,
@@ -200,9 +209,8 @@ class OneFit:
     def _count(self, here: int) -> int:
         return int(self.group.sum(torch.tensor([here]))[0])
 
-    def _facts(self, fitted: int, held_out: int, bad: int) -> dict[str, Any]:
+    def _facts(self, fitted: int, held_out: int, left_out: int, bad: int) -> dict[str, Any]:
         measured = self.phases.over(self.group)
-        left_out = 0 if self.spec.calibration.source else sum(i.label == 1 for i in self.cache.images.values())
         rate = held_out / max(measured["seconds"]["calibrate"], 1e-9) / self.group.size
         return {
             "spec": public_spec(self.spec),

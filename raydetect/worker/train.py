@@ -2,12 +2,14 @@
 
 Every worker holds all images; of each global batch it takes every size-th, gradients are averaged by
 DistributedDataParallel, and batch norms see the whole batch. The order is keyed by seed and epoch, and an epoch is
-cut into batches of nearly equal size, so none is too small for the workers.
+cut into batches of nearly equal size, so none is too small for the workers. Learning rates are a function of the
+epochs done, so that a training that goes on needs no more than tensors.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from raydetect.blocks.group import Group
 from raydetect.blocks.seeding import shuffled
 from raydetect.blocks.sync_norm import shared_batch_norm
-from raydetect.detectors._base import Batch, Detector, TrainingPlan
+from raydetect.detectors._base import Detector, TrainingPlan
 from raydetect.errors import RaydetectError, SpecError
 from raydetect.worker.cache import ImageCache
 from raydetect.worker.checkpoints import Checkpoints
@@ -35,8 +37,8 @@ class _Loss(nn.Module):
         self.trained = module
         self.detector = detector
 
-    def forward(self, batch: Batch) -> Tensor:
-        return self.detector.training_loss(batch)
+    def forward(self, piece: Any) -> Tensor:
+        return self.detector.training_loss(piece)
 
 
 @dataclass(slots=True)
@@ -75,18 +77,14 @@ class Trainer:
         kept = self.checkpoints.last() if self.checkpoints else None
         losses = [] if kept is None else kept.losses
         self.resumed_epochs = len(losses)
-        for _ in losses:
-            if plan.scheduler is not None:
-                plan.scheduler.step()
+        rates = [float(words["lr"]) for words in plan.optimizer.param_groups]
         if kept is not None:
             kept.restore(plan.module, plan.optimizer)
         tick(len(losses), plan.epochs)
         loss_of = self._loss_module(plan)
         with shared_batch_norm(plan.module) if self.group.size > 1 else nullcontext():
             for epoch in range(len(losses), plan.epochs):
-                losses.append(self._epoch(plan, loss_of, epoch))
-                if plan.scheduler is not None:
-                    plan.scheduler.step()
+                losses.append(self._epoch(plan, loss_of, epoch, rates))
                 self._keep(plan, losses)
                 tick(1, plan.epochs)
         self.detector.end_training()
@@ -96,7 +94,7 @@ class Trainer:
         loss = _Loss(self.detector, plan.module)
         if self.group.size == 1:
             return loss
-        return DistributedDataParallel(loss, broadcast_buffers=False)
+        return DistributedDataParallel(loss, broadcast_buffers=False, find_unused_parameters=not plan.all_in_every_step)
 
     def _keep(self, plan: TrainingPlan, losses: list[float]) -> None:
         due = self.checkpoints is not None and len(losses) % self.checkpoints.every == 0
@@ -104,29 +102,46 @@ class Trainer:
             assert self.checkpoints is not None
             self.checkpoints.save(plan.module, plan.optimizer, losses)
 
-    def _epoch(self, plan: TrainingPlan, loss_of: nn.Module, epoch: int) -> float:
-        total = 0.0
-        batches = even_batches(shuffled(self.keys, self.detector.seed, epoch), plan.batch_size)
-        if len(batches[-1]) < self.group.size:
+    def _epoch(self, plan: TrainingPlan, loss_of: nn.Module, epoch: int, rates: list[float]) -> float:
+        losses: list[float] = []
+        batches = self._batches(plan, epoch)
+        for number, keys in enumerate(batches):
+            factor = plan.rate(epoch + number / len(batches))
+            for words, rate in zip(plan.optimizer.param_groups, rates, strict=True):
+                words["lr"] = rate * factor
+            mine = keys[self.group.rank :: self.group.size]
+            share = len(mine) / len(keys)
+            with self._autocast():
+                pieces = self.detector.training_pieces(self.cache.batch(mine, self.detector.device, epoch))
+            losses += [self._step(plan, loss_of, piece, share, epoch) for piece in pieces]
+        return sum(losses) / len(losses)
+
+    def _batches(self, plan: TrainingPlan, epoch: int) -> list[list[str]]:
+        if plan.batches is not None:
+            labels = {key: self.cache.images[key].label or 0 for key in self.keys}
+            batches = plan.batches(labels, epoch)
+        else:
+            batches = even_batches(shuffled(self.keys, self.detector.seed, epoch), plan.batch_size)
+        if min(map(len, batches)) < self.group.size:
             raise SpecError(
                 f"{len(self.keys)} images in batches of {plan.batch_size} leave fewer than one for each of "
                 f"{self.group.size} workers. Lower resources.num_workers."
             )
-        for keys in batches:
-            mine = keys[self.group.rank :: self.group.size]
-            share = len(mine) / len(keys)
-            with self._autocast():
-                loss = loss_of(self.cache.batch(mine, self.detector.device, epoch))
-            value = float(self.group.sum(loss.detach().double().cpu() * share))
-            if not np.isfinite(value):
-                raise TrainingDiverged(
-                    f"the loss became {value} in epoch {epoch + 1}. Lower the learning rate or check the images."
-                )
-            plan.optimizer.zero_grad(set_to_none=True)
-            (loss * share * self.group.size if self.group.size > 1 else loss).backward()  # DDP divides by size
-            plan.optimizer.step()
-            total += value
-        return total / len(batches)
+        return batches
+
+    def _step(self, plan: TrainingPlan, loss_of: nn.Module, piece: Any, share: float, epoch: int) -> float:
+        """One optimizer step; the loss over the images of all workers, of which this one has `share`."""
+        with self._autocast():
+            loss = loss_of(piece)
+        value = float(self.group.sum(loss.detach().double().cpu() * share))
+        if not np.isfinite(value):
+            raise TrainingDiverged(
+                f"the loss became {value} in epoch {epoch + 1}. Lower the learning rate or check the images."
+            )
+        plan.optimizer.zero_grad(set_to_none=True)
+        (loss * share * self.group.size if self.group.size > 1 else loss).backward()  # DDP divides by size
+        plan.optimizer.step()
+        return value
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.precision == "float32":

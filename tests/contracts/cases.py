@@ -8,11 +8,12 @@ import torch
 
 from raydetect import local
 from raydetect.detectors._base import Detector, Scores
+from raydetect.detectors._registry import build_detector, detector_class
 from raydetect.spec import FitSpec, parse_job
 from raydetect.storage import Storage
 from raydetect.worker.artifact import load_artifact
 from tests.made.archives import normal_files, pack
-from tests.made.images import DEFECTS, defect_image, normal_image
+from tests.made.images import DEFECTS, defect_image, encode, normal_image
 
 SIZE_PX = 64
 
@@ -23,7 +24,7 @@ class Case:
 
     Attributes:
         name: of the registry.
-        params: small enough for seconds on two cores.
+        params: what the case changes of the detector's smoke preset.
         floor: image AUROC on planted defects that it must pass, with random backbone weights.
         pixel_floor: pixel AUROC likewise.
         bad: parameters that must be refused, with a word of the message.
@@ -35,19 +36,32 @@ class Case:
     pixel_floor: float
     bad: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    @property
+    def labelled(self) -> bool:
+        """Whether fitting needs labelled anomalous images."""
+        return detector_class(self.name).info.labels != "none"
 
-RANDOM = {"backbone": "resnet18", "weights": "random"}
+    def sized(self) -> dict[str, Any]:
+        """The parameters at the size of the test images."""
+        return {"image_size": [SIZE_PX, SIZE_PX], **self.params}
+
+    def build(self, **params: Any) -> Detector:
+        """The unfitted detector."""
+        return build_detector(self.name, {**self.sized(), **params}, preset="smoke")
+
+
+RANDOM = {"weights": "random"}
 CASES = (
     Case(
         "patchcore",
-        {**RANDOM, "layers": ["layer1", "layer2"], "coreset_sampling_ratio": 0.05, "smoothing_sigma": 1},
+        {**RANDOM, "layers": ["layer1", "layer2"], "smoothing_sigma": 1},
         floor=0.95,
         pixel_floor=0.93,
         bad={"coreset_sampling_ratio": {"coreset_sampling_ratio": 0}, "n_neighbors": {"n_neighbors": 0}},
     ),
     Case(
         "stfpm",
-        {**RANDOM, "epochs": 20, "batch_size": 16, "learning_rate": 0.2},
+        RANDOM,
         floor=0.8,
         pixel_floor=0.88,
         bad={"momentum": {"momentum": 1.5}, "epochs": {"epochs": 0}},
@@ -56,14 +70,25 @@ CASES = (
 
 
 def fit(case: Case, place: str, *, images: int = 40, shard_images: int = 20, seed: int = 0) -> Detector:
-    """Fits a case on loose images under `memory://place` and loads the artifact."""
-    pack(f"memory://{place}/normal", "", normal_files(images), 1)
-    params = {"image_size": [SIZE_PX, SIZE_PX], **case.params}
+    """Fits a case on loose images under `memory://place` and loads the artifact.
+
+    A detector that needs labels gets a quarter more images, with defects.
+    """
+    files = normal_files(images)
+    if case.labelled:
+        for i in range(images // 4):
+            kind = DEFECTS[i % len(DEFECTS)]
+            files.append((f"widget/train/{kind}/{i:04d}.png", encode(defect_image(i, kind)[0])))
+    pack(f"memory://{place}/normal", "", files, 1)
     spec = parse_job(
         {
             "kind": "fit",
-            "source": {"uri": f"memory://{place}/normal", "shard_images": shard_images},
-            "detector": {"name": case.name, "params": params},
+            "source": {
+                "uri": f"memory://{place}/normal",
+                "shard_images": shard_images,
+                "pattern": "{category}/train/{defect}/{name}.png",
+            },
+            "detector": {"name": case.name, "preset": "smoke", "params": case.sized()},
             "artifact": f"memory://{place}/artifact",
             "seed": seed,
             "batch_size": 8,

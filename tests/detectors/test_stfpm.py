@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from raydetect.blocks.backbone import Backbone
 from raydetect.detectors._base import Batch
 from raydetect.detectors._registry import build_detector
 from raydetect.detectors.stfpm import STFPM, level_error
@@ -40,17 +41,17 @@ def test_the_loss_falls_and_the_teacher_stays() -> None:
     fresh = build_detector("stfpm", {"weights": "random"})
     assert isinstance(fresh, STFPM)
     fresh.load_weights()
-    assert detector.raw_teacher is not None and fresh.raw_teacher is not None
-    assert detector.raw_teacher.digest() == fresh.raw_teacher.digest()
+    teacher, again = detector.networks["teacher"], fresh.networks["teacher"]
+    assert isinstance(teacher, Backbone) and isinstance(again, Backbone)
+    assert teacher.digest() == again.digest()
 
 
 def test_the_map_is_the_product_of_the_levels_and_the_score_its_maximum() -> None:
     detector, _ = trained(6)
     images = as_batch([normal_image(77, 64), defect_image(3, "spot", 64)[0]])
     scores = detector.score(images)
-    assert detector.teacher is not None and detector.student is not None
     with torch.inference_mode():
-        pairs = zip(detector.teacher(images), detector.student(images), strict=True)
+        pairs = zip(detector.networks["teacher"](images), detector.networks["student"](images), strict=True)
         maps = [1 - torch.nn.functional.cosine_similarity(t, s, dim=1) for t, s in pairs]
     product = torch.ones(2, 64, 64)
     for level in maps:

@@ -15,7 +15,7 @@ from raydetect.artifact_record import ArtifactRecord, read_record
 from raydetect.errors import StorageError
 from raydetect.fleet_record import read_index, read_records
 from raydetect.worker.artifact import load_artifact
-from tests.made.archives import normal_files, pack
+from tests.made.archives import normal_files, pack, tar_bytes
 from tests.objectstore import ObjectStore
 from tests.together.conftest import Line
 from tests.together.runs import Run, processes_of, rows_of, run, start, two_nodes, wait_until, write_job
@@ -128,6 +128,24 @@ def test_stopped_by_hand_it_leaves_no_artifact(line: Line, tmp_path: Path) -> No
     assert "Traceback" not in running.text()
     with pytest.raises(StorageError):
         list(line.store.storage.list(line.store.uri("stopped")))
+
+
+def test_a_shard_that_breaks_ends_it_with_one_sentence(line: Line, tmp_path: Path) -> None:
+    whole = tar_bytes(normal_files(12))
+    with line.store.storage.open(line.store.uri("broken/part-0.tar"), "wb") as handle:
+        handle.write(whole)
+    with line.store.storage.open(line.store.uri("broken/part-1.tar"), "wb") as handle:
+        handle.write(whole[: len(whole) // 2])
+    source = {"uri": line.store.uri("broken"), "on_bad_shard": "fail"}
+    for kind, job in (
+        ("fit", fit_job(line, "unfitted", 2, source=source)),
+        ("score", line.job("unscored", source=source)),
+    ):
+        ended = start(tmp_path / kind, kind, job)
+        assert ended.wait() == 1, ended.text()
+        said = ended.text().splitlines()[-1]
+        assert "part-1.tar: broken after" in said and "on_bad_shard: record" in said, ended.text()
+        assert "Traceback" not in ended.text() and "Ray" not in ended.text()
 
 
 def test_training_agrees_on_one_and_two_workers_and_goes_on_after_a_kill(line: Line, tmp_path: Path) -> None:

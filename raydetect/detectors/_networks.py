@@ -1,0 +1,94 @@
+"""Detectors whose fitted state is a set of networks: saving, loading, moving and freezing them is written once here."""
+
+import abc
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from raydetect.blocks.backbone import Backbone
+from raydetect.detectors._base import Detector, NotFittedError
+from raydetect.errors import ArtifactError
+
+COUNTERS = "num_batches_tracked"
+
+
+class NetworkDetector(Detector):
+    """A detector that is its networks, by name. A `Backbone` among them saves its used tensors alone.
+
+    Attributes:
+        networks: those made so far; `load_weights` and `begin_training` put them there.
+        is_fitted: whether it may score; `freeze` says so.
+    """
+
+    def __init__(self, params: Detector.Params, seed: int = 0) -> None:
+        """Keeps the parameters."""
+        super().__init__(params, seed)
+        self.networks: dict[str, nn.Module] = {}
+        self.is_fitted = False
+
+    @abc.abstractmethod
+    def make_networks(self) -> dict[str, nn.Module]:
+        """All networks of a fitted detector with values that loading replaces; no file is read."""
+
+    def require_fitted(self) -> None:
+        """Call first in `score`.
+
+        Raises:
+            NotFittedError: the detector is not fitted.
+        """
+        if not self.is_fitted:
+            name = type(self).__module__.rpartition(".")[2]
+            raise NotFittedError(f"{name}: is not fitted. Fit it or load an artifact first.")
+
+    def freeze(self) -> None:
+        """Makes every network ready for scoring: eval mode, no gradients; call last in a fit."""
+        for network in self.networks.values():
+            if isinstance(network, Backbone):
+                network.freeze()
+            else:
+                network.eval().requires_grad_(False)
+        self.is_fitted = True
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers of all networks as `network.tensor`."""
+        self.require_fitted()
+        return {f"{name}.{key}": value for name, net in self.networks.items() for key, value in _state(net).items()}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restores all networks."""
+        self.networks = self.make_networks()
+        for name, network in self.networks.items():
+            start = f"{name}."
+            mine = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
+            if isinstance(network, Backbone):
+                network.load(mine, "the artifact")
+            else:
+                _load(network, mine, name)
+        self.to(self.device)
+        self.freeze()
+
+    def to(self, device: torch.device) -> "NetworkDetector":
+        """Moves all networks."""
+        self.device = device
+        for network in self.networks.values():
+            network.to(device)
+        return self
+
+
+def _state(network: nn.Module) -> dict[str, Tensor]:
+    if isinstance(network, Backbone):
+        return network.weights()
+    return {key: value for key, value in network.state_dict().items() if not key.endswith(COUNTERS)}
+
+
+def _load(network: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
+    for key, value in _state(network).items():
+        if key not in tensors:
+            raise ArtifactError(f"the artifact has no tensor '{name}.{key}'. Fit again.")
+        if tensors[key].shape != value.shape:
+            raise ArtifactError(
+                f"the artifact's tensor '{name}.{key}' has shape {tuple(tensors[key].shape)}, {tuple(value.shape)} is "
+                "needed. Fit again."
+            )
+    network.load_state_dict(dict(tensors), strict=False)
