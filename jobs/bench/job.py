@@ -38,11 +38,11 @@ def make_archive(folder: Path) -> None:
     pack(f"file://{folder}/normal", ".tar", normal_files(100), 2)
 
 
-def job(folder: Path, results: str, workers: int, threads: int) -> str:
+def job(folder: Path, results: str, workers: int, threads: int, source: str = "day") -> str:
     """A scoring job file."""
     values = {
         "kind": "score",
-        "source": {"uri": f"{folder}/day"},
+        "source": {"uri": f"{folder}/{source}"},
         "artifact": f"{folder}/artifact",
         "sink": {"uri": f"{folder}/{results}", "heatmaps": "none"},
         "flag": {"alpha": 0.1},
@@ -124,7 +124,7 @@ def ray_over_bare(folder: Path) -> dict[str, Any]:
 
 def seconds_to_first_image(folder: Path) -> float:
     """From `raydetect submit` to the first Parquet part, on a head that is up (token authentication on)."""
-    path = job(folder, "submitted", 1, 1)
+    path = job(folder, "submitted", 1, 1, "day/part-0.tar")
     parts = folder / "submitted" / "scores"
     with running_head(folder) as address:
         words = [PYTHON, "-m", "raydetect", "submit", path, "--address", address]
