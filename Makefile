@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.made
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench reproduce clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml constraints.txt
@@ -28,7 +28,7 @@ check: $(STAMP)
 	$(BIN)/lint-imports --no-cache
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 bench: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,bench]'
@@ -36,6 +36,9 @@ bench: $(STAMP)
 	$(BIN)/python -m jobs.bench.job
 	$(BIN)/python -m jobs.bench.memory
 	$(BIN)/python -m jobs.bench.coreset
+
+reproduce: $(STAMP)
+	$(BIN)/python -m jobs.reproduce.run
 
 clean:
 	rm -rf $(VENV) .demo

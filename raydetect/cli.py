@@ -264,11 +264,19 @@ def _print_forecast(found: "Forecast") -> None:
 
 @main.command()
 @click.argument("name", required=False)
-def detectors(name: str | None) -> None:
+@click.option("--compare", is_flag=True, help="A table to choose from.")
+def detectors(name: str | None, compare: bool) -> None:
     """List the detectors, or one detector's parameters with defaults and doc lines."""
     with _errors(BAD_JOB):
         from raydetect.detectors._registry import detector_class, list_models
 
+        if compare:
+            if name is not None:
+                raise SpecError("--compare: compares all detectors. Leave the name out.")
+            from raydetect import comparison
+
+            comparison.print_comparison(*comparison.compare())
+            return
         if name is None:
             for known in list_models():
                 info = detector_class(known).info

@@ -1,5 +1,7 @@
 """Every error raydetect raises on purpose: one sentence that says what, given what, where, and what to do."""
 
+import json
+
 
 class RaydetectError(Exception):
     """Base of all deliberate errors; `exit_code` is what the command line returns for it."""
@@ -50,3 +52,20 @@ class TooManyBadRows(RaydetectError):
     """The run finished, but more than `max_bad_fraction` of its rows or shards are bad."""
 
     exit_code = 3
+
+
+def error_text(error: RaydetectError) -> str:
+    """Kind and message as JSON, for the way to another process."""
+    return json.dumps([type(error).__name__, str(error)])
+
+
+def error_of(text: str) -> RaydetectError:
+    """The error of `error_text`."""
+    name, message = json.loads(text)
+    waiting: list[type[RaydetectError]] = [RaydetectError]
+    while waiting:
+        kind = waiting.pop()
+        if kind.__name__ == name:
+            return kind(message)
+        waiting += kind.__subclasses__()
+    return RaydetectError(message)

@@ -13,9 +13,20 @@ from tests.objectstore import ObjectStore
 from tests.objectstore.moto_server import running_moto
 from tests.objectstore.swift import is_installed, running_swift
 
+TOGETHER = "together"
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 for name in ("AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "RAY_ADDRESS"):
     os.environ.pop(name, None)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole jobs first and one after another, as they wait more than they compute; beside them file by file."""
+    items.sort(key=lambda item: TOGETHER not in item.path.parts)
+    for item in items:
+        case = getattr(getattr(item, "callspec", None), "params", {}).get("case")
+        name = TOGETHER if TOGETHER in item.path.parts else f"{item.path.stem} {getattr(case, 'name', '')}"
+        item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """The command line: exit codes, one-sentence answers, help without torch or Ray, completion."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
+from raydetect import comparison
 from raydetect.cli import main
 from raydetect.detectors._registry import list_models
 from tests.made.archives import mixed_files, normal_files, pack, tar_bytes
@@ -79,7 +81,7 @@ def test_help_is_instant_and_loads_neither_torch_nor_ray() -> None:
     loaded = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines()}
     assert not loaded & {"torch", "ray", "pyarrow", "numpy", "pydantic", "fsspec"}
     times = []
-    for _ in range(3):
+    for _ in range(5):
         begun = time.perf_counter()
         subprocess.run([COMMAND, "--help"], capture_output=True, check=True)
         times.append(time.perf_counter() - begun)
@@ -103,6 +105,19 @@ def test_detectors_are_listed_with_defaults_and_doc_lines() -> None:
     assert "coreset_sampling_ratio: float = 0.1" in call("detectors", "patchcore").output
     wrong = call("detectors", "patchcor")
     assert wrong.exit_code == 2 and "Did you mean 'patchcore'?" in wrong.output
+
+
+def test_detectors_are_compared_in_one_table() -> None:
+    lines = [line for line in call("detectors", "--compare").output.splitlines() if line.strip()]
+    names = [line.split()[0] for line in lines]
+    assert [name for name in names if name in list_models()] == list(list_models())
+    stored = json.loads((Path(comparison.__file__).parent / "detectors" / "measured.json").read_text())
+    assert set(stored["detectors"]) <= set(list_models())
+    for name, figures in stored["detectors"].items():
+        line = next(line for line in lines if line.startswith(f"{name} "))
+        assert f"{figures['image_auroc']:.3f}" in line
+    refused = call("detectors", "patchcore", "--compare")
+    assert refused.exit_code == 2 and "Leave the name out" in refused.output
 
 
 def test_a_score_job_from_check_to_status(place: Place) -> None:

@@ -13,7 +13,7 @@ from raydetect.archives.open import open_archive
 from raydetect.artifact_record import read_record
 from raydetect.blocks.group import Group
 from raydetect.check import find_problems
-from raydetect.errors import SpecError
+from raydetect.errors import ArchiveError, SpecError
 from raydetect.fleet_record import read_index, read_records
 from raydetect.spec import FitSpec, parse_job
 from raydetect.storage import Storage
@@ -22,6 +22,8 @@ from raydetect.worker.artifact import load_artifact
 from raydetect.worker.fit import fit_worker
 from raydetect.worker.fleet import share_out
 from raydetect.worker.one_fit import FitReport, OneFit
+from raydetect.worker.read import BadMemberError
+from raydetect.worker.shared_errors import shared_errors
 from tests.made.archives import normal_files, pack
 from tests.made.group import together
 from tests.made.images import encode, normal_image
@@ -162,3 +164,20 @@ def test_extending_with_another_detector_is_refused() -> None:
     assert any("no memory bank to extend" in problem for problem in problems)
     half = find_problems(spec_of("memory://more/first", "memory://more/b", precision="bfloat16"))
     assert any("only float32" in problem for problem in half)
+
+
+def test_an_error_of_one_worker_is_that_of_all() -> None:
+    def work(group: Group) -> str:
+        try:
+            with shared_errors(group):
+                if group.rank == 1:
+                    raise BadMemberError("a.tar#b.png: corrupt. Mend it.")
+                if group.rank == 2:
+                    raise SpecError("later")
+        except ArchiveError as error:
+            return f"{type(error).__name__}: {error}"
+        return "none"
+
+    assert together(3, work) == ["BadMemberError: a.tar#b.png: corrupt. Mend it."] * 3
+    with shared_errors(Group()):
+        pass

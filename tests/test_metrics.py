@@ -4,11 +4,14 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 from raydetect.errors import SpecError
 from raydetect.metrics.conformal import p_values, required_size, threshold_for
+from raydetect.metrics.f1 import best_f1
+from raydetect.metrics.pro import aupro
 from raydetect.metrics.roc import auroc, average_precision
+from tests.plain import reference
 from tests.plain.reference import p_value
 
 scores_and_labels = st.lists(st.tuples(st.integers(-5, 5), st.integers(0, 1)), min_size=2, max_size=60)
@@ -26,9 +29,52 @@ def test_ranking_metrics_are_scikit_learns_with_ties(pairs: list[tuple[int, int]
     ("labels", "scores"), [([0, 0], [1.0, 2.0]), ([0, 1], [1.0]), ([0, 1], [1.0, np.nan]), ([0, 1], [1.0, np.inf])]
 )
 def test_undefined_metrics_are_refused(labels: list[int], scores: list[float]) -> None:
-    for metric in (auroc, average_precision):
+    for metric in (auroc, average_precision, best_f1):
         with pytest.raises(ValueError, match=r"label|score"):
             metric(np.array(labels), np.array(scores))
+
+
+@given(scores_and_labels)
+def test_the_best_f1_is_that_of_a_sweep_over_thresholds(pairs: list[tuple[int, int]]) -> None:
+    scores, labels = np.array([p[0] for p in pairs], float), np.array([p[1] for p in pairs])
+    assume(0 < labels.sum() < len(labels))
+    swept = {threshold: f1_score(labels, scores >= threshold) for threshold in scores}
+    found, threshold = best_f1(labels, scores)
+    assert found == pytest.approx(max(swept.values()), abs=1e-12)
+    assert swept[threshold] == pytest.approx(found, abs=1e-12)
+
+
+@given(st.integers(0, 10_000), st.sampled_from([0.05, 0.3, 1.0]), st.integers(2, 50))
+def test_aupro_is_that_of_a_sweep_over_thresholds(seed: int, limit: float, levels: int) -> None:
+    random = np.random.default_rng(seed)
+    masks = [(random.random((6, 9)) < share).astype(np.uint8) for share in (0.0, 0.3, 0.1)]
+    maps = [random.integers(0, levels, (6, 9)) + 2.0 * mask for mask in masks]
+    assume(any(mask.any() for mask in masks))
+    assert aupro(maps, masks, limit) == pytest.approx(reference.aupro(maps, masks, limit), abs=1e-12)
+
+
+def test_aupro_of_a_perfect_and_of_a_blind_map() -> None:
+    mask = np.zeros((8, 8))
+    mask[1:3, 1:3] = mask[5, 5] = 1
+    assert aupro([mask], [mask]) == 1.0
+    assert aupro([np.zeros((8, 8))], [mask], 0.3) == pytest.approx(0.15)  # the diagonal up to the limit
+
+
+@pytest.mark.parametrize(
+    ("maps", "masks", "limit", "word"),
+    [
+        ([np.zeros((2, 2))], [np.zeros((2, 2))], 0.3, "at least one anomalous region"),
+        ([np.zeros((2, 2))], [np.ones((2, 2))], 0.3, "one normal pixel"),
+        ([np.zeros((2, 2))], [np.eye(3)], 0.3, "image 0"),
+        ([np.full((2, 2), np.nan)], [np.eye(2)], 0.3, "not finite"),
+        ([np.zeros((2, 2))], [np.eye(2)], 0.0, "fpr_limit"),
+    ],
+)
+def test_aupro_that_is_not_defined_is_refused(
+    maps: list[np.ndarray], masks: list[np.ndarray], limit: float, word: str
+) -> None:
+    with pytest.raises(ValueError, match=word):
+        aupro(maps, masks, limit)
 
 
 @given(st.lists(st.integers(-4, 4), min_size=1, max_size=60), st.lists(st.integers(-5, 5), min_size=1, max_size=20))

@@ -13,19 +13,22 @@ from typing import Any
 FOLDER = Path(__file__).parent / "results"
 
 
-def write(name: str, command: str, figures: dict[str, Any]) -> None:
-    """Writes `results/<name>.json` and prints it."""
+def machine() -> dict[str, Any]:
+    """What figures depend on beside the code: the processor and the packages."""
     models = [
         line.partition(":")[2].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()
         if "model name" in line
     ]
-    body = {
-        "command": command,
+    return {
         "machine": {"cpu": models[0] if models else platform.machine(), "cores": os.cpu_count()},
         "packages": {p: metadata.version(p) for p in ("raydetect", "torch", "torchvision", "ray")},
-        **figures,
     }
+
+
+def write(name: str, command: str, figures: dict[str, Any]) -> None:
+    """Writes `results/<name>.json` and prints it."""
+    body = {"command": command, **machine(), **figures}
     FOLDER.mkdir(exist_ok=True)
     path = FOLDER / f"{name}.json"
     path.write_text(json.dumps(body, indent=1) + "\n")

@@ -34,6 +34,7 @@ class DetectorInfo:
         paper: "arXiv:2103.04257".
         venue: "BMVC 2021".
         summary: one sentence: what it does.
+        images: which normal images it is made for.
         labels: which labels fitting needs.
         localises: whether the anomaly map shows where.
         published: published accuracy with its source, for humans.
@@ -43,6 +44,7 @@ class DetectorInfo:
     paper: str
     venue: str
     summary: str
+    images: Literal["many normal", "none or a few normal"] = "many normal"
     labels: Literal["none", "some anomalous"] = "none"
     localises: bool = True
     published: str = ""

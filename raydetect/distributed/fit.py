@@ -61,10 +61,6 @@ class Board:
         if not self._final:
             self._error, self._final = error, final
 
-    def ended(self) -> bool:
-        """Whether a final error was said."""
-        return self._final
-
     def read(self) -> tuple[list[tuple[str, int, int | None]], FitReport | None, RaydetectError | None]:
         """Progress since the last call, the report, the error that counts."""
         ticks, self._ticks = self._ticks, []
@@ -108,6 +104,14 @@ def fit(spec: FitSpec, address: str | None, tick: Tick) -> FitReport:
     extra = spec.calibration.source
     refuse_memory_uris([spec.artifact, *spec.source.uris(), *(extra.uris() if extra else ())])
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # a relative path, as of weights, means the same to workers
+    try:
+        return _fit(spec, address, tick)
+    finally:
+        Storage(spec.storage).delete_folder(_ray_folder(spec))
+
+
+def _fit(spec: FitSpec, address: str | None, tick: Tick) -> FitReport:
+    extra = spec.calibration.source
     with session(address, spec.resources):
         datasets = {IMAGES: _dataset(spec, spec.source)} | ({CALIBRATION: _dataset(spec, extra)} if extra else {})
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -119,8 +123,6 @@ def fit(spec: FitSpec, address: str | None, tick: Tick) -> FitReport:
             raise
         except Exception as error:
             raise translate(error, address) from error
-        finally:
-            Storage(spec.storage).delete_folder(_ray_folder(spec))
 
 
 def _ray_folder(spec: FitSpec) -> str:
@@ -174,7 +176,6 @@ def _trainer(spec: FitSpec, datasets: dict[str, Dataset], board: ActorHandle) ->
 def _work(words: dict[str, Any]) -> None:
     """One worker; runs in its own process."""
     import torch
-    import torch.distributed as dist
 
     spec: FitSpec = words["spec"]
     said = _Said(words["board"])
@@ -187,13 +188,8 @@ def _work(words: dict[str, Any]) -> None:
         ray.get(said.board.fail.remote(error, final=False))
         raise
     except RaydetectError as error:
-        ray.get(said.board.fail.remote(error, final=True))
-        dist.destroy_process_group()  # whoever waits for this worker is told at once
+        ray.get(said.board.fail.remote(error, final=True))  # all workers have it (`shared_errors`), none waits
         return
-    except Exception:
-        if ray.get(said.board.ended.remote()):
-            return  # because another worker gave up
-        raise
     said.flush()
     if report is not None:
         ray.get(said.board.report.remote(report))

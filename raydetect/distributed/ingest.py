@@ -6,7 +6,6 @@ likes; a chunk is never cut.
 
 import dataclasses
 import io
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,15 +14,14 @@ import ray
 from ray.data import DataContext, Dataset, ExecutionResources, TaskPoolStrategy
 
 from raydetect.archives.base import Archive, cut_chunks
-from raydetect.errors import ArchiveError, RaydetectError, StorageError
+from raydetect.errors import ArchiveError, RaydetectError, StorageError, error_of, error_text
 from raydetect.records import Chunk, Member, Shard
 from raydetect.spec import SourceSpec
-from raydetect.worker.read import BadMemberError, read_members
+from raydetect.worker.read import read_members
 
 MAX_BLOCKS = 2000
 CHUNKS_HELD_PER_WORKER = 6  # being read, waiting and being scored
 BYTES_TYPES = {"data": pa.large_binary(), "label": pa.int8()}
-READ_ERRORS = {kind.__name__: kind for kind in (ArchiveError, BadMemberError, StorageError)}
 MEMBERS = pa.schema([(f.name, BYTES_TYPES.get(f.name, pa.string())) for f in dataclasses.fields(Member)])
 
 
@@ -120,7 +118,7 @@ def pack_chunk(chunk: Chunk, error: RaydetectError | None = None) -> pa.Table:
             "number": [chunk.number],
             "last": [chunk.last],
             "members": pa.array([buffer.getvalue()], pa.large_binary()),
-            "error": ["" if error is None else json.dumps([type(error).__name__, str(error)])],
+            "error": ["" if error is None else error_text(error)],
         }
     )
 
@@ -134,8 +132,7 @@ def unpack_chunks(table: pa.Table) -> Iterator[Chunk]:
     """
     for i in range(table.num_rows):
         if table["error"][i].as_py():
-            kind, text = json.loads(table["error"][i].as_py())
-            raise READ_ERRORS[kind](text)
+            raise error_of(table["error"][i].as_py())
         with pa.ipc.open_stream(table["members"][i].as_buffer()) as reader:
             members = tuple(Member(**words) for words in reader.read_all().to_pylist())
         yield Chunk(table["shard"][i].as_py(), table["number"][i].as_py(), table["last"][i].as_py(), members)

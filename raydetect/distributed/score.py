@@ -14,7 +14,7 @@ from raydetect.config import to_plain, validate
 from raydetect.distributed.bank import Bank, bank_actors
 from raydetect.distributed.ingest import Reading, chunk_dataset, unpack_chunks
 from raydetect.distributed.session import session, translate
-from raydetect.errors import SpecError
+from raydetect.errors import RaydetectError, SpecError, error_of, error_text
 from raydetect.fleet_record import ArtifactIndex
 from raydetect.plan import Committer, ScorePlan, finish
 from raydetect.records import Part, Receipt
@@ -52,7 +52,17 @@ class ScoreActor:
         self.sink = sink
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Scores and writes chunks; returns their parts as JSON."""
+        """Scores and writes chunks; returns their parts as JSON, or the error that ends the run.
+
+        An exception would reach the driver as text.
+        """
+        try:
+            parts = self._parts(table)
+        except RaydetectError as error:
+            return pa.table({"part": [""], "error": [error_text(error)]})
+        return pa.table({"part": parts, "error": [""] * len(parts)})
+
+    def _parts(self, table: pa.Table) -> list[str]:
         parts = []
         for chunk in unpack_chunks(table):
             begun = time.perf_counter()
@@ -60,7 +70,7 @@ class ScoreActor:
             part = self.sink.write(chunk, result.rows, result.pictures, result.clipped_pixels)
             part = replace(part, seconds=round(time.perf_counter() - begun, 3), host=socket.gethostname())
             parts.append(json.dumps(to_plain(part)))
-        return pa.table({"part": parts})
+        return parts
 
 
 def score(plan: ScorePlan, address: str | None, on_part: Callable[[Part, Receipt | None], None]) -> dict[str, Any]:
@@ -124,7 +134,11 @@ def _parts(plan: ScorePlan, address: str | None, bank: Bank | None) -> Iterator[
     )
     try:
         for batch in scored.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            for text in batch["part"].to_pylist():
-                yield validate(Part, json.loads(text), "a part")
+            for row in batch.to_pylist():
+                if row["error"]:
+                    raise error_of(row["error"])
+                yield validate(Part, json.loads(row["part"]), "a part")
+    except RaydetectError:
+        raise
     except Exception as error:
         raise translate(error, address) from error

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from raydetect.errors import RaydetectError
 from raydetect.spec import ResourceSpec
 
 LOOPBACK = "127.0.0.1"
+REFUSED = re.compile(r"authentication token|token authentication|unauthenticated|unauthorized|code 401", re.IGNORECASE)
 STARTING_AT_ONCE = 8  # actors without CPU slots start beside the workers; Ray warns past four times the slots
 
 
@@ -132,7 +134,7 @@ def translate(error: BaseException, target: str | None) -> RaydetectError:
         inner = getattr(inner, "cause", None) or inner.__cause__
     text = " ".join(str(error).split())
     place = target or "the local Ray"
-    if "token" in text.lower() or "Unauthenticated" in text or "401" in text:
+    if REFUSED.search(text):
         return ClusterError(
             f"{place}: refused the connection (authentication). Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or "
             "RAY_AUTH_TOKEN_PATH to the cluster's token."

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from raydetect.distributed.session import ClusterError, translate
 
 ENTRYPOINT = "python -m raydetect {kind} job.yaml"
 STOPPED_EXIT_CODE = 130
+NOT_YET, AGENT_SECONDS = "No available agent", 60.0
+CHATTY = ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")  # Ray sets them to INFO
 
 
 def submit(address: str, values: dict[str, Any]) -> tuple[JobSubmissionClient, str]:
@@ -30,15 +33,26 @@ def submit(address: str, values: dict[str, Any]) -> tuple[JobSubmissionClient, s
     """
     try:
         client = JobSubmissionClient(address)
-        logging.getLogger("ray").setLevel(logging.ERROR)  # after the client, which sets it to INFO
+        for name in CHATTY:
+            logging.getLogger(name).setLevel(logging.WARNING)
         with tempfile.TemporaryDirectory(prefix="raydetect-") as folder:
             (Path(folder) / "job.yaml").write_text(yaml.safe_dump(values))
-            job = client.submit_job(
-                entrypoint=ENTRYPOINT.format(kind=values["kind"]), runtime_env={"working_dir": folder}
-            )
+            job = _accepted(client, ENTRYPOINT.format(kind=values["kind"]), folder)
     except Exception as error:
         raise _refused(error, address) from None
-    return client, str(job)
+    return client, job
+
+
+def _accepted(client: JobSubmissionClient, entrypoint: str, folder: str) -> str:
+    """The job's id; a head that has just come up is asked again until its agent is there."""
+    end = time.monotonic() + AGENT_SECONDS
+    while True:
+        try:
+            return str(client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": folder}))
+        except RuntimeError as error:
+            if NOT_YET not in str(error) or time.monotonic() > end:
+                raise
+        time.sleep(1.0)
 
 
 def follow(client: JobSubmissionClient, job: str, echo: Callable[[str], None]) -> int:

@@ -16,7 +16,7 @@ def auroc(labels_N: np.ndarray, scores_N: np.ndarray) -> float:
     Raises:
         ValueError: a class is missing, the lengths differ, or a score is not finite.
     """
-    labels_N, scores_N = _checked(labels_N, scores_N)
+    labels_N, scores_N = checked(labels_N, scores_N)
     positives = int(labels_N.sum())
     negatives = len(labels_N) - positives
     rank_sum = float(rankdata(scores_N)[labels_N == 1].sum())
@@ -33,7 +33,7 @@ def average_precision(labels_N: np.ndarray, scores_N: np.ndarray) -> float:
     Raises:
         ValueError: a class is missing, the lengths differ, or a score is not finite.
     """
-    labels_N, scores_N = _checked(labels_N, scores_N)
+    labels_N, scores_N = checked(labels_N, scores_N)
     order = np.argsort(-scores_N, kind="stable")
     ranked_N, sorted_N = labels_N[order], scores_N[order]
     ends = np.flatnonzero(np.append(sorted_N[1:] != sorted_N[:-1], True))
@@ -42,7 +42,12 @@ def average_precision(labels_N: np.ndarray, scores_N: np.ndarray) -> float:
     return float(np.sum(precision * np.diff(hits, prepend=0)) / labels_N.sum())
 
 
-def _checked(labels_N: np.ndarray, scores_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def checked(labels_N: np.ndarray, scores_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Labels as int64 and scores as float64.
+
+    Raises:
+        ValueError: a class is missing, the lengths differ, or a score is not finite.
+    """
     labels_N = np.asarray(labels_N).astype(np.int64).ravel()
     scores_N = np.asarray(scores_N, dtype=np.float64).ravel()
     if len(labels_N) != len(scores_N):

@@ -13,6 +13,7 @@ from raydetect.worker.cache import ImageCache, read_images
 from raydetect.worker.fleet import fit_fleet
 from raydetect.worker.holdout import drop_doubles
 from raydetect.worker.one_fit import FitReport, OneFit, Phases, Tick
+from raydetect.worker.shared_errors import shared_errors
 
 
 def fit_worker(
@@ -58,7 +59,8 @@ def _read(
 ) -> tuple[ImageCache, int]:
     params = build_from(spec.detector, spec.seed).params
     threads = spec.resources.cpus_per_worker
-    cache, found = read_images(chunks, source, params.image_size, threads, lambda done: tick(phase, done, None))
+    with shared_errors(group):
+        cache, found = read_images(chunks, source, params.image_size, threads, lambda done: tick(phase, done, None))
     bad = found.judge(group, spec.max_bad_fraction, ", ".join(source.uris()))
     drop_doubles(cache, group)
     return cache, bad

@@ -14,6 +14,7 @@ from raydetect.storage import Storage
 from raydetect.worker.artifact import package_versions
 from raydetect.worker.cache import CachedImage
 from raydetect.worker.one_fit import FitReport, OneFit, Phases
+from raydetect.worker.shared_errors import shared_errors
 
 
 def fit_fleet(work: OneFit, bad: int) -> FitReport | None:
@@ -43,7 +44,7 @@ def fit_fleet(work: OneFit, bad: int) -> FitReport | None:
             if cache is not None:
                 cache.share(group, mine)
     reports: dict[str, FitReport] = {}
-    with work.phases.phase("fit"):
+    with work.phases.phase("fit"), shared_errors(group):
         for category in sorted(name for name, owner in owners.items() if owner == group.rank):
             reports[category] = _fit_category(work, category)
             work.tick("categories", 1, len(owners))

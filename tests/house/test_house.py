@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from raydetect.config import parse_yaml
-from raydetect.spec import parse_job
+from raydetect.detectors._registry import build_from
+from raydetect.spec import FitSpec, parse_job
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "raydetect").rglob("*.py"))
@@ -72,7 +73,9 @@ def test_every_package_in_use_is_pinned_inside_its_range() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs").rglob("*.yaml")), ids=lambda path: path.name)
 def test_every_job_file_parses(path: Path) -> None:
-    parse_job(parse_yaml(path.read_text(), path.name), path.name)
+    spec = parse_job(parse_yaml(path.read_text(), path.name), path.name)
+    if isinstance(spec, FitSpec):
+        build_from(spec.detector, spec.seed)
 
 
 def documents(path: Path) -> list[dict[str, object]]:

@@ -1,5 +1,6 @@
 """Slow, obvious code that the tests compare with: loops, float64, no cleverness."""
 
+import itertools
 import math
 
 import numpy as np
@@ -64,3 +65,39 @@ def reweighted(distance: float, to_neighbours: list[float]) -> float:
 def p_value(calibration: list[float], score: float) -> float:
     """(1 + how many calibration scores are at least this) / (M + 1)."""
     return (1 + sum(c >= score for c in calibration)) / (len(calibration) + 1)
+
+
+def regions(mask: np.ndarray) -> list[set[tuple[int, int]]]:
+    """Connected regions of a mask by flood fill, corners touching."""
+    left = {(int(y), int(x)) for y, x in zip(*np.nonzero(mask), strict=True)}
+    found = []
+    while left:
+        region, waiting = set(), [left.pop()]
+        while waiting:
+            y, x = waiting.pop()
+            region.add((y, x))
+            for near in [(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]:
+                if near in left:
+                    left.remove(near)
+                    waiting.append(near)
+        found.append(region)
+    return found
+
+
+def aupro(maps: list[np.ndarray], masks: list[np.ndarray], limit: float) -> float:
+    """Mean overlap of regions at every threshold, then thin slices of the polyline through these points."""
+    every = [
+        [float(m[y, x]) for y, x in region] for m, mask in zip(maps, masks, strict=True) for region in regions(mask)
+    ]
+    normal = [float(v) for m, mask in zip(maps, masks, strict=True) for v in m[mask == 0]]
+    points = [(0.0, 0.0)]
+    for threshold in sorted({float(v) for m in maps for v in m.ravel()}, reverse=True):
+        rate = sum(v >= threshold for v in normal) / len(normal)
+        points.append((rate, sum(sum(v >= threshold for v in r) / len(r) for r in every) / len(every)))
+    area = 0.0
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        if x0 < limit and x1 > x0:
+            stop = min(x1, limit)
+            end = y0 + (y1 - y0) * (stop - x0) / (x1 - x0)
+            area += (stop - x0) * (y0 + end) / 2
+    return area / limit

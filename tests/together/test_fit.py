@@ -132,10 +132,8 @@ def test_stopped_by_hand_it_leaves_no_artifact(line: Line, tmp_path: Path) -> No
 
 def test_a_shard_that_breaks_ends_it_with_one_sentence(line: Line, tmp_path: Path) -> None:
     whole = tar_bytes(normal_files(12))
-    with line.store.storage.open(line.store.uri("broken/part-0.tar"), "wb") as handle:
-        handle.write(whole)
-    with line.store.storage.open(line.store.uri("broken/part-1.tar"), "wb") as handle:
-        handle.write(whole[: len(whole) // 2])
+    line.store.storage.write(line.store.uri("broken/part-0.tar"), whole)
+    line.store.storage.write(line.store.uri("broken/part-1.tar"), whole[: len(whole) // 2])
     source = {"uri": line.store.uri("broken"), "on_bad_shard": "fail"}
     for kind, job in (
         ("fit", fit_job(line, "unfitted", 2, source=source)),

@@ -1,0 +1,241 @@
+"""Fits every detector on real images by its job file beside this one, and writes what it reached (`make reproduce`).
+
+The images are those of the folder that RAYDETECT_DATA names. A detector is fitted on the training images alone; one
+that needs labels also gets eight defects of the test images, which are then left out of the evaluation. Nothing is
+chosen by the test images: settings stand in the job files, the seed is 0, the last epoch counts.
+"""
+
+import argparse
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from jobs.bench.record import alternate, machine, ratio
+from raydetect.blocks.backbone import Backbone
+from raydetect.config import parse_yaml
+from raydetect.detectors._base import Detector
+from raydetect.detectors._registry import build_detector, detector_class
+from raydetect.errors import RaydetectError
+from raydetect.metrics.pro import aupro
+from raydetect.metrics.roc import auroc
+from raydetect.storage import Storage, normalise_uri
+from raydetect.worker.artifact import load_artifact
+from raydetect.worker.preprocess import Pixels
+from raydetect.worker.score import score_batches
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+DATA = {"mvtec_bottle_256": None, "hazelnut_toy": ("patchcore", "spade", "stfpm")}  # None: all detectors
+COMPARED = "mvtec_bottle_256"
+MEASURED = HERE.parents[1] / "raydetect" / "detectors" / "measured.json"
+LABELLED = 8
+SPEED_PX, SPEED_BATCH = 256, 8
+HEADINGS = (
+    "Detector", "Data", "Size", "Image AUROC", "Pixel AUROC", "AUPRO 0.3", "AUPRO 0.05", "Seed", "Fit, s", "Images/s",
+    "Time over backbone",
+)  # fmt: skip
+WEIGHTS = "resnet18_imagenet_layer1-3.safetensors"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image of a data set: its file, its label, its kind of defect, and the file of its mask."""
+
+    path: Path
+    label: int
+    defect: str
+    mask: Path | None
+
+
+def listed(folder: Path, split: str) -> list[Picture]:
+    """The images of one split, in the order of the manifest."""
+    with (folder / "manifest.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == split]
+    return [
+        Picture(folder / r["path"], int(r["label"]), r["defect"], folder / r["mask"] if r["mask"] else None)
+        for r in rows
+    ]
+
+
+def labelled(test: Sequence[Picture]) -> list[Picture]:
+    """LABELLED defects, of all kinds in turn."""
+    kinds = sorted({picture.defect for picture in test if picture.label})
+    turns = [[picture for picture in test if picture.defect == kind] for kind in kinds]
+    return [kind[i] for i in range(LABELLED) for kind in turns][:LABELLED]
+
+
+def lay_out(pictures: Sequence[Picture], folder: Path) -> None:
+    """Loose files as `train/<defect>/<number>`."""
+    for number, picture in enumerate(pictures):
+        place = folder / "train" / picture.defect / f"{number:04d}{picture.path.suffix}"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(picture.path, place)
+
+
+def fit(name: str, source: Path, artifact: Path) -> tuple[int, str, float]:
+    """(exit code, last line, seconds) of `raydetect fit`."""
+    overrides = {"source.uri": source, "source.pattern": "train/{defect}/{name}", "artifact": artifact}
+    job = parse_yaml((HERE / f"{name}.yaml").read_text(), name)
+    params = job["detector"].get("params", {})
+    folder = os.environ.get("RAYDETECT_WEIGHTS")
+    if folder and "backbone" in params and "weights" not in params:
+        overrides["detector.params.weights"] = Path(folder) / WEIGHTS
+    words = [word for key, value in overrides.items() for word in ("--set", f"{key}={value}")]
+    command = [sys.executable, "-m", "raydetect", "fit", str(HERE / f"{name}.yaml"), "--local", *words]
+    begun = time.perf_counter()
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = (ended.stderr if ended.returncode else ended.stdout).strip().splitlines()
+    return ended.returncode, lines[-1] if lines else "", time.perf_counter() - begun
+
+
+def loaded(path: Path, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+    """A picture at (height, width) `size`."""
+    picture = Image.open(path)
+    return picture if picture.size[::-1] == size else picture.resize(size[::-1], resample)
+
+
+def evaluate(detector: Detector, test: Sequence[Picture]) -> dict[str, float]:
+    """Quality on the test images, maps at the detector's own size."""
+    size = detector.params.image_size
+    pixels = [Pixels(np.asarray(loaded(p.path, size, Image.Resampling.BILINEAR).convert("RGB"))) for p in test]
+    scored = list(score_batches(detector, pixels, SPEED_BATCH))
+    maps = [item.anomaly_map_HW for item in scored]
+    masks = [
+        np.asarray(loaded(p.mask, size, Image.Resampling.NEAREST).convert("L")) > 0 if p.mask else np.zeros(size, bool)
+        for p in test
+    ]
+    labels = np.array([picture.label for picture in test])
+    return {
+        "image_auroc": round(auroc(labels, np.array([item.image_score for item in scored])), 4),
+        "pixel_auroc": round(auroc(np.stack(masks).ravel(), np.stack(maps).ravel()), 4),
+        "aupro_0.3": round(aupro(maps, masks, 0.3), 4),
+        "aupro_0.05": round(aupro(maps, masks, 0.05), 4),
+    }
+
+
+def speed(detector: Detector, test: Sequence[Picture]) -> dict[str, Any]:
+    """Seconds of scoring over those of a bare ResNet-18 up to layer3 on the same batch, in turns."""
+    size = (SPEED_PX, SPEED_PX)
+    arrays = [np.asarray(loaded(p.path, size, Image.Resampling.BILINEAR).convert("RGB")) for p in test[:SPEED_BATCH]]
+    images_BCHW = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+    bare = Backbone("resnet18", ("layer1", "layer2", "layer3"), 0).freeze()
+    with torch.inference_mode():
+        try:
+            slow, quick = alternate(lambda: detector.score(images_BCHW), lambda: bare(images_BCHW), rounds=5)
+        except RaydetectError as error:
+            return {"not_measured": str(error)}
+    per_second = SPEED_BATCH / sorted(slow)[len(slow) // 2]
+    return {"size_px": SPEED_PX, "images_per_second": round(per_second, 2), "over_bare_backbone": ratio(slow, quick)}
+
+
+def reproduce(name: str, data: str, folder: Path) -> dict[str, Any]:
+    """Fits, evaluates and times one detector on one data set."""
+    train, test = listed(folder / data, "train"), listed(folder / data, "test")
+    if detector_class(name).info.labels != "none":
+        shown = labelled(test)
+        train, test = [*train, *shown], [picture for picture in test if picture not in shown]
+    figures: dict[str, Any] = {"detector": name, "data": data, "train": len(train), "test": len(test)}
+    with tempfile.TemporaryDirectory(prefix="raydetect-reproduce-") as place:
+        lay_out(train, Path(place) / "data")
+        code, said, seconds = fit(name, Path(place) / "data", Path(place) / "artifact")
+        if code:
+            return {**figures, "not_run": said.removeprefix("Error: ")}
+        artifact = load_artifact(normalise_uri(f"{place}/artifact"), Storage())
+    body = artifact.record.body
+    stated = parse_yaml((HERE / f"{name}.yaml").read_text(), name)["detector"].get("params", {})
+    return {
+        **figures,
+        "seed": artifact.detector.seed,
+        "settings": {key: body["params"][key] for key in sorted({*stated, "image_size"})},
+        "weights": body["weights"].rpartition("/")[2],
+        "fit_seconds": round(seconds, 1),
+        **evaluate(artifact.detector, test),
+        "speed": speed(artifact.detector, test),
+    }
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = ["| " + " | ".join(HEADINGS) + " |", "|---" * len(HEADINGS) + "|"]
+    for r in results:
+        if "not_run" in r:
+            lines.append(f"| {r['detector']} | {r['data']} | not run: {r['not_run']} " + "|" * (len(HEADINGS) - 2))
+            continue
+        quality = [f"{r[key]:.4f}" for key in ("image_auroc", "pixel_auroc", "aupro_0.3", "aupro_0.05")]
+        rate = r["speed"].get("images_per_second", "-")
+        over = r["speed"].get("over_bare_backbone", {}).get("median", "-")
+        size = " x ".join(map(str, r["settings"]["image_size"]))
+        cells = [r["detector"], r["data"], size, *quality, r["seed"], f"{r['fit_seconds']:.0f}", rate, over]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def write_table() -> None:
+    """`results/README.md` from all that was measured so far."""
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    text = (
+        "# What the detectors reached\n\nWritten by `make reproduce` from the JSON files of this folder, which hold "
+        "the settings, the machine and the packages. Images/s are of scoring at 256 px in batches of 8; the last "
+        "column is the median ratio to a bare ResNet-18 up to layer3, in turns.\n\n"
+    )
+    (RESULTS / "README.md").write_text(text + table(results) + "\n")
+
+
+def write_measured() -> None:
+    """What `raydetect detectors --compare` shows, from the same files."""
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"*-{COMPARED}.json"))]
+    ran = [found for found in results if "not_run" not in found]
+    places = sorted({f"{r['machine']['cpu']}, {r['machine']['cores']} cores" for r in ran})
+    where = f"Measured on {COMPARED} ({'; '.join(places)}): make reproduce. x backbone: time over a bare ResNet-18."
+    detectors = {
+        r["detector"]: {
+            "fit_seconds": r["fit_seconds"],
+            "image_auroc": r["image_auroc"],
+            "pixel_auroc": r["pixel_auroc"],
+            "images_per_second": r["speed"].get("images_per_second"),
+            "over_backbone": r["speed"].get("over_bare_backbone", {}).get("median"),
+        }
+        for r in ran
+    }
+    MEASURED.write_text(json.dumps({"where": where, "detectors": detectors}, indent=1) + "\n")
+
+
+def main() -> None:
+    """Runs what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    known = sorted(path.stem for path in HERE.glob("*.yaml"))
+    parser.add_argument("names", nargs="*", metavar="DETECTOR", help=f"default: all of {', '.join(known)}")
+    parser.add_argument("--data", choices=sorted(DATA), help="one data set only")
+    words = parser.parse_args()
+    root = os.environ.get("RAYDETECT_DATA")
+    if not root:
+        sys.exit("Set RAYDETECT_DATA to the folder that holds mvtec_bottle_256.")
+    RESULTS.mkdir(exist_ok=True)
+    torch.set_num_threads(os.cpu_count() or 1)
+    for data, only in DATA.items():
+        for name in words.names or known:
+            if words.data in (None, data) and (only is None or name in only):
+                build_detector(name, {})
+                found = {**reproduce(name, data, Path(root)), **machine()}
+                (RESULTS / f"{name}-{data}.json").write_text(json.dumps(found, indent=1) + "\n")
+                print(table([found]).splitlines()[-1], flush=True)
+    write_table()
+    write_measured()
+    print(f"Written: {RESULTS / 'README.md'}")
+
+
+if __name__ == "__main__":
+    main()
