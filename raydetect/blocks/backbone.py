@@ -45,7 +45,7 @@ def bare_name(name: str) -> str:
 
 
 class Backbone(nn.Module):
-    """Feature pyramid of uint8 RGB images at the named layers, shallowest first.
+    """Feature pyramid of uint8 RGB images at the named layers, in the order in which they are named.
 
     Raises on building: SpecError when the name or a layer is unknown.
     """
@@ -67,7 +67,8 @@ class Backbone(nn.Module):
         """Features (B, C_i, h_i, w_i) of every layer, from uint8 RGB images."""
         trunk = self.trunk if self._folded is None else self._folded
         found = trunk(self.normalised(images_BCHW))
-        return list(found.values()) if isinstance(found, dict) else list(found)
+        # torchvision's extractor gives the layers in the network's own order
+        return [found[layer] for layer in self.layers] if isinstance(found, dict) else list(found)
 
     def normalised(self, images_BCHW: Tensor) -> Tensor:
         """(x / 255 - mean) / std, float32, channels last.
