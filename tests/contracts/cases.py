@@ -60,6 +60,18 @@ CASES = (
         bad={"coreset_sampling_ratio": {"coreset_sampling_ratio": 0}, "n_neighbors": {"n_neighbors": 0}},
     ),
     Case(
+        "spade",
+        RANDOM,
+        floor=0.9,
+        pixel_floor=0.9,
+        bad={
+            "k_neighbors": {"k_neighbors": 0},
+            "feature_levels": {"feature_levels": []},
+            "align": {"align": -1},
+            "level_fusion": {"level_fusion": "sum"},
+        },
+    ),
+    Case(
         "stfpm",
         RANDOM,
         floor=0.8,
