@@ -55,6 +55,15 @@ def test_upsampling_keeps_a_constant_and_smoothing_zero_changes_nothing() -> Non
     assert smooth(grid, 0.0) is grid
 
 
+@pytest.mark.parametrize("name", ["resnet18", "timm/resnet18"])
+def test_asking_for_widths_changes_nothing(name: str) -> None:
+    backbone = Backbone(name, ("layer1", "layer3"), 3)
+    next(part for part in backbone.modules() if isinstance(part, torch.nn.BatchNorm2d)).eval()
+    modes, digest = [part.training for part in backbone.modules()], backbone.digest()
+    assert backbone.widths() == [64, 256]
+    assert [part.training for part in backbone.modules()] == modes and backbone.digest() == digest
+
+
 def test_a_frozen_backbone_gives_the_features_of_the_plain_one() -> None:
     backbone = Backbone("resnet18", ("layer1", "layer3"), 3).eval()
     generator = keyed_generator(0, "statistics")

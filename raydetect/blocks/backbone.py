@@ -21,6 +21,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 ALIASES = {"wide_resnet50": "wide_resnet50_2", "wide_resnet101": "wide_resnet101_2"}
 TIMM_PREFIX = "timm/"
+PROBE_PX = 64  # the smallest square that every convolutional trunk takes
 
 
 def is_timm(name: str) -> bool:
@@ -105,6 +106,18 @@ class Backbone(nn.Module):
                     f"{tuple(value.shape)}."
                 )
         self.trunk.load_state_dict({name: weights[name] for name in own}, strict=False)
+
+    def widths(self) -> list[int]:
+        """Channels of every layer."""
+        if is_timm(self.name):
+            return list(self.trunk.feature_info.channels())  # type: ignore[union-attr, operator]
+        modes = {part: part.training for part in self.modules()}
+        with torch.no_grad():
+            device = self.mean_C11.device
+            found = self.eval()(torch.zeros(1, 3, PROBE_PX, PROBE_PX, dtype=torch.uint8, device=device))
+        for part, training in modes.items():
+            part.training = training
+        return [level.shape[1] for level in found]
 
     def digest(self) -> str:
         """sha256 over the used tensors, in order of their names."""
