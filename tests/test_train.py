@@ -50,7 +50,8 @@ class Small(Detector):
 
     def training_loss(self, batch: Batch) -> Tensor:
         images = batch.images_BCHW.double() / 255
-        noise = [torch.randn(images.shape[1:], generator=keyed_generator(1, batch.epoch, k)) for k in batch.keys]
+        draws = zip(batch.keys, batch.draws, strict=True)
+        noise = [torch.randn(images.shape[1:], generator=keyed_generator(1, batch.epoch, *draw)) for draw in draws]
         found = self.net(images + 0.1 * torch.stack(noise))
         return (found - images.mean((1, 2, 3))[:, None, None, None]).square().mean()
 
@@ -110,6 +111,21 @@ def test_the_same_global_batches_on_any_number_of_workers(size: int, tmp_path: P
         assert other_losses == pytest.approx(losses, rel=1e-9)
         for name, value in tensors.items():
             np.testing.assert_allclose(np.array(other[name]), value.numpy(), rtol=1e-6, atol=1e-9, err_msg=name)
+
+
+def test_every_draw_of_an_epoch_has_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, str, int]] = []
+    plain = Small.training_loss
+
+    def notes(self: Small, batch: Batch) -> Tensor:
+        seen.extend((batch.epoch, key, draw) for key, draw in zip(batch.keys, batch.draws, strict=True))
+        return plain(self, batch)
+
+    monkeypatch.setattr(Small, "training_loss", notes)
+    train(Group())
+    for epoch in range(5):
+        mine = [(key, draw) for number, key, draw in seen if number == epoch]
+        assert [draw for _, draw in mine] == list(range(len(KEYS))) and {key for key, _ in mine} == set(KEYS)
 
 
 def test_a_kept_state_goes_on_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,12 +59,15 @@ class Batch:
         keys: stable image names, one per image; randomness is keyed by them.
         labels: 0 normal, 1 anomalous; None when fitting needs none.
         epoch: 0-based epoch while training, else 0.
+        draws: while training, the place of every image among all that its epoch draws, the same on any number of
+            workers; it tells the draws of an image apart where an epoch has it several times.
     """
 
     images_BCHW: Tensor
     keys: Sequence[str]
     labels: Sequence[int] | None = None
     epoch: int = 0
+    draws: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,10 +71,10 @@ class ImageCache:
             os.preadv(self._file.fileno(), [images_BHWC[i].data.cast("B")], self._rows[key] * self._bytes)
         return images_BHWC
 
-    def batch(self, keys: Sequence[str], device: torch.device, epoch: int = 0) -> Batch:
+    def batch(self, keys: Sequence[str], device: torch.device, epoch: int = 0, draws: Sequence[int] = ()) -> Batch:
         """The images of `keys`, in that order, on a device."""
         images_BCHW = torch.from_numpy(self.pixels(keys)).permute(0, 3, 1, 2).to(device)
-        return Batch(images_BCHW, keys, labels=[self.images[key].label or 0 for key in keys], epoch=epoch)
+        return Batch(images_BCHW, keys, [self.images[key].label or 0 for key in keys], epoch, draws)
 
     def share(self, group: Group, wanted: Callable[[CachedImage], bool]) -> None:
         """Every worker gets the images of all others that it wants; each image travels once."""

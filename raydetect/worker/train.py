@@ -104,15 +104,17 @@ class Trainer:
 
     def _epoch(self, plan: TrainingPlan, loss_of: nn.Module, epoch: int, rates: list[float]) -> float:
         losses: list[float] = []
-        batches = self._batches(plan, epoch)
+        batches, drawn = self._batches(plan, epoch), 0
         for number, keys in enumerate(batches):
             factor = plan.rate(epoch + number / len(batches))
             for words, rate in zip(plan.optimizer.param_groups, rates, strict=True):
                 words["lr"] = rate * factor
             mine = keys[self.group.rank :: self.group.size]
             share = len(mine) / len(keys)
+            draws = range(drawn, drawn + len(keys))[self.group.rank :: self.group.size]
+            drawn += len(keys)
             with self._autocast():
-                pieces = self.detector.training_pieces(self.cache.batch(mine, self.detector.device, epoch))
+                pieces = self.detector.training_pieces(self.cache.batch(mine, self.detector.device, epoch, draws))
             losses += [self._step(plan, loss_of, piece, share, epoch) for piece in pieces]
         return sum(losses) / len(losses)
 
