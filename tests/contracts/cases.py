@@ -72,6 +72,13 @@ CASES = (
         },
     ),
     Case(
+        "simplenet",
+        {**RANDOM, "smoothing_sigma": 1},
+        floor=0.9,
+        pixel_floor=0.85,
+        bad={"noise_sigma": {"noise_sigma": 0}, "margin": {"margin": -0.5}, "embedding_dims": {"embedding_dims": 0}},
+    ),
+    Case(
         "stfpm",
         RANDOM,
         floor=0.8,

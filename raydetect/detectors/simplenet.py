@@ -1,0 +1,179 @@
+"""SimpleNet: a small network tells adapted normal patch features from the same with Gaussian noise.
+
+What it takes for noise in a test image is anomalous.
+
+Source: Liu et al., "SimpleNet: A Simple Network for Image Anomaly Detection and Localization", CVPR 2023,
+arXiv 2303.15140; eqs. 1-3 (features), 4 (adaptor), 5 (noise), 6-7 (loss), 8 (score). Where the paper is silent, as
+the authors' code: pooling of the levels, 1024 hidden dims, Xavier initialisation, no bias in the last layer.
+Differs from the paper: images are resized, not resized and centre-cropped; the last epoch is used, where the authors'
+code keeps the best on the test images. Differs from the authors' code, which differs from the paper there: the adaptor
+has no bias, and its weight decay is the discriminator's.
+
+Shapes: B images, h w feature grid, H W pixels, N patches (B * h * w), D feature dim.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from raydetect.blocks.anomaly_map import smooth_upsampled
+from raydetect.blocks.backbone import Backbone
+from raydetect.blocks.product import product
+from raydetect.blocks.pyramid import patch_embeddings, pooled_patch_embeddings
+from raydetect.blocks.seeding import keyed_generator, keyed_seed
+from raydetect.detectors._base import Batch, Detector, DetectorInfo, Scores, TrainingPlan
+from raydetect.detectors._networks import NetworkDetector
+from raydetect.detectors._weights import load_backbone
+
+BACKBONE, ADAPTOR, DISCRIMINATOR = "backbone", "adaptor", "discriminator"
+LEAK = 0.2
+
+
+class SimpleNet(NetworkDetector):
+    """A discriminator of adapted patch features and noisy ones."""
+
+    info = DetectorInfo(
+        title="SimpleNet",
+        paper="arXiv:2303.15140",
+        venue="CVPR 2023",
+        summary="a small network tells normal patch features from the same with Gaussian noise",
+        published="MVTec AD, WideResNet-50: 99.6 image AUROC, 98.1 pixel AUROC (paper, tables 1-2)",
+    )
+    phases = ("train",)
+    smoke: ClassVar = {
+        "backbone": "resnet18",
+        "layers": ("layer1",),
+        "image_size": (64, 64),
+        "embedding_dims": None,
+        "hidden_dims": 64,
+        "noise_sigma": 0.05,
+        "epochs": 10,
+        "adaptor_learning_rate": 2.5e-3,
+        "learning_rate": 5e-3,
+    }
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Params(Detector.Params):
+        """Parameters of SimpleNet."""
+
+        backbone: Annotated[str, Field(description="torchvision or timm name (sec. 4.3)")] = "wide_resnet50_2"
+        layers: Annotated[
+            tuple[str, ...], Field(min_length=1, description="used levels, shallowest first (sec. 4.3)")
+        ] = ("layer2", "layer3")
+        weights: Annotated[str, Field(description='"imagenet", "random", or a path or URL of a weights file')] = (
+            "imagenet"
+        )
+        embedding_dims: Annotated[
+            int | None,
+            Field(
+                ge=1,
+                description="dims that the 3x3 neighbourhoods of each level, then all levels together, are pooled to "
+                "(sec. 4.3); none = 3x3 means of the levels at their own widths",
+            ),
+        ] = 1536
+        hidden_dims: Annotated[int, Field(ge=1, description="hidden layer of the discriminator (authors' code)")] = 1024
+        noise_sigma: Annotated[
+            float, Field(gt=0, description="of the Gaussian noise on adapted features (sec. 4.3)")
+        ] = 0.015
+        margin: Annotated[float, Field(gt=0, description="truncation of the loss, th+ = -th- (eq. 6, sec. 4.3)")] = 0.5
+        epochs: Annotated[int, Field(ge=1, description="passes over the images (sec. 4.3)")] = 160
+        batch_size: Annotated[int, Field(ge=1, description="images per step (sec. 4.3)")] = 4
+        adaptor_learning_rate: Annotated[float, Field(gt=0, description="of Adam, for the adaptor (sec. 4.3)")] = 1e-4
+        learning_rate: Annotated[float, Field(gt=0, description="of Adam, for the discriminator (sec. 4.3)")] = 2e-4
+        weight_decay: Annotated[float, Field(ge=0, description="of Adam, for both (sec. 4.3)")] = 1e-5
+        smoothing_sigma: Annotated[
+            float, Field(ge=0, description="Gaussian smoothing of the anomaly map in px (sec. 3.6)")
+        ] = 4.0
+
+    params: Params
+
+    def load_weights(self) -> str:
+        """Loads the backbone."""
+        backbone, said = load_backbone(self.params.backbone, self.params.layers, self.params.weights, self.seed)
+        self.networks = {BACKBONE: backbone.freeze().to(self.device)}
+        return said
+
+    def make_networks(self) -> dict[str, nn.Module]:
+        """Backbone, adaptor and discriminator, the last two initialised by the seed."""
+        backbone = Backbone(self.params.backbone, self.params.layers, self.seed)
+        dims = self.params.embedding_dims or sum(backbone.widths())
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(keyed_seed(self.seed, "simplenet"))
+            adaptor = nn.Linear(dims, dims, bias=False)
+            first = nn.Linear(dims, self.params.hidden_dims)
+            last = nn.Linear(self.params.hidden_dims, 1, bias=False)
+            for layer in (adaptor, first, last):
+                nn.init.xavier_normal_(layer.weight)
+        norm = nn.BatchNorm1d(self.params.hidden_dims)
+        discriminator = nn.Sequential(first, norm, nn.LeakyReLU(LEAK), last)
+        return {BACKBONE: backbone, ADAPTOR: adaptor, DISCRIMINATOR: discriminator}
+
+    def begin_training(self, num_images: int) -> TrainingPlan:
+        """Fresh adaptor and discriminator under one Adam with two learning rates."""
+        self.is_fitted = False
+        made = self.make_networks()
+        trained = nn.ModuleDict({name: made[name].to(self.device).train() for name in (ADAPTOR, DISCRIMINATOR)})
+        self.networks.update(trained.items())
+        groups = [
+            {"params": trained[ADAPTOR].parameters(), "lr": self.params.adaptor_learning_rate},
+            {"params": trained[DISCRIMINATOR].parameters(), "lr": self.params.learning_rate},
+        ]
+        optimizer = torch.optim.Adam(groups, weight_decay=self.params.weight_decay)
+        return TrainingPlan(trained, optimizer, self.params.epochs, self.params.batch_size)
+
+    def training_loss(self, piece: Batch) -> Tensor:
+        """Eqs. 5-7, with normal and noisy features in one batch of the discriminator."""
+        with torch.no_grad():
+            embeddings_BhwD = self._embed(piece.images_BCHW)
+            noise_BhwD = torch.stack(
+                [self._noise(key, piece.epoch, embeddings_BhwD.shape[1:]) for key in piece.keys]
+            ).to(embeddings_BhwD)
+        adapted_ND = self.networks[ADAPTOR](embeddings_BhwD.flatten(0, 2))
+        noisy_ND = adapted_ND + noise_BhwD.flatten(0, 2)
+        normality_2N = self.networks[DISCRIMINATOR](torch.cat([adapted_ND, noisy_ND]))[:, 0]
+        normal_N, anomalous_N = normality_2N.chunk(2)
+        return truncated_l1(normal_N, anomalous_N, self.params.margin)
+
+    def _noise(self, key: str, epoch: int, shape: Sequence[int]) -> Tensor:
+        generator = keyed_generator(self.seed, "noise", key, epoch)
+        return self.params.noise_sigma * torch.randn(tuple(shape), generator=generator)
+
+    def end_training(self) -> None:
+        """Freezes adaptor and discriminator."""
+        self.freeze()
+
+    @torch.inference_mode()
+    def score(self, images_BCHW: Tensor) -> Scores:
+        """Eq. 8: minus what the discriminator says of a patch; the image score is that of the worst patch."""
+        self.require_fitted()
+        embeddings_BhwD = self._embed(images_BCHW)
+        discriminator = self.networks[DISCRIMINATOR]
+        assert isinstance(discriminator, nn.Sequential)
+        adapted_ND = quick_linear(self.networks[ADAPTOR], embeddings_BhwD.flatten(0, 2))
+        hidden_ND = quick_linear(discriminator[0], adapted_ND)
+        score_Bhw = -discriminator[1:](hidden_ND).view(embeddings_BhwD.shape[:3])
+        size_px = (images_BCHW.shape[-2], images_BCHW.shape[-1])
+        map_BHW = smooth_upsampled(score_Bhw, size_px, self.params.smoothing_sigma)
+        return Scores(score_Bhw.flatten(1).amax(1), map_BHW)
+
+    def _embed(self, images_BCHW: Tensor) -> Tensor:
+        levels = self.networks[BACKBONE](images_BCHW)
+        if self.params.embedding_dims is None:
+            return patch_embeddings(levels)
+        return pooled_patch_embeddings(levels, self.params.embedding_dims)
+
+
+def truncated_l1(normal_N: Tensor, anomalous_N: Tensor, margin: float) -> Tensor:
+    """Eqs. 6-7: normal patches are to reach `margin`, noisy ones `-margin`; beyond that they cost nothing."""
+    return F.relu(margin - normal_N).mean() + F.relu(margin + anomalous_N).mean()
+
+
+def quick_linear(layer: nn.Module, rows_ND: Tensor) -> Tensor:
+    """A linear layer without gradients."""
+    assert isinstance(layer, nn.Linear)
+    return product(rows_ND, layer.weight, layer.bias)
