@@ -1,0 +1,146 @@
+"""A Gaussian over keyed rows, the same to the bit for any number of workers: sums are integers, so their order is free.
+
+Shapes: N rows, D dims.
+
+Source: Ledoit and Wolf, "A well-conditioned estimator for large-dimensional covariance matrices", J. Multivariate
+Analysis 88 (2004), lemmas 3.2-3.4, for the shrinkage.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from raydetect.blocks.group import Group
+from raydetect.blocks.rows import KeyedRows
+from raydetect.errors import SpecError
+
+VALUE_BITS = 20  # at most, of a row's largest value; centred ones have one more, and their products 42
+BLOCK = 1 << 10  # rows whose products a float64 sums without rounding: 42 + 10 bits
+SUM_BITS = 62
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """What a Gaussian is fitted from.
+
+    Attributes:
+        count: N.
+        mean_D: float64.
+        covariance_DD: float64, divided by N.
+        fourth: mean over rows of the fourth power of their distance to the mean.
+    """
+
+    count: int
+    mean_D: Tensor
+    covariance_DD: Tensor
+    fourth: float
+
+
+class Gaussian(nn.Module):
+    """Distances of rows to a mean, in units of a covariance; nothing is learned here by gradients."""
+
+    def __init__(self, dims: int) -> None:
+        """The standard normal of `dims` dims."""
+        super().__init__()
+        self.mean_D: Tensor
+        self.precision_DD: Tensor
+        self.register_buffer("mean_D", torch.zeros(dims, dtype=torch.float64))
+        self.register_buffer("precision_DD", torch.eye(dims, dtype=torch.float64))
+
+    def forward(self, rows_ND: Tensor) -> Tensor:
+        """Mahalanobis distance of every row, float64."""
+        centred_ND = rows_ND.double() - self.mean_D
+        return ((centred_ND @ self.precision_DD) * centred_ND).sum(-1).clamp_min(0).sqrt()
+
+    def gradient(self, rows_ND: Tensor) -> Tensor:
+        """Gradient of every row's distance in that row, float64; zero at the mean."""
+        centred_ND = rows_ND.double() - self.mean_D
+        pulled_ND = centred_ND @ self.precision_DD
+        distance_N1 = (pulled_ND * centred_ND).sum(-1, keepdim=True).clamp_min(0).sqrt()
+        return pulled_ND / distance_N1.clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def fit_gaussian(rows: KeyedRows) -> tuple[Gaussian, float]:
+    """The Gaussian of all rows of all workers, its covariance shrunk as Ledoit and Wolf do, and by how much.
+
+    Every worker calls it and gets the same bits.
+
+    Raises:
+        SpecError: all rows are equal, so there is no distance to speak of.
+    """
+    found = moments(rows)
+    shrinkage = ledoit_wolf(found)
+    dims = len(found.mean_D)
+    target = float(found.covariance_DD.trace()) / dims
+    if target <= 0:
+        raise SpecError(
+            f"all {found.count:,} embeddings are equal, which no Gaussian fits. Add normal images that differ."
+        )
+    shrunk_DD = (1 - shrinkage) * found.covariance_DD
+    shrunk_DD.diagonal().add_(shrinkage * target)
+    gaussian = Gaussian(dims)
+    gaussian.mean_D.copy_(found.mean_D)
+    gaussian.precision_DD.copy_(torch.cholesky_inverse(torch.linalg.cholesky(shrunk_DD)))
+    return gaussian, shrinkage
+
+
+def moments(rows: KeyedRows) -> Moments:
+    """Mean and covariance of all rows of all workers.
+
+    Values are rounded to a 2 ** -20th of the largest, a power of two; all that follows up to the last division is
+    exact in integers. From 2 ** 20 rows on a bit is lost for every fourfold.
+
+    Raises:
+        SpecError: there is no row.
+    """
+    count = rows.total()
+    if count == 0:
+        raise SpecError("there are no rows to fit a Gaussian on. Add normal images.")
+    bits = min(VALUE_BITS, (SUM_BITS - math.ceil(math.log2(count))) // 2 - 1)
+    largest = float(rows.group.max(torch.tensor([rows.largest], dtype=torch.float64))[0])
+    unit = 2.0 ** (math.ceil(math.log2(largest)) - bits) if largest else 1.0
+    total_D = rows.group.sum(_sum(rows, unit))
+    centre_D = (2 * total_D + count) // (2 * count)
+    products_DD, fourth = _centred_sums(rows, unit, centre_D)
+    products_DD = rows.group.sum(products_DD).double()
+    fourth = _exact_sum(fourth, rows.group)
+    shift_D = (total_D - count * centre_D).double() / count
+    covariance_DD = products_DD / count - torch.outer(shift_D, shift_D)
+    return Moments(count, (centre_D + shift_D) * unit, covariance_DD * unit**2, fourth / count * unit**4)
+
+
+def _sum(rows: KeyedRows, unit: float) -> Tensor:
+    total_D = torch.zeros(rows.store.dims, dtype=torch.int64)
+    for _, block_ND in rows.store.blocks():
+        total_D += (block_ND.double() / unit).round().long().sum(0)
+    return total_D
+
+
+def _centred_sums(rows: KeyedRows, unit: float, centre_D: Tensor) -> tuple[Tensor, int]:
+    """Of this worker's rows: the sum of outer products, and of fourth powers of distances to the centre."""
+    products_DD = torch.zeros((len(centre_D), len(centre_D)), dtype=torch.int64)
+    fourth = 0
+    for _, block_ND in rows.store.blocks():
+        for part_ND in block_ND.split(BLOCK):
+            whole_ND = (part_ND.double() / unit).round() - centre_D
+            products_DD += (whole_ND.T @ whole_ND).long()
+            squares_N = whole_ND.long().square().sum(1)
+            fourth += sum(square**2 for square in squares_N.tolist())
+    return products_DD, fourth
+
+
+def _exact_sum(value: int, group: Group) -> int:
+    """The sum over workers of integers of any length."""
+    return sum(int(text) for text in group.gather_bytes(str(value).encode()))
+
+
+def ledoit_wolf(found: Moments) -> float:
+    """The share of the scaled identity in the covariance that has the least expected squared error (lemma 3.4)."""
+    dims = len(found.mean_D)
+    target = float(found.covariance_DD.trace()) / dims
+    size = float(found.covariance_DD.square().sum()) / dims
+    spread = size - target**2  # d^2
+    error = (found.fourth / dims - size) / found.count  # b^2 before it is bounded by d^2
+    return 1.0 if spread <= 0 else min(max(error, 0.0), spread) / spread
