@@ -12,7 +12,8 @@ from raydetect.storage import normalise_uri
 from raydetect.worker.cache import ImageCache, read_images
 from raydetect.worker.fleet import fit_fleet
 from raydetect.worker.holdout import drop_doubles
-from raydetect.worker.one_fit import FitReport, OneFit, Phases, Tick
+from raydetect.worker.one_fit import FitReport, OneFit, Tick
+from raydetect.worker.phases import Phases
 from raydetect.worker.shared_errors import shared_errors
 
 

@@ -13,7 +13,8 @@ from raydetect.spec import public_spec
 from raydetect.storage import Storage
 from raydetect.worker.artifact import package_versions
 from raydetect.worker.cache import CachedImage
-from raydetect.worker.one_fit import FitReport, OneFit, Phases
+from raydetect.worker.one_fit import FitReport, OneFit
+from raydetect.worker.phases import Phases
 from raydetect.worker.shared_errors import shared_errors
 
 
@@ -79,6 +80,7 @@ def _categories(work: OneFit) -> dict[str, int]:
 
 
 def _fit_category(work: OneFit, category: str) -> FitReport:
+    assert work.uri is not None
     alone = replace(
         work,
         uri=member_uri(work.uri, category),
@@ -102,6 +104,7 @@ def _commit(work: OneFit, reports: Mapping[str, FitReport], bad: int) -> FitRepo
     measured = work.phases.over(work.group)
     if work.group.rank:
         return None
+    assert work.uri is not None
     found = {name: entry for text in texts for name, entry in json.loads(text).items()}
     images: Counter[str] = Counter()
     for _, counts, _ in found.values():

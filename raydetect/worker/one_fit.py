@@ -5,15 +5,13 @@ give to each other. What comes out is the same on any number of workers.
 """
 
 import json
-import resource
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from raydetect.artifact_record import Calibration
 from raydetect.blocks.group import Group
 from raydetect.config import differences, digest, to_plain
 from raydetect.detectors._base import Detector
@@ -27,6 +25,7 @@ from raydetect.worker.calibrate import calibrate
 from raydetect.worker.checkpoints import Checkpoints
 from raydetect.worker.collect import collect
 from raydetect.worker.holdout import choose_holdout, choose_images
+from raydetect.worker.phases import Phases
 from raydetect.worker.train import Trainer
 
 Tick = Callable[[str, int, int | None], None]
@@ -48,30 +47,21 @@ class FitReport:
     facts: Mapping[str, Any]
 
 
-@dataclass(slots=True)
-class Phases:
-    """Seconds, and the peak memory of this process up to the end, of each phase."""
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A fitted detector that is not written yet.
 
-    seconds: dict[str, float] = field(default_factory=dict)
-    peak_bytes: dict[str, int] = field(default_factory=dict)
+    Attributes:
+        detector: fitted.
+        calibration: from held-out normal images.
+        facts: what else the artifact's record holds.
+        checkpoints: states that the commit of the artifact makes superfluous.
+    """
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Measures one phase."""
-        begun = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - begun, 3)
-        self.peak_bytes[name] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-
-    def over(self, group: Group) -> dict[str, dict[str, float]]:
-        """The largest of all workers."""
-        names = list(self.seconds)
-        here = torch.tensor([[self.seconds[n], float(self.peak_bytes[n])] for n in names], dtype=torch.float64)
-        most = group.max(here)
-        return {
-            "seconds": {name: round(float(most[i, 0]), 3) for i, name in enumerate(names)},
-            "peak_memory_bytes": {name: int(most[i, 1]) for i, name in enumerate(names)},
-        }
+    detector: Detector
+    calibration: Calibration
+    facts: Mapping[str, Any]
+    checkpoints: tuple[Checkpoints, ...] = ()
 
 
 @dataclass(slots=True)
@@ -80,7 +70,7 @@ class OneFit:
 
     Attributes:
         spec: the job.
-        uri: where the artifact goes.
+        uri: where the artifact goes; none = nowhere, and no states of a training are kept.
         group: the workers that fit it.
         cache: this worker's images.
         judged: this worker's images of a separate calibration archive; none = hold out a share of `cache`.
@@ -91,7 +81,7 @@ class OneFit:
     """
 
     spec: FitSpec
-    uri: str
+    uri: str | None
     group: Group
     cache: ImageCache
     judged: ImageCache | None
@@ -112,10 +102,26 @@ class OneFit:
         Raises:
             SpecError: too few images, or the detector cannot do what the job asks.
         """
+        assert self.uri is not None
+        fitted = self.fit(bad)
+        if self.group.rank:
+            return None
+        storage, name = Storage(self.spec.storage), self.spec.detector.name
+        made = save_artifact(self.uri, storage, name, fitted.detector, fitted.calibration, fitted.facts)
+        for checkpoints in fitted.checkpoints:
+            checkpoints.clear()
+        return FitReport(self.uri, made, fitted.facts)
+
+    def fit(self, bad: int) -> Fitted:
+        """Fits, on every worker, and writes nothing but states of a training.
+
+        Raises:
+            SpecError: too few images, or the detector cannot do what the job asks.
+        """
         storage = Storage(self.spec.storage)
         detector, words = self._detector(storage)
         detector.to(self.device)
-        trainer: Trainer | None = None
+        kept: list[Checkpoints] = []
         with self.phases.phase("fit"):
             fit_keys, held_out = self._split(detector)
             fitted, judged_count = self._count(len(fit_keys)), self._count(len(held_out))
@@ -129,17 +135,13 @@ class OneFit:
                     trainer = self._trainer(detector, fit_keys, storage)
                     losses = trainer.run(self._on_first("train epochs"))
                     words |= {"losses": [round(x, 6) for x in losses], "resumed_epochs": trainer.resumed_epochs}
+                    kept += [trainer.checkpoints] if trainer.checkpoints else []
         with self.phases.phase("calibrate"):
             judged = self.cache if self.judged is None else self.judged
             tick = self._ticker("calibrate", judged_count)
             calibration = calibrate(detector, judged, held_out, self.spec.batch_size, self.group, tick)
         words |= {**detector.facts(), **self._facts(fitted, len(calibration.scores), left_out, bad)}
-        if self.group.rank:
-            return None
-        made = save_artifact(self.uri, storage, self.spec.detector.name, detector, calibration, words)
-        if trainer is not None and trainer.checkpoints is not None:
-            trainer.checkpoints.clear()
-        return FitReport(self.uri, made, words)
+        return Fitted(detector, calibration, words, tuple(kept))
 
     def _detector(self, storage: Storage) -> tuple[Detector, dict[str, Any]]:
         """The detector before it is fitted, and what the record says of where it comes from."""
@@ -203,7 +205,9 @@ class OneFit:
         texts = self.group.gather_bytes(json.dumps(keys).encode())
         everyone = sorted(key for text in texts for key in json.loads(text))
         name = digest({"spec": result_words(public_spec(self.spec)), "keys": everyone})[:16]
-        checkpoints = Checkpoints(join_uri(self.uri, f"training-{name}"), storage, self.spec.checkpoint_epochs)
+        checkpoints = None
+        if self.uri is not None:
+            checkpoints = Checkpoints(join_uri(self.uri, f"training-{name}"), storage, self.spec.checkpoint_epochs)
         return Trainer(detector, self.cache, everyone, self.group, self.spec.precision, checkpoints)
 
     def _count(self, here: int) -> int:
