@@ -1,3 +1,23 @@
-"""raydetect: distributed anomaly detection over image archives, on Ray."""
+"""raydetect: distributed anomaly detection over image archives, on Ray.
+
+`create_model` and `list_models` are loaded when they are first asked for, so that `import raydetect` is instant.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from raydetect.models import Estimator, create_model, list_models
 
 __version__ = "0.1.0"
+__all__ = ["Estimator", "create_model", "list_models"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("raydetect.models"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

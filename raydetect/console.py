@@ -26,15 +26,20 @@ LINE_SECONDS = 5.0
 class FitDisplay:
     """Phases of a fit."""
 
-    def __init__(self) -> None:
-        """Chooses the display by whether standard error is a terminal."""
-        self._live = _live() if sys.stderr.isatty() else None
+    def __init__(self, after_seconds: float = 0.0) -> None:
+        """Chooses the display by whether standard error is a terminal or a notebook's cell.
+
+        Args:
+            after_seconds: shows nothing of a step that takes less.
+        """
+        self._live = _live() if sys.stderr.isatty() or Console(stderr=True).is_jupyter else None
+        self._shows_at = time.monotonic() + after_seconds
         self._tasks: dict[str, TaskID] = {}
         self._done: dict[str, int] = {}
         self._line_at = 0.0
 
     def __enter__(self) -> "FitDisplay":
-        if self._live:
+        if self._live and time.monotonic() >= self._shows_at:
             self._live.start()
         return self
 
@@ -46,12 +51,16 @@ class FitDisplay:
         """More of a phase is done."""
         first = phase not in self._done
         self._done[phase] = self._done.get(phase, 0) + done
+        now = time.monotonic()
         if self._live:
             if first:
                 self._tasks[phase] = self._live.add_task(phase, total=total, note="")
             self._live.advance(self._tasks[phase], done)
+            if now >= self._shows_at:
+                self._live.start()
             return
-        now = time.monotonic()
+        if now < self._shows_at:
+            return
         ended = total is not None and self._done[phase] >= total
         if first or ended or now - self._line_at > LINE_SECONDS:
             self._line_at = now

@@ -3,6 +3,7 @@
 import importlib
 import pkgutil
 from collections.abc import Mapping
+from dataclasses import fields
 from functools import cache
 from typing import Any
 
@@ -62,3 +63,15 @@ def build_from(spec: DetectorSpec, seed: int) -> Detector:
         SpecError: an unknown name, or unknown or bad parameters.
     """
     return build_detector(spec.name, spec.params, seed, spec.preset)
+
+
+def changed_params(spec: DetectorSpec) -> dict[str, Any]:
+    """The parameters that differ from the preset, in order of declaration.
+
+    Raises:
+        SpecError: an unknown name, or unknown or bad parameters.
+    """
+    params = build_detector(spec.name, spec.params, preset=spec.preset).params
+    plain = build_detector(spec.name, {}, preset=spec.preset).params
+    values = {f.name: getattr(params, f.name) for f in fields(params)}
+    return {name: value for name, value in values.items() if value != getattr(plain, name)}

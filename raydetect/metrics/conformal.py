@@ -34,7 +34,7 @@ def required_size(alpha: float) -> int:
     return max(1, math.ceil((1.0 - ROUNDING) / alpha) - 1)
 
 
-def threshold_for(calibration_M: np.ndarray, alpha: float) -> float:
+def threshold_for(calibration_M: np.ndarray, alpha: float, word: str = "flag.alpha") -> float:
     """The threshold t with: score >= t exactly when its p-value is <= alpha.
 
     It is the float just above the (k+1)-th largest calibration score, where k calibration scores may be at least
@@ -43,6 +43,7 @@ def threshold_for(calibration_M: np.ndarray, alpha: float) -> float:
     Args:
         calibration_M: scores of held-out normal images, ascending.
         alpha: share of normal images that may be flagged, in (0, 1).
+        word: how the user calls it, for the message.
 
     Raises:
         SpecError: too few calibration images for this alpha.
@@ -51,8 +52,8 @@ def threshold_for(calibration_M: np.ndarray, alpha: float) -> float:
     allowed = math.floor(alpha * (size + 1) * (1.0 + ROUNDING)) - 1
     if allowed < 0:
         raise SpecError(
-            f"flag.alpha = {alpha} needs at least {required_size(alpha)} held-out normal images, the artifact has "
-            f"{size}. Fit with more images or a larger calibration.holdout_ratio, or raise alpha to "
+            f"{word} = {alpha} needs at least {required_size(alpha)} held-out normal images, the artifact has "
+            f"{size}. Fit with more images or a larger holdout_ratio, or raise alpha to "
             f"{math.ceil(1000 / (size + 1)) / 1000}."
         )
     if allowed >= size:

@@ -1,4 +1,4 @@
-"""Seconds and peak memory of the phases of a fit."""
+"""Seconds, peak memory and threads of the phases of a fit."""
 
 import resource
 import time
@@ -35,3 +35,14 @@ class Phases:
             "seconds": {name: round(float(most[i, 0]), 3) for i, name in enumerate(names)},
             "peak_memory_bytes": {name: int(most[i, 1]) for i, name in enumerate(names)},
         }
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Sets torch's CPU threads while the block runs, and puts them back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

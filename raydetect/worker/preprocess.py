@@ -71,7 +71,7 @@ def decode_image(data: bytes, rules: DecodeRules) -> Image.Image:
         turned = ImageOps.exif_transpose(picture) if rules.apply_exif else picture
     except Exception as error:
         raise MemberError("corrupt", f"{picture.format} data cannot be decoded ({_short(error)}).") from None
-    return _to_rgb(turned)
+    return to_rgb(turned)
 
 
 def decode_member(member: Member, rules: DecodeRules, image_size: tuple[int, int]) -> Pixels:
@@ -122,7 +122,12 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     return picture
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """The picture in 8-bit RGB, by the rule of its pixel format.
+
+    Raises:
+        MemberError: unsupported_mode.
+    """
     mode = picture.mode
     if mode == "RGB":
         return picture

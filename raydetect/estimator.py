@@ -1,0 +1,252 @@
+"""The notebook face: `create_model(...).fit(images).predict(images)`, in this process, without Ray.
+
+A fit here is the fit of a job, and scores are those of a job's rows, to the bit (`worker/direct.py`). `save` writes
+the artifact that `raydetect score` reads.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from raydetect.config import to_plain, validate
+from raydetect.console import FitDisplay
+from raydetect.detectors._base import NotFittedError
+from raydetect.detectors._registry import build_from, changed_params, detector_class
+from raydetect.errors import SpecError
+from raydetect.metrics import conformal
+from raydetect.spec import DetectorSpec, FitSpec, FlagSpec
+from raydetect.storage import Storage, normalise_uri
+from raydetect.worker.artifact import load_artifact, save_artifact
+from raydetect.worker.direct import Settings, fit_given, resized, score_given
+from raydetect.worker.given import given_images, refuse_doubles
+from raydetect.worker.one_fit import Fitted, Tick
+from raydetect.worker.phases import torch_threads
+from raydetect.worker.score import Scored
+
+SHOW_AFTER_SECONDS = 2.0
+NOT_SAVED = "not saved"
+CLASS_NAME = "class_name"  # the parameter of detectors that score by text
+
+
+class Estimator:
+    """A detector to fit and to ask in Python; `create_model` makes one.
+
+    `images` is everywhere one of: an array (N, H, W, 3) or (N, H, W) of uint8; or a list of such images of any sizes,
+    of paths, of URIs, of PIL pictures. Images that cannot be read are an error that names all of them, never scores.
+
+    Attributes:
+        spec: which algorithm, with which parameters.
+        seed: of every random choice.
+        settings: see `configure`.
+    """
+
+    def __init__(self, spec: DetectorSpec, seed: int = 0) -> None:
+        """Checks every parameter; loads no weights.
+
+        Raises:
+            SpecError: an unknown name, or unknown or bad parameters.
+        """
+        if not isinstance(seed, int) or seed < 0:
+            raise SpecError(f"seed: is {seed!r}. Give an integer from 0 on.")
+        params = build_from(spec, seed).params
+        self.spec = replace(spec, params={name: to_plain(getattr(params, name)) for name in spec.params})
+        self.seed = seed
+        self.settings = Settings()
+        self._fitted: Fitted | None = None
+
+    def configure(self, **settings: Any) -> "Estimator":
+        """Sets how the model runs, and returns it.
+
+        Args:
+            **settings: `device`, `threads`, `batch_size`, `storage` (a mapping as in a job file); others stay.
+
+        >>> from raydetect import create_model
+        >>> create_model("patchcore").configure(threads=2, batch_size=8).settings.batch_size
+        8
+        """
+        self.settings = self.settings.changed(settings)
+        if self._fitted is not None:
+            self._fitted.detector.to(torch.device(self.settings.device))
+        return self
+
+    def fit(self, images: Any, y: Any = None, *, holdout_ratio: float = 0.1, progress: bool = True) -> "Estimator":
+        """Fits on normal images and returns the model; an earlier fit is forgotten.
+
+        Args:
+            images: see the class.
+            y: labels 0 (normal) and 1 (anomalous); none = all are normal. Anomalous images are left out, unless the
+                detector learns from them.
+            holdout_ratio: share of the normal images that is not fitted and sets thresholds, chosen by keyed hash.
+            progress: whether a fit of more than two seconds shows how far it is.
+
+        Raises:
+            SpecError: the images or labels are not what is needed.
+            BadImagesError: images cannot be read; it names all of them.
+
+        >>> from raydetect import create_model
+        >>> images = np.random.default_rng(0).integers(0, 256, (20, 64, 64, 3), dtype=np.uint8)
+        >>> create_model("patchcore", preset="smoke", weights="random").fit(images, holdout_ratio=0.5)
+        create_model('patchcore', preset='smoke', weights='random')
+        """
+        given = given_images(images, y)
+        refuse_doubles(given)
+        if detector_class(self.spec.name).info.labels != "none" and all(image.label != 1 for image in given):
+            raise SpecError(f"{self.spec.name}: learns from some anomalous images. Call fit(images, y=labels).")
+        spec = self._fit_spec(len(given), holdout_ratio)
+        with torch_threads(spec.resources.cpus_per_worker), _shown(progress) as tick:
+            self._fitted = fit_given(spec, given, torch.device(self.settings.device), tick)
+        return self
+
+    def predict_proba(self, images: Any, *, progress: bool = True) -> np.ndarray:
+        """Raw image scores (N,) float32, higher = more anomalous. Neither clamped nor probabilities: see `p_values`.
+
+        Raises:
+            NotFittedError: there is no fit yet.
+            BadImagesError: images cannot be read or have no finite score; it names all of them.
+        """
+        return np.array([scored.image_score for scored, _ in self._scored(images, progress)], dtype=np.float32)
+
+    def predict(self, images: Any, *, alpha: float = 0.01, progress: bool = True) -> np.ndarray:
+        """Labels (N,) int64: 1 = anomalous. A normal image gets 1 with probability at most `alpha`.
+
+        Raises:
+            SpecError: too few images were held out for this alpha.
+            NotFittedError, BadImagesError: as `predict_proba`.
+        """
+        threshold = self.threshold(alpha)
+        return (self.predict_proba(images, progress=progress).astype(np.float64) >= threshold).astype(np.int64)
+
+    def p_values(self, images: Any, *, progress: bool = True) -> np.ndarray:
+        """Conformal p-values (N,) float64: the share of held-out normal images that score at least as high, plus one.
+
+        Raises:
+            NotFittedError, BadImagesError: as `predict_proba`.
+        """
+        scores_N = self.predict_proba(images, progress=progress).astype(np.float64)
+        return conformal.p_values(self._held_out_scores(), scores_N)
+
+    def predict_anomaly_map(self, images: Any, *, progress: bool = True) -> "np.ndarray | list[np.ndarray]":
+        """Anomaly maps (N, H, W) float32, each at its image's own size; a list where sizes differ.
+
+        Costs 4 bytes for every pixel of all images.
+
+        Raises:
+            NotFittedError, BadImagesError: as `predict_proba`.
+        """
+        maps = [resized(scored.anomaly_map_HW, size_px) for scored, size_px in self._scored(images, progress)]
+        return np.stack(maps) if len({found.shape for found in maps}) == 1 else maps
+
+    def threshold(self, alpha: float = 0.01) -> float:
+        """The image score from which on `predict` says 1.
+
+        Raises:
+            SpecError: too few images were held out for this alpha.
+            NotFittedError: there is no fit yet.
+        """
+        validate(FlagSpec, {"alpha": alpha}, "predict")
+        return conformal.threshold_for(self._held_out_scores(), alpha, "alpha")
+
+    def set_class_name(self, name: str) -> "Estimator":
+        """Says what the images show, such as "screw", to a detector that scores by text; an earlier fit is forgotten.
+
+        Raises:
+            SpecError: the detector knows no text.
+        """
+        kind = detector_class(self.spec.name)
+        if CLASS_NAME not in {f.name for f in fields(kind.Params)}:
+            raise SpecError(f"{self.spec.name}: scores without text, so it takes no class name. Leave it out.")
+        spec = replace(self.spec, params={**self.spec.params, CLASS_NAME: name})
+        build_from(spec, self.seed)
+        self.spec, self._fitted = spec, None
+        return self
+
+    def save(self, uri: str) -> str:
+        """Writes the artifact that `raydetect score` and `create_model.load` read, and returns its digest.
+
+        Raises:
+            NotFittedError: there is no fit yet.
+            StorageError: it cannot be written.
+        """
+        fitted, place = self._require_fitted(), normalise_uri(uri)
+        facts = dict(fitted.facts)
+        if facts["spec"]["artifact"] == NOT_SAVED:
+            facts["spec"] = {**facts["spec"], "artifact": place}
+        storage = Storage(self.settings.storage)
+        return save_artifact(place, storage, self.spec.name, fitted.detector, fitted.calibration, facts)
+
+    @classmethod
+    def load(cls, uri: str, **settings: Any) -> "Estimator":
+        """A fitted model from an artifact, written by `save` or by a job.
+
+        Args:
+            uri: its folder.
+            **settings: see `configure`.
+
+        Raises:
+            ArtifactError: it is missing, damaged, or a fleet.
+        """
+        storage = Storage(Settings().changed(settings).storage)
+        artifact = load_artifact(normalise_uri(uri), storage)
+        body = artifact.record.body
+        found = cls(DetectorSpec(name=body["detector"], params=dict(body["params"])), body["seed"])
+        found._fitted = Fitted(artifact.detector, artifact.record.calibration, body)
+        return found.configure(**settings)
+
+    def get_params(self) -> dict[str, Any]:
+        """Everything that `create_model` takes, with all defaults filled in."""
+        params = build_from(self.spec, self.seed).params
+        named = {f.name: getattr(params, f.name) for f in fields(params)}
+        return {"name": self.spec.name, "preset": self.spec.preset, "seed": self.seed, **named}
+
+    def __repr__(self) -> str:
+        """The call that makes this model, with what differs from the preset alone."""
+        given = [repr(self.spec.name)]
+        given += [f"preset={self.spec.preset!r}"] if self.spec.preset != "paper" else []
+        given += [f"seed={self.seed}"] if self.seed else []
+        given += [f"{name}={value!r}" for name, value in changed_params(self.spec).items()]
+        return f"create_model({', '.join(given)})"
+
+    def _fit_spec(self, count: int, holdout_ratio: float) -> FitSpec:
+        """The job that a fit here is, for the code that fits and for the record."""
+        settings = self.settings
+        gpus = 0 if settings.device == "cpu" else 1
+        values = {
+            "kind": "fit",
+            "source": {"uri": f"{count} images given in Python"},
+            "detector": self.spec,
+            "artifact": NOT_SAVED,
+            "storage": settings.storage,
+            "seed": self.seed,
+            "batch_size": settings.batch_size,
+            "calibration": {"holdout_ratio": holdout_ratio},
+            "resources": {"cpus_per_worker": settings.num_threads, "gpus_per_worker": gpus},
+        }
+        return validate(FitSpec, values, "fit")
+
+    def _scored(self, images: Any, progress: bool) -> Iterator[tuple[Scored, tuple[int, int]]]:
+        detector = self._require_fitted().detector
+        given = given_images(images)
+        with torch_threads(self.settings.num_threads), _shown(progress) as tick:
+            yield from score_given(detector, given, self.settings, tick)
+
+    def _require_fitted(self) -> Fitted:
+        if self._fitted is None:
+            raise NotFittedError(f"{self.spec.name}: is not fitted. Call fit(images), or create_model.load(uri).")
+        return self._fitted
+
+    def _held_out_scores(self) -> np.ndarray:
+        return np.asarray(self._require_fitted().calibration.scores, dtype=np.float64)
+
+
+@contextmanager
+def _shown(progress: bool) -> Iterator[Tick]:
+    """Progress of a long step on standard error, or none."""
+    if not progress:
+        yield lambda phase, done, total: None
+        return
+    with FitDisplay(SHOW_AFTER_SECONDS) as display:
+        yield display.tick
