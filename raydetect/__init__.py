@@ -1,16 +1,16 @@
 """raydetect: distributed anomaly detection over image archives, on Ray.
 
-`create_model` and `list_models` are loaded when they are first asked for, so that `import raydetect` is instant.
+The names of the notebook face are loaded when they are first asked for, so that `import raydetect` is instant.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from raydetect.models import Estimator, create_model, list_models
+    from raydetect.models import Estimator, create_ensemble, create_model, list_models
 
 __version__ = "0.1.0"
-__all__ = ["Estimator", "create_model", "list_models"]
+__all__ = ["Estimator", "create_ensemble", "create_model", "list_models"]
 
 
 def __getattr__(name: str) -> Any:

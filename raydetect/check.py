@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 from raydetect.archives.open import open_archive
 from raydetect.artifact_record import read_record
-from raydetect.detectors._registry import build_from, detector_class
+from raydetect.detectors._ensemble import parts
+from raydetect.detectors._registry import build_from
 from raydetect.errors import RaydetectError, SpecError
 from raydetect.fleet_record import read_index, read_records
 from raydetect.plan import plan_score
@@ -84,9 +85,9 @@ def _trainable(spec: FitSpec) -> None:
     Raises:
         SpecError: this one does not.
     """
-    phases = detector_class(spec.detector.name).phases
+    phases = {phase for _, part in parts(build_from(spec.detector, spec.seed)) for phase in part.phases}
     if spec.precision != "float32" and "train" not in phases:
-        raise SpecError(f"precision: {spec.detector.name} is not trained, so only float32 fits it. Remove it.")
+        raise SpecError(f"precision: {spec.detector.title} is not trained, so only float32 fits it. Remove it.")
     if spec.resources.detectors_in_memory != ResourceSpec().detectors_in_memory:
         raise SpecError("resources.detectors_in_memory: is for scoring with a fleet, not for a fit. Remove it.")
     if spec.extend is not None:

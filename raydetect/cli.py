@@ -92,14 +92,15 @@ def _print_fit(spec: "FitSpec", report: "FitReport") -> None:
     images, seconds = facts["images"], facts["seconds"]
     by = f" by {facts['workers']} workers" if facts["workers"] > 1 else ""
     of = f" for each of {facts['categories']} categories" if "categories" in facts else ""
-    click.echo(f"Fitted {spec.detector.name}{of} on {images['fitted']} images{by} in {sum(seconds.values()):.0f} s.")
+    click.echo(f"Fitted {spec.detector.title}{of} on {images['fitted']} images{by} in {sum(seconds.values()):.0f} s.")
     for phase, spent in seconds.items():
         peak = bytes_text(facts["peak_memory_bytes"][phase])
         click.echo(f"  {phase:<10} {spent:8.1f} s   peak memory of a worker so far {peak}")
-    if "coreset" in facts:
-        click.echo(_coreset_text(facts["coreset"]))
+    for measured in facts.get("members", [facts]):
+        if "coreset" in measured:
+            click.echo(_coreset_text(measured["coreset"]))
     click.echo(f"Weights: {facts['weights']}")
-    if str(facts["weights"]).startswith("random"):
+    if "random seed:" in str(facts["weights"]):
         click.echo("Note: random weights find coarse defects only; give `weights:` a file for real use.")
     left_out = f"{images['bad']} bad and {images['labelled_anomalous_left_out']} labelled anomalous left out"
     click.echo(f"Calibrated on {images['held_out']} held-out normal images; {left_out}.")

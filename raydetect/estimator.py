@@ -6,16 +6,17 @@ the artifact that `raydetect score` reads.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from raydetect.config import to_plain, validate
+from raydetect.config import validate
 from raydetect.console import FitDisplay
 from raydetect.detectors._base import NotFittedError
-from raydetect.detectors._registry import build_from, changed_params, detector_class
+from raydetect.detectors._describe import call_text, full_params, plain_spec, spec_of_record, with_class_name
+from raydetect.detectors._ensemble import learns_from_labels
+from raydetect.detectors._registry import build_from
 from raydetect.errors import SpecError
 from raydetect.metrics import conformal
 from raydetect.spec import DetectorSpec, FitSpec, FlagSpec
@@ -29,11 +30,10 @@ from raydetect.worker.score import Scored
 
 SHOW_AFTER_SECONDS = 2.0
 NOT_SAVED = "not saved"
-CLASS_NAME = "class_name"  # the parameter of detectors that score by text
 
 
 class Estimator:
-    """A detector to fit and to ask in Python; `create_model` makes one.
+    """A detector, or an ensemble, to fit and to ask in Python; `create_model` and `create_ensemble` make one.
 
     `images` is everywhere one of: an array (N, H, W, 3) or (N, H, W) of uint8; or a list of such images of any sizes,
     of paths, of URIs, of PIL pictures. Images that cannot be read are an error that names all of them, never scores.
@@ -52,8 +52,7 @@ class Estimator:
         """
         if not isinstance(seed, int) or seed < 0:
             raise SpecError(f"seed: is {seed!r}. Give an integer from 0 on.")
-        params = build_from(spec, seed).params
-        self.spec = replace(spec, params={name: to_plain(getattr(params, name)) for name in spec.params})
+        self.spec = plain_spec(spec, seed)
         self.seed = seed
         self.settings = Settings()
         self._fitted: Fitted | None = None
@@ -94,8 +93,8 @@ class Estimator:
         """
         given = given_images(images, y)
         refuse_doubles(given)
-        if detector_class(self.spec.name).info.labels != "none" and all(image.label != 1 for image in given):
-            raise SpecError(f"{self.spec.name}: learns from some anomalous images. Call fit(images, y=labels).")
+        if learns_from_labels(build_from(self.spec, self.seed)) and all(image.label != 1 for image in given):
+            raise SpecError(f"{self.spec.title}: learns from some anomalous images. Call fit(images, y=labels).")
         spec = self._fit_spec(len(given), holdout_ratio)
         with torch_threads(spec.resources.cpus_per_worker), _shown(progress) as tick:
             self._fitted = fit_given(spec, given, torch.device(self.settings.device), tick)
@@ -156,12 +155,7 @@ class Estimator:
         Raises:
             SpecError: the detector knows no text.
         """
-        kind = detector_class(self.spec.name)
-        if CLASS_NAME not in {f.name for f in fields(kind.Params)}:
-            raise SpecError(f"{self.spec.name}: scores without text, so it takes no class name. Leave it out.")
-        spec = replace(self.spec, params={**self.spec.params, CLASS_NAME: name})
-        build_from(spec, self.seed)
-        self.spec, self._fitted = spec, None
+        self.spec, self._fitted = with_class_name(self.spec, name, self.seed), None
         return self
 
     def save(self, uri: str) -> str:
@@ -173,7 +167,7 @@ class Estimator:
         """
         fitted, place = self._require_fitted(), normalise_uri(uri)
         facts = dict(fitted.facts)
-        if facts["spec"]["artifact"] == NOT_SAVED:
+        if facts.get("spec", {}).get("artifact") == NOT_SAVED:
             facts["spec"] = {**facts["spec"], "artifact": place}
         storage = Storage(self.settings.storage)
         return save_artifact(place, storage, self.spec.name, fitted.detector, fitted.calibration, facts)
@@ -192,23 +186,21 @@ class Estimator:
         storage = Storage(Settings().changed(settings).storage)
         artifact = load_artifact(normalise_uri(uri), storage)
         body = artifact.record.body
-        found = cls(DetectorSpec(name=body["detector"], params=dict(body["params"])), body["seed"])
+        found = cls(spec_of_record(body), body["seed"])
         found._fitted = Fitted(artifact.detector, artifact.record.calibration, body)
         return found.configure(**settings)
 
     def get_params(self) -> dict[str, Any]:
-        """Everything that `create_model` takes, with all defaults filled in."""
-        params = build_from(self.spec, self.seed).params
-        named = {f.name: getattr(params, f.name) for f in fields(params)}
-        return {"name": self.spec.name, "preset": self.spec.preset, "seed": self.seed, **named}
+        """Everything that `create_model`, or `create_ensemble`, takes, with all defaults filled in."""
+        if not self.spec.ensemble:
+            return full_params(self.spec.members[0], self.seed)
+        words = [{"name": m.name, "preset": m.preset, "params": m.params} for m in self.spec.ensemble]
+        members = [Estimator(validate(DetectorSpec, word, "member"), self.seed) for word in words]
+        return {"members": members, "weights": self.spec.weights, "seed": self.seed}
 
     def __repr__(self) -> str:
-        """The call that makes this model, with what differs from the preset alone."""
-        given = [repr(self.spec.name)]
-        given += [f"preset={self.spec.preset!r}"] if self.spec.preset != "paper" else []
-        given += [f"seed={self.seed}"] if self.seed else []
-        given += [f"{name}={value!r}" for name, value in changed_params(self.spec).items()]
-        return f"create_model({', '.join(given)})"
+        """The call that makes this model, with what differs from the presets alone."""
+        return call_text(self.spec, self.seed)
 
     def _fit_spec(self, count: int, holdout_ratio: float) -> FitSpec:
         """The job that a fit here is, for the code that fits and for the record."""
@@ -235,7 +227,7 @@ class Estimator:
 
     def _require_fitted(self) -> Fitted:
         if self._fitted is None:
-            raise NotFittedError(f"{self.spec.name}: is not fitted. Call fit(images), or create_model.load(uri).")
+            raise NotFittedError(f"{self.spec.title}: is not fitted. Call fit(images), or create_model.load(uri).")
         return self._fitted
 
     def _held_out_scores(self) -> np.ndarray:

@@ -1,13 +1,15 @@
-"""Makes models by name, for Python: `from raydetect import create_model, list_models`."""
+"""Makes models by name, for Python: `from raydetect import create_ensemble, create_model, list_models`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from raydetect.config import validate
 from raydetect.detectors._registry import list_models
+from raydetect.errors import SpecError
 from raydetect.estimator import Estimator
-from raydetect.spec import DetectorSpec, Preset
+from raydetect.spec import DetectorSpec, MemberSpec, Preset
 
-__all__ = ["Estimator", "create_model", "list_models"]
+__all__ = ["Estimator", "create_ensemble", "create_model", "list_models"]
 
 
 class _CreateModel:
@@ -41,3 +43,46 @@ class _CreateModel:
 
 
 create_model = _CreateModel()
+
+
+def create_ensemble(
+    members: Sequence[Estimator | str], weights: Sequence[float] | None = None, seed: int = 0
+) -> Estimator:
+    """An unfitted model that scores by the weighted mean of several detectors, each on a common scale.
+
+    All are fitted on the same images, in one artifact. `raydetect/detectors/_ensemble.py` states the scale.
+
+    Args:
+        members: models of one detector each, or names. What they were fitted on is not used.
+        weights: of the mean; only their ratios matter; none = equal.
+        seed: of every member.
+
+    Raises:
+        SpecError: no member, one that is an ensemble itself or has another seed, members that differ in image_size, or
+            weights that do not fit.
+
+    >>> create_ensemble([create_model("patchcore", image_size=(224, 224)), create_model("stfpm")])
+    Traceback (most recent call last):
+    raydetect.errors.SpecError: ensemble: patchcore has image_size (224, 224) and stfpm (256, 256), ...
+    >>> create_ensemble([create_model("patchcore", n_neighbors=1), "stfpm"], weights=[2, 1])
+    create_ensemble([create_model('patchcore', n_neighbors=1), create_model('stfpm')], weights=[2.0, 1.0])
+    """
+    if isinstance(members, str) or not members:
+        raise SpecError("members: give a list of models or names, such as ['patchcore', 'stfpm'].")
+    specs = [_member(member, seed) for member in members]
+    words = {"ensemble": specs, "weights": None if weights is None else list(weights)}
+    return Estimator(validate(DetectorSpec, words, "create_ensemble"), seed)
+
+
+def _member(member: Estimator | str, seed: int) -> MemberSpec:
+    if isinstance(member, str):
+        return MemberSpec(name=member)
+    if not isinstance(member, Estimator):
+        raise SpecError(f"members: one is of type {type(member).__name__}. Give create_model(...) or a name.")
+    if member.spec.ensemble:
+        raise SpecError(f"members: {member!r} is an ensemble itself. Give its members one by one.")
+    if member.seed not in (0, seed):
+        raise SpecError(
+            f"members: {member!r} has a seed of its own, and all members share one. Set create_ensemble's seed."
+        )
+    return member.spec.members[0]

@@ -10,6 +10,7 @@ from raydetect.errors import SpecError
 
 MiB = 1 << 20
 Preset = Literal["paper", "smoke"]
+ENSEMBLE = "ensemble"
 FIT_CHUNK_IMAGES, FIT_CHUNK_BYTES = 64, 128 * MiB  # how a fit cuts its archive; it does not change the artifact
 
 
@@ -90,8 +91,8 @@ class SourceSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DetectorSpec:
-    """Which algorithm, with which parameters (`raydetect detectors NAME` lists them)."""
+class MemberSpec:
+    """One algorithm, with its parameters (`raydetect detectors NAME` lists them)."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
     name: Annotated[str, Field(description="a name of `raydetect detectors`")]
@@ -101,6 +102,46 @@ class DetectorSpec:
     params: Annotated[dict[str, Any], Field(description="parameters that differ from the defaults")] = field(
         default_factory=dict
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DetectorSpec:
+    """Which algorithm, with which parameters; or an ensemble of several, in one artifact."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    name: Annotated[str, Field(description="a name of `raydetect detectors`; left out for an ensemble")] = ENSEMBLE
+    preset: Annotated[Preset, Field(description="paper or smoke, as for a member of an ensemble")] = "paper"
+    params: Annotated[dict[str, Any], Field(description="parameters that differ from the defaults")] = field(
+        default_factory=dict
+    )
+    ensemble: Annotated[
+        tuple[MemberSpec, ...],
+        Field(description="instead of name: detectors whose scores are averaged on a common scale, of one image_size"),
+    ] = ()
+    weights: Annotated[
+        tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] | None,
+        Field(description="of the mean over the ensemble; only their ratios matter; none = equal"),
+    ] = None
+
+    def __post_init__(self) -> None:
+        if bool(self.ensemble) != (self.name == ENSEMBLE):
+            raise ValueError("state either a name or an ensemble of detectors, and not both")
+        if self.ensemble and (self.params or self.preset != "paper"):
+            raise ValueError("params and preset belong to the members of an ensemble, so state them there")
+        if self.weights is not None and len(self.weights) != len(self.ensemble):
+            raise ValueError(
+                f"{len(self.weights)} weights for {len(self.ensemble)} members of an ensemble; state one each"
+            )
+
+    @property
+    def members(self) -> tuple[MemberSpec, ...]:
+        """The detectors of the ensemble, or the only one."""
+        return self.ensemble or (MemberSpec(name=self.name, preset=self.preset, params=self.params),)
+
+    @property
+    def title(self) -> str:
+        """`patchcore`, or `ensemble of patchcore, stfpm`."""
+        return f"{ENSEMBLE} of {', '.join(m.name for m in self.ensemble)}" if self.ensemble else self.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,6 +255,8 @@ class FitSpec:
     def __post_init__(self) -> None:
         if self.per_category and self.extend is not None:
             raise ValueError("extend takes one artifact, so extend the categories of a fleet one by one")
+        if self.detector.ensemble and self.extend is not None:
+            raise ValueError("extend adds to one memory bank, so fit an ensemble anew on all images")
         if self.resources.bank_shards != 1:
             raise ValueError("resources.bank_shards cuts the bank for scoring; leave it out of a fit")
 

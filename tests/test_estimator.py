@@ -351,16 +351,20 @@ def test_labelled_anomalies_are_left_out_unless_the_detector_learns_from_them(mo
     assert sum(seen) == 2 * 3 and len(seen) == 2 * (6 + 3)  # two epochs
 
 
-def test_a_class_name_goes_to_detectors_that_score_by_text(monkeypatch: pytest.MonkeyPatch, fitted: Estimator) -> None:
-    plain = patchcore.PatchCore.Params
+def with_text(plain: type) -> type:
+    """Parameters of a detector that scores by text."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
-    class Params(plain):  # type: ignore[misc, valid-type]
+    class Params(plain):  # type: ignore[misc]
         """With a class name."""
 
         class_name: Annotated[str, Field(description="what the images show")] = "object"
 
-    monkeypatch.setattr(patchcore.PatchCore, "Params", Params)
+    return Params
+
+
+def test_a_class_name_goes_to_detectors_that_score_by_text(monkeypatch: pytest.MonkeyPatch, fitted: Estimator) -> None:
+    monkeypatch.setattr(patchcore.PatchCore, "Params", with_text(patchcore.PatchCore.Params))
     found = model().fit(images(6))
     assert found.set_class_name("screw") is found
     assert found.get_params()["class_name"] == "screw" and "class_name='screw'" in repr(found)

@@ -2,16 +2,16 @@
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import raydetect.detectors as room
-from raydetect.config import nearest, validate
+from raydetect.config import nearest, to_plain, validate
 from raydetect.detectors._base import Detector
+from raydetect.detectors._ensemble import Ensemble
 from raydetect.errors import SpecError
-from raydetect.spec import DetectorSpec, Preset
+from raydetect.spec import ENSEMBLE, DetectorSpec, MemberSpec, Preset
 
 
 @cache
@@ -43,7 +43,7 @@ def build_detector(name: str, params: Mapping[str, Any], seed: int = 0, preset: 
     """An unfitted detector, without weights yet.
 
     Args:
-        name: a name of `list_models()`.
+        name: a name of `list_models()`, or "ensemble" with the parameters of an artifact's record.
         params: what differs from the preset.
         seed: seeds every random choice of the fit.
         preset: "paper", the detector's defaults, or "smoke", which is small and for tests.
@@ -51,6 +51,9 @@ def build_detector(name: str, params: Mapping[str, Any], seed: int = 0, preset: 
     Raises:
         SpecError: an unknown name, or unknown or bad parameters.
     """
+    if name == ENSEMBLE:
+        stored = validate(Ensemble.Params, params, f"detector {name}")
+        return _build_ensemble(stored.members, stored.weights, seed)
     kind = detector_class(name)
     chosen = {**(kind.smoke if preset == "smoke" else {}), **params}
     return kind(validate(kind.Params, chosen, f"detector {name}"), seed)
@@ -60,18 +63,22 @@ def build_from(spec: DetectorSpec, seed: int) -> Detector:
     """The unfitted detector that a job file describes.
 
     Raises:
-        SpecError: an unknown name, or unknown or bad parameters.
+        SpecError: an unknown name, unknown or bad parameters, or members of an ensemble that differ in image_size.
     """
+    if spec.ensemble:
+        return _build_ensemble(spec.ensemble, spec.weights or (1.0,) * len(spec.ensemble), seed)
     return build_detector(spec.name, spec.params, seed, spec.preset)
 
 
-def changed_params(spec: DetectorSpec) -> dict[str, Any]:
-    """The parameters that differ from the preset, in order of declaration.
-
-    Raises:
-        SpecError: an unknown name, or unknown or bad parameters.
-    """
-    params = build_detector(spec.name, spec.params, preset=spec.preset).params
-    plain = build_detector(spec.name, {}, preset=spec.preset).params
-    values = {f.name: getattr(params, f.name) for f in fields(params)}
-    return {name: value for name, value in values.items() if value != getattr(plain, name)}
+def _build_ensemble(specs: Sequence[MemberSpec], weights: Sequence[float], seed: int) -> Ensemble:
+    members = [build_detector(spec.name, spec.params, seed, spec.preset) for spec in specs]
+    sizes = [member.params.image_size for member in members]
+    for spec, size in zip(specs, sizes, strict=True):
+        if size != sizes[0]:
+            raise SpecError(
+                f"{ENSEMBLE}: {specs[0].name} has image_size {sizes[0]} and {spec.name} {size}, and all members see "
+                "the same pixels. Set image_size alike in their params."
+            )
+    whole = [MemberSpec(name=s.name, params=to_plain(m.params)) for s, m in zip(specs, members, strict=True)]
+    params = Ensemble.Params(image_size=sizes[0], members=tuple(whole), weights=tuple(map(float, weights)))
+    return Ensemble(params, members, seed)

@@ -1,4 +1,4 @@
-"""Which normal images are held out for calibration, or collected: a function of their keys, whoever has read them."""
+"""Which normal images calibrate, set a scale or are collected: a function of their keys, whoever has read them."""
 
 import torch
 
@@ -13,11 +13,16 @@ def marks_of(keys: list[str], seed: int, purpose: str = "holdout") -> torch.Tens
     return torch.tensor([keyed_seed(seed, purpose, key) for key in keys], dtype=torch.int64)
 
 
-def choose_images(keys: list[str], count: int, seed: int, group: Group) -> list[str]:
+def normal_keys(cache: ImageCache) -> list[str]:
+    """Keys of the images that are not labelled anomalous, sorted."""
+    return sorted(image.key for image in cache.images.values() if image.label != 1)
+
+
+def choose_images(keys: list[str], count: int, seed: int, group: Group, purpose: str = "collected") -> list[str]:
     """Those among this worker's keys that are of the `count` images of all workers with the smallest keyed hash."""
     if count == 0:
         return []
-    marks_I = marks_of(keys, seed, "collected")
+    marks_I = marks_of(keys, seed, purpose)
     smallest = torch.cat(group.gather(marks_I.sort().values[:count])).sort().values[:count]
     return [key for key, mark in zip(keys, marks_I.tolist(), strict=True) if mark <= int(smallest[-1])]
 

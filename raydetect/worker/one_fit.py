@@ -15,6 +15,7 @@ from raydetect.artifact_record import Calibration
 from raydetect.blocks.group import Group
 from raydetect.config import differences, digest, to_plain
 from raydetect.detectors._base import Detector
+from raydetect.detectors._ensemble import Ensemble, learns_from_labels, parts
 from raydetect.detectors._registry import build_from
 from raydetect.errors import SpecError
 from raydetect.spec import FitSpec, public_spec, result_words
@@ -24,8 +25,9 @@ from raydetect.worker.cache import ImageCache
 from raydetect.worker.calibrate import calibrate
 from raydetect.worker.checkpoints import Checkpoints
 from raydetect.worker.collect import collect
-from raydetect.worker.holdout import choose_holdout, choose_images
-from raydetect.worker.phases import Phases
+from raydetect.worker.holdout import choose_holdout, choose_images, normal_keys
+from raydetect.worker.phases import Phases, measured_facts, merged_facts
+from raydetect.worker.scale import choose_scaling, set_scales
 from raydetect.worker.train import Trainer
 
 Tick = Callable[[str, int, int | None], None]
@@ -78,6 +80,7 @@ class OneFit:
         device: torch device of this worker.
         where: the source, for messages.
         phases: measured so far.
+        shared: whether every worker has all images already.
     """
 
     spec: FitSpec
@@ -89,6 +92,7 @@ class OneFit:
     device: torch.device
     where: str
     phases: Phases
+    shared: bool = False
 
     def run(self, bad: int) -> FitReport | None:
         """Fits, and on the first worker writes the artifact.
@@ -123,25 +127,49 @@ class OneFit:
         detector.to(self.device)
         kept: list[Checkpoints] = []
         with self.phases.phase("fit"):
-            fit_keys, held_out = self._split(detector)
-            fitted, judged_count = self._count(len(fit_keys)), self._count(len(held_out))
-            left_out = self._count(sum(image.label == 1 for image in self.cache.images.values()))
-            if detector.info.labels != "none":
-                left_out = 0
-            for phase in detector.phases:
-                if phase == "collect":
-                    self._collect(detector, fit_keys)
-                else:
-                    trainer = self._trainer(detector, fit_keys, storage)
-                    losses = trainer.run(self._on_first("train epochs"))
-                    words |= {"losses": [round(x, 6) for x in losses], "resumed_epochs": trainer.resumed_epochs}
-                    kept += [trainer.checkpoints] if trainer.checkpoints else []
+            held_out = self._held_out()
+            fit_keys = self._fit_keys(held_out, learns_from_labels(detector))
+            counts = self._counts(fit_keys)
+            trained = [self._run_phases(part, number, fit_keys, storage, kept) for number, part in parts(detector)]
+        if isinstance(detector, Ensemble):
+            with self.phases.phase("scale"):
+                held_out = self._scale(detector, held_out, counts)
         with self.phases.phase("calibrate"):
-            judged = self.cache if self.judged is None else self.judged
-            tick = self._ticker("calibrate", judged_count)
-            calibration = calibrate(detector, judged, held_out, self.spec.batch_size, self.group, tick)
-        words |= {**detector.facts(), **self._facts(fitted, len(calibration.scores), left_out, bad)}
+            tick = self._ticker("calibrate", self._count(len(held_out)))
+            calibration = calibrate(detector, self._judged(), held_out, self.spec.batch_size, self.group, tick)
+        counts |= {"held_out": len(calibration.scores), "bad": bad}
+        words |= {
+            **merged_facts(detector.facts(), trained),
+            **measured_facts(self.spec, self.phases, self.group, counts),
+        }
         return Fitted(detector, calibration, words, tuple(kept))
+
+    def _run_phases(
+        self, part: Detector, number: int | None, keys: list[str], storage: Storage, kept: list[Checkpoints]
+    ) -> dict[str, Any]:
+        """Takes a detector, or one of an ensemble, through its phases; returns what a training tells."""
+        name = "" if number is None else f"{self.spec.detector.members[number].name} {number + 1}: "
+        told: dict[str, Any] = {}
+        normal = [key for key in keys if self.cache.images[key].label != 1]
+        if part.info.labels == "none":
+            keys = normal
+        for phase in part.phases:
+            if phase == "collect":
+                self._collect(part, normal, name)
+            else:
+                trainer = self._trainer(part, number, keys, storage)
+                losses = trainer.run(self._on_first(f"{name}train epochs"))
+                told = {"losses": [round(x, 6) for x in losses], "resumed_epochs": trainer.resumed_epochs}
+                kept += [trainer.checkpoints] if trainer.checkpoints else []
+        return told
+
+    def _scale(self, ensemble: Ensemble, held_out: list[str], counts: dict[str, int]) -> list[str]:
+        """Sets the common scale by some of the held-out images, and returns the others."""
+        scaling, held_out = choose_scaling(held_out, self.spec.seed, self.group)
+        counts["scaled"] = self._count(len(scaling))
+        tick = self._ticker("scale", counts["scaled"] * len(ensemble.members))
+        set_scales(ensemble, self._judged(), scaling, self.spec.batch_size, self.group, tick)
+        return held_out
 
     def _detector(self, storage: Storage) -> tuple[Detector, dict[str, Any]]:
         """The detector before it is fitted, and what the record says of where it comes from."""
@@ -164,23 +192,30 @@ class OneFit:
         lineage = [*earlier.record.body.get("lineage", []), entry]
         return earlier.detector, {"weights": earlier.record.body["weights"], "lineage": lineage}
 
-    def _split(self, detector: Detector) -> tuple[list[str], list[str]]:
-        """This worker's keys to fit on, and those to calibrate on, sorted."""
-        images = self.cache.images.values()
-        normal = sorted(image.key for image in images if image.label != 1)
+    def _held_out(self) -> list[str]:
+        """This worker's keys to calibrate on, sorted."""
         if self.judged is not None:
-            held_out = sorted(image.key for image in self.judged.images.values() if image.label != 1)
-            kept = set(normal)
-        else:
-            ratio, seed = self.spec.calibration.holdout_ratio, self.spec.seed
-            chosen = choose_holdout(normal, ratio, seed, self.group, self.where)
-            held_out, kept = sorted(chosen), set(normal) - chosen
-        if detector.info.labels != "none":
-            kept |= {image.key for image in images if image.label == 1}
-        return sorted(kept), held_out
+            return normal_keys(self.judged)
+        ratio, seed = self.spec.calibration.holdout_ratio, self.spec.seed
+        return sorted(choose_holdout(normal_keys(self.cache), ratio, seed, self.group, self.where))
 
-    def _collect(self, detector: Detector, keys: list[str]) -> None:
-        normal = [key for key in keys if self.cache.images[key].label != 1]
+    def _fit_keys(self, held_out: list[str], with_labels: bool) -> list[str]:
+        """This worker's keys to fit on, sorted; anomalous images only for detectors that learn from labels."""
+        apart = set(held_out) if self.judged is None else set()
+        normal = normal_keys(self.cache)
+        found = list(self.cache.images) if with_labels else normal
+        return sorted(set(found) - apart)
+
+    def _counts(self, fit_keys: list[str]) -> dict[str, int]:
+        images = self.cache.images
+        anomalous = {key for key, image in images.items() if image.label == 1}
+        left_out = len(anomalous - set(fit_keys))
+        return {"fitted": self._count(len(fit_keys)), "labelled_anomalous_left_out": self._count(left_out)}
+
+    def _judged(self) -> ImageCache:
+        return self.cache if self.judged is None else self.judged
+
+    def _collect(self, detector: Detector, normal: list[str], name: str) -> None:
         wanted = detector.num_collected()
         if wanted is not None:
             normal = choose_images(normal, wanted, self.spec.seed, self.group)
@@ -192,19 +227,21 @@ class OneFit:
             self.spec.batch_size,
             self.group,
             self.spec.max_bank_bytes,
-            self._ticker("collect", total),
+            self._ticker(f"{name}collect", total),
         )
         if self.spec.extend is not None and self.group.rank == 0:
             detector.extend(state)
         state.agree()
-        detector.finish(state, self._on_first("finish"))
+        detector.finish(state, self._on_first(f"{name}finish"))
 
-    def _trainer(self, detector: Detector, keys: list[str], storage: Storage) -> Trainer:
+    def _trainer(self, detector: Detector, number: int | None, keys: list[str], storage: Storage) -> Trainer:
         """Gives every worker all images, and finds the states of an earlier, killed start."""
-        self.cache.share(self.group, lambda _: True)
+        if not self.shared:
+            self.cache.share(self.group, lambda _: True)
+            self.shared = True
         texts = self.group.gather_bytes(json.dumps(keys).encode())
         everyone = sorted(key for text in texts for key in json.loads(text))
-        name = digest({"spec": result_words(public_spec(self.spec)), "keys": everyone})[:16]
+        name = digest({"spec": result_words(public_spec(self.spec)), "keys": everyone, "member": number})[:16]
         checkpoints = None
         if self.uri is not None:
             checkpoints = Checkpoints(join_uri(self.uri, f"training-{name}"), storage, self.spec.checkpoint_epochs)
@@ -212,22 +249,6 @@ class OneFit:
 
     def _count(self, here: int) -> int:
         return int(self.group.sum(torch.tensor([here]))[0])
-
-    def _facts(self, fitted: int, held_out: int, left_out: int, bad: int) -> dict[str, Any]:
-        measured = self.phases.over(self.group)
-        rate = held_out / max(measured["seconds"]["calibrate"], 1e-9) / self.group.size
-        return {
-            "spec": public_spec(self.spec),
-            "images": {
-                "fitted": fitted,
-                "held_out": held_out,
-                "labelled_anomalous_left_out": left_out,
-                "bad": bad,
-            },
-            "workers": self.group.size,
-            "images_per_second": round(rate, 3),
-            **measured,
-        }
 
     def _ticker(self, phase: str, total: int) -> Callable[[int], None]:
         return lambda done: self.tick(phase, done, total)

@@ -2,13 +2,15 @@
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from raydetect.blocks.group import Group
+from raydetect.spec import FitSpec, public_spec
 
 
 @dataclass(slots=True)
@@ -35,6 +37,27 @@ class Phases:
             "seconds": {name: round(float(most[i, 0]), 3) for i, name in enumerate(names)},
             "peak_memory_bytes": {name: int(most[i, 1]) for i, name in enumerate(names)},
         }
+
+
+def measured_facts(spec: FitSpec, phases: Phases, group: Group, counts: Mapping[str, int]) -> dict[str, Any]:
+    """What the record tells of how a fit went; `counts` are images by what was done with them."""
+    measured = phases.over(group)
+    rate = counts["held_out"] / max(measured["seconds"]["calibrate"], 1e-9) / group.size
+    return {
+        "spec": public_spec(spec),
+        "images": dict(counts),
+        "workers": group.size,
+        "images_per_second": round(rate, 3),
+        **measured,
+    }
+
+
+def merged_facts(facts: Mapping[str, Any], trained: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a detector measured, with what its training told; for an ensemble, member by member."""
+    if "members" not in facts:
+        return {**trained[0], **facts}
+    members = [{**told, **own} for told, own in zip(trained, facts["members"], strict=True)]
+    return {**facts, "members": members}
 
 
 @contextmanager
