@@ -29,7 +29,7 @@ from raydetect.blocks.seeding import keyed_seed, mixed_hash
 
 CoresetMode = Literal["exact", "composable", "random"]
 CANDIDATES = 2048
-ROWS_AT_ONCE, CENTRES_AT_ONCE = 4096, 1024  # a product of 16 MB, most of it in cache
+ROWS_AT_ONCE, CENTRES_AT_ONCE = 1024, 512  # a product of 2 MB, which stays in cache
 OVERSAMPLING = 2.0
 TAKEN = -1.0
 Tick = Callable[[int], None]
