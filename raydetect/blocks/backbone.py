@@ -14,6 +14,7 @@ from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from raydetect.blocks.seeding import keyed_seed
+from raydetect.blocks.timm_trunk import TimmTrunk
 from raydetect.config import nearest
 from raydetect.errors import ArtifactError, SpecError
 
@@ -22,6 +23,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 ALIASES = {"wide_resnet50": "wide_resnet50_2", "wide_resnet101": "wide_resnet101_2"}
 TIMM_PREFIX = "timm/"
 PROBE_PX = 64  # the smallest square that every convolutional trunk takes
+NO_MAPS = ("vit_", "swin_")
+PIXEL_MEAN, PIXEL_STD = "pixel_mean", "pixel_std"
 
 
 def is_timm(name: str) -> bool:
@@ -33,15 +36,21 @@ def bare_name(name: str) -> str:
     """The name as its library has it.
 
     Raises:
-        SpecError: neither torchvision nor timm knows it.
+        SpecError: neither torchvision nor timm knows it, or it gives no feature maps.
     """
     bare = ALIASES.get(name, name).removeprefix(TIMM_PREFIX)
     if is_timm(name):
         import timm  # slow, and only needed for its own models
 
-        if bare.partition(".")[0] not in timm.list_models():
-            known = nearest(name, models.list_models())
-            raise SpecError(f"backbone {name!r} is unknown to torchvision and timm.{known}")
+        known = timm.list_models()
+        if bare.partition(".")[0] not in known:
+            said = nearest(name, [*models.list_models(), *known])
+            raise SpecError(f"backbone {name!r} is unknown to torchvision and timm.{said}")
+    elif bare.startswith(NO_MAPS):
+        raise SpecError(
+            f"backbone {name!r}: torchvision's transformers give no feature maps. Use timm's, such as "
+            "vit_base_patch16_224."
+        )
     return bare
 
 
@@ -57,15 +66,21 @@ class Backbone(nn.Module):
         self.name, self.layers = name, tuple(layers)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(keyed_seed(seed, "backbone", name, *words))
-            self.trunk = _timm_trunk(name, layers) if is_timm(name) else _torchvision_trunk(name, layers)
+            self.trunk = TimmTrunk(name, bare_name(name), layers) if is_timm(name) else _torchvision_trunk(name, layers)
         self._folded: nn.Module | None = None
         self.mean_C11: Tensor
         self.std_C11: Tensor
-        self.register_buffer("mean_C11", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std_C11", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+        timm_trunk = self.trunk if isinstance(self.trunk, TimmTrunk) else None
+        mean, std = (timm_trunk.mean, timm_trunk.std) if timm_trunk else (IMAGENET_MEAN, IMAGENET_STD)
+        self.register_buffer("mean_C11", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std_C11", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def forward(self, images_BCHW: Tensor) -> list[Tensor]:
-        """Features (B, C_i, h_i, w_i) of every layer, from uint8 RGB images."""
+        """Features (B, C_i, h_i, w_i) of every layer, from uint8 RGB images.
+
+        Raises:
+            SpecError: a transformer cannot take images of this size.
+        """
         trunk = self.trunk if self._folded is None else self._folded
         found = trunk(self.normalised(images_BCHW))
         # torchvision's extractor gives the layers in the network's own order
@@ -84,19 +99,31 @@ class Backbone(nn.Module):
         return normal_BHR.view(images_BHWC.shape).permute(0, 3, 1, 2)
 
     def weights(self) -> dict[str, Tensor]:
-        """The used tensors by the library's own key names."""
+        """The used tensors by the library's own key names.
+
+        timm's mean and std of pixels are among them: they differ between its weights, and may between its versions.
+        """
         state = self.trunk.state_dict()
-        return {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+        found = {self._name(key): value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+        if isinstance(self.trunk, TimmTrunk):
+            found |= {PIXEL_MEAN: self.mean_C11.flatten(), PIXEL_STD: self.std_C11.flatten()}
+        return found
+
+    def _name(self, key: str) -> str:
+        return self.trunk.names[key] if isinstance(self.trunk, TimmTrunk) else key
 
     def load(self, weights: Mapping[str, Tensor], source: str) -> None:
         """Takes the used tensors out of `weights`; others are passed over.
 
+        Mean and std of pixels are taken if they are there, as in an artifact; a file of weights has none.
+
         Raises:
             ArtifactError: a used tensor is missing or has another shape; the message names it.
         """
-        own = self.weights()
-        for name, value in own.items():
+        for name, value in self.weights().items():
             if name not in weights:
+                if name in (PIXEL_MEAN, PIXEL_STD):
+                    continue
                 raise ArtifactError(
                     f"{source}: has no tensor {name!r}, which {self.name} needs up to {self.layers[-1]}."
                 )
@@ -105,12 +132,16 @@ class Backbone(nn.Module):
                     f"{source}: tensor {name!r} has shape {tuple(weights[name].shape)}, {self.name} needs "
                     f"{tuple(value.shape)}."
                 )
-        self.trunk.load_state_dict({name: weights[name] for name in own}, strict=False)
+        keys = {key: self._name(key) for key in self.trunk.state_dict()}
+        self.trunk.load_state_dict({key: weights[n] for key, n in keys.items() if n in weights}, strict=False)
+        if isinstance(self.trunk, TimmTrunk):
+            self.mean_C11.copy_(weights.get(PIXEL_MEAN, self.mean_C11.flatten()).view(3, 1, 1))
+            self.std_C11.copy_(weights.get(PIXEL_STD, self.std_C11.flatten()).view(3, 1, 1))
 
     def widths(self) -> list[int]:
         """Channels of every layer."""
-        if is_timm(self.name):
-            return list(self.trunk.feature_info.channels())  # type: ignore[union-attr, operator]
+        if isinstance(self.trunk, TimmTrunk):
+            return self.trunk.channels()
         modes = {part: part.training for part in self.modules()}
         with torch.no_grad():
             device = self.mean_C11.device
@@ -121,25 +152,28 @@ class Backbone(nn.Module):
 
     def digest(self) -> str:
         """sha256 over the used tensors, in order of their names."""
-        total = hashlib.sha256()
-        for name, value in sorted(self.weights().items()):
-            total.update(name.encode())
-            total.update(value.detach().cpu().contiguous().numpy().tobytes())
-        return total.hexdigest()
+        return tensors_digest(self.weights())
 
     def freeze(self) -> "Backbone":
-        """From here on for scoring: eval mode, no gradients, batch norm folded into convolutions, channels last.
+        """From here on for scoring: eval mode, no gradients, torchvision's batch norms folded in, channels last.
 
         `weights` and `digest` still give the tensors before folding.
         """
         self.eval().requires_grad_(False)
-        folded = copy.deepcopy(self.trunk)
-        if not is_timm(self.name):
+        if isinstance(self.trunk, fx.GraphModule):
             # the extractor holds a graph per mode; fuse wants one
-            assert isinstance(folded, fx.GraphModule)
-            folded = fuse(fx.GraphModule(folded, folded.graph).eval())
-        self._folded = folded
+            folded = copy.deepcopy(self.trunk)
+            self._folded = fuse(fx.GraphModule(folded, folded.graph).eval())
         return self.to(memory_format=torch.channels_last)
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over tensors, in order of their names."""
+    total = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        total.update(name.encode())
+        total.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()
 
 
 def _torchvision_trunk(name: str, layers: Sequence[str]) -> nn.Module:
@@ -149,16 +183,3 @@ def _torchvision_trunk(name: str, layers: Sequence[str]) -> nn.Module:
     except ValueError:
         known = [child for child, _ in model.named_children()]
         raise SpecError(f"backbone {name!r} has no layer among {list(layers)}.{nearest(layers[0], known)}") from None
-
-
-def _timm_trunk(name: str, layers: Sequence[str]) -> nn.Module:
-    import timm
-
-    bare = bare_name(name)
-    known = timm.create_model(bare, pretrained=False, features_only=True).feature_info
-    names = [entry["module"] for entry in known.info] if hasattr(known, "info") else known.module_name()
-    for layer in layers:
-        if layer not in names:
-            raise SpecError(f"backbone {name!r} has no layer {layer!r}.{nearest(layer, names)}")
-    places = tuple(names.index(layer) for layer in layers)
-    return timm.create_model(bare, pretrained=False, features_only=True, out_indices=places)
