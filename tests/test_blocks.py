@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from raydetect.blocks.anomaly_map import smooth, smooth_upsampled, upsample
+from raydetect.blocks.anomaly_map import smooth, smooth_upsampled, unlikely, upsample
 from raydetect.blocks.backbone import Backbone
 from raydetect.blocks.pyramid import patch_embeddings
 from raydetect.blocks.seeding import keyed_generator, keyed_unit, shuffled
@@ -64,6 +64,15 @@ def test_asking_for_widths_changes_nothing(name: str) -> None:
     assert [part.training for part in backbone.modules()] == modes and backbone.digest() == digest
 
 
+def test_unlikely_is_minus_the_logarithm_of_the_mean_likelihood_far_beyond_float32() -> None:
+    flat = unlikely([torch.full((2, 2, 3), -200.0), torch.full((2, 1, 1), -300.0)], (4, 6))
+    np.testing.assert_allclose(flat.numpy(), np.full((2, 4, 6), 200 + np.log(2)), rtol=1e-6)
+    levels = [torch.randn(2, 3, 4), torch.randn(2, 5, 2)]
+    mean = sum(upsample(level.exp(), (7, 9)) for level in levels) / 2
+    np.testing.assert_allclose(unlikely(levels, (7, 9)).numpy(), -np.log(mean.numpy()), rtol=1e-4, atol=1e-5)
+    assert torch.isfinite(unlikely([torch.full((1, 2, 2), -1e4)], (4, 4))).all()
+
+
 def test_a_frozen_backbone_gives_the_features_of_the_plain_one() -> None:
     backbone = Backbone("resnet18", ("layer1", "layer3"), 3).eval()
     generator = keyed_generator(0, "statistics")
@@ -86,6 +95,22 @@ def test_timm_backbones_work(name: str) -> None:
     with torch.inference_mode():
         levels = backbone(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
     assert [level.shape[-1] for level in levels] == [8, 4]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "timm/resnet10t"])
+def test_a_backbone_tells_its_shapes_and_passes_gradients_to_normalised_images(name: str) -> None:
+    backbone = Backbone(name, ("layer1", "layer2"), 0).freeze()
+    images = torch.randint(0, 256, (2, 3, 40, 56), dtype=torch.uint8)
+    levels = backbone(images)
+    assert [tuple(level.shape[1:]) for level in levels] == backbone.shapes((40, 56))
+    normal = backbone.normalised(images).requires_grad_()
+    for level, again in zip(levels, backbone.features(normal), strict=True):
+        torch.testing.assert_close(again, level)
+    (gradient,) = torch.autograd.grad(backbone.features(normal)[1].square().sum(), normal)
+    nudge = 1e-3 * torch.randn_like(normal)
+    with torch.no_grad():
+        ends = [backbone.features(normal + sign * nudge)[1].double().square().sum() for sign in (1, -1)]
+    assert float((gradient * nudge).sum()) == pytest.approx(float(ends[0] - ends[1]) / 2, rel=0.05)
 
 
 def test_backbone_weights_are_keyed_checked_and_named() -> None:

@@ -1,5 +1,6 @@
 """From a grid of patch scores to an anomaly map: upsampling and Gaussian smoothing."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -8,10 +9,26 @@ from torch import Tensor
 
 from raydetect.blocks.product import product
 
+LEAST_LIKELIHOOD = 1e-300
+
 
 def upsample(grid_Bhw: Tensor, size_px: tuple[int, int]) -> Tensor:
     """Bilinear upsampling (pixel centres, no corner alignment) to (height, width), float32."""
     return F.interpolate(grid_Bhw[:, None].float(), size=size_px, mode="bilinear", align_corners=False)[:, 0]
+
+
+def unlikely(levels: Sequence[Tensor], size_px: tuple[int, int]) -> Tensor:
+    """Minus the logarithm of the mean over levels of upsampled likelihoods, (B, H, W) float32.
+
+    The likelihoods are float64 on their way, so that only what lies 690 below the likeliest is cut off.
+
+    Args:
+        levels: log-likelihoods (B, h_i, w_i), each up to a constant of its level.
+        size_px: (height, width).
+    """
+    grids = [level_Bhw[:, None].double().exp() for level_Bhw in levels]
+    maps = [F.interpolate(grid_B1hw, size=size_px, mode="bilinear") for grid_B1hw in grids]
+    return -torch.cat(maps, 1).mean(1).clamp_min(LEAST_LIKELIHOOD).log().float()
 
 
 def gaussian_kernel(sigma_px: float) -> Tensor:

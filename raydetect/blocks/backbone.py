@@ -81,10 +81,23 @@ class Backbone(nn.Module):
         Raises:
             SpecError: a transformer cannot take images of this size.
         """
+        return self.features(self.normalised(images_BCHW))
+
+    def features(self, normal_BCHW: Tensor) -> list[Tensor]:
+        """The same from normalised images, with gradients where these ask for them."""
         trunk = self.trunk if self._folded is None else self._folded
-        found = trunk(self.normalised(images_BCHW))
+        found = trunk(normal_BCHW)
         # torchvision's extractor gives the layers in the network's own order
         return [found[layer] for layer in self.layers] if isinstance(found, dict) else list(found)
+
+    def shapes(self, image_size: tuple[int, int]) -> list[tuple[int, ...]]:
+        """(C_i, h_i, w_i) of every layer for images of (height, width) px; costs one forward pass, changes nothing."""
+        modes = {part: part.training for part in self.modules()}
+        with torch.inference_mode():
+            found = self.eval()(self.mean_C11.new_zeros(1, 3, *image_size))
+        for part, training in modes.items():
+            part.training = training
+        return [tuple(level.shape[1:]) for level in found]
 
     def normalised(self, images_BCHW: Tensor) -> Tensor:
         """(x / 255 - mean) / std, float32, channels last.
@@ -142,13 +155,7 @@ class Backbone(nn.Module):
         """Channels of every layer."""
         if isinstance(self.trunk, TimmTrunk):
             return self.trunk.channels()
-        modes = {part: part.training for part in self.modules()}
-        with torch.no_grad():
-            device = self.mean_C11.device
-            found = self.eval()(torch.zeros(1, 3, PROBE_PX, PROBE_PX, dtype=torch.uint8, device=device))
-        for part, training in modes.items():
-            part.training = training
-        return [level.shape[1] for level in found]
+        return [shape[0] for shape in self.shapes((PROBE_PX, PROBE_PX))]
 
     def digest(self) -> str:
         """sha256 over the used tensors, in order of their names."""
