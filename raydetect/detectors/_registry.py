@@ -13,6 +13,9 @@ from raydetect.detectors._ensemble import Ensemble
 from raydetect.errors import SpecError
 from raydetect.spec import ENSEMBLE, DetectorSpec, MemberSpec, Preset
 
+ALIASES = {"cflow_ad": "cflow"}
+"""Other names that people know detectors by."""
+
 
 @cache
 def list_models() -> tuple[str, ...]:
@@ -21,11 +24,12 @@ def list_models() -> tuple[str, ...]:
 
 
 def detector_class(name: str) -> type[Detector]:
-    """The class of a detector.
+    """The class of a detector, by its name or an alias.
 
     Raises:
         SpecError: no detector has this name; the message has the nearest one.
     """
+    name = ALIASES.get(name, name)
     if name not in list_models():
         raise SpecError(f"detector {name!r} is unknown.{nearest(name, list_models())}")
     module = importlib.import_module(f"{room.__name__}.{name}")
