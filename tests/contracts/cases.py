@@ -53,6 +53,18 @@ class Case:
 RANDOM = {"weights": "random"}
 CASES = (
     Case(
+        "cflow",
+        RANDOM,
+        floor=0.8,
+        pixel_floor=0.93,
+        bad={
+            "n_flows": {"n_flows": 0},
+            "warm_up_epochs": {"epochs": 2, "warm_up_epochs": 2},
+            "fibre_batch": {"fibre_batch": 8, "batch_size": 9},
+            "position_dims": {"position_dims": 6},
+        },
+    ),
+    Case(
         "patchcore",
         {**RANDOM, "layers": ["layer1", "layer2"], "smoothing_sigma": 1},
         floor=0.95,
