@@ -427,6 +427,26 @@ def test_the_examples_of_the_docstrings_run(module: Any) -> None:
     assert ended.failed == 0 and ended.attempted >= 2
 
 
+def test_the_notebook_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it stands there, but for random weights at a small size."""
+    text = (Path(__file__).parents[1] / "README.md").read_text().partition("## In a notebook")[2]
+    code = text.partition("```python\n")[2].partition("```")[0]
+    small = 'weights="random", image_size=(64, 64)'
+    code = code.replace('backbone="resnet18"', f'backbone="resnet18", {small}')
+    code = code.replace("epochs=30", f"epochs=1, {small}")
+    assert code.count(small) == 2
+    for folder, start in (("normal", 0), ("new", 500)):
+        (tmp_path / folder).mkdir()
+        for i in range(100 if folder == "normal" else 5):
+            (tmp_path / folder / f"{i:03d}.png").write_bytes(encode(normal_image(start + i, 64)))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["maps"].shape == (5, 64, 64) and set(names["labels"]) <= {0, 1}
+    assert (names["again"].predict_proba(names["new"]) == names["scores"]).all()
+    assert names["both"].predict(names["new"], alpha=0.1).shape == (5,)
+
+
 def test_import_is_instant_and_knows_its_names() -> None:
     code = "import raydetect, sys; print(sorted(sys.modules)); print(dir(raydetect)); raydetect.create_modell"
     words = [sys.executable, "-X", "importtime", "-c", code]
