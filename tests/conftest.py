@@ -5,6 +5,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -13,7 +14,7 @@ from tests.objectstore import ObjectStore
 from tests.objectstore.moto_server import running_moto
 from tests.objectstore.swift import is_installed, running_swift
 
-TOGETHER = "together"
+TOGETHER, LAWS = "tests/together/", "tests/contracts/"
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 for name in ("AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "RAY_ADDRESS"):
     os.environ.pop(name, None)
@@ -21,12 +22,24 @@ for name in ("AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "RAY_A
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole jobs first and one after another, as they wait more than they compute; beside them file by file."""
-    items.sort(key=lambda item: TOGETHER not in item.path.parts)
-    for item in items:
-        case = getattr(getattr(item, "callspec", None), "params", {}).get("case")
-        name = TOGETHER if TOGETHER in item.path.parts else f"{item.path.stem} {getattr(case, 'name', '')}"
-        item.add_marker(pytest.mark.xdist_group(name))
+    """Whole jobs first: they wait more than they compute, and the other tests run beside them."""
+    items.sort(key=lambda item: not item.nodeid.startswith(TOGETHER))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n`: whole jobs one after another on one worker, the laws of each detector together, else file by file."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Rooms(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            if nodeid.startswith(TOGETHER):
+                return TOGETHER
+            path, _, words = nodeid.partition("::")
+            names = words.partition("[")[2].rstrip("]").split("-")
+            return f"{path} {min(names, key=lambda name: name.startswith('size'))}" if path.startswith(LAWS) else path
+
+    return Rooms(config, log)
 
 
 @pytest.fixture(scope="session")
