@@ -65,6 +65,13 @@ CASES = (
         },
     ),
     Case(
+        "fastflow",
+        RANDOM,
+        floor=0.95,
+        pixel_floor=0.95,
+        bad={"n_flow_steps": {"n_flow_steps": 0}, "hidden_ratio": {"hidden_ratio": 0}, "clamp": {"clamp": 0}},
+    ),
+    Case(
         "patchcore",
         {**RANDOM, "layers": ["layer1", "layer2"], "smoothing_sigma": 1},
         floor=0.95,
