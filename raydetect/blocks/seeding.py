@@ -1,7 +1,8 @@
 """Randomness keyed by words (seed, purpose, image key), never by position, rank or call order."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -30,6 +31,18 @@ def keyed_unit(seed: int, *words: str | int) -> float:
 def shuffled(keys: Sequence[str], seed: int, epoch: int) -> list[str]:
     """`keys` in the order of one epoch; does not depend on the order they come in."""
     return sorted(keys, key=lambda key: (_hash(seed, ("shuffle", epoch, key)), key))
+
+
+def in_rounds(keys: Sequence[str], seed: int, *words: str | int) -> Iterator[str]:
+    """`keys` without end, every round of them in an order of its own; keyed by `seed` and `words` alone.
+
+    Raises:
+        ValueError: there is no key.
+    """
+    if not keys:
+        raise ValueError("there are no keys to draw from")
+    for number in count():
+        yield from shuffled(keys, keyed_seed(seed, *words), number)
 
 
 def mixed_hash(values_N: Tensor, seed: int) -> Tensor:

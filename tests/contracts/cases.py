@@ -65,6 +65,17 @@ CASES = (
         },
     ),
     Case(
+        "cutpaste",
+        {**RANDOM, "level": "patch", "patch_stride_px": 8},
+        floor=0.8,
+        pixel_floor=0.8,
+        bad={
+            "batch_size": {"batch_size": 2},
+            "augment_type": {"augment_type": "4way"},
+            "contradicts": {"pretrained": False, "weights": "imagenet"},
+        },
+    ),
+    Case(
         "fastflow",
         RANDOM,
         floor=0.95,
