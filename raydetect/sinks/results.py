@@ -92,7 +92,8 @@ def labelled_auroc(ledger: Ledger) -> tuple[float, int] | None:
 
 def _by_artifact(ledger: Ledger, path: str) -> Iterator[tuple[str, pa.Table]]:
     """(artifact, its label and image_score) of a part's labelled rows."""
-    with ledger.storage.open(f"{ledger.uri}/{path}") as handle:
-        table = pq.read_table(handle, columns=["label", "image_score", "artifact"]).drop_null()
+    # from memory: Arrow's threads may hold a Python file until after the interpreter has ended, which aborts
+    data = pa.BufferReader(ledger.storage.read(f"{ledger.uri}/{path}"))
+    table = pq.ParquetFile(data).read(columns=["label", "image_score", "artifact"]).drop_null()
     for digest in table["artifact"].unique():
         yield digest.as_py(), table.filter(pc.equal(table["artifact"], digest)).drop_columns("artifact")

@@ -102,6 +102,18 @@ CASES = (
         },
     ),
     Case(
+        "riad",
+        {},
+        floor=0.8,
+        pixel_floor=0.8,
+        bad={
+            "grid_size": {"grid_size": 0},
+            "fewer than two cells": {"grid_size": 200},
+            "odd": {"smoothing_px": 20},
+            "backbone": {"weights": "random"},
+        },
+    ),
+    Case(
         "simplenet",
         {**RANDOM, "smoothing_sigma": 1},
         floor=0.9,

@@ -39,8 +39,10 @@ def fitted(case: Case) -> Detector:
 
 
 def needs_weights(case: Case) -> bool:
-    """Whether the detector stands on pretrained weights."""
-    return "weights" in {field.name for field in fields(detector_class(case.name).Params)}
+    """Whether the detector stands on pretrained weights; those of an optional backbone count when there is one."""
+    if "weights" not in {field.name for field in fields(detector_class(case.name).Params)}:
+        return False
+    return getattr(case.build().params, "backbone", "its own") is not None
 
 
 def untrained(detector: Detector) -> None:
@@ -68,7 +70,9 @@ def test_every_detector_has_a_case(case: Case) -> None:
 def test_its_name_is_its_file_and_its_facts_are_there(case: Case) -> None:
     kind = detector_class(case.name)
     assert kind.__name__.lower() == case.name
-    assert kind.info.paper.startswith("arXiv:") and kind.info.venue and kind.info.summary and kind.info.published
+    assert (
+        kind.info.paper.startswith(("arXiv:", "doi:")) and kind.info.venue and kind.info.summary and kind.info.published
+    )
     assert kind.phases and set(kind.phases) <= {"collect", "train"}
 
 
