@@ -1,5 +1,6 @@
 """A small fitted artifact and an archive in the object store, shared by the tests of whole jobs."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,13 @@ import pytest
 
 from tests.made.archives import mixed_files, normal_files, pack
 from tests.objectstore import ObjectStore
-from tests.together.runs import run, write_job
+from tests.together.runs import end_started, run, write_job
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_running() -> Iterator[None]:
+    yield
+    end_started()
 
 
 @dataclass(frozen=True)

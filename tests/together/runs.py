@@ -19,6 +19,7 @@ from raydetect.sinks.ledger import Ledger
 from raydetect.storage import Storage
 
 COMMAND = Path(sys.executable).with_name("raydetect")
+PATIENCE = 300  # seconds for a step of a job: it shares two cores with the rest of the suite, and this ends a hang
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Run:
         """What it said so far."""
         return "".join((self.folder / name).read_text() for name in ("stdout", "stderr"))
 
-    def wait(self, seconds: float = 240) -> int:
+    def wait(self, seconds: float = PATIENCE) -> int:
         """Its exit code."""
         return self.process.wait(timeout=seconds)
 
@@ -40,6 +41,9 @@ class Run:
         """SIGKILL to the command itself."""
         os.kill(self.process.pid, signal.SIGKILL)
         self.process.wait(timeout=20)
+
+
+STARTED: list[Run] = []
 
 
 def start(folder: Path, *words: str, **environment: str) -> Run:
@@ -54,7 +58,19 @@ def start(folder: Path, *words: str, **environment: str) -> Run:
             env={**os.environ, **environment},
             preexec_fn=_interruptible,
         )
-    return Run(process, folder)
+    made = Run(process, folder)
+    STARTED.append(made)
+    return made
+
+
+def end_started() -> None:
+    """Ends what a failed test left running, and all that it started; the next test needs the machine."""
+    while STARTED:
+        left = STARTED.pop()
+        if left.process.poll() is None:
+            below = list(descendants(left.process.pid))
+            left.kill()
+            end(below)
 
 
 def _interruptible() -> None:
