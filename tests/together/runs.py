@@ -19,7 +19,7 @@ from raydetect.sinks.ledger import Ledger
 from raydetect.storage import Storage
 
 COMMAND = Path(sys.executable).with_name("raydetect")
-PATIENCE = 300  # seconds for a step of a job: it shares two cores with the rest of the suite, and this ends a hang
+PATIENCE = 240  # seconds for a step of a job: it shares two cores with the rest of the suite, and this ends a hang
 
 
 @dataclass
