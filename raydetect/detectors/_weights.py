@@ -14,8 +14,9 @@ import os
 import re
 import socket
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -25,7 +26,8 @@ from torch import Tensor
 from torchvision import models
 
 from raydetect.blocks.backbone import Backbone, bare_name, is_timm
-from raydetect.errors import ArtifactError, StorageError
+from raydetect.config import nearest
+from raydetect.errors import ArtifactError, SpecError, StorageError
 from raydetect.storage import Storage, normalise_uri
 
 IMAGENET = "imagenet"
@@ -33,6 +35,7 @@ RANDOM = "random"
 OFFLINE = "Give a file: `weights: /path/to/weights.safetensors` (or a URL), or `weights: random`."
 CONNECT_SECONDS = 5.0
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 
 def load_backbone(name: str, layers: tuple[str, ...], weights: str, seed: int) -> tuple[Backbone, str]:
@@ -185,3 +188,39 @@ def read_weights(place: str) -> dict[str, Tensor]:
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise ArtifactError(f"{uri}: is no plain state dict of tensors. Save model.state_dict().")
     return found
+
+
+def clip_facts(model: str, weights: str) -> Mapping[str, Any]:
+    """What open_clip knows of a tag of weights: `hf_hub`, `url`, `mean`, `std`, `quick_gelu`; nothing of a file.
+
+    Raises:
+        SpecError: `weights` is neither a tag of this model, nor looks like a path or URL.
+    """
+    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model  # slow
+
+    tags = list_pretrained_tags_by_model(model)
+    if weights in tags:
+        found: Mapping[str, Any] = get_pretrained_cfg(model, weights)
+        return found
+    if weights == RANDOM or "/" in weights or "." in weights:
+        return {}
+    said = nearest(weights, tags) if tags else f" open_clip has no weights of {model}."
+    raise SpecError(f"weights {weights!r}: is neither a tag of open_clip for {model}, nor a path or URL.{said}")
+
+
+def clip_weights(model: str, weights: str) -> dict[str, Tensor]:
+    """The tensors of a CLIP by open_clip's names: of a tag, from the Hub, or of a file.
+
+    Raises:
+        ArtifactError: they cannot be had or are damaged.
+    """
+    facts = clip_facts(model, weights)
+    if not facts:
+        return read_weights(weights)
+    try:
+        repository, _, name = str(facts["hf_hub"]).rpartition("/")
+        path = hub_file(repository, [name] if name else CLIP_FILES) if repository else url_file(facts["url"])
+        return read_weights(str(path))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:400].rstrip(".")
+        raise ArtifactError(f"weights {weights} of {model} cannot be had ({reason}). {OFFLINE}") from None

@@ -127,6 +127,19 @@ CASES = (
         pixel_floor=0.88,
         bad={"momentum": {"momentum": 1.5}, "epochs": {"epochs": 0}},
     ),
+    Case(
+        "winclip",
+        {"k_shot": 8},
+        floor=0.9,
+        pixel_floor=0.8,
+        bad={
+            "ViT-B-32": {"clip_model": "ViT-B/33"},
+            "contradicts": {"window_size": 224, "image_size": [240, 240]},
+            "scales": {"scales": [2, 99]},
+            "k_shot": {"k_shot": -1},
+            "temperature": {"temperature": 0},
+        },
+    ),
 )
 
 
