@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
@@ -66,6 +68,16 @@ class FitDisplay:
             self._line_at = now
             of_all = f"/{total}" if total is not None else ""
             _line(f"{phase}: {self._done[phase]}{of_all}" if done else phase)
+
+
+@contextmanager
+def shown(progress: bool, after_seconds: float) -> Iterator[Callable[[str, int, int | None], None]]:
+    """What to tell of a step: it is shown once the step takes long, or never."""
+    if not progress:
+        yield lambda phase, done, total: None
+        return
+    with FitDisplay(after_seconds) as display:
+        yield display.tick
 
 
 class ScoreDisplay:

@@ -5,14 +5,13 @@ the artifact that `raydetect score` reads.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
 from raydetect.config import validate
-from raydetect.console import FitDisplay
+from raydetect.console import shown
 from raydetect.detectors._base import NotFittedError
 from raydetect.detectors._describe import call_text, full_params, plain_spec, spec_of_record, with_class_name
 from raydetect.detectors._ensemble import learns_from_labels
@@ -24,7 +23,7 @@ from raydetect.storage import Storage, normalise_uri
 from raydetect.worker.artifact import load_artifact, save_artifact
 from raydetect.worker.direct import Settings, fit_given, resized, score_given
 from raydetect.worker.given import given_images, refuse_doubles
-from raydetect.worker.one_fit import Fitted, Tick
+from raydetect.worker.one_fit import Fitted
 from raydetect.worker.phases import torch_threads
 from raydetect.worker.score import Scored
 
@@ -42,6 +41,17 @@ class Estimator:
         spec: which algorithm, with which parameters.
         seed: of every random choice.
         settings: see `configure`.
+
+    >>> from raydetect import create_model
+    >>> images = np.random.default_rng(0).integers(0, 256, (20, 64, 64, 3), dtype=np.uint8)
+    >>> detector = create_model("patchcore", preset="smoke", weights="random").fit(images, holdout_ratio=0.5)
+    >>> detector
+    create_model('patchcore', preset='smoke', weights='random')
+    >>> dark = images // 8
+    >>> detector.predict(np.concatenate([images[:3], dark[:2]]), alpha=0.1)
+    array([0, 0, 0, 1, 1])
+    >>> detector.predict_proba(dark).shape, detector.predict_anomaly_map([dark[0], dark[1, :40]])[1].shape
+    ((20,), (40, 64))
     """
 
     def __init__(self, spec: DetectorSpec, seed: int = 0) -> None:
@@ -56,6 +66,7 @@ class Estimator:
         self.seed = seed
         self.settings = Settings()
         self._fitted: Fitted | None = None
+        self._is_renamed = False
 
     def configure(self, **settings: Any) -> "Estimator":
         """Sets how the model runs, and returns it.
@@ -85,19 +96,15 @@ class Estimator:
         Raises:
             SpecError: the images or labels are not what is needed.
             BadImagesError: images cannot be read; it names all of them.
-
-        >>> from raydetect import create_model
-        >>> images = np.random.default_rng(0).integers(0, 256, (20, 64, 64, 3), dtype=np.uint8)
-        >>> create_model("patchcore", preset="smoke", weights="random").fit(images, holdout_ratio=0.5)
-        create_model('patchcore', preset='smoke', weights='random')
         """
         given = given_images(images, y)
         refuse_doubles(given)
         if learns_from_labels(build_from(self.spec, self.seed)) and all(image.label != 1 for image in given):
             raise SpecError(f"{self.spec.title}: learns from some anomalous images. Call fit(images, y=labels).")
         spec = self._fit_spec(len(given), holdout_ratio)
-        with torch_threads(spec.resources.cpus_per_worker), _shown(progress) as tick:
+        with torch_threads(spec.resources.cpus_per_worker), shown(progress, SHOW_AFTER_SECONDS) as tick:
             self._fitted = fit_given(spec, given, torch.device(self.settings.device), tick)
+        self._is_renamed = False
         return self
 
     def predict_proba(self, images: Any, *, progress: bool = True) -> np.ndarray:
@@ -150,12 +157,22 @@ class Estimator:
         return conformal.threshold_for(self._held_out_scores(), alpha, "alpha")
 
     def set_class_name(self, name: str) -> "Estimator":
-        """Says what the images show, such as "screw", to a detector that scores by text; an earlier fit is forgotten.
+        """Says what the images show, such as "screw", to a detector that scores by text.
+
+        A fitted one scores by the new words at once. Its thresholds were calibrated under the other words, so
+        `predict`, `p_values` and `save` ask for another fit first. An ensemble, whose scale was too, forgets its fit.
 
         Raises:
-            SpecError: the detector knows no text.
+            SpecError: no detector in it scores by text.
         """
-        self.spec, self._fitted = with_class_name(self.spec, name, self.seed), None
+        spec = with_class_name(self.spec, name, self.seed)
+        detector = None if self._fitted is None else self._fitted.detector
+        if detector is not None and hasattr(detector, "set_class_name"):
+            detector.set_class_name(name)
+            self._is_renamed = True
+        else:
+            self._fitted = None
+        self.spec = spec
         return self
 
     def save(self, uri: str) -> str:
@@ -165,7 +182,7 @@ class Estimator:
             NotFittedError: there is no fit yet.
             StorageError: it cannot be written.
         """
-        fitted, place = self._require_fitted(), normalise_uri(uri)
+        fitted, place = self._require_calibrated(), normalise_uri(uri)
         facts = dict(fitted.facts)
         if facts.get("spec", {}).get("artifact") == NOT_SAVED:
             facts["spec"] = {**facts["spec"], "artifact": place}
@@ -222,7 +239,7 @@ class Estimator:
     def _scored(self, images: Any, progress: bool) -> Iterator[tuple[Scored, tuple[int, int]]]:
         detector = self._require_fitted().detector
         given = given_images(images)
-        with torch_threads(self.settings.num_threads), _shown(progress) as tick:
+        with torch_threads(self.settings.num_threads), shown(progress, SHOW_AFTER_SECONDS) as tick:
             yield from score_given(detector, given, self.settings, tick)
 
     def _require_fitted(self) -> Fitted:
@@ -230,15 +247,13 @@ class Estimator:
             raise NotFittedError(f"{self.spec.title}: is not fitted. Call fit(images), or create_model.load(uri).")
         return self._fitted
 
+    def _require_calibrated(self) -> Fitted:
+        fitted = self._require_fitted()
+        if self._is_renamed:
+            raise SpecError(
+                f"{self.spec.title}: has a new class name since its fit, and thresholds go with it. Fit again."
+            )
+        return fitted
+
     def _held_out_scores(self) -> np.ndarray:
-        return np.asarray(self._require_fitted().calibration.scores, dtype=np.float64)
-
-
-@contextmanager
-def _shown(progress: bool) -> Iterator[Tick]:
-    """Progress of a long step on standard error, or none."""
-    if not progress:
-        yield lambda phase, done, total: None
-        return
-    with FitDisplay(SHOW_AFTER_SECONDS) as display:
-        yield display.tick
+        return np.asarray(self._require_calibrated().calibration.scores, dtype=np.float64)

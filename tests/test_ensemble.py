@@ -187,13 +187,26 @@ def test_the_order_of_members_does_not_matter() -> None:
 
 
 def test_only_the_ratios_of_weights_matter_and_a_heavy_one_decides() -> None:
-    fits = {w: ensemble(BANK, QUICK, weights=w).fit(images(), holdout_ratio=0.5) for w in ((2, 1), (4, 2), (1, 1e-9))}
-    assert (scores_of(fits[2, 1])[0] == scores_of(fits[4, 2])[0]).all()
-    assert (scores_of(fits[2, 1])[1] == scores_of(fits[4, 2])[1]).all()
-    alone = ensemble(BANK).fit(images(), holdout_ratio=0.5)
-    np.testing.assert_allclose(scores_of(fits[1, 1e-9])[0], scores_of(alone)[0], rtol=1e-6, atol=1e-7)
-    equal = [ensemble(BANK, QUICK, weights=w).fit(images(), holdout_ratio=0.5) for w in (None, [7, 7])]
-    assert (scores_of(equal[0])[0] == scores_of(equal[1])[0]).all()
+    found = ensemble(BANK, QUICK, weights=[2, 1]).fit(images(), holdout_ratio=0.5)._require_fitted().detector
+    assert isinstance(found, Ensemble)
+    batch = torch.from_numpy(mixed_images()).permute(0, 3, 1, 2)
+
+    def scored(*weights: float, members: slice = slice(None)) -> Scores:
+        """The same fitted members under other weights."""
+        specs = found.params.members[members]
+        made = Ensemble(replace(found.params, members=specs, weights=weights), found.members[members])
+        made.scales = found.scales[members]
+        return made.score(batch)
+
+    expected = found.score(batch)
+    for weights in ((2, 1), (4, 2), (0.5, 0.25)):
+        assert torch.equal(scored(*weights).image_score_B, expected.image_score_B)
+        assert torch.equal(scored(*weights).anomaly_map_BHW, expected.anomaly_map_BHW)
+    torch.testing.assert_close(scored(0.2, 0.1).image_score_B, expected.image_score_B, rtol=1e-6, atol=1e-7)
+    assert not torch.equal(scored(1, 1).image_score_B, expected.image_score_B)
+    alone = scored(1, members=slice(1))
+    torch.testing.assert_close(scored(1, 1e-9).image_score_B, alone.image_score_B, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(scored(1, 1e-9).anomaly_map_BHW, alone.anomaly_map_BHW, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("word", [BANK, STUDENT], ids=["patchcore", "stfpm"])

@@ -363,18 +363,30 @@ def with_text(plain: type) -> type:
     return Params
 
 
-def test_a_class_name_goes_to_detectors_that_score_by_text(monkeypatch: pytest.MonkeyPatch, fitted: Estimator) -> None:
+def test_a_class_name_goes_to_detectors_that_score_by_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
     monkeypatch.setattr(patchcore.PatchCore, "Params", with_text(patchcore.PatchCore.Params))
-    found = model().fit(images(6))
+    found = model()
     assert found.set_class_name("screw") is found
     assert found.get_params()["class_name"] == "screw" and "class_name='screw'" in repr(found)
-    with pytest.raises(NotFittedError):
-        found.predict_proba(images(1))
-    found.fit(images(6)).save("memory://text")
+    found.fit(images(6), holdout_ratio=0.5).save("memory://text")
     assert create_model.load("memory://text").get_params()["class_name"] == "screw"
     with pytest.raises(SpecError, match="class_name"):
         found.set_class_name(3)  # type: ignore[arg-type]
     assert found.get_params()["class_name"] == "screw"
+
+    monkeypatch.setattr(patchcore.PatchCore, "set_class_name", lambda self, name: told.append(name), raising=False)
+    found.set_class_name("nut")
+    assert told == ["nut"] and len(found.predict_proba(images(2))) == 2
+    for ask in (lambda: found.predict(images(1)), lambda: found.p_values(images(1)), lambda: found.save("memory://x")):
+        with pytest.raises(SpecError, match=r"patchcore: has a new class name since its fit.*Fit again"):
+            ask()
+    found.fit(images(6), holdout_ratio=0.5)
+    assert found.predict(images(1), alpha=0.5).tolist() == [0] and found.get_params()["class_name"] == "nut"
+
+    monkeypatch.delattr(patchcore.PatchCore, "set_class_name")
+    with pytest.raises(NotFittedError):
+        found.set_class_name("bolt").predict_proba(images(1))
 
 
 def test_threads_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
