@@ -36,6 +36,7 @@ bench: $(STAMP)
 	$(BIN)/python -m jobs.bench.job
 	$(BIN)/python -m jobs.bench.memory
 	$(BIN)/python -m jobs.bench.coreset
+	$(BIN)/python -m jobs.bench.training
 
 reproduce: $(STAMP)
 	$(BIN)/python -m jobs.reproduce.run

@@ -45,6 +45,7 @@ class WinCLIP(NetworkDetector):
         paper="arXiv:2303.14814",
         venue="CVPR 2023",
         summary="CLIP's windows agree with words for a defect, or are far from those of a few normal images",
+        images="none or a few normal",
         published="MVTec AD, ViT-B/16+, zero-shot: 91.8 image AUROC, 85.1 pixel AUROC, 64.6 PRO; with one normal image "
         "93.1, 95.2, 87.1; with four 95.2, 96.2, 89.0 (paper, tables 1-4)",
     )
