@@ -101,9 +101,8 @@ def test_detectors_are_listed_with_defaults_and_doc_lines() -> None:
     for name in list_models():
         assert any(line.startswith(name) for line in listed.splitlines())
         described = call("detectors", name).output
-        assert (
-            "arXiv:" in described or "doi:" in described
-        ) and "image_size: tuple[int, int] = [256, 256]" in described
+        assert "arXiv:" in described or "doi:" in described
+        assert "image_size: tuple[int, int] = [" in described
     assert "coreset_sampling_ratio: float = 0.1" in call("detectors", "patchcore").output
     wrong = call("detectors", "patchcor")
     assert wrong.exit_code == 2 and "Did you mean 'patchcore'?" in wrong.output
