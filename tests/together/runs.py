@@ -19,7 +19,7 @@ from raydetect.sinks.ledger import Ledger
 from raydetect.storage import Storage
 
 COMMAND = Path(sys.executable).with_name("raydetect")
-PATIENCE = 240  # seconds for a step of a job: it shares two cores with the rest of the suite, and this ends a hang
+PATIENCE = 120  # seconds for a step of a job
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Run:
         """What it said so far."""
         return "".join((self.folder / name).read_text() for name in ("stdout", "stderr"))
 
-    def wait(self, seconds: float = PATIENCE) -> int:
+    def wait(self, seconds: float = 240) -> int:
         """Its exit code."""
         return self.process.wait(timeout=seconds)
 

@@ -109,7 +109,7 @@ def test_the_loss_of_a_node_is_survived(line: Line, alone: ArtifactRecord, tmp_p
         running = start(tmp_path, "fit", job, "--address", cluster.address, RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="20")
         begun(line, running, "collect")
         cluster.remove_node(second, allow_graceful=False)
-        code = running.wait()
+        code = running.wait(200)
     assert code == 0, running.text()
     same_fit(record(line, "node"), alone)
     assert record(line, "node").body["workers"] == 1

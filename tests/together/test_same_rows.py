@@ -104,6 +104,6 @@ def test_a_killed_node_loses_nothing(line: Line, truth: str, tmp_path: Path) -> 
     with two_nodes() as (cluster, second):
         running = begin(line, "node", tmp_path, "--address", cluster.address)
         cluster.remove_node(second, allow_graceful=False)
-        if running.wait() != 0:
+        if running.wait(120) != 0:
             run(tmp_path / "again", "score", line.job("node", workers=1), "--address", cluster.address)
     same_as_truth(line, "node", truth)
