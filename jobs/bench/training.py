@@ -18,13 +18,15 @@ import numpy as np
 import torch
 
 from jobs.bench.record import alternate, ratio, write
-from raydetect.detectors._base import Batch
+from jobs.bench.search import MEAN, STD
+from raydetect.blocks.group import Group
 from raydetect.detectors._registry import build_detector
+from raydetect.worker.cache import CachedImage, ImageCache
+from raydetect.worker.train import Trainer
 from tests.made.images import normal_image
 
-MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 BARE: dict[str, Any] = {"post_processor": False, "evaluator": False, "visualizer": False}
-RESNET: dict[str, Any] = {"backbone": "resnet18", "weights": "random", "layers": ["layer1", "layer2", "layer3"]}
+RESNET: dict[str, Any] = {"backbone": "resnet18", "weights": "random"}
 
 
 @dataclass(frozen=True)
@@ -76,39 +78,30 @@ def cflow(fibres: int) -> Any:
 
 FIBRES = 256
 PEERS = (
-    Peer("stfpm", RESNET, stfpm, images=8),
-    Peer("fastflow", RESNET, fastflow, images=8),
-    Peer(
-        "cflow",
-        {**RESNET, "layers": ["layer2", "layer3"], "fibre_batch": FIBRES, "batch_size": 2},
-        partial(cflow, FIBRES),
-        images=2,
-        rounds=5,
-    ),
+    Peer("stfpm", {}, stfpm, images=8),
+    Peer("fastflow", {}, fastflow, images=8),
+    Peer("cflow", {"layers": ["layer2", "layer3"], "fibre_batch": FIBRES}, partial(cflow, FIBRES), images=2, rounds=5),
 )
 
 
-def our_step(peer: Peer, images_BCHW: torch.Tensor) -> Callable[[], None]:
-    """The step of `worker.train` on one worker."""
-    detector = build_detector(peer.name, {**peer.params, "image_size": list(images_BCHW.shape[-2:])})
+def our_step(peer: Peer, images_BHWC: np.ndarray) -> Callable[[], object]:
+    """One batch of `worker.train` on one worker, read from its cache."""
+    size = (images_BHWC.shape[1], images_BHWC.shape[2])
+    words = {**RESNET, **peer.params, "image_size": list(size), "batch_size": peer.images}
+    detector = build_detector(peer.name, words)
     detector.load_weights()
-    plan = detector.begin_training(len(images_BCHW))
-    keys = [f"{number:04d}" for number in range(len(images_BCHW))]
-    batch = Batch(images_BCHW, keys, None, 0, range(len(keys)))
-
-    def step() -> None:
-        for piece in detector.training_pieces(batch):
-            loss = detector.training_loss(piece)
-            float(loss.detach())
-            plan.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            plan.optimizer.step()
-
-    return step
+    cache = ImageCache(size)
+    for number, image_HWC in enumerate(images_BHWC):
+        cache.add(CachedImage(f"{number:04d}", None, None), image_HWC)
+    trainer = Trainer(detector, cache, list(cache.images), Group())
+    plan = detector.begin_training(peer.images)
+    loss_of, rates = trainer._loss_module(plan), [words["lr"] for words in plan.optimizer.param_groups]
+    return lambda: trainer._epoch(plan, loss_of, 0, rates)
 
 
-def their_step(peer: Peer, images_BCHW: torch.Tensor) -> Callable[[], None]:
+def their_step(peer: Peer, images_BHWC: np.ndarray) -> Callable[[], None]:
     """The step that Lightning would take."""
+    images_BCHW = torch.from_numpy(images_BHWC).permute(0, 3, 1, 2)
     module = peer.theirs().train()
     found = module.configure_optimizers()
     optimizer = found[0][0] if isinstance(found, tuple | list) else found
@@ -134,9 +127,8 @@ def main() -> None:
     torch.set_num_threads(threads)
     figures: dict[str, Any] = {"threads": threads, "size_px": 256, "anomalib_over_raydetect": {}}
     for peer in PEERS:
-        arrays = [normal_image(number, 256) for number in range(peer.images)]
-        images_BCHW = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
-        theirs, ours = alternate(their_step(peer, images_BCHW), our_step(peer, images_BCHW), peer.rounds)
+        images_BHWC = np.stack([normal_image(number, 256) for number in range(peer.images)])
+        theirs, ours = alternate(their_step(peer, images_BHWC), our_step(peer, images_BHWC), peer.rounds)
         figures["anomalib_over_raydetect"][peer.name] = {"images": peer.images, **ratio(theirs, ours)}
         print(peer.name, figures["anomalib_over_raydetect"][peer.name], flush=True)
     write("training", "make bench", figures)
