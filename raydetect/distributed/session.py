@@ -101,6 +101,7 @@ def _loopback_only() -> Iterator[None]:
 
 def _start_local(resources: ResourceSpec) -> None:
     ray.init(
+        address="local",  # without it, Ray joins any cluster that was started on this machine
         num_cpus=resources.num_actors * resources.cpus_per_worker,
         include_dashboard=False,
         log_to_driver=False,

@@ -76,6 +76,14 @@ def test_two_nodes_give_what_one_process_gives(line: Line, truth: str, tmp_path:
     same_as_truth(line, "nodes", truth)
 
 
+def test_without_an_address_it_joins_no_cluster_that_runs_on_the_machine(
+    line: Line, truth: str, tmp_path: Path
+) -> None:
+    with two_nodes():
+        run(tmp_path, "score", line.job("private"))
+    same_as_truth(line, "private", truth)
+
+
 def test_a_killed_actor_loses_nothing(line: Line, truth: str, tmp_path: Path) -> None:
     running = begin(line, "actor", tmp_path)
     victims = scoring_actors(running.process.pid)
