@@ -9,7 +9,7 @@ import pytest
 
 from tests.made.archives import mixed_files, normal_files, pack
 from tests.objectstore import ObjectStore
-from tests.together.runs import end_started, run, write_job
+from tests.together.runs import end_started, run_here, write_job
 
 
 @pytest.fixture(autouse=True)
@@ -72,12 +72,12 @@ def line(running_store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -
         "calibration": {"holdout_ratio": 0.25},
         "resources": {"cpus_per_worker": 2},
     }
-    run(made.folder / "fit", "fit", write_job(made.folder / "fit.yaml", fit), "--local")
+    run_here("fit", write_job(made.folder / "fit.yaml", fit))
     return made
 
 
 @pytest.fixture(scope="session")
 def truth(line: Line) -> str:
     """Results of an uninterrupted run in one process."""
-    run(line.folder / "truth", "score", line.job("truth", workers=1), "--local")
+    run_here("score", line.job("truth", workers=1))
     return line.store.uri("truth")

@@ -13,8 +13,11 @@ from typing import Any
 
 import fsspec
 import pyarrow.parquet as pq
+import torch
 import yaml
+from click.testing import CliRunner
 
+from raydetect.cli import main
 from raydetect.sinks.ledger import Ledger
 from raydetect.storage import Storage
 
@@ -84,6 +87,17 @@ def run(folder: Path, *words: str, **environment: str) -> Run:
     code = made.wait()
     assert code == 0, f"raydetect {' '.join(words)} ended with {code}:\n{made.text()}"
     return made
+
+
+def run_here(*words: str) -> str:
+    """Runs `raydetect WORDS --local` in this process, which has loaded torch already; what it said. Exit code 0."""
+    threads = torch.get_num_threads()
+    try:
+        ended = CliRunner().invoke(main, [*words, "--local"])
+    finally:
+        torch.set_num_threads(threads)
+    assert ended.exit_code == 0, f"raydetect {' '.join(words)} ended with {ended.exit_code}:\n{ended.output}"
+    return ended.output
 
 
 def write_job(path: Path, values: dict[str, Any]) -> str:

@@ -18,7 +18,18 @@ from raydetect.worker.artifact import load_artifact
 from tests.made.archives import normal_files, pack, tar_bytes
 from tests.objectstore import ObjectStore
 from tests.together.conftest import Line
-from tests.together.runs import PATIENCE, Run, processes_of, rows_of, run, start, two_nodes, wait_until, write_job
+from tests.together.runs import (
+    PATIENCE,
+    Run,
+    processes_of,
+    rows_of,
+    run,
+    run_here,
+    start,
+    two_nodes,
+    wait_until,
+    write_job,
+)
 
 PATCHCORE = {"backbone": "resnet18", "weights": "random", "image_size": [96, 96], "coreset_sampling_ratio": 0.05}
 STFPM = {
@@ -73,11 +84,11 @@ def begun(line: Line, running: Run, phase: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(line: Line, tmp_path_factory: pytest.TempPathFactory) -> ArtifactRecord:
+def alone(line: Line) -> ArtifactRecord:
     """PatchCore fitted in one process on 240 images."""
     pack(line.store.uri("normal240"), ".tar", normal_files(240), 6, line.store.storage)
     job = fit_job(line, "alone", 1, source={"uri": line.store.uri("normal240")})
-    run(tmp_path_factory.mktemp("alone"), "fit", job, "--local")
+    run_here("fit", job)
     return record(line, "alone")
 
 
@@ -145,13 +156,13 @@ def test_a_shard_that_breaks_ends_it_with_one_sentence(line: Line, tmp_path: Pat
 def test_training_agrees_on_one_and_two_workers_and_goes_on_after_a_kill(line: Line, tmp_path: Path) -> None:
     """Only float32 sums in another order differ, which training amplifies; in float64 tests/test_train.py sees none."""
     job = fit_job(line, "train1", 1, "stfpm")
-    run(tmp_path / "one", "fit", job, "--local")
+    run_here("fit", job)
     run(tmp_path / "two", "fit", fit_job(line, "train2", 2, "stfpm"))
     one, two = record(line, "train1").body, record(line, "train2").body
     assert one["losses"] == pytest.approx(two["losses"], rel=1e-2)
 
     words = {"detector": {"name": "stfpm", "params": {**STFPM, "epochs": 24}}, "checkpoint_epochs": 2}
-    run(tmp_path / "whole", "fit", fit_job(line, "train24", 1, **words), "--local")
+    run_here("fit", fit_job(line, "train24", 1, **words))
     running = start(tmp_path / "killed", "fit", fit_job(line, "trained", 1, **words))
     storage, uri = line.store.storage, line.store.uri("trained")
 
@@ -178,7 +189,7 @@ def test_a_fleet_is_fitted_side_by_side_and_routes_what_it_scores(line: Line, tm
     words = {"source": source, "per_category": True}
     ended = run(tmp_path / "ray", "fit", fit_job(line, "fleet2", 2, **words))
     assert "for each of 2 categories on 24 images by 2 workers" in ended.text()
-    run(tmp_path / "local", "fit", fit_job(line, "fleet1", 1, **words), "--local")
+    run_here("fit", fit_job(line, "fleet1", 1, **words))
     two, one = (read_records(read_index(store.uri(n), store.storage), store.storage) for n in ("fleet2", "fleet1"))
     assert list(two) == list(one) == ["left", "right"]
     for category, member in two.items():

@@ -1,0 +1,92 @@
+"""Every detector through Ray: all of them as one ensemble, fitted by one and by two workers, and scored in bulk."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raydetect.detectors._base import Detector
+from raydetect.detectors._ensemble import Ensemble
+from raydetect.detectors._registry import detector_class, list_models
+from raydetect.worker.artifact import load_artifact
+from tests.contracts.cases import CASES, SIZE_PX
+from tests.made.archives import mixed_files, normal_files, pack
+from tests.made.images import DEFECTS, defect_image, encode
+from tests.together.conftest import Line
+from tests.together.runs import rows_of, run, run_here, write_job
+
+PATTERN = "{category}/train/{defect}/{name}.png"
+FIRST_LOSS = 1e-3  # relative; before any step only the order of float32 sums differs
+MEMBERS = [
+    {"name": case.name, "preset": "smoke", "params": {"image_size": [SIZE_PX, SIZE_PX], **case.params}}
+    for case in CASES
+]
+
+
+def labelled_files() -> list[tuple[str, bytes]]:
+    """Normal images, and some with defects for the detectors that learn from labels."""
+    made = [(f"widget/train/{kind}/{i:04d}.png", encode(defect_image(i, kind)[0])) for i, kind in enumerate(DEFECTS)]
+    return [*normal_files(32), *made]
+
+
+def job(line: Line, workers: int) -> str:
+    """A job that fits the ensemble of all."""
+    values: dict[str, Any] = {
+        "kind": "fit",
+        "source": {"uri": line.store.uri("labelled"), "pattern": PATTERN},
+        "detector": {"ensemble": MEMBERS},
+        "artifact": line.store.uri(f"all{workers}"),
+        "storage": line.store.words,
+        "calibration": {"holdout_ratio": 0.4},
+        "batch_size": 8,
+        "resources": {"num_workers": workers, "cpus_per_worker": 1},
+    }
+    return write_job(line.folder / f"all{workers}.yaml", values)
+
+
+def fitted(line: Line, workers: int) -> Ensemble:
+    """The ensemble of all."""
+    detector = load_artifact(line.store.uri(f"all{workers}"), line.store.storage).detector
+    assert isinstance(detector, Ensemble)
+    return detector
+
+
+def losses(line: Line, workers: int) -> list[list[float] | None]:
+    """What every member noted while it trained."""
+    record = load_artifact(line.store.uri(f"all{workers}"), line.store.storage).record
+    return [member.get("losses") for member in record.body["members"]]
+
+
+def same(one: Detector, two: Detector) -> bool:
+    """Whether two fits are equal to the bit."""
+    theirs = two.tensors()
+    return all(torch.equal(value, theirs[name]) for name, value in one.tensors().items())
+
+
+def test_every_detector_is_fitted_on_one_and_two_workers_and_scores_in_bulk(line: Line, tmp_path: Path) -> None:
+    assert {member["name"] for member in MEMBERS} == set(list_models())
+    store = line.store
+    pack(store.uri("labelled"), ".tar", labelled_files(), 3, store.storage)
+    run_here("fit", job(line, 1))
+    run(tmp_path / "two", "fit", job(line, 2))
+    one, two = fitted(line, 1), fitted(line, 2)
+    for member, mine, theirs, first, second in zip(
+        MEMBERS, one.members, two.members, losses(line, 1), losses(line, 2), strict=True
+    ):
+        name = member["name"]
+        if "train" not in detector_class(name).phases:
+            assert same(mine, theirs), name
+            continue
+        assert first is not None and second is not None and len(first) == len(second), name
+        assert first[0] == pytest.approx(second[0], rel=FIRST_LOSS), name
+
+    pack(store.uri("tonight"), ".tar", mixed_files(12, 2, masks=False), 3, store.storage)
+    words = {"source": {"uri": store.uri("tonight")}, "artifact": store.uri("all2"), "flag": {"alpha": 0.25}}
+    run(tmp_path / "ray", "score", line.job("all-ray", workers=2, **words))
+    run_here("score", line.job("all-local", workers=1, **words))
+    rows = rows_of(store.uri("all-ray"), store.storage)
+    assert rows == rows_of(store.uri("all-local"), store.storage)
+    assert len(rows) == 12 + 2 * len(DEFECTS) and all(
+        row["status"] == "ok" and row["image_score"] is not None for row in rows
+    )
