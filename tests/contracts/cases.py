@@ -114,6 +114,13 @@ CASES = (
         },
     ),
     Case(
+        "devnet",
+        {**RANDOM, "smoothing_sigma": 1},
+        floor=0.95,
+        pixel_floor=0.9,
+        bad={"margin": {"margin": 0}, "top_ratio": {"top_ratio": 1.5}, "map": {"map": "cam"}},
+    ),
+    Case(
         "simplenet",
         {**RANDOM, "smoothing_sigma": 1},
         floor=0.9,
