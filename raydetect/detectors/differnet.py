@@ -55,7 +55,7 @@ class DifferNet(NetworkDetector):
     phases: tuple[Phase, ...] = ("train",)
     smoke: ClassVar = {
         **{"backbone": "resnet18", "layers": ("layer2",), "image_size": (64, 64), "n_flows": 2, "hidden_dims": 64},
-        **{"train_transforms": 2, "test_transforms": 4, "epochs": 6, "batch_size": 8, "learning_rate": 5e-3},
+        **{"train_transforms": 2, "test_transforms": 4, "epochs": 12, "batch_size": 8, "learning_rate": 5e-3},
     }
 
     @dataclass(frozen=True, slots=True, kw_only=True)

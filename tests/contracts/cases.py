@@ -86,8 +86,8 @@ CASES = (
     Case(
         "differnet",
         RANDOM,
-        floor=0.8,
-        pixel_floor=0.75,
+        floor=0.75,
+        pixel_floor=0.8,
         bad={
             "k_neighbors": {"head": "flow", "k_neighbors": 5},
             "train_difference": {"head": "flow", "train_difference": True},
@@ -96,8 +96,8 @@ CASES = (
     ),
     Case(
         "differnet",
-        DIFFERENCE,
-        floor=0.7,
+        {**DIFFERENCE, "difference_epochs": 30},
+        floor=0.75,
         pixel_floor=0.88,
         bad={"k_neighbors": {"head": "difference", "k_neighbors": 0}},
         variant="difference",
