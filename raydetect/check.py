@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 
+from raydetect.archives.naming import Naming
 from raydetect.archives.open import open_archive
+from raydetect.archives.prefix import loose_names
 from raydetect.artifact_record import read_record
-from raydetect.detectors._ensemble import parts
+from raydetect.detectors._ensemble import learns_from_labels, parts
 from raydetect.detectors._registry import build_from
 from raydetect.errors import RaydetectError, SpecError
 from raydetect.fleet_record import read_index, read_records
@@ -37,6 +39,7 @@ def _fit_checks(spec: FitSpec) -> list[Callable[[], object]]:
         lambda: _first_shard(spec.source, source_storage(spec, spec.source)),
         lambda: _reachable(spec.artifact, spec.storage, "artifact"),
         lambda: _trainable(spec),
+        lambda: _labelled(spec),
     ]
     extra = spec.calibration.source
     if extra is not None:
@@ -94,3 +97,29 @@ def _trainable(spec: FitSpec) -> None:
         if "collect" not in phases:
             raise SpecError(f"extend: {spec.detector.name} has no memory bank to extend. Fit it anew on all images.")
         read_record(normalise_uri(spec.extend), Storage(spec.storage))
+
+
+def _labelled(spec: FitSpec) -> None:
+    """Labels of loose images stand in their paths, so they are known before an image is read.
+
+    Raises:
+        SpecError: the detector learns from anomalous images, all images are loose, and no path of them, or of one
+            category of a fleet, tells of one.
+    """
+    if not learns_from_labels(build_from(spec.detector, spec.seed)):
+        return
+    naming, told = Naming.of(spec.source), dict[str, bool]()
+    for shard in open_archive(spec.source, Storage(source_storage(spec, spec.source))).shards():
+        if shard.format != "prefix":
+            return  # sidecars or a column inside may tell
+        for facts in map(naming.read, loose_names(shard)):
+            if facts is not None:
+                group = (facts.category or "") if spec.per_category else ""
+                told[group] = told.get(group, False) or facts.label == 1
+    lacking = sorted(group for group, found in told.items() if not found)
+    if lacking:
+        of = f" of category {lacking[0]!r}" if lacking[0] else ""
+        raise SpecError(
+            f"source.pattern: {spec.detector.title} learns from some anomalous images, and no path{of} tells of one. "
+            "Add some, and let {defect} or {label} of the pattern tell them."
+        )

@@ -98,12 +98,12 @@ def test_shell_completion_works() -> None:
 
 def test_detectors_are_listed_with_defaults_and_doc_lines() -> None:
     listed = call("detectors").output
+    sizes = {"winclip": [0, 0], "devnet": [448, 448], "differnet": [448, 448]}  # CLIP models have a size of their own
     for name in list_models():
         assert any(line.startswith(name) for line in listed.splitlines())
         described = call("detectors", name).output
         assert "arXiv:" in described or "doi:" in described
-        size = [0, 0] if name == "winclip" else [256, 256]  # CLIP models have a size of their own
-        assert f"image_size: tuple[int, int] = {size}" in described
+        assert f"image_size: tuple[int, int] = {sizes.get(name, [256, 256])}" in described
     assert "coreset_sampling_ratio: float = 0.1" in call("detectors", "patchcore").output
     wrong = call("detectors", "patchcor")
     assert wrong.exit_code == 2 and "Did you mean 'patchcore'?" in wrong.output

@@ -80,39 +80,6 @@ def _axis_matrix(length: int, size_px: int, sigma_px: float) -> Tensor:
         return (padded.unfold(1, len(kernel), 1) @ kernel).T.float().contiguous()
 
 
-def spread(grid_Bhw: Tensor, size_px: tuple[int, int], field_px: int, stride_px: int, sigma_px: float) -> Tensor:
-    """Scores of square windows to pixels: every pixel is a mean of all windows, by a Gaussian of their distance.
-
-    Args:
-        grid_Bhw: scores of windows of `field_px`, the first at the top left, the next `stride_px` further.
-        size_px: (height, width) of the image.
-        field_px: side of a window.
-        stride_px: from one window to the next.
-        sigma_px: of the Gaussian around a window's middle.
-
-    Returns:
-        map_BHW: float32.
-
-    Source: Liznerski et al., "Explainable Deep One-Class Classification", ICLR 2021, algorithm 1 (receptive field
-    upsampling), but divided by the sum of weights, so that equal scores give an even map up to the edges.
-    """
-    height, width = grid_Bhw.shape[1:]
-    rows_Hh, columns_Ww = (
-        _window_matrix(length, size, field_px, stride_px, sigma_px).to(grid_Bhw.device)
-        for length, size in ((height, size_px[0]), (width, size_px[1]))
-    )
-    return rows_Hh @ grid_Bhw.float() @ columns_Ww.T
-
-
-@lru_cache(maxsize=64)
-def _window_matrix(length: int, size_px: int, field_px: int, stride_px: int, sigma_px: float) -> Tensor:
-    """Weights of `length` windows at every pixel of an axis, (size, length), from float64; rows sum to one."""
-    with torch.inference_mode(False):
-        middles = torch.arange(length, dtype=torch.float64) * stride_px + (field_px - 1) / 2
-        distance = torch.arange(size_px, dtype=torch.float64)[:, None] - middles
-        return torch.softmax(-0.5 * (distance / sigma_px) ** 2, 1).float()
-
-
 def _reflected(size: int, radius: int) -> Tensor:
     """Indexes of a line of `size` extended by `radius` on both sides: d c b a | a b c d | d c b a, repeated."""
     places = torch.arange(-radius, size + radius) % (2 * size)

@@ -41,6 +41,7 @@ class Coreset:
 
     Attributes:
         rows_MD: their embeddings, float32, in order of choice.
+        keys_M: the image that each row comes from.
         sha256: over (image key, row of the image) in order of choice.
         radius: covering radius in the projected integers, in units of the embeddings (as the projection keeps them).
         proven_ratio: the radius is at most this many times the best possible one for M centres; None if nothing is
@@ -49,6 +50,7 @@ class Coreset:
     """
 
     rows_MD: Tensor
+    keys_M: tuple[str, ...]
     sha256: str
     radius: float
     proven_ratio: float | None
@@ -112,7 +114,7 @@ def choose_coreset(
     length, mine = math.sqrt(radius) * points.unit, greedy.mine
     del points, greedy  # before the embeddings of the centres are copied
     names, rows_MD = _gathered(rows, mine, group)
-    return Coreset(rows_MD, _digest(names), length, proven, mode)
+    return Coreset(rows_MD, tuple(key for key, _ in names), _digest(names), length, proven, mode)
 
 
 @dataclass(frozen=True, slots=True)

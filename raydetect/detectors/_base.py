@@ -92,7 +92,7 @@ class Detector(abc.ABC):
     """
 
     info: ClassVar[DetectorInfo]
-    phases: ClassVar[tuple[Phase, ...]]  # in the order in which a fit runs them
+    phases: tuple[Phase, ...]  # in the order in which a fit runs them; parameters may change an instance's
     smoke: ClassVar[Mapping[str, Any]] = {}  # parameters of the preset for tests: seconds on two cores, no accuracy
 
     @dataclass(frozen=True, slots=True, kw_only=True)

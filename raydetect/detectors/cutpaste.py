@@ -16,7 +16,7 @@ Shapes: B images, C channels, h w feature or window grid, H W pixels, R windows 
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import Annotated, Any, ClassVar, Literal
@@ -27,9 +27,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from raydetect.blocks import pasting
-from raydetect.blocks.anomaly_map import spread, upsample
+from raydetect.blocks.anomaly_map import upsample
 from raydetect.blocks.backbone import Backbone
 from raydetect.blocks.gaussian import Gaussian, fit_gaussian
+from raydetect.blocks.grad_cam import grad_cam, unit
+from raydetect.blocks.patch_windows import pooled_windows, spread
 from raydetect.blocks.rows import FitState
 from raydetect.blocks.seeding import in_rounds, keyed_generator, keyed_seed
 from raydetect.detectors._base import Batch, Detector, DetectorInfo, NotFittedError, Scores, Tick, TrainingPlan
@@ -39,7 +41,6 @@ from raydetect.errors import SpecError
 
 BACKBONE, GAUSSIAN, HEAD, EMBEDDINGS = "backbone", "gaussian", "head", "embeddings"
 NUM_CLASSES = {"normal": 2, "scar": 2, "3way": 3}
-WINDOWS_AT_ONCE = 512
 
 
 class CutPaste(NetworkDetector):
@@ -274,21 +275,13 @@ class CutPaste(NetworkDetector):
 
     def _pooled(self, images_BCHW: Tensor) -> Tensor:
         """Mean features: (B, 1, D) of whole images, (B, h, w, D) of windows."""
+        backbone = self.networks[BACKBONE]
+        assert isinstance(backbone, Backbone)
         if self.params.level == "image":
-            return self.networks[BACKBONE](images_BCHW)[0].mean((2, 3))[:, None]
+            return backbone(images_BCHW)[0].mean((2, 3))[:, None]
         self._require_windows(images_BCHW)
         side, stride = self.params.patch_size_px, self.params.patch_stride_px
-        windows_BChwpp = images_BCHW.unfold(2, side, stride).unfold(3, side, stride)
-        batch, _, height, width = windows_BChwpp.shape[:4]
-        pooled_BRD = torch.cat(list(self._pooled_windows(windows_BChwpp.flatten(2, 3))), 1)
-        return pooled_BRD.view(batch, height, width, -1)
-
-    def _pooled_windows(self, windows_BCRpp: Tensor) -> Iterator[Tensor]:
-        """(B, r, D) of as many windows as fit into memory; the same cut for every image of a batch."""
-        batch = len(windows_BCRpp)
-        for part_BCrpp in windows_BCRpp.split(max(1, WINDOWS_AT_ONCE // batch), 2):
-            flat = part_BCrpp.transpose(1, 2).flatten(0, 1)
-            yield self.networks[BACKBONE](flat)[0].mean((2, 3)).view(batch, part_BCrpp.shape[2], -1)
+        return pooled_windows(backbone, images_BCHW, side, stride)
 
     def _require_windows(self, images: Tensor) -> None:
         height, width = images.shape[-2:]
@@ -301,22 +294,3 @@ class CutPaste(NetworkDetector):
 
 def _hidden(width: int, next_width: int) -> list[nn.Module]:
     return [nn.Linear(width, next_width), nn.BatchNorm1d(next_width), nn.ReLU()]
-
-
-def unit(rows_D: Tensor) -> Tensor:
-    """L2-normalised along the last dim."""
-    return F.normalize(rows_D.double(), dim=-1)
-
-
-def grad_cam(features_BDhw: Tensor, gaussian: Gaussian) -> Tensor:
-    """Grad-CAM (eqs. 1-2) of the distance of the L2-normalised mean feature, (B, h, w) float32, not negative.
-
-    The gradient in a feature is the same at every position: that in the mean, divided by the number of positions.
-    """
-    mean_BD = features_BDhw.mean((2, 3)).double()
-    length_B1 = mean_BD.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    unit_BD = mean_BD / length_B1
-    slope_BD = gaussian.gradient(unit_BD)
-    slope_BD = (slope_BD - (slope_BD * unit_BD).sum(1, keepdim=True) * unit_BD) / length_B1
-    positions = features_BDhw.shape[2] * features_BDhw.shape[3]
-    return F.relu(torch.einsum("bdhw,bd->bhw", features_BDhw, slope_BD.float())) / positions

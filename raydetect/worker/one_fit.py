@@ -130,6 +130,7 @@ class OneFit:
             held_out = self._held_out()
             fit_keys = self._fit_keys(held_out, learns_from_labels(detector))
             counts = self._counts(fit_keys)
+            self._require_labels(detector, fit_keys)
             trained = [self._run_phases(part, number, fit_keys, storage, kept) for number, part in parts(detector)]
         if isinstance(detector, Ensemble):
             with self.phases.phase("scale"):
@@ -211,6 +212,16 @@ class OneFit:
         anomalous = {key for key, image in images.items() if image.label == 1}
         left_out = len(anomalous - set(fit_keys))
         return {"fitted": self._count(len(fit_keys)), "labelled_anomalous_left_out": self._count(left_out)}
+
+    def _require_labels(self, detector: Detector, fit_keys: list[str]) -> None:
+        if learns_from_labels(detector):
+            anomalous = self._count(sum(self.cache.images[key].label == 1 for key in fit_keys))
+            if not anomalous:
+                raise SpecError(
+                    f"{self.where}: {self.spec.detector.title} learns from some anomalous images, and none of "
+                    f"{self._count(len(fit_keys))} is labelled so. Add some, and let {{defect}} or {{label}} of "
+                    "source.pattern, a sidecar or a label column tell them."
+                )
 
     def _judged(self) -> ImageCache:
         return self.cache if self.judged is None else self.judged

@@ -28,6 +28,7 @@ class Case:
         floor: image AUROC on planted defects that it must pass, with random backbone weights.
         pixel_floor: pixel AUROC likewise.
         bad: parameters that must be refused, with a word of the message.
+        variant: tells several cases of one detector apart.
     """
 
     name: str
@@ -35,6 +36,12 @@ class Case:
     floor: float
     pixel_floor: float
     bad: dict[str, dict[str, Any]] = field(default_factory=dict)
+    variant: str = ""
+
+    @property
+    def id(self) -> str:
+        """The name, and the variant where there is one."""
+        return f"{self.name}-{self.variant}" if self.variant else self.name
 
     @property
     def labelled(self) -> bool:
@@ -51,6 +58,7 @@ class Case:
 
 
 RANDOM = {"weights": "random"}
+DIFFERENCE = {**RANDOM, "head": "difference", "layers": ["layer1", "layer2"], "smoothing_sigma": 1}
 CASES = (
     Case(
         "cflow",
@@ -74,6 +82,33 @@ CASES = (
             "augment_type": {"augment_type": "4way"},
             "contradicts": {"pretrained": False, "weights": "imagenet"},
         },
+    ),
+    Case(
+        "differnet",
+        RANDOM,
+        floor=0.75,
+        pixel_floor=0.8,
+        bad={
+            "k_neighbors": {"head": "flow", "k_neighbors": 5},
+            "train_difference": {"head": "flow", "train_difference": True},
+            "test_transforms": {"test_transforms": 0},
+        },
+    ),
+    Case(
+        "differnet",
+        {**DIFFERENCE, "difference_epochs": 30},
+        floor=0.75,
+        pixel_floor=0.88,
+        bad={"k_neighbors": {"head": "difference", "k_neighbors": 0}},
+        variant="difference",
+    ),
+    Case(
+        "differnet",
+        {**DIFFERENCE, "train_difference": False},
+        floor=0.95,
+        pixel_floor=0.93,
+        bad={"coreset_sampling_ratio": {"head": "difference", "coreset_sampling_ratio": 0}},
+        variant="distance",
     ),
     Case(
         "fastflow",
@@ -112,6 +147,13 @@ CASES = (
             "odd": {"smoothing_px": 20},
             "backbone": {"weights": "random"},
         },
+    ),
+    Case(
+        "devnet",
+        {**RANDOM, "smoothing_sigma": 1},
+        floor=0.95,
+        pixel_floor=0.9,
+        bad={"margin": {"margin": 0}, "top_ratio": {"top_ratio": 1.5}, "map": {"map": "cam"}},
     ),
     Case(
         "simplenet",

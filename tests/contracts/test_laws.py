@@ -20,9 +20,9 @@ from raydetect.worker.artifact import load_artifact, save_artifact
 from tests.contracts import cases
 from tests.contracts.cases import CASES, SIZE_PX, Case
 
-pytestmark = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-fitted_by_name: dict[str, Detector] = {}
-small_by_name: dict[str, Detector] = {}
+pytestmark = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+fitted_by_id: dict[str, Detector] = {}
+small_by_id: dict[str, Detector] = {}
 SEED = 3
 
 
@@ -36,16 +36,16 @@ def _two_threads() -> Iterator[None]:
 
 def fitted(case: Case) -> Detector:
     """The case's detector, fitted once for the tests that do not change it."""
-    if case.name not in fitted_by_name:
-        fitted_by_name[case.name] = cases.fit(case, "shared")
-    return fitted_by_name[case.name]
+    if case.id not in fitted_by_id:
+        fitted_by_id[case.id] = cases.fit(case, "shared")
+    return fitted_by_id[case.id]
 
 
 def small(case: Case) -> Detector:
     """The case's detector, fitted once on 8 images of one shard with `SEED`; other fits are compared with it."""
-    if case.name not in small_by_name:
-        small_by_name[case.name] = cases.fit(case, "small", images=8, shard_images=100, seed=SEED)
-    return small_by_name[case.name]
+    if case.id not in small_by_id:
+        small_by_id[case.id] = cases.fit(case, "small", images=8, shard_images=100, seed=SEED)
+    return small_by_id[case.id]
 
 
 def needs_weights(case: Case) -> bool:
@@ -158,7 +158,7 @@ def test_scoring_is_pure(case: Case) -> None:
 
 def test_the_fit_does_not_depend_on_batches_or_order(case: Case) -> None:
     """The keyed state of images collected one by one, in any order and partly twice, is one and the same."""
-    phases = detector_class(case.name).phases
+    phases = case.build().phases
     if "collect" not in phases:
         with pytest.raises(TypeError, match="no collect phase"):
             case.build().collect(Batch(torch.zeros(0), []))

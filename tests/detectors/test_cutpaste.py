@@ -10,14 +10,16 @@ import torch
 from sklearn.covariance import LedoitWolf
 from torch import nn
 
-from raydetect.blocks.anomaly_map import spread, upsample
+from raydetect.blocks.anomaly_map import upsample
 from raydetect.blocks.backbone import Backbone
 from raydetect.blocks.gaussian import Gaussian
+from raydetect.blocks.grad_cam import grad_cam, unit
+from raydetect.blocks.patch_windows import spread
 from raydetect.blocks.rows import FitState
 from raydetect.blocks.seeding import keyed_generator
 from raydetect.detectors._base import Batch
 from raydetect.detectors._registry import build_detector
-from raydetect.detectors.cutpaste import CutPaste, grad_cam, unit
+from raydetect.detectors.cutpaste import CutPaste
 from raydetect.errors import SpecError
 from tests.contracts.cases import as_batch
 from tests.made.bottle import aurocs, fit_in_memory, read_bottles

@@ -1,0 +1,181 @@
+"""How a patch differs from its nearest normal patches, and a small network that says how anomalous that is.
+
+The network learns from simulated defects (`blocks/planted.py`), so that no constant is a minimum of its loss. It is
+of no paper.
+
+Shapes: B images, H W pixels, h w feature grid, N patches, M bank rows, D feature dim, K neighbours, U hidden units.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from raydetect.blocks.neighbors import BankSearch
+from raydetect.blocks.seeding import keyed_seed
+
+NORMAL_PATCHES = 128  # of every image and step; its planted patches are all taken
+WHOLLY = 0.5  # share of a patch that a defect must cover
+LEAST_SPREAD = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Differences:
+    """Patches and how they differ from normal ones.
+
+    Attributes:
+        values_ND: see `mean_difference`.
+        planted_N: 1 in a planted defect, else 0; float.
+        weight_N: what its loss counts; those of an image sum to one.
+    """
+
+    values_ND: Tensor
+    planted_N: Tensor
+    weight_N: Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence["Differences"]) -> "Differences":
+        """Those of several images as one."""
+        values, planted, weights = zip(
+            *((part.values_ND, part.planted_N, part.weight_N) for part in parts), strict=True
+        )
+        return cls(torch.cat(values), torch.cat(planted), torch.cat(weights))
+
+
+class DifferenceNet(nn.Module):
+    """Logit of being anomalous, from the absolute differences to normal features.
+
+    A weighted sum of the differences, and a hidden layer that bends it. All weights are positive (a softplus of free
+    ones) and hidden units rise everywhere, so that to differ more always means to be more anomalous, whatever the
+    defects that it is trained on.
+    """
+
+    def __init__(self, dims: int, hidden: int) -> None:
+        """Draws weights from torch's global generator; `scale_D` is what differences are measured in."""
+        super().__init__()
+        self.raw_1D = nn.Parameter(0.5 * torch.randn(1, dims))
+        self.raw_UD = nn.Parameter(0.5 * torch.randn(hidden, dims))
+        self.bias_U = nn.Parameter(torch.linspace(-2.0, 2.0, hidden))
+        self.raw_1U = nn.Parameter(0.5 * torch.randn(1, hidden))
+        self.bias_1 = nn.Parameter(torch.full((1,), -1.0))
+        self.scale_D: Tensor
+        self.register_buffer("scale_D", torch.ones(dims))
+
+    def measure_in_spreads_of(self, bank_MD: Tensor) -> None:
+        """From here on differences count in standard deviations of the bank's rows."""
+        self.scale_D.copy_(bank_MD.std(0, correction=0).clamp_min(LEAST_SPREAD))
+
+    def forward(self, differences_ND: Tensor) -> Tensor:
+        """Logits, (N,)."""
+        scaled_ND = differences_ND / self.scale_D
+        hidden_NU = F.softplus(_positive(scaled_ND, self.raw_UD) + self.bias_U)
+        return (_positive(scaled_ND, self.raw_1D) + _positive(hidden_NU, self.raw_1U) + self.bias_1)[:, 0]
+
+    def loss(self, piece: Differences) -> Tensor:
+        """Cross-entropy between planted and normal patches, a mean over images that have any."""
+        losses_N = F.binary_cross_entropy_with_logits(self(piece.values_ND), piece.planted_N, reduction="none")
+        return (losses_N * piece.weight_N).sum() / piece.weight_N.sum().clamp_min(1)
+
+
+def _positive(values: Tensor, raw: Tensor) -> Tensor:
+    """A linear map with positive weights, as a mean over what comes in."""
+    return F.linear(values, F.softplus(raw) / raw.shape[1])
+
+
+def mean_difference(patches_ND: Tensor, bank_MD: Tensor, index_NK: Tensor) -> Tensor:
+    """Absolute difference of every dim, averaged over the K neighbours, (N, D); memory for one neighbour at a time."""
+    total_ND = torch.zeros_like(patches_ND)
+    for index_N in index_NK.unbind(1):
+        total_ND += (patches_ND - bank_MD[index_N]).abs()
+    return total_ND / index_NK.shape[1]
+
+
+def nearest_others(patches_ND: Tensor, bank_MD: Tensor, own_M: Tensor, num_neighbors: int) -> Tensor:
+    """The K rows nearest to each patch among those that do not come from its own image, int64 (N, K).
+
+    An image in the bank finds itself there; a new one does not. Without its own rows it is as a new one would be.
+    """
+    distance_NM = torch.cdist(patches_ND, bank_MD).masked_fill(own_M, torch.inf)
+    return distance_NM.topk(num_neighbors, largest=False).indices
+
+
+class NormalPatches:
+    """Patches to compare with, and which image each comes from."""
+
+    def __init__(self, bank_MD: Tensor, num_neighbors: int, keys_M: Sequence[str] = ()) -> None:
+        """Keeps the bank.
+
+        Args:
+            bank_MD: float32, not empty.
+            num_neighbors: K; all rows where there are fewer.
+            keys_M: of the images, for training alone.
+        """
+        self.search = BankSearch(bank_MD)
+        self.num_neighbors = min(num_neighbors, len(bank_MD))
+        self.owner_M = torch.tensor([_owner(key) for key in keys_M], dtype=torch.int64, device=bank_MD.device)
+
+    @property
+    def bank(self) -> Tensor:
+        """The patches, (M, D)."""
+        return self.search.bank_MD
+
+    def distance(self, patches_ND: Tensor) -> Tensor:
+        """Mean distance to the K nearest, (N,)."""
+        return self.search.nearest(patches_ND, self.num_neighbors)[0].mean(1)
+
+    def difference(self, patches_ND: Tensor) -> Tensor:
+        """Mean absolute difference of every dim from the K nearest, (N, D)."""
+        return mean_difference(patches_ND, self.bank, self.search.nearest(patches_ND, self.num_neighbors)[1])
+
+    def taught(
+        self, embeddings_BhwD: Tensor, masks: Sequence[Tensor], keys: Sequence[str], generators: Sequence[Generator]
+    ) -> Differences:
+        """What images with planted defects teach, see `labelled_differences`."""
+        columns = zip(embeddings_BhwD, masks, keys, generators, strict=True)
+        return Differences.joined(
+            [
+                labelled_differences(
+                    grid_hwD, mask_HW, self.bank, self.owner_M == _owner(key), self.num_neighbors, generator
+                )
+                for grid_hwD, mask_HW, key, generator in columns
+            ]
+        )
+
+    def to(self, device: torch.device) -> "NormalPatches":
+        """Moves them, and returns itself."""
+        self.search, self.owner_M = self.search.to(device), self.owner_M.to(device)
+        return self
+
+
+def _owner(key: str) -> int:
+    """A number for an image's key."""
+    return keyed_seed(0, "owner", key)
+
+
+def labelled_differences(
+    embeddings_hwD: Tensor, mask_HW: Tensor, bank_MD: Tensor, own_M: Tensor, num_neighbors: int, generator: Generator
+) -> Differences:
+    """What an image with planted defects teaches.
+
+    Args:
+        embeddings_hwD: of the image with the defects.
+        mask_HW: where they are; patches that it covers by less than a half are left out.
+        bank_MD: normal patches.
+        own_M: which of them come from this image.
+        num_neighbors: K.
+        generator: chooses among the patches beside the defects.
+
+    Returns:
+        The patches in defects and at most NORMAL_PATCHES beside them; both groups count the same in all.
+    """
+    covered_N = F.adaptive_avg_pool2d(mask_HW[None].float(), embeddings_hwD.shape[:2]).flatten()
+    inside, outside = (covered_N >= WHOLLY).nonzero()[:, 0], (covered_N == 0).nonzero()[:, 0]
+    order = torch.randperm(len(outside), generator=generator)[:NORMAL_PATCHES]
+    chosen_ND = embeddings_hwD.flatten(0, 1)[torch.cat([inside, outside[order.to(outside.device)]])]
+    planted_N = (torch.arange(len(chosen_ND), device=chosen_ND.device) < len(inside)).float()
+    counts = torch.stack([1 - planted_N, planted_N]).sum(1)
+    weight_N = (1 / counts)[planted_N.long()] / (counts > 0).sum()
+    index_NK = nearest_others(chosen_ND, bank_MD, own_M, num_neighbors)
+    return Differences(mean_difference(chosen_ND, bank_MD, index_NK), planted_N, weight_N)

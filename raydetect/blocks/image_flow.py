@@ -1,0 +1,116 @@
+"""How likely the pooled features of an image are under a flow, over its rotations, and which pixels say so.
+
+Shapes: B images, C channels, D feature dim of all levels and scales, H W pixels.
+
+Source: DifferNet (arXiv 2008.12577), sec. 3, and its official code (marco-rudolph/differnet).
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import rotate
+
+from raydetect.blocks.anomaly_map import smooth
+from raydetect.blocks.backbone import Backbone
+from raydetect.blocks.flows import BothCoupling, Chain, Invertible, log_likelihood, random_permutation
+from raydetect.blocks.seeding import keyed_generator
+from raydetect.errors import SpecError
+
+HIDDEN_LAYERS = 3
+
+
+def image_flow(dims: int, n_flows: int, hidden_dims: int, clamp: float, seed: int) -> Chain:
+    """Couplings of both halves, a random order of the dims before each; subnets by torch's global generator."""
+    maps: list[Invertible] = []
+    for number in range(n_flows):
+        maps.append(random_permutation(dims, keyed_generator(seed, "permutation", number)))
+        maps.append(BothCoupling(dims, partial(deep_subnet, hidden_dims), clamp))
+    return Chain(maps)
+
+
+def deep_subnet(hidden_dims: int, inside: int, outside: int) -> nn.Module:
+    """Three hidden layers with ReLU (official code)."""
+    parts: list[nn.Module] = []
+    for number in range(HIDDEN_LAYERS):
+        parts += [nn.Linear(hidden_dims if number else inside, hidden_dims), nn.ReLU()]
+    return nn.Sequential(*parts, nn.Linear(hidden_dims, outside))
+
+
+def mean_features(backbone: Backbone, normal_BCHW: Tensor, num_scales: int) -> Tensor:
+    """Features at several scales, averaged over positions, (B, D) float32: D counts every level of every scale.
+
+    Args:
+        backbone: frozen.
+        normal_BCHW: normalised images; every scale has half the height and width of the one before, by nearest pixels.
+        num_scales: at least 1.
+
+    Raises:
+        SpecError: the backbone cannot take images as small as the last scale.
+
+    Source: sec. 3.2 of the paper.
+    """
+    height, width = normal_BCHW.shape[2:]
+    found: list[Tensor] = []
+    for scale in range(num_scales):
+        size_px = (max(1, height >> scale), max(1, width >> scale))
+        scaled = F.interpolate(normal_BCHW, size=size_px, mode="nearest") if scale else normal_BCHW
+        try:
+            found += [level.float().mean((2, 3)) for level in backbone.features(scaled)]
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise SpecError(
+                f"{backbone.name} does not take images of {size_px[0]} x {size_px[1]} px, which are {height} x {width} "
+                f"px at scale {scale + 1} of {num_scales} ({str(error).splitlines()[0][:120]}). Enlarge image_size or "
+                "lower num_scales."
+            ) from None
+    return torch.cat(found, 1)
+
+
+def turned_features(backbone: Backbone, images_BCHW: Tensor, degrees_B: Sequence[float], num_scales: int) -> Tensor:
+    """Those of uint8 images, each turned by its own angle, counterclockwise; nearest pixels, black corners."""
+    turned = [rotate(image_CHW, degrees) for image_CHW, degrees in zip(images_BCHW, degrees_B, strict=True)]
+    return mean_features(backbone, backbone.normalised(torch.stack(turned)), num_scales)
+
+
+def negative_log_likelihood(z_BD: Tensor, log_det_B: Tensor) -> Tensor:
+    """Eq. 4: of features that a flow has mapped to z, without its constant and per dim, (B,)."""
+    return (0.5 * z_BD.square().sum(1) - log_det_B) / z_BD.shape[1]
+
+
+def unlikeliness(
+    backbone: Backbone, flow: nn.Module, images_BCHW: Tensor, num_scales: int, degrees: Sequence[float], sigma_px: float
+) -> tuple[Tensor, Tensor]:
+    """Eq. 5, and the gradients behind it (sec. 3.4); costs a pass forth and back for every angle.
+
+    Args:
+        backbone: frozen.
+        flow: of its mean features.
+        images_BCHW: uint8 RGB.
+        num_scales: see `mean_features`.
+        degrees: the images are turned by each, counterclockwise; nearest pixels, black corners.
+        sigma_px: of the Gaussian that smooths gradients.
+
+    Returns:
+        score_B: minus the log-density of z under a standard normal, per dim, averaged over the angles.
+        map_BHW: the likelihood's gradient in the normalised pixels, turned back and smoothed; the square of its mean
+            magnitude over angles and channels.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        images_BCHW = images_BCHW.clone()
+        score_B = torch.zeros(len(images_BCHW), device=images_BCHW.device)
+        map_BHW = torch.zeros_like(images_BCHW[:, 0], dtype=torch.float32)
+        for angle in degrees:
+            normal_BCHW = backbone.normalised(rotate(images_BCHW, angle)).requires_grad_(True)
+            z_BD, log_det_B = flow(mean_features(backbone, normal_BCHW, num_scales))
+            (slope_BCHW,) = torch.autograd.grad(log_likelihood(z_BD, log_det_B).sum(), normal_BCHW)
+            score_B += 0.5 * (z_BD.detach().square().mean(1) + math.log(2 * math.pi)) / len(degrees)
+            back_BCHW = rotate(slope_BCHW, -angle, InterpolationMode.BILINEAR)
+            even_BCHW = smooth(back_BCHW.flatten(0, 1), sigma_px).view(back_BCHW.shape)
+            map_BHW += even_BCHW.abs().mean(1) / len(degrees)
+    return score_B, map_BHW.square()
