@@ -76,6 +76,17 @@ CASES = (
         },
     ),
     Case(
+        "draem",
+        {},
+        floor=0.8,
+        pixel_floor=0.8,
+        bad={
+            "base_width": {"base_width": 7},
+            "anomalous_ratio": {"anomalous_ratio": 0},
+            "turned_ratio": {"turned_ratio": 1.5},
+        },
+    ),
+    Case(
         "fastflow",
         RANDOM,
         floor=0.95,
