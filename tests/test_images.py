@@ -157,6 +157,21 @@ def test_variations_do_what_their_names_say() -> None:
     )
 
 
+def test_an_adjusted_image_is_the_same_picture_mirrored_and_turned_in_other_colours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    image = torch.from_numpy(pair(32, 32)[0])
+    made = [textures.adjusted(image, keyed_generator(0, i)) for i in range(20)]
+    assert all(one.shape == image.shape and one.min() >= 0 and one.max() <= 1 for one in made)
+    assert torch.equal(made[3], textures.adjusted(image, keyed_generator(0, 3))) and not torch.equal(made[3], made[4])
+    for name in ("_turned", "_brightness", "_hue_and_saturation"):
+        monkeypatch.setattr(textures, name, lambda picture, _: picture)
+    plainly = [textures.adjusted(image, keyed_generator(0, i)) for i in range(200)]
+    mirrored = [torch.equal(one, image.flip(2)) for one in plainly]
+    assert 70 < sum(mirrored) < 130
+    assert all(torch.equal(one, image) for one, other in zip(plainly, mirrored, strict=True) if not other)
+
+
 def texture_files(count: int) -> list[tuple[str, bytes]]:
     random = np.random.default_rng(5)
     return [(f"{i:03d}.png", encode(random.integers(0, 256, (20, 30, 3), dtype=np.uint8))) for i in range(count)]

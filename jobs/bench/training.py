@@ -2,24 +2,29 @@
 
 Both sides start from 8-bit images and random weights and end with the optimizer's step; anomalib's steps are those of
 its Lightning modules, called without the rest of Lightning. CFLOW-AD takes an optimizer step for every batch of fibres
-of a batch of images, on both sides.
+of a batch of images, on both sides. DRAEM's defects are simulated in the step, from the same texture files.
 """
 
 import os
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
+from PIL import Image
 
 from jobs.bench.record import alternate, ratio, write
 from jobs.bench.search import MEAN, STD
 from raydetect.blocks.group import Group
+from raydetect.blocks.seeding import keyed_generator
+from raydetect.blocks.textures import procedural_texture
 from raydetect.detectors._registry import build_detector
 from raydetect.worker.cache import CachedImage, ImageCache
 from raydetect.worker.train import Trainer
@@ -27,6 +32,7 @@ from tests.made.images import normal_image
 
 BARE: dict[str, Any] = {"post_processor": False, "evaluator": False, "visualizer": False}
 RESNET: dict[str, Any] = {"backbone": "resnet18", "weights": "random"}
+SIZE_PX, FIBRES, TEXTURES = 256, 256, 16
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class Peer:
         theirs: builds anomalib's Lightning module.
         images: of a batch.
         rounds: measurements of each side.
+        normalised: whether theirs is given normalised pixels, else those in [0, 1].
     """
 
     name: str
@@ -46,6 +53,7 @@ class Peer:
     theirs: Callable[[], Any]
     images: int
     rounds: int = 7
+    normalised: bool = True
 
 
 def stfpm() -> Any:
@@ -76,18 +84,36 @@ def cflow(fibres: int) -> Any:
     return Cflow(backbone="resnet18", layers=layers, pre_trained=False, fiber_batch_size=fibres, **BARE)
 
 
-FIBRES = 256
-PEERS = (
-    Peer("stfpm", {}, stfpm, images=8),
-    Peer("fastflow", {}, fastflow, images=8),
-    Peer("cflow", {"layers": ["layer2", "layer3"], "fibre_batch": FIBRES}, partial(cflow, FIBRES), images=2, rounds=5),
-)
+def draem(textures: str) -> Any:
+    """With defects made of the files in a folder."""
+    from anomalib.models import Draem
+
+    return Draem(dtd_dir=textures, **BARE)
+
+
+def peers(textures: str) -> tuple[Peer, ...]:
+    """All comparisons; `textures` is a folder of images for simulated defects."""
+    two_levels = {**RESNET, "layers": ["layer2", "layer3"], "fibre_batch": FIBRES}
+    return (
+        Peer("stfpm", RESNET, stfpm, images=8),
+        Peer("fastflow", RESNET, fastflow, images=8),
+        Peer("cflow", two_levels, partial(cflow, FIBRES), images=2, rounds=5),
+        Peer("draem", {"textures": textures}, partial(draem, textures), images=2, rounds=3, normalised=False),
+    )
+
+
+def write_textures(folder: str) -> None:
+    """Procedural textures as files."""
+    for number in range(TEXTURES):
+        texture_3HW = procedural_texture((SIZE_PX, SIZE_PX), keyed_generator(0, "texture", number))
+        picture = (255 * texture_3HW).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        Image.fromarray(picture).save(Path(folder) / f"{number:03d}.png")
 
 
 def our_step(peer: Peer, images_BHWC: np.ndarray) -> Callable[[], object]:
     """One batch of `worker.train` on one worker, read from its cache."""
     size = (images_BHWC.shape[1], images_BHWC.shape[2])
-    words = {**RESNET, **peer.params, "image_size": list(size), "batch_size": peer.images}
+    words = {**peer.params, "image_size": list(size), "batch_size": peer.images}
     detector = build_detector(peer.name, words)
     detector.load_weights()
     cache = ImageCache(size)
@@ -110,7 +136,8 @@ def their_step(peer: Peer, images_BHWC: np.ndarray) -> Callable[[], None]:
     module.manual_backward = lambda loss: loss.backward()
 
     def step() -> None:
-        batch = SimpleNamespace(image=(images_BCHW.float() / 255 - MEAN) / STD)
+        pixels = images_BCHW.float() / 255
+        batch = SimpleNamespace(image=(pixels - MEAN) / STD if peer.normalised else pixels)
         loss = module.training_step(batch)["loss"]
         if module.automatic_optimization:
             optimizer.zero_grad()
@@ -125,12 +152,14 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     threads = os.cpu_count() or 1
     torch.set_num_threads(threads)
-    figures: dict[str, Any] = {"threads": threads, "size_px": 256, "anomalib_over_raydetect": {}}
-    for peer in PEERS:
-        images_BHWC = np.stack([normal_image(number, 256) for number in range(peer.images)])
-        theirs, ours = alternate(their_step(peer, images_BHWC), our_step(peer, images_BHWC), peer.rounds)
-        figures["anomalib_over_raydetect"][peer.name] = {"images": peer.images, **ratio(theirs, ours)}
-        print(peer.name, figures["anomalib_over_raydetect"][peer.name], flush=True)
+    figures: dict[str, Any] = {"threads": threads, "size_px": SIZE_PX, "anomalib_over_raydetect": {}}
+    with tempfile.TemporaryDirectory() as textures:
+        write_textures(textures)
+        for peer in peers(textures):
+            images_BHWC = np.stack([normal_image(number, SIZE_PX) for number in range(peer.images)])
+            theirs, ours = alternate(their_step(peer, images_BHWC), our_step(peer, images_BHWC), peer.rounds)
+            figures["anomalib_over_raydetect"][peer.name] = {"images": peer.images, **ratio(theirs, ours)}
+            print(peer.name, figures["anomalib_over_raydetect"][peer.name], flush=True)
     write("training", "make bench", figures)
 
 

@@ -183,6 +183,26 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
+def stage_of(name: str, layer: str) -> nn.Module:
+    """One stage of a model as its library builds it, such as "layer4" of a ResNet, with random weights.
+
+    Raises:
+        SpecError: neither library knows the model, or it has no such stage.
+    """
+    bare = bare_name(name)
+    if is_timm(name):
+        import timm
+
+        model: nn.Module = timm.create_model(bare, pretrained=False)
+    else:
+        model = models.get_model(bare, weights=None)
+    try:
+        return model.get_submodule(layer)
+    except AttributeError:
+        known = [child for child, _ in model.named_children()]
+        raise SpecError(f"backbone {name!r} has no layer {layer!r}.{nearest(layer, known)}") from None
+
+
 def _torchvision_trunk(name: str, layers: Sequence[str]) -> nn.Module:
     model = models.get_model(bare_name(name), weights=None)
     try:

@@ -167,12 +167,23 @@ class KeyedRows:
         rows_ND = torch.cat(self.group.gather(self.store.take(torch.arange(len(self)))))
         return rows_ND[order_N.argsort()]
 
+    def everyone(self) -> list[str]:
+        """Keys of the images of all workers, in the order of `everything`."""
+        texts = self.group.gather_bytes(json.dumps(self._keys).encode())
+        keys = [key for text in texts for key in json.loads(text)]
+        return sorted(keys, key=_head)
+
     def order(self) -> Tensor:
         """An int64 for every row, a function of its image's key and its place there: what settles ties."""
         lengths = torch.tensor([*self._starts, len(self)], dtype=torch.int64).diff()
-        heads = torch.tensor([keyed_seed(0, "order", key) >> PATCH_BITS for key in self._keys], dtype=torch.int64)
+        heads = torch.tensor([_head(key) for key in self._keys], dtype=torch.int64)
         places = torch.arange(len(self)) - torch.tensor(self._starts, dtype=torch.int64).repeat_interleave(lengths)
         return (heads.repeat_interleave(lengths) << PATCH_BITS) + places
+
+
+def _head(key: str) -> int:
+    """What orders images: a hash that leaves room for the rows of one."""
+    return keyed_seed(0, "order", key) >> PATCH_BITS
 
 
 class FitState:

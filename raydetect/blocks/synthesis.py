@@ -55,7 +55,7 @@ def _places(size: int, cells: int) -> tuple[Tensor, Tensor]:
 def perlin_mask(size_px: tuple[int, int], generator: Generator) -> Tensor:
     """Where a defect lies, (H, W) bool; may be empty.
 
-    Source: DRAEM, sec. 3.3, fig. 5: noise of 1 to 32 cells per axis, turned by up to 90 degrees, above 0.5.
+    Source: DRAEM, sec. 3.3 and its code: noise of 1 to 32 cells per axis, turned by up to 90 degrees, above 0.5.
     """
     rows, columns = (2 ** int(torch.randint(PERLIN_OCTAVES, (), generator=generator)) for _ in range(2))
     noise = perlin_noise(size_px, (rows, columns), generator)
@@ -70,7 +70,7 @@ def turned(image_CHW: Tensor, degrees: float) -> Tensor:
 def blend(image_3HW: Tensor, source_3HW: Tensor, mask_HW: Tensor, opacity: float) -> Tensor:
     """The image, and inside the mask `opacity` parts of the source with 1 - `opacity` parts of the image.
 
-    Source: DRAEM, eq. 3 (opacity = 1 - beta); MemSeg, eqs. 2-3 (opacity = delta).
+    Source: DRAEM, sec. 3.3 (its beta is the opacity); MemSeg, sec. 3.1 (its delta).
     """
     return torch.where(mask_HW, torch.lerp(image_3HW, source_3HW, opacity), image_3HW)
 

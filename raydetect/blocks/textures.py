@@ -111,6 +111,18 @@ def varied(texture_3HW: Tensor, generator: Generator) -> Tensor:
     return texture_3HW
 
 
+def adjusted(image_3HW: Tensor, generator: Generator) -> Tensor:
+    """Mirrored or not, turned, and changed in brightness, hue and saturation, (3, H, W) in [0, 1].
+
+    Source: MemSeg, sec. 3.1, structural defects; the ranges, which it does not tell, are those of `varied`.
+    """
+    if uniform(0, 1, generator) < 0.5:
+        image_3HW = image_3HW.flip(2)
+    for change in (_turned, _brightness, _hue_and_saturation):
+        image_3HW = change(image_3HW, generator).clamp(0, 1)
+    return image_3HW
+
+
 def _gamma(texture: Tensor, generator: Generator) -> Tensor:
     return texture ** (0.5 + 1.5 * torch.rand(3, 1, 1, generator=generator))
 

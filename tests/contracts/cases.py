@@ -111,11 +111,34 @@ CASES = (
         variant="distance",
     ),
     Case(
+        "draem",
+        {},
+        floor=0.8,
+        pixel_floor=0.8,
+        bad={
+            "base_width": {"base_width": 7},
+            "anomalous_ratio": {"anomalous_ratio": 0},
+            "turned_ratio": {"turned_ratio": 1.5},
+        },
+    ),
+    Case(
         "fastflow",
         RANDOM,
         floor=0.95,
         pixel_floor=0.95,
         bad={"n_flow_steps": {"n_flow_steps": 0}, "hidden_ratio": {"hidden_ratio": 0}, "clamp": {"clamp": 0}},
+    ),
+    Case(
+        "memseg",
+        RANDOM,
+        floor=0.8,
+        pixel_floor=0.7,
+        bad={
+            "k_neighbors 9": {"k_neighbors": 9, "memory_size": 8},
+            "multiples of 32": {"image_size": [100, 100]},
+            "feature_dim": {"feature_dim": 100},
+            "last_learning_rate": {"last_learning_rate": 1},
+        },
     ),
     Case(
         "patchcore",
