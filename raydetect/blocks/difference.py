@@ -170,7 +170,9 @@ def labelled_differences(
     Returns:
         The patches in defects and at most NORMAL_PATCHES beside them; both groups count the same in all.
     """
-    covered_N = F.adaptive_avg_pool2d(mask_HW[None].float(), embeddings_hwD.shape[:2]).flatten()
+    covered_N = F.adaptive_avg_pool2d(
+        mask_HW[None].float(), (embeddings_hwD.shape[0], embeddings_hwD.shape[1])
+    ).flatten()
     inside, outside = (covered_N >= WHOLLY).nonzero()[:, 0], (covered_N == 0).nonzero()[:, 0]
     order = torch.randperm(len(outside), generator=generator)[:NORMAL_PATCHES]
     chosen_ND = embeddings_hwD.flatten(0, 1)[torch.cat([inside, outside[order.to(outside.device)]])]
