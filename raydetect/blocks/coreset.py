@@ -41,6 +41,7 @@ class Coreset:
 
     Attributes:
         rows_MD: their embeddings, float32, in order of choice.
+        of: how many rows they were chosen from.
         keys_M: the image that each row comes from.
         sha256: over (image key, row of the image) in order of choice.
         radius: covering radius in the projected integers, in units of the embeddings (as the projection keeps them).
@@ -61,6 +62,7 @@ class Coreset:
         return {
             "mode": self.mode,
             "rows": len(self.rows_MD),
+            "of": self.of,
             "sha256": self.sha256,
             "covering_radius": self.radius,
             "proven_ratio": self.proven_ratio,

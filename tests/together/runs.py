@@ -93,7 +93,7 @@ def run_here(*words: str) -> str:
     """Runs `raydetect WORDS --local` in this process, which has loaded torch already; what it said. Exit code 0."""
     threads = torch.get_num_threads()
     try:
-        ended = CliRunner().invoke(main, [*words, "--local"])
+        ended = CliRunner().invoke(main, [*words, "--local"], catch_exceptions=False)
     finally:
         torch.set_num_threads(threads)
     assert ended.exit_code == 0, f"raydetect {' '.join(words)} ended with {ended.exit_code}:\n{ended.output}"
