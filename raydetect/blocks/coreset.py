@@ -51,6 +51,7 @@ class Coreset:
     """
 
     rows_MD: Tensor
+    of: int
     keys_M: tuple[str, ...]
     sha256: str
     radius: float
@@ -116,7 +117,7 @@ def choose_coreset(
     length, mine = math.sqrt(radius) * points.unit, greedy.mine
     del points, greedy  # before the embeddings of the centres are copied
     names, rows_MD = _gathered(rows, mine, group)
-    return Coreset(rows_MD, tuple(key for key, _ in names), _digest(names), length, proven, mode)
+    return Coreset(rows_MD, total, tuple(key for key, _ in names), _digest(names), length, proven, mode)
 
 
 @dataclass(frozen=True, slots=True)
