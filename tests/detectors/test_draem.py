@@ -106,7 +106,9 @@ def test_given_textures_are_what_defects_are_made_of(monkeypatch: pytest.MonkeyP
     red = np.zeros((8, 8, 3), np.uint8)
     red[..., 0] = 255
     pack("memory://textures/red", "", [("red.png", encode(red))], 1)
-    detector = build_detector("draem", {**SMALL, "textures": "memory://textures/red", "turned_ratio": 0, "anomalous_ratio": 1})
+    detector = build_detector(
+        "draem", {**SMALL, "textures": "memory://textures/red", "turned_ratio": 0, "anomalous_ratio": 1}
+    )
     assert isinstance(detector, DRAEM)
     assert detector.load_weights().startswith("from scratch, 1 textures of memory://textures/red sha256:")
     monkeypatch.setattr(draem, "varied", lambda texture, _: texture)
