@@ -1,5 +1,6 @@
 """Every detector through Ray: all of them as one ensemble, fitted by one and by two workers, and scored in bulk."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -8,26 +9,33 @@ import torch
 
 from raydetect.detectors._base import Detector
 from raydetect.detectors._ensemble import Ensemble
-from raydetect.detectors._registry import list_models
+from raydetect.detectors._registry import detector_class, list_models
 from raydetect.worker.artifact import load_artifact
-from tests.contracts.cases import CASES, SIZE_PX
+from tests.contracts.cases import CASES, Case
 from tests.made.archives import mixed_files, normal_files, pack
 from tests.made.images import DEFECTS, defect_image, encode
 from tests.together.conftest import Line
-from tests.together.runs import rows_of, run, run_here, write_job
+from tests.together.runs import rows_of, run, run_here, start, write_job
 
 PATTERN = "{category}/train/{defect}/{name}.png"
-FIRST_LOSS = 1e-3  # relative; before any step only the order of float32 sums differs
-MEMBERS = [
-    {"name": case.name, "preset": "smoke", "params": {"image_size": [SIZE_PX, SIZE_PX], **case.params}}
-    for case in CASES
-]
+FIRST_PASS = 2e-2  # relative difference of its mean loss: float32 sums in another order, which steps amplify
+SHORT = ("epochs", "difference_epochs")  # whether workers agree is seen in two passes as well
+
+
+def member(case: Case) -> dict[str, Any]:
+    """A case as a member of an ensemble, which trains for two passes."""
+    known = {field.name for field in fields(detector_class(case.name).Params)}
+    params = {**case.sized(), **{name: 2 for name in SHORT if name in known}}
+    return {"name": case.name, "preset": "smoke", "params": params}
+
+
+MEMBERS = [member(case) for case in CASES]
 
 
 def labelled_files() -> list[tuple[str, bytes]]:
     """Normal images, and some with defects for the detectors that learn from labels."""
     made = [(f"widget/train/{kind}/{i:04d}.png", encode(defect_image(i, kind)[0])) for i, kind in enumerate(DEFECTS)]
-    return [*normal_files(32), *made]
+    return [*normal_files(20), *made]
 
 
 def job(line: Line, workers: int) -> str:
@@ -64,22 +72,24 @@ def same(one: Detector, two: Detector) -> bool:
     return all(torch.equal(value, theirs[name]) for name, value in one.tensors().items())
 
 
+@pytest.mark.timeout(900)
 def test_every_detector_is_fitted_on_one_and_two_workers_and_scores_in_bulk(line: Line, tmp_path: Path) -> None:
     assert {member["name"] for member in MEMBERS} == set(list_models())
     store = line.store
     pack(store.uri("labelled"), ".tar", labelled_files(), 3, store.storage)
     run_here("fit", job(line, 1))
-    run(tmp_path / "two", "fit", job(line, 2))
+    two_workers = start(tmp_path / "two", "fit", job(line, 2))
+    assert two_workers.wait(600) == 0, two_workers.text()
     one, two = fitted(line, 1), fitted(line, 2)
-    for member, mine, theirs, first, second in zip(
-        MEMBERS, one.members, two.members, losses(line, 1), losses(line, 2), strict=True
-    ):
-        name = member["name"]
+    told: dict[str, float] = {}
+    members = zip(CASES, one.members, two.members, losses(line, 1), losses(line, 2), strict=True)
+    for case, mine, theirs, first, second in members:
         if "train" not in mine.phases:
-            assert same(mine, theirs), name
+            assert same(mine, theirs), case.id
             continue
-        assert first is not None and second is not None and len(first) == len(second), name
-        assert first[0] == pytest.approx(second[0], rel=FIRST_LOSS), name
+        assert first is not None and second is not None and len(first) == len(second), case.id
+        told[case.id] = abs(second[0] / first[0] - 1)
+    assert max(told.values()) <= FIRST_PASS, told
 
     pack(store.uri("tonight"), ".tar", mixed_files(12, 2, masks=False), 3, store.storage)
     words = {"source": {"uri": store.uri("tonight")}, "artifact": store.uri("all2"), "flag": {"alpha": 0.25}}
