@@ -156,13 +156,13 @@ def test_a_shard_that_breaks_ends_it_with_one_sentence(line: Line, tmp_path: Pat
 def test_training_agrees_on_one_and_two_workers_and_goes_on_after_a_kill(line: Line, tmp_path: Path) -> None:
     """Only float32 sums in another order differ, which training amplifies; in float64 tests/test_train.py sees none."""
     job = fit_job(line, "train1", 1, "stfpm")
-    run_here("fit", job)
+    run(tmp_path / "one", "fit", job, "--local")
     run(tmp_path / "two", "fit", fit_job(line, "train2", 2, "stfpm"))
     one, two = record(line, "train1").body, record(line, "train2").body
     assert one["losses"] == pytest.approx(two["losses"], rel=1e-2)
 
     words = {"detector": {"name": "stfpm", "params": {**STFPM, "epochs": 24}}, "checkpoint_epochs": 2}
-    run_here("fit", fit_job(line, "train24", 1, **words))
+    run(tmp_path / "whole", "fit", fit_job(line, "train24", 1, **words), "--local")
     running = start(tmp_path / "killed", "fit", fit_job(line, "trained", 1, **words))
     storage, uri = line.store.storage, line.store.uri("trained")
 
