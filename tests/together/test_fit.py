@@ -153,6 +153,7 @@ def test_a_shard_that_breaks_ends_it_with_one_sentence(line: Line, tmp_path: Pat
         assert "Traceback" not in ended.text() and "Ray" not in ended.text()
 
 
+@pytest.mark.timeout(600)  # four whole jobs, each with bounds of its own
 def test_training_agrees_on_one_and_two_workers_and_goes_on_after_a_kill(line: Line, tmp_path: Path) -> None:
     """Only float32 sums in another order differ, which training amplifies; in float64 tests/test_train.py sees none."""
     job = fit_job(line, "train1", 1, "stfpm")
