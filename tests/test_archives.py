@@ -12,7 +12,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from raydetect.archives.base import archive_fingerprint, cut_chunks, safe_name
@@ -227,6 +227,7 @@ def test_a_second_member_of_a_name_is_no_image(suffix: str) -> None:
 
 
 @settings(max_examples=60, deadline=None)
+@example(suffix=".tar.zst", cut=0.99609375)  # all images are there, the end of the frame is not
 @given(suffix=st.sampled_from([".tar", ".tar.gz", ".tar.zst", ".zip", ".parquet"]), cut=st.floats(0.0, 0.999))
 def test_a_truncated_container_never_invents_and_never_hides(suffix: str, cut: float) -> None:
     data = PACKERS[suffix](FILES)

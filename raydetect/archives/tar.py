@@ -4,6 +4,7 @@ The index is the one of NVIDIA DALI's wds2idx: a text file `day.idx` beside `day
 """
 
 import gzip
+import io
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst")
 INDEX_SUFFIX = ".idx"
 BLOCK = 512
 DRAIN_BYTES = 1 << 20
+FEED_BYTES = 4096  # of a zstd frame at a time; they become 128 MB at most
 BROKEN = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError, UnicodeDecodeError)
 REPAIR = "Re-upload the shard or set source.on_bad_shard: record."
 
@@ -76,8 +78,35 @@ def _decompressed(raw: IO[bytes], uri: str) -> Any:
     if uri.endswith((".gz", ".tgz")):
         return gzip.GzipFile(fileobj=raw)
     if uri.endswith(".zst"):
-        return zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=False)
+        return io.BufferedReader(_ZstdFrames(raw), DRAIN_BYTES)
     return raw
+
+
+class _ZstdFrames(io.RawIOBase):
+    """What zstd frames hold; a frame that ends early is an error, which zstandard's own reader takes for the end."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self._raw, self._packed, self._plain = raw, b"", memoryview(b"")
+        self._frame: Any = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._plain:
+            self._packed = self._packed or self._raw.read(FEED_BYTES)
+            if not self._packed:
+                if self._frame is not None:
+                    raise EOFError("a zstd frame ends early")
+                return 0
+            self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
+            self._plain = memoryview(self._frame.decompress(self._packed))
+            self._packed = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        count = min(len(buffer), len(self._plain))
+        buffer[:count], self._plain = self._plain[:count], self._plain[count:]
+        return count
 
 
 def _entry(tar: tarfile.TarFile, info: tarfile.TarInfo, source: SourceSpec, uri: str) -> Entry | None:
