@@ -45,12 +45,16 @@ def _shard(root: str, files: Sequence[FileInfo]) -> Shard:
 
 def loose_names(shard: Shard) -> list[str]:
     """Names of the images of a prefix shard, below its URI."""
-    return [name for name, _ in json.loads(zlib.decompress(shard.listing))]
+    return [name for name, _ in _listed(shard)]
+
+
+def _listed(shard: Shard) -> list[tuple[str, int]]:
+    return [(name, size) for name, size in json.loads(zlib.decompress(shard.listing))]
 
 
 def read_prefix(shard: Shard, source: SourceSpec, storage: Storage, naming: Naming) -> Iterator[Member]:
     """Members of a prefix shard, one request each."""
-    for name, size in json.loads(zlib.decompress(shard.listing)):
+    for name, size in _listed(shard):
         uri = join_uri(shard.uri, name)
         key = key_of(shard.uri, name)
         try:

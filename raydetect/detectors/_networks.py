@@ -1,6 +1,7 @@
 """Detectors whose fitted state is a set of networks: saving, loading, moving and freezing them is written once here."""
 
 import abc
+import copy
 from collections.abc import Mapping
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from raydetect.blocks.backbone import Backbone
 from raydetect.detectors._base import Detector, NotFittedError
+from raydetect.detectors._weights import load_backbone
 from raydetect.errors import ArtifactError
 
 COUNTERS = "num_batches_tracked"
@@ -38,8 +40,10 @@ class NetworkDetector(Detector):
             NotFittedError: the detector is not fitted.
         """
         if not self.is_fitted:
-            name = type(self).__module__.rpartition(".")[2]
-            raise NotFittedError(f"{name}: is not fitted. Fit it or load an artifact first.")
+            raise NotFittedError(f"{self._name()}: is not fitted. Fit it or load an artifact first.")
+
+    def _name(self) -> str:
+        return type(self).__module__.rpartition(".")[2]
 
     def freeze(self) -> None:
         """Makes every network ready for scoring: eval mode, no gradients; call last in a fit."""
@@ -74,6 +78,27 @@ class NetworkDetector(Detector):
         for network in self.networks.values():
             network.to(device)
         return self
+
+
+class FineTuned(NetworkDetector):
+    """A detector that trains a backbone of one layer from loaded weights; every training starts from these."""
+
+    _start: Backbone | None = None
+
+    def load_start(self, backbone: str, last_layer: str, weights: str) -> str:
+        """Loads what training starts from; see `Detector.load_weights`."""
+        self._start, said = load_backbone(backbone, (last_layer,), weights, self.seed)
+        return said
+
+    def fresh_backbone(self) -> Backbone:
+        """A copy of what was loaded.
+
+        Raises:
+            NotFittedError: nothing was loaded yet.
+        """
+        if self._start is None:
+            raise NotFittedError(f"{self._name()}: has no backbone yet. Call load_weights first.")
+        return copy.deepcopy(self._start)
 
 
 def _state(network: nn.Module) -> dict[str, Tensor]:

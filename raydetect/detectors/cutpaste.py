@@ -14,7 +14,6 @@ places of patches; pixels are means of patch scores, where a transposed convolut
 Shapes: B images, C channels, h w feature or window grid, H W pixels, R windows of one image, D embedding dim.
 """
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,16 +33,16 @@ from raydetect.blocks.grad_cam import grad_cam, unit
 from raydetect.blocks.patch_windows import pooled_windows, spread
 from raydetect.blocks.rows import FitState
 from raydetect.blocks.seeding import in_rounds, keyed_generator, keyed_seed
-from raydetect.detectors._base import Batch, Detector, DetectorInfo, NotFittedError, Scores, Tick, TrainingPlan
-from raydetect.detectors._networks import NetworkDetector
-from raydetect.detectors._weights import IMAGENET, RANDOM, load_backbone
+from raydetect.detectors._base import Batch, Detector, DetectorInfo, Scores, Tick, TrainingPlan
+from raydetect.detectors._networks import FineTuned
+from raydetect.detectors._weights import IMAGENET, RANDOM
 from raydetect.errors import SpecError
 
 BACKBONE, GAUSSIAN, HEAD, EMBEDDINGS = "backbone", "gaussian", "head", "embeddings"
 NUM_CLASSES = {"normal": 2, "scar": 2, "3way": 3}
 
 
-class CutPaste(NetworkDetector):
+class CutPaste(FineTuned):
     """Mahalanobis distance of an embedding that was learned by telling pasted patches."""
 
     info = DetectorInfo(
@@ -156,15 +155,12 @@ class CutPaste(NetworkDetector):
     def __init__(self, params: Params, seed: int = 0) -> None:
         """Keeps the parameters."""
         super().__init__(params, seed)
-        self._start: Backbone | None = None
         self._training = nn.ModuleDict()
         self.shrinkage: float | None = None
 
     def load_weights(self) -> str:
         """Loads what training starts from."""
-        layers = (self.params.last_layer,)
-        self._start, said = load_backbone(self.params.backbone, layers, self.params.weights, self.seed)
-        return said
+        return self.load_start(self.params.backbone, self.params.last_layer, self.params.weights)
 
     def make_networks(self) -> dict[str, nn.Module]:
         """Backbone and Gaussian."""
@@ -173,10 +169,8 @@ class CutPaste(NetworkDetector):
 
     def begin_training(self, num_images: int) -> TrainingPlan:
         """A fresh head on the loaded backbone, under SGD."""
-        if self._start is None:
-            raise NotFittedError("cutpaste: has no backbone yet. Call load_weights first.")
         self.is_fitted = False
-        backbone = copy.deepcopy(self._start)
+        backbone = self.fresh_backbone()
         widths = [backbone.widths()[0], *self.params.head_dims]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(keyed_seed(self.seed, "cutpaste"))

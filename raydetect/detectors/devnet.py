@@ -13,7 +13,6 @@ different images can be compared.
 Shapes: B images, C channels, h w feature grid, H W pixels, P patches of one image at one scale.
 """
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice, pairwise
@@ -28,15 +27,14 @@ from torchvision.transforms import functional as turning
 from raydetect.blocks.anomaly_map import smooth, smooth_upsampled
 from raydetect.blocks.backbone import Backbone
 from raydetect.blocks.seeding import in_rounds, keyed_generator, keyed_seed, keyed_unit
-from raydetect.detectors._base import Batch, Detector, DetectorInfo, NotFittedError, Scores, TrainingPlan
-from raydetect.detectors._networks import NetworkDetector
-from raydetect.detectors._weights import load_backbone
+from raydetect.detectors._base import Batch, Detector, DetectorInfo, Scores, TrainingPlan
+from raydetect.detectors._networks import FineTuned
 from raydetect.errors import SpecError
 
 BACKBONE, HEAD = "backbone", "head"
 
 
-class DevNet(NetworkDetector):
+class DevNet(FineTuned):
     """Mean of the worst patch scores, learned from a few labelled anomalous images."""
 
     info = DetectorInfo(
@@ -112,16 +110,9 @@ class DevNet(NetworkDetector):
 
     params: Params
 
-    def __init__(self, params: Params, seed: int = 0) -> None:
-        """Keeps the parameters."""
-        super().__init__(params, seed)
-        self._start: Backbone | None = None
-
     def load_weights(self) -> str:
         """Loads what training starts from."""
-        layers = (self.params.last_layer,)
-        self._start, said = load_backbone(self.params.backbone, layers, self.params.weights, self.seed)
-        return said
+        return self.load_start(self.params.backbone, self.params.last_layer, self.params.weights)
 
     def make_networks(self) -> dict[str, nn.Module]:
         """Backbone and patch scorer, the latter initialised by the seed."""
@@ -135,10 +126,8 @@ class DevNet(NetworkDetector):
 
     def begin_training(self, num_images: int) -> TrainingPlan:
         """A fresh scorer on the loaded backbone, under Adam."""
-        if self._start is None:
-            raise NotFittedError("devnet: has no backbone yet. Call load_weights first.")
         self.is_fitted = False
-        self.networks = {**self.make_networks(), BACKBONE: copy.deepcopy(self._start)}
+        self.networks = {**self.make_networks(), BACKBONE: self.fresh_backbone()}
         trained = nn.ModuleDict(self.networks).to(self.device).to(memory_format=torch.channels_last).train()
         rate, decay = self.params.learning_rate, self.params.weight_decay
         optimizer = torch.optim.Adam(trained.parameters(), lr=rate, weight_decay=decay)
