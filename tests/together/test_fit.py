@@ -110,7 +110,6 @@ def test_two_workers_give_what_one_process_gives_also_when_one_is_killed(
     assert set(facts["seconds"]) == set(facts["peak_memory_bytes"]) == {"read", "fit", "calibrate"}
 
 
-@pytest.mark.timeout(600)  # Ray waits until it gives a node up
 def test_the_loss_of_a_node_is_survived(line: Line, alone: ArtifactRecord, tmp_path: Path) -> None:
     job = fit_job(line, "node", 2, source={"uri": line.store.uri("normal240")})
     with two_nodes() as (cluster, second):
