@@ -1,7 +1,10 @@
 """The door: `raydetect`. Torch and Ray are loaded inside the commands that need them, so help is instant."""
 
 import json
+import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -151,6 +154,10 @@ def _run_score(plan: "ScorePlan", address: str | None, in_process: bool) -> dict
             from raydetect import local
 
             return local.score(plan, on_part)
+        if plan.spec.engine == "serve":
+            from raydetect.distributed.serve_run import score_through
+
+            return score_through(plan, address, on_part)
         from raydetect.distributed.score import score as score_on_ray
 
         return score_on_ray(plan, address, on_part)
@@ -192,6 +199,53 @@ def submit(job: Path, overrides: tuple[str, ...], address: str, no_wait: bool) -
         code = jobs.follow(client, name, lambda text: click.echo(text, nl=False))
     click.echo(f"{name} ended with exit code {code}.", err=True)
     sys.exit(code)
+
+
+@main.command()
+@job_file
+@overrides
+@cluster
+@click.option("--local", "in_process", is_flag=True, help="Run in this process, without Ray.")
+def serve(job: Path, overrides: tuple[str, ...], address: str | None, in_process: bool) -> None:
+    """Keep detectors warm behind HTTP, for single images and whole archives.
+
+    On a local Ray until it is stopped; on a cluster the endpoints stay, and the same command again rolls out changes.
+    """
+    with _errors(BAD_JOB):
+        spec = _expect(_load(job, overrides), "serve", job)
+        from raydetect.gateway.tokens import read_tokens
+
+        tokens = read_tokens(spec)
+    names = ", ".join(sorted(spec.detectors))
+
+    def ready(url: str) -> None:
+        click.echo(f"Serving {names} at {url}")
+        click.echo(f"Page: {url}/   API: {url}/openapi.json   Tokens: {len(tokens.known) or 'none needed'}")
+
+    with _errors():
+        target = address or os.environ.get("RAY_ADDRESS")
+        with _stopped_by_signals() as stop:
+            if in_process:
+                from raydetect.serve_local import serve_here
+
+                serve_here(spec, tokens, ready, stop)
+            else:
+                from raydetect.distributed.serve_run import serve_on_ray
+
+                serve_on_ray(spec, tokens, target, ready, stop)
+    click.echo("Stopped." if target is None else f"Deployed to {target}; it stays there.")
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set, while the block runs."""
+    stop = threading.Event()
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @main.command()
