@@ -222,30 +222,26 @@ def serve(job: Path, overrides: tuple[str, ...], address: str | None, in_process
         click.echo(f"Serving {names} at {url}")
         click.echo(f"Page: {url}/   API: {url}/openapi.json   Tokens: {len(tokens.known) or 'none needed'}")
 
+    target = address or os.environ.get("RAY_ADDRESS")
     with _errors():
-        target = address or os.environ.get("RAY_ADDRESS")
-        with _stopped_by_signals() as stop:
-            if in_process:
-                from raydetect.serve_local import serve_here
+        if in_process:
+            from raydetect.serve_local import serve_here
 
-                serve_here(spec, tokens, ready, stop)
-            else:
-                from raydetect.distributed.serve_run import serve_on_ray
+            serve_here(spec, tokens, ready, _wait_for_signal)
+        else:
+            from raydetect.distributed.serve_run import serve_on_ray
 
-                serve_on_ray(spec, tokens, target, ready, stop)
-    click.echo("Stopped." if target is None else f"Deployed to {target}; it stays there.")
+            serve_on_ray(spec, tokens, target, ready, _wait_for_signal)
+    click.echo(f"Deployed to {target}; it stays there." if target and not in_process else "Stopped.")
 
 
-@contextmanager
-def _stopped_by_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set, while the block runs."""
+def _wait_for_signal() -> None:
+    """Until SIGINT or SIGTERM comes, whoever handled them before."""
     stop = threading.Event()
     before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    stop.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @main.command()

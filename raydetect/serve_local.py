@@ -95,14 +95,14 @@ class LocalDesk:
         return plan.sink.write(chunk, result.rows, result.pictures, result.clipped_pixels)
 
 
-def serve_here(spec: ServeSpec, tokens: Tokens, on_ready: Callable[[str], None], stop: threading.Event) -> None:
-    """Answers requests until `stop` is set; requests in hand are finished.
+def serve_here(spec: ServeSpec, tokens: Tokens, on_ready: Callable[[str], None], wait: Callable[[], None]) -> None:
+    """Answers requests until `wait` returns; requests in hand are finished.
 
     Args:
         spec: the job.
         tokens: who may do what.
         on_ready: told of the URL when requests are answered.
-        stop: ends it.
+        wait: returns when it is to end.
 
     Raises:
         ArtifactError, SpecError: a detector cannot be served, or the port is taken.
@@ -120,6 +120,6 @@ def serve_here(spec: ServeSpec, tokens: Tokens, on_ready: Callable[[str], None],
         serving = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="uvicorn")
         serving.start()
         on_ready(f"http://{spec.host}:{listener.getsockname()[1]}")
-        stop.wait()
+        wait()
         server.should_exit = True
         serving.join()

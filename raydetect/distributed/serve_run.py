@@ -2,7 +2,6 @@
 
 import os
 import socket
-import threading
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -23,16 +22,16 @@ from raydetect.spec import ResourceSpec, ServeSpec
 
 
 def serve_on_ray(
-    spec: ServeSpec, tokens: Tokens, address: str | None, on_ready: Callable[[str], None], stop: threading.Event
+    spec: ServeSpec, tokens: Tokens, address: str | None, on_ready: Callable[[str], None], wait: Callable[[], None]
 ) -> None:
     """Deploys the endpoints, which replaces what an earlier start deployed, without dropping a request.
 
     Args:
         spec: the job.
         tokens: who may do what.
-        address: of a cluster, where the endpoints stay; None = a local Ray, until `stop` is set.
+        address: of a cluster, where the endpoints stay; None = a local Ray, until `wait` returns.
         on_ready: told of the URL when requests are answered.
-        stop: ends a local Ray.
+        wait: returns when a local Ray is to end.
 
     Raises:
         ClusterError: the cluster cannot be reached, or the endpoints do not start.
@@ -40,6 +39,7 @@ def serve_on_ray(
     """
     if address is None:
         refuse_taken(spec.host, spec.port)
+        os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # 5 s are too few on a busy machine
     with session(address, _resources(spec)):
         try:
             serve.start(
@@ -50,7 +50,7 @@ def serve_on_ray(
             raise translate(error, address) from error
         on_ready(f"http://{spec.host}:{spec.port}")
         if address is None:
-            stop.wait()
+            wait()
             serve.shutdown()
 
 
