@@ -26,11 +26,9 @@ from raydetect.storage import Storage
 from raydetect.worker.turns import Turns
 from tests.made.archives import mixed_files, normal_files, pack
 from tests.made.images import defect_image, encode, normal_image
+from tests.made.server import NOBODY, fit_small, serve_spec
 from tests.together.runs import rows_of
 
-PATCHCORE = {"backbone": "resnet18", "weights": "random", "image_size": [64, 64], "coreset_sampling_ratio": 0.05}
-LIMITS = {"max_images": 12, "max_image_bytes": 1_000_000, "max_body_bytes": 2_000_000, "max_pixels": 4_000_000}
-NOBODY = Tokens(())
 BAD_URIS = (
     "s3://line4/daylight/x",
     "s3://line4/day/../x",
@@ -47,46 +45,13 @@ SECRET, OTHER = "a-secret-of-line-four-0001", "a-secret-of-line-five-0002"
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two artifacts, an archive and loose images."""
     folder = tmp_path_factory.mktemp("gateway")
-    pack(f"file://{folder}/normal", ".tar", normal_files(40), 2)
-    pack(f"file://{folder}/open/mixed", ".tar", mixed_files(6, 2, masks=False), 3)
-    for name, seed in (("one", 0), ("two", 1)):
-        values = {
-            "kind": "fit",
-            "source": {"uri": f"{folder}/normal"},
-            "detector": {
-                "name": "patchcore",
-                "params": PATCHCORE,
-            },
-            "artifact": f"{folder}/models/{name}",
-            "calibration": {"holdout_ratio": 0.4},
-            "seed": seed,
-        }  # fmt: skip
-        local.fit(parse_job(values, "fit"), lambda *_: None)  # type: ignore[arg-type]
+    fit_small(folder, "one")
+    fit_small(folder, "two", seed=1)
     (folder / "open/loose").mkdir()
     (folder / "open/loose/a.png").write_bytes(encode(normal_image(7)))
     (folder / "secret.png").write_bytes(encode(normal_image(8)))
     (folder / "open/link.png").symlink_to(folder / "secret.png")
     return folder
-
-
-def serve_spec(place: Path, **changes: Any) -> ServeSpec:
-    """A served detector, `bottle`."""
-    values = {
-        "kind": "serve",
-        "detectors": {"bottle": {"artifact": f"{place}/models/one", "flag": {"alpha": 0.1}}},
-        "allow": {
-            "sources": [f"{place}/open", "http://127.0.0.1:1/images"],
-            "sinks": [f"{place}/results"],
-            "artifacts": [f"{place}/models"],
-        },
-        "heatmaps": f"{place}/heatmaps",
-        "batch_size": 4,
-        "limits": LIMITS,
-        **changes,
-    }  # fmt: skip
-    spec = parse_job(values, "serve")
-    assert isinstance(spec, ServeSpec)
-    return spec
 
 
 @asynccontextmanager

@@ -37,6 +37,7 @@ from raydetect.spec import ServeSpec
 from raydetect.storage import Storage, normalise_uri
 
 log = logging.getLogger("raydetect.gateway")
+POLICY = "default-src 'none'; connect-src 'self'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 PAGE = Path(__file__).with_name("page.html")
 SCORE_BODY = {
     "required": True,
@@ -201,9 +202,9 @@ class Door:
 
         return Depends(check)
 
-    async def show_page(self) -> str:
-        """The page for people."""
-        return self.page
+    async def show_page(self) -> HTMLResponse:
+        """The page for people; it may load nothing from elsewhere."""
+        return HTMLResponse(self.page, headers={"Content-Security-Policy": POLICY})
 
     async def healthz(self) -> dict[str, str]:
         """The process answers."""

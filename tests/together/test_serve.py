@@ -1,0 +1,194 @@
+"""The endpoints on Ray Serve: the scores of jobs, archives by warm replicas, lost replicas, new versions."""
+
+import base64
+import os
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import httpx
+import pytest
+import yaml
+
+from raydetect.records import OK
+from tests.made.archives import mixed_files
+from tests.together.conftest import Line
+from tests.together.runs import PATIENCE, processes_of, rows_of, run, wait_until
+
+PICTURES = mixed_files(12, 3, masks=False)
+REPLICA = b"ray::ServeReplica:raydetect:Scorer"
+
+
+@dataclass(frozen=True)
+class Endpoints:
+    """A running server."""
+
+    line: Line
+    url: str
+    address: str
+
+    def score(self, *pictures: bytes, heatmaps: str = "none") -> httpx.Response:
+        """Scores uploads."""
+        files = [("images", (f"{i}.png", data, "image/png")) for i, data in enumerate(pictures)]
+        return httpx.post(
+            f"{self.url}/v1/detectors/widget/score", files=files, data={"heatmaps": heatmaps}, timeout=PATIENCE
+        )
+
+    def run(self, body: dict[str, Any]) -> str:
+        """Begins an archive run; its own URL."""
+        begun = httpx.post(f"{self.url}/v1/archives", json=body, timeout=PATIENCE)
+        assert begun.status_code == 202, begun.text
+        return f"{self.url}/v1/archives/{begun.json()['id']}"
+
+    def archive(self, results: str) -> dict[str, Any]:
+        """The body of a run with the words of `Line.job`."""
+        store = self.line.store
+        patterns = {"pattern": "{category}/test/{defect}/{name}.png"}
+        patterns["mask_pattern"] = "{category}/ground_truth/{defect}/{name}_mask.png"
+        source = {"uri": store.uri("mixed"), **patterns}
+        sink = {"uri": store.uri(results), "heatmaps": "all"}
+        return {"detector": "widget", "source": source, "sink": sink, "chunk_images": 8}
+
+
+def replicas() -> list[int]:
+    """Processes of scoring replicas."""
+    return processes_of(REPLICA, os.getpid())
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def endpoints(line: Line, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoints]:
+    """The line's detector on a cluster of one node, by two replicas."""
+    from ray.cluster_utils import Cluster
+
+    folder, port = tmp_path_factory.mktemp("serve"), free_port()
+    store = line.store
+    values = {
+        "kind": "serve",
+        "detectors": {"widget": {"artifact": store.uri("artifact"), "flag": {"alpha": 0.1}}},
+        "storage": store.words,
+        "port": port,
+        "batch_size": 4,
+        "allow": {"sources": [store.uri("mixed")], "sinks": [store.uri()], "artifacts": [store.uri()]},
+        "resources": {"num_workers": 2, "cpus_per_worker": 1},
+    }
+    (folder / "serve.yaml").write_text(yaml.safe_dump(values))
+    os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"
+    words = {"num_cpus": 2, "object_store_memory": 200 << 20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, connect=False, head_node_args=words)
+    try:
+        said = run(folder, "serve", str(folder / "serve.yaml"), "--address", cluster.address).text()
+        assert f"Serving widget at http://127.0.0.1:{port}" in said and "it stays there" in said
+        yield Endpoints(line, f"http://127.0.0.1:{port}", cluster.address)
+    finally:
+        os.environ.pop("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S")
+        cluster.shutdown()
+
+
+def test_scores_and_heatmaps_are_those_of_jobs(endpoints: Endpoints, truth: str) -> None:
+    store = endpoints.line.store
+    rows = {row["key"].partition("#")[2]: row for row in rows_of(truth, store.storage)}
+    listed = [(name, data) for name, data in PICTURES if name in rows]
+    assert len(listed) == len(PICTURES)
+    answer = endpoints.score(*(data for _, data in listed), heatmaps="all")
+    assert answer.status_code == 200, answer.text
+    options = store.storage.fsspec_options(truth)
+    for (name, _), found in zip(listed, answer.json()["results"], strict=True):
+        row = rows[name]
+        assert found["image_score"] == pytest.approx(row["image_score"], rel=1e-6)
+        assert (found["p_value"], found["flagged"], found["artifact"]) == (
+            row["p_value"], row["flagged"], row["artifact"],
+        )  # fmt: skip
+        member, _, container = row["heatmap_uri"].partition("::")
+        with fsspec.open(f"{member}::{truth}{container}", s3=options) as picture:
+            assert picture.read() == base64.b64decode(found["heatmap_png"])
+
+
+def test_a_job_through_warm_replicas_gives_the_rows_of_a_job(endpoints: Endpoints, truth: str, tmp_path: Path) -> None:
+    line = endpoints.line
+    run(tmp_path, "score", line.job("warm", engine="serve"), "--address", endpoints.address)
+    assert rows_of(line.store.uri("warm"), line.store.storage) == rows_of(truth, line.store.storage)
+
+
+def test_an_archive_run_survives_a_killed_replica_with_equal_rows(endpoints: Endpoints, truth: str) -> None:
+    store = endpoints.line.store
+    where = endpoints.run(endpoints.archive("over-http"))
+
+    def told() -> dict[str, Any]:
+        found: dict[str, Any] = httpx.get(where, timeout=PATIENCE).json()
+        return found
+
+    wait_until(lambda: told()["shards_done"] > 0, PATIENCE, "the first commit")
+    os.kill(replicas()[0], signal.SIGKILL)
+    wait_until(lambda: told()["state"] != "running", PATIENCE, "the end of the run")
+    assert told()["state"] == "finished", told()
+    assert rows_of(store.uri("over-http"), store.storage) == rows_of(truth, store.storage)
+
+
+def test_a_replica_killed_under_load_gives_no_wrong_answer(endpoints: Endpoints) -> None:
+    wait_until(lambda: len(replicas()) == 2, PATIENCE, "two replicas")
+    data = [picture for _, picture in PICTURES[:4]]
+    expected = [endpoints.score(picture).json()["results"][0]["image_score"] for picture in data]
+    statuses: Counter[int] = Counter()
+
+    def ask(number: int) -> None:
+        answer = endpoints.score(data[number % 4])
+        statuses[answer.status_code] += 1
+        if answer.status_code == 200:
+            entry = answer.json()["results"][0]
+            assert entry["status"] == OK and entry["image_score"] == pytest.approx(expected[number % 4], rel=1e-6)
+
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(ask, number) for number in range(200)]
+        wait_until(lambda: statuses[200] > 20, PATIENCE, "some answers")
+        os.kill(replicas()[0], signal.SIGKILL)
+        for one in asked:
+            one.result()
+    print(f"answers by status: {dict(statuses)}")
+    assert sum(statuses.values()) == 200 and set(statuses) <= {200, 503} and statuses[200] >= 150
+
+
+def test_a_new_version_comes_without_a_dropped_request(endpoints: Endpoints, tmp_path: Path) -> None:
+    line, stop = endpoints.line, threading.Event()
+    fit = yaml.safe_load((line.folder / "fit.yaml").read_text()) | {"artifact": line.store.uri("newer"), "seed": 1}
+    (tmp_path / "fit.yaml").write_text(yaml.safe_dump(fit))
+    run(tmp_path / "fit", "fit", str(tmp_path / "fit.yaml"), "--local")
+    seen: list[tuple[int, str, str]] = []
+
+    def ask() -> None:
+        while not stop.is_set():
+            answer = endpoints.score(PICTURES[0][1])
+            body = answer.json()
+            seen.append((answer.status_code, body.get("artifact", ""), body["results"][0]["artifact"]))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        wait_until(lambda: len(seen) > 3, PATIENCE, "answers of the old version")
+        url = f"{endpoints.url}/v1/detectors/widget"
+        changed = httpx.put(url, json={"artifact": line.store.uri("newer")}, timeout=PATIENCE)
+        assert changed.status_code == 200, changed.text
+        newer = changed.json()["artifact"]
+        wait_until(lambda: seen[-1][1] == newer, PATIENCE, "answers of the new version")
+        time.sleep(0.5)
+    finally:
+        stop.set()
+        asking.join()
+    assert {status for status, _, _ in seen} == {200}
+    assert all(of == inside for _, of, inside in seen)
+    versions = [of for _, of, _ in seen]
+    assert len(set(versions)) == 2 and versions == sorted(versions, key=lambda one: one == newer)
