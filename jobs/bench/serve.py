@@ -1,4 +1,4 @@
-"""The endpoints under load: rates over the bare Scorer's, latencies, also while an archive is scored, and fuzzed bodies.
+"""The endpoints under load: rate over the bare Scorer's, latency, also while an archive is scored, and fuzzed bodies.
 
 Started with a word it is the client, a process of its own: `one`, `many` or `fuzz`, then the URL and how many requests.
 """
@@ -177,9 +177,7 @@ def main() -> None:
         try:
             rounds = []
             for _ in range(ROUNDS):
-                process.send_signal(signal.SIGSTOP)
                 alone = bare(folder, BATCHES // 2)
-                process.send_signal(signal.SIGCONT)
                 served = client("many", url, BATCHES)
                 rounds.append(
                     {"bare": round(alone, 2), **served, "over_bare": round(served["images_per_second"] / alone, 3)}

@@ -37,7 +37,9 @@ from raydetect.spec import ServeSpec
 from raydetect.storage import Storage, normalise_uri
 
 log = logging.getLogger("raydetect.gateway")
-POLICY = "default-src 'none'; connect-src 'self'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+POLICY = (
+    "default-src 'none'; connect-src 'self'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+)
 PAGE = Path(__file__).with_name("page.html")
 SCORE_BODY = {
     "required": True,
