@@ -138,6 +138,7 @@ class Door:
         self.spec, self.tokens, self.desk = spec, tokens, desk
         self.allow = archive_runs.Allowed(spec.allow)
         self.storage = Storage(spec.storage)
+        self.ledgers = archive_runs.Ledgers(self.storage)
         self.fetcher = Fetcher(self.storage, spec.limits.max_image_bytes)
         self.heatmaps = None if spec.heatmaps is None else normalise_uri(spec.heatmaps)
         self.page = PAGE.read_text()
@@ -281,8 +282,11 @@ class Door:
     async def runs(self) -> Runs:
         """Archive runs since the server started, with progress from their ledgers."""
         known = await self.desk.runs()
-        found = [archive_runs.answer_of(uri, state, self.storage) for uri, state in known.items()]
-        return Runs(runs=[run for run in found if run is not None])
+
+        def told() -> list[RunAnswer | None]:
+            return [archive_runs.answer_of(uri, state, self.ledgers) for uri, state in known.items()]
+
+        return Runs(runs=[run for run in await asyncio.to_thread(told) if run is not None])
 
     async def start(self, body: RunRequest) -> RunAnswer:
         """Begins to score an archive; the same request again goes on where the run stopped."""
@@ -310,7 +314,7 @@ class Door:
 
     async def _told(self, uri: str) -> RunAnswer:
         known = (await self.desk.runs()).get(uri)
-        found = await asyncio.to_thread(archive_runs.answer_of, uri, known, self.storage)
+        found = await asyncio.to_thread(archive_runs.answer_of, uri, known, self.ledgers)
         if found is None:
             raise HTTPException(404, "no archive run has that id.")
         return found

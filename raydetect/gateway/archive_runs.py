@@ -2,15 +2,19 @@
 
 import base64
 import binascii
+import threading
+from collections import OrderedDict
 
 from raydetect.errors import StorageError
 from raydetect.gateway.allow import Prefixes
 from raydetect.gateway.bodies import RunAnswer, RunRequest
 from raydetect.gateway.desk import RunState, Served
 from raydetect.sinks.ledger import Ledger
-from raydetect.sinks.results import progress
+from raydetect.sinks.results import Followed, RunProgress
 from raydetect.spec import AllowSpec, ScoreSpec, ServeSpec, SinkSpec, SourceSpec
 from raydetect.storage import Storage
+
+REMEMBERED = 100
 
 
 def job_of(body: RunRequest, served: Served, spec: ServeSpec, allow: "Allowed") -> ScoreSpec:
@@ -70,10 +74,32 @@ def uri_of(name: str) -> str | None:
     return uri if run_id(uri) == name else None
 
 
-def answer_of(uri: str, known: RunState | None, storage: Storage) -> RunAnswer | None:
+class Ledgers:
+    """The ledgers of runs that are asked for; the ones asked for last are remembered, so each record is read once."""
+
+    def __init__(self, storage: Storage) -> None:
+        """Reads nothing yet."""
+        self._storage, self._followed = storage, OrderedDict[str, Followed]()
+        self._lock = threading.Lock()
+
+    def progress(self, uri: str) -> RunProgress:
+        """How far the run into a results directory is.
+
+        Raises:
+            StorageError: none was begun there.
+        """
+        with self._lock:
+            followed = self._followed.pop(uri, None) or Followed(Ledger(uri, self._storage))
+            self._followed[uri] = followed
+            if len(self._followed) > REMEMBERED:
+                self._followed.popitem(last=False)
+        return followed.progress()
+
+
+def answer_of(uri: str, known: RunState | None, ledgers: Ledgers) -> RunAnswer | None:
     """How far a run is; None when none was begun there."""
     try:
-        found = progress(Ledger(uri, storage))
+        found = ledgers.progress(uri)
     except StorageError:
         if known is None:
             return None
