@@ -218,8 +218,9 @@ def serve(job: Path, overrides: tuple[str, ...], address: str | None, in_process
         tokens = read_tokens(spec)
     names = ", ".join(sorted(spec.detectors))
 
-    def ready(url: str) -> None:
+    def ready(url: str, metrics: str) -> None:
         click.echo(f"Serving {names} at {url}")
+        click.echo(f"Metrics: {metrics or 'none without Ray'}")
         click.echo(f"Page: {url}/   API: {url}/openapi.json   Tokens: {len(tokens.known) or 'none needed'}")
 
     target = address or os.environ.get("RAY_ADDRESS")

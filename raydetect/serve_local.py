@@ -95,13 +95,13 @@ class LocalDesk:
         return plan.sink.write(chunk, result.rows, result.pictures, result.clipped_pixels)
 
 
-def serve_here(spec: ServeSpec, tokens: Tokens, on_ready: Callable[[str], None], wait: Callable[[], None]) -> None:
+def serve_here(spec: ServeSpec, tokens: Tokens, on_ready: Callable[[str, str], None], wait: Callable[[], None]) -> None:
     """Answers requests until `wait` returns; requests in hand are finished.
 
     Args:
         spec: the job.
         tokens: who may do what.
-        on_ready: told of the URL when requests are answered.
+        on_ready: told when requests are answered: of their URL, and of "" since there are no metrics.
         wait: returns when it is to end.
 
     Raises:
@@ -112,6 +112,7 @@ def serve_here(spec: ServeSpec, tokens: Tokens, on_ready: Callable[[str], None],
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((spec.host, spec.port))
+            listener.listen()  # from here on clients wait instead of being refused
         except OSError as error:
             said = f"{spec.host}:{spec.port}: cannot be listened on ({error.strerror}). Set host and port."
             raise SpecError(said) from None
@@ -119,7 +120,7 @@ def serve_here(spec: ServeSpec, tokens: Tokens, on_ready: Callable[[str], None],
         server = uvicorn.Server(config)
         serving = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="uvicorn")
         serving.start()
-        on_ready(f"http://{spec.host}:{listener.getsockname()[1]}")
+        on_ready(f"http://{spec.host}:{listener.getsockname()[1]}", "")
         wait()
         server.should_exit = True
         serving.join()

@@ -64,7 +64,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_an_image_shows_its_score_and_overlay(browser: webdriver.Chrome, place: Path, tmp_path: Path) -> None:
+def test_an_image_shows_its_score_and_overlay(browser: webdriver.Chrome, place: Path) -> None:
     with running(serve_spec(place)) as url:
         body = {
             "detector": "bottle",
@@ -87,12 +87,15 @@ def test_an_image_shows_its_score_and_overlay(browser: webdriver.Chrome, place: 
             assert browser.execute_script("return arguments[0].naturalWidth", picture) == 96
         line = until(lambda: browser.find_elements(By.CSS_SELECTOR, "#runs tr") and browser.find_element(By.ID, "runs"))
         until(lambda: "finished" in line.text and "3 of 3 shards" in line.text)
-        browser.save_screenshot(str(tmp_path / "page.png"))
-        assert not [
-            entry
-            for entry in browser.get_log("browser")
-            if entry["level"] == "SEVERE" and "favicon" not in entry["message"]
-        ]
+        line.find_element(By.TAG_NAME, "a").click()
+        report = browser.find_element(By.ID, "report")
+        until(lambda: "12" in report.text and "finished" in report.text)
+        assert f"Report of file://{place}/results/page" in report.text and "none" in report.text
+        severe = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+        assert len(severe) == 1 and "422" in severe[0]["message"], severe  # the answer to text.png
+        widest = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        browser.set_window_size(500, 900)
+        assert browser.execute_script(widest) == 0
 
 
 def test_the_page_asks_for_a_token_when_one_is_needed(

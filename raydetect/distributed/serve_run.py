@@ -8,21 +8,27 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import ray
 from ray import serve
 
 from raydetect.distributed.score import refuse_memory_uris
-from raydetect.distributed.serving import APP, CHUNKS_PER_REPLICA, SCORER, bound, send_chunk
+from raydetect.distributed.serve_calls import APP, DESK, SCORER, send_chunk
+from raydetect.distributed.serving import bound
 from raydetect.distributed.session import ClusterError, session, translate
 from raydetect.errors import SpecError
+from raydetect.gateway.desk import load_served
 from raydetect.gateway.stream import Stream
 from raydetect.gateway.tokens import Tokens
 from raydetect.plan import Committer, ScorePlan, finish
 from raydetect.records import Part, Receipt
 from raydetect.spec import ResourceSpec, ServeSpec
+from raydetect.storage import Storage
+
+DESK_SECONDS = 60
 
 
 def serve_on_ray(
-    spec: ServeSpec, tokens: Tokens, address: str | None, on_ready: Callable[[str], None], wait: Callable[[], None]
+    spec: ServeSpec, tokens: Tokens, address: str | None, on_ready: Callable[[str, str], None], wait: Callable[[], None]
 ) -> None:
     """Deploys the endpoints, which replaces what an earlier start deployed, without dropping a request.
 
@@ -30,13 +36,16 @@ def serve_on_ray(
         spec: the job.
         tokens: who may do what.
         address: of a cluster, where the endpoints stay; None = a local Ray, until `wait` returns.
-        on_ready: told of the URL when requests are answered.
+        on_ready: told when requests are answered: of their URL, and of where Prometheus finds metrics.
         wait: returns when a local Ray is to end.
 
     Raises:
         ClusterError: the cluster cannot be reached, or the endpoints do not start.
-        SpecError: the port is taken.
+        ArtifactError, SpecError: a detector cannot be served, or the port is taken.
     """
+    storage = Storage(spec.storage)
+    for name, served in spec.detectors.items():
+        load_served(name, served, storage)
     if address is None:
         refuse_taken(spec.host, spec.port)
         os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # 5 s are too few on a busy machine
@@ -48,7 +57,7 @@ def serve_on_ray(
             serve.run(bound(spec, tokens), name=APP, route_prefix="/")
         except Exception as error:
             raise translate(error, address) from error
-        on_ready(f"http://{spec.host}:{spec.port}")
+        on_ready(f"http://{spec.host}:{spec.port}", metrics_uri())
         if address is None:
             wait()
             serve.shutdown()
@@ -75,16 +84,23 @@ def score_through(
     if plan.todo:
         with session(address, plan.spec.resources):
             try:
+                serve.status().applications[APP]
                 scorer = serve.get_deployment_handle(SCORER, APP)
-                replicas = serve.status().applications[APP].deployments[SCORER].replica_states.get("RUNNING", 0)
+                in_flight = serve.get_deployment_handle(DESK, APP).in_flight.remote().result(timeout_s=DESK_SECONDS)
             except Exception as error:
                 said = f"{address}: the endpoints of raydetect do not run there. Start `raydetect serve` first."
                 raise ClusterError(said) from error
             committer = Committer(plan)
-            stream = Stream(plan, partial(send_chunk, scorer, plan), CHUNKS_PER_REPLICA * max(1, replicas))
+            stream = Stream(plan, partial(send_chunk, scorer, plan), in_flight)
             for part in stream.parts():
                 on_part(part, committer.add(part))
     return finish(plan)
+
+
+def metrics_uri() -> str:
+    """Where the first node gives its metrics, ours among them; every node does."""
+    node = next(node for node in ray.nodes() if node["Alive"])
+    return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
 
 def refuse_taken(host: str, port: int) -> None:

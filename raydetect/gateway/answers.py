@@ -11,16 +11,13 @@ from raydetect.errors import MemberError
 from raydetect.gateway.allow import Prefixes
 from raydetect.gateway.bodies import Score, ScoreRequest
 from raydetect.gateway.fetch import Fetcher
+from raydetect.gateway.refusals import Mistake
 from raydetect.records import Answer, Member
 from raydetect.spec import Heatmaps
 from raydetect.storage import Storage, join_uri
 
 FORM_FIELDS = {"images", "heatmaps", "store_heatmaps", "category"}
 NAME_LETTERS = 200
-
-
-class Mistake(Exception):
-    """A request that cannot be meant: its text goes to the client with 422."""
 
 
 @dataclass(frozen=True, slots=True)

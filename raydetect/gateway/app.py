@@ -13,9 +13,8 @@ from pydantic import ValidationError
 
 from raydetect import __version__
 from raydetect.config import nearest
-from raydetect.errors import ArtifactError, RaydetectError, ResumeError, StorageError
+from raydetect.errors import RaydetectError
 from raydetect.gateway import answers, archive_runs
-from raydetect.gateway.allow import NotAllowed
 from raydetect.gateway.bodies import (
     DetectorAnswer,
     Detectors,
@@ -25,12 +24,15 @@ from raydetect.gateway.bodies import (
     RunAnswer,
     RunRequest,
     Runs,
+    Score,
     ScoreAnswer,
     ScoreRequest,
 )
 from raydetect.gateway.desk import Busy, Desk, Served
+from raydetect.gateway.document import SCORE_BODY, describe_bodies, problems
 from raydetect.gateway.fetch import Fetcher
-from raydetect.gateway.guard import BROKE, LOOPBACK_NAMES, BodyTooLarge, Guard
+from raydetect.gateway.guard import LOOPBACK_NAMES, Guard
+from raydetect.gateway.refusals import add_refusals
 from raydetect.gateway.tokens import Scope, Tokens, is_loopback
 from raydetect.records import OK
 from raydetect.spec import ServeSpec
@@ -41,30 +43,6 @@ POLICY = (
     "default-src 'none'; connect-src 'self'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 )
 PAGE = Path(__file__).with_name("page.html")
-SCORE_BODY = {
-    "required": True,
-    "content": {
-        "application/json": {"schema": {"$ref": "#/components/schemas/ScoreRequest"}},
-        "multipart/form-data": {
-            "schema": {
-                "type": "object",
-                "required": ["images"],
-                "additionalProperties": False,
-                "properties": {
-                    "images": {"type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"}},
-                    "heatmaps": {"type": "string", "enum": ["none", "flagged", "all"], "default": "none"},
-                    "store_heatmaps": {"type": "string", "enum": ["true", "false"], "default": "false"},
-                    "category": {"type": "string", "description": "which detector of a fleet scores them"},
-                },
-            }
-        },
-    },
-}
-
-
-def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Which refusals an endpoint has, for the OpenAPI document."""
-    return {status: {"model": Problem} for status in (401, 403, 413, 421, 422, 429, 500, 503, *statuses)}
 
 
 def build_app(spec: ServeSpec, tokens: Tokens, desk: Desk) -> Guard:
@@ -87,47 +65,13 @@ def build_app(spec: ServeSpec, tokens: Tokens, desk: Desk) -> Guard:
     )
     door = Door(spec, tokens, desk)
     door.add_routes(app)
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(RaydetectError, _refused)
-    app.add_exception_handler(answers.Mistake, _meant_nothing)
-    app.add_exception_handler(BodyTooLarge, _too_large)
-    app.add_exception_handler(Exception, _broke)
+    describe_bodies(app)
+    add_refusals(app)
     hosts = {*LOOPBACK_NAMES, *(name.lower() for name in spec.hosts)}
     if not is_loopback(spec.host) and not spec.hosts:
         hosts = set()
     limits = spec.limits
     return Guard(app, hosts, limits.max_body_bytes, limits.max_requests, limits.request_seconds)
-
-
-async def _invalid(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError | ValidationError)
-    mistakes = []
-    for item in error.errors():
-        place = ".".join(str(part) for part in item["loc"] if part != "body")[:200]
-        mistakes.append(f"{place}: {item['msg']}" if place else str(item["msg"]))
-    return JSONResponse({"detail": "; ".join(mistakes[:10]) + "."}, 422)
-
-
-async def _meant_nothing(request: Request, error: Exception) -> JSONResponse:
-    return JSONResponse({"detail": str(error)}, 422)
-
-
-async def _too_large(request: Request, error: Exception) -> JSONResponse:
-    return JSONResponse({"detail": str(error)}, 413)
-
-
-async def _broke(request: Request, error: Exception) -> JSONResponse:
-    return JSONResponse({"detail": BROKE}, 500)
-
-
-async def _refused(request: Request, error: Exception) -> JSONResponse:
-    if isinstance(error, Busy):
-        return JSONResponse({"detail": str(error)}, 503, {"Retry-After": "1"})
-    status = 403 if isinstance(error, NotAllowed) else 409 if isinstance(error, ResumeError) else 422
-    if isinstance(error, StorageError | ArtifactError):
-        log.warning("%s %s: %s", request.method, request.url.path, error)
-        return JSONResponse({"detail": "what it names cannot be read or written; the server's log says more."}, 422)
-    return JSONResponse({"detail": str(error)}, status)
 
 
 class Door:
@@ -156,7 +100,7 @@ class Door:
         one = "/v1/detectors/{name}"
         app.add_api_route(one, self.detector, tags=["detectors"], dependencies=[score], responses=problems(404))
         app.add_api_route(
-            one, self.replace, methods=["PUT"], tags=["detectors"], dependencies=[admin], responses=problems(404)
+            one, self.replace, methods=["PUT"], tags=["detectors"], dependencies=[admin], responses=problems(400, 404)
         )
         app.add_api_route(
             f"{one}/score",
@@ -171,22 +115,11 @@ class Door:
         runs = "/v1/archives"
         words: dict[str, Any] = {"tags": ["archives"], "dependencies": [archive]}
         app.add_api_route(runs, self.runs, **words, responses=problems())
-        app.add_api_route(runs, self.start, methods=["POST"], status_code=202, **words, responses=problems(404, 409))
+        app.add_api_route(
+            runs, self.start, methods=["POST"], status_code=202, **words, responses=problems(400, 404, 409)
+        )
         app.add_api_route(f"{runs}/{{id}}", self.run, **words, responses=problems(404))
         app.add_api_route(f"{runs}/{{id}}", self.cancel, methods=["DELETE"], **words, responses=problems(404))
-        app.openapi_schema = None
-        plain_openapi = app.openapi
-
-        def openapi() -> dict[str, Any]:
-            if app.openapi_schema is None:
-                made = plain_openapi()
-                schemas = made.setdefault("components", {}).setdefault("schemas", {})
-                schemas["ScoreRequest"] = ScoreRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-                schemas.update(schemas["ScoreRequest"].pop("$defs", {}))
-                app.openapi_schema = made
-            return app.openapi_schema or {}
-
-        app.openapi = openapi  # type: ignore[method-assign]
 
     def _holder(self, scope: Scope) -> Any:
         """A dependency that lets holders of a scope pass."""
@@ -241,14 +174,24 @@ class Door:
         """
         served = await self._served(name)
         wanted = await self._wanted(request)
-        found = await self.desk.answer(served, wanted.members, [wanted.heatmaps] * len(wanted.members))
-        folder = self.heatmaps if wanted.store else None
-        scores = await asyncio.to_thread(lambda: [answers.score_of(one, folder, self.storage) for one in found])
+        scores = await self._scores(served, wanted)
         said = ScoreAnswer(detector=name, artifact=served.index.digest, results=scores)
         if not any(one.status == OK for one in scores):
             detail = f"none of {len(scores)} images could be scored; see results."
             return JSONResponse(NoneScored(detail=detail, **said.model_dump()).model_dump(), 422)
         return said
+
+    async def _scores(self, served: Served, wanted: answers.Wanted) -> list[Score]:
+        """Entries of the answer; what fails here is the server's matter, not the client's."""
+        folder = self.heatmaps if wanted.store else None
+        try:
+            found = await self.desk.answer(served, wanted.members, [wanted.heatmaps] * len(wanted.members))
+            return await asyncio.to_thread(lambda: [answers.score_of(one, folder, self.storage) for one in found])
+        except Busy:
+            raise
+        except RaydetectError as error:
+            log.error("%s: %s", served.name, error)
+            raise Busy(f"{served.name}: cannot score just now; the server's log says why.") from None
 
     async def _wanted(self, request: Request) -> answers.Wanted:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()

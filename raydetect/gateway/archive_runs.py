@@ -105,7 +105,7 @@ def answer_of(uri: str, known: RunState | None, ledgers: Ledgers) -> RunAnswer |
             return None
         return RunAnswer(
             id=run_id(uri), uri=uri, state=known.state, error=known.error, shards_done=0, shards=0, images=0,
-            bad_images=0, flagged=0,
+            bad_images=0, flagged=0, statuses={},
         )  # fmt: skip
     totals = found.totals
     state = known.state if known is not None else ("finished" if found.finished else "stopped")
@@ -119,4 +119,5 @@ def answer_of(uri: str, known: RunState | None, ledgers: Ledgers) -> RunAnswer |
         images=totals.rows,
         bad_images=totals.rows - totals.statuses.get("ok", 0),
         flagged=totals.flagged,
+        statuses=dict(totals.statuses),
     )

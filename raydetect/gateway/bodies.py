@@ -25,10 +25,6 @@ class ImageByUri(Strict):
 class ScoreRequest(Strict):
     """Images by URI. Uploads are sent as multipart/form-data instead, in parts named `images`."""
 
-    model_config = ConfigDict(
-        extra="forbid",
-        json_schema_extra={"examples": [{"images": [{"uri": "s3://line4/cam2/0007.png"}], "heatmaps": "flagged"}]},
-    )
     images: Annotated[list[ImageByUri], Field(min_length=1)]
     heatmaps: Annotated[OnlineHeatmaps, Field(description="which images get a heatmap")] = "none"
     store_heatmaps: Annotated[bool, Field(description="write heatmaps to the server's folder, answer with URIs")] = (
@@ -114,18 +110,6 @@ class RunSink(Strict):
 class RunRequest(Strict):
     """An archive to score. The same request again goes on where the run stopped."""
 
-    model_config = ConfigDict(
-        extra="forbid",
-        json_schema_extra={
-            "examples": [
-                {
-                    "detector": "bottle",
-                    "source": {"uri": "s3://line4/2026-11-22/*.tar"},
-                    "sink": {"uri": "s3://results/line4/2026-11-22", "heatmaps": "flagged"},
-                }
-            ]
-        },
-    )
     detector: str
     source: RunSource
     sink: RunSink
@@ -148,6 +132,7 @@ class RunAnswer(BaseModel):
     images: int
     bad_images: int
     flagged: int
+    statuses: Annotated[dict[str, int], Field(description="images by status: ok, or why there is no score")]
 
 
 class Runs(BaseModel):

@@ -20,6 +20,10 @@ class Busy(RaydetectError):
     """Nothing could be tried just now; the same request may succeed in a moment."""
 
 
+class TooMany(Busy):
+    """As much is in hand as the server takes at a time."""
+
+
 @dataclass(frozen=True, slots=True)
 class Served:
     """The version of a detector that scores now.
@@ -71,7 +75,7 @@ class Desk(Protocol):
 
         Raises:
             RaydetectError: it cannot be begun.
-            Busy: too many run.
+            TooMany: of them run.
         """
 
     async def runs(self) -> Mapping[str, RunState]:

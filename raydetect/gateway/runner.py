@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from raydetect.errors import RaydetectError, ResumeError
-from raydetect.gateway.desk import Busy, RunState
+from raydetect.gateway.desk import RunState, TooMany
+from raydetect.gateway.guard import BROKE
+from raydetect.gateway.refusals import told
 from raydetect.gateway.stream import Stopped, Stream
 from raydetect.plan import Committer, ScorePlan, finish, plan_score
 from raydetect.records import Chunk, Part
@@ -41,7 +43,7 @@ class Runner:
 
         Raises:
             RaydetectError: it cannot be begun.
-            Busy: too many run.
+            TooMany: of them run.
         """
         uri = normalise_uri(spec.sink.uri)
         with self._lock:
@@ -50,7 +52,7 @@ class Runner:
                     raise ResumeError(f"{uri}: another archive run is writing there. Wait for it, or cancel it.")
                 return self._states[uri]
             if len(self._stops) >= self.max_runs:
-                raise Busy(f"{len(self._stops)} archive runs are in hand, which is all this server does at a time.")
+                raise TooMany(f"{len(self._stops)} archive runs are in hand, which is all this server does at a time.")
             self._stops[uri] = stop = threading.Event()
             self._specs[uri] = spec
             before = self._states.get(uri)
@@ -91,10 +93,10 @@ class Runner:
         except Stopped:
             state = RunState(uri, "cancelled")
         except RaydetectError as error:
-            state = RunState(uri, "failed", str(error))
+            state = RunState(uri, "failed", told(error)[1])
         except Exception:
             log.exception("the archive run into %s", uri)
-            state = RunState(uri, "failed", "something broke in the server; its log says what.")
+            state = RunState(uri, "failed", BROKE)
         with self._lock:
             self._note(state)
             del self._stops[uri], self._specs[uri]

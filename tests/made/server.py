@@ -1,20 +1,27 @@
-"""A server of its own thread: `raydetect serve --local` on a free port, around a small fitted detector."""
+"""The endpoints of one process around a small fitted detector: without a socket, and on a free port."""
 
+import asyncio
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
+import torch
+
 from raydetect import local
+from raydetect.gateway.app import build_app
 from raydetect.gateway.tokens import Tokens
-from raydetect.serve_local import serve_here
+from raydetect.serve_local import LocalDesk, serve_here
 from raydetect.spec import FitSpec, ServeSpec, parse_job
 from tests.made.archives import mixed_files, normal_files, pack
+from tests.made.images import encode, normal_image
 
 PATCHCORE = {"backbone": "resnet18", "weights": "random", "image_size": [64, 64], "coreset_sampling_ratio": 0.05}
 LIMITS = {"max_images": 12, "max_image_bytes": 1_000_000, "max_body_bytes": 2_000_000, "max_pixels": 4_000_000}
 NOBODY = Tokens(())
+SCORE = "/v1/detectors/bottle/score"
 
 
 def fit_small(folder: Path, name: str, seed: int = 0) -> str:
@@ -35,6 +42,17 @@ def fit_small(folder: Path, name: str, seed: int = 0) -> str:
     assert isinstance(spec, FitSpec)
     local.fit(spec, lambda *_: None)
     return uri
+
+
+def make_place(folder: Path) -> Path:
+    """Two artifacts, an archive and loose images in a folder."""
+    fit_small(folder, "one")
+    fit_small(folder, "two", seed=1)
+    (folder / "open/loose").mkdir()
+    (folder / "open/loose/a.png").write_bytes(encode(normal_image(7)))
+    (folder / "secret.png").write_bytes(encode(normal_image(8)))
+    (folder / "open/link.png").symlink_to(folder / "secret.png")
+    return folder
 
 
 def serve_spec(folder: Path, **changes: Any) -> ServeSpec:
@@ -58,13 +76,36 @@ def serve_spec(folder: Path, **changes: Any) -> ServeSpec:
     return spec
 
 
+@asynccontextmanager
+async def client(spec: ServeSpec, tokens: Tokens = NOBODY) -> AsyncIterator[httpx.AsyncClient]:
+    """Talks to the application without a socket."""
+    app = build_app(spec, tokens, LocalDesk(spec))
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as made:
+        yield made
+
+
+def files(*pictures: bytes) -> list[tuple[str, tuple[str, bytes, str]]]:
+    """Parts of a multipart form."""
+    return [("images", (f"{i}.png", data, "image/png")) for i, data in enumerate(pictures)]
+
+
+def run(work: Any) -> Any:
+    """The result of a coroutine; torch has as many threads afterwards as before."""
+    threads = torch.get_num_threads()
+    try:
+        return asyncio.run(work)
+    finally:
+        torch.set_num_threads(threads)
+
+
 @contextmanager
 def running(spec: ServeSpec, tokens: Tokens = NOBODY) -> Iterator[str]:
     """The URL of a server that runs meanwhile."""
     stop, ready = threading.Event(), threading.Event()
     urls: list[str] = []
 
-    def on_ready(url: str) -> None:
+    def on_ready(url: str, _: str) -> None:
         urls.append(url)
         ready.set()
 

@@ -2,6 +2,7 @@
 
 import base64
 import os
+import re
 import signal
 import socket
 import threading
@@ -9,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,10 @@ import pytest
 import yaml
 
 from raydetect.records import OK
+from raydetect.sinks.ledger import Ledger
 from tests.made.archives import mixed_files
 from tests.together.conftest import Line
-from tests.together.runs import PATIENCE, processes_of, rows_of, run, wait_until
+from tests.together.runs import PATIENCE, processes_of, rows_of, run, run_here, start, wait_until
 
 PICTURES = mixed_files(12, 3, masks=False)
 REPLICA = b"ray::ServeReplica:raydetect:Scorer"
@@ -34,6 +37,7 @@ class Endpoints:
     line: Line
     url: str
     address: str
+    metrics: str
 
     def score(self, *pictures: bytes, heatmaps: str = "none") -> httpx.Response:
         """Scores uploads."""
@@ -70,6 +74,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def metrics_of(said: str) -> str:
+    """The URL that Prometheus reads, from what the command said."""
+    found = re.search(r"^Metrics: (http://\S+)$", said, re.MULTILINE)
+    assert found is not None, said
+    return found.group(1)
+
+
 @pytest.fixture(scope="module")
 def endpoints(line: Line, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoints]:
     """The line's detector on a cluster of one node, by two replicas."""
@@ -93,7 +104,7 @@ def endpoints(line: Line, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     try:
         said = run(folder, "serve", str(folder / "serve.yaml"), "--address", cluster.address).text()
         assert f"Serving widget at http://127.0.0.1:{port}" in said and "it stays there" in said
-        yield Endpoints(line, f"http://127.0.0.1:{port}", cluster.address)
+        yield Endpoints(line, f"http://127.0.0.1:{port}", cluster.address, metrics_of(said))
     finally:
         os.environ.pop("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S")
         cluster.shutdown()
@@ -118,9 +129,17 @@ def test_scores_and_heatmaps_are_those_of_jobs(endpoints: Endpoints, truth: str)
             assert picture.read() == base64.b64decode(found["heatmap_png"])
 
 
-def test_a_job_through_warm_replicas_gives_the_rows_of_a_job(endpoints: Endpoints, truth: str, tmp_path: Path) -> None:
+def test_a_job_through_warm_replicas_is_killed_and_goes_on_with_equal_rows(
+    endpoints: Endpoints, truth: str, tmp_path: Path
+) -> None:
     line = endpoints.line
-    run(tmp_path, "score", line.job("warm", engine="serve"), "--address", endpoints.address)
+    job, ledger = line.job("warm", engine="serve"), Ledger(line.store.uri("warm"), line.store.storage)
+    running = start(tmp_path, "score", job, "--address", endpoints.address)
+    wait_until(lambda: ledger.committed() or running.process.poll() is not None, PATIENCE, "the first commit")
+    running.kill()
+    assert ledger.manifest() is None and 0 < len(ledger.committed()) < 12, running.text()
+    again = run(tmp_path / "again", "score", job, "--address", endpoints.address)
+    assert "of 12 shards are committed already" in again.text()
     assert rows_of(line.store.uri("warm"), line.store.storage) == rows_of(truth, line.store.storage)
 
 
@@ -137,6 +156,25 @@ def test_an_archive_run_survives_a_killed_replica_with_equal_rows(endpoints: End
     wait_until(lambda: told()["state"] != "running", PATIENCE, "the end of the run")
     assert told()["state"] == "finished", told()
     assert rows_of(store.uri("over-http"), store.storage) == rows_of(truth, store.storage)
+
+
+def test_an_archive_run_goes_on_after_all_of_serve_was_killed(endpoints: Endpoints, truth: str) -> None:
+    store, body = endpoints.line.store, endpoints.archive("after-all")
+    where = endpoints.run(body)
+    ledger = Ledger(store.uri("after-all"), store.storage)
+    wait_until(ledger.committed, PATIENCE, "the first commit")
+    for pid in processes_of(b"ray::ServeReplica:raydetect:", os.getpid()):
+        os.kill(pid, signal.SIGKILL)
+    assert ledger.manifest() is None
+
+    def begun() -> bool:
+        with suppress(httpx.TransportError):
+            return httpx.post(f"{endpoints.url}/v1/archives", json=body, timeout=PATIENCE).status_code == 202
+        return False
+
+    wait_until(begun, PATIENCE, "the return of the endpoints")
+    wait_until(lambda: httpx.get(where, timeout=PATIENCE).json()["state"] == "finished", PATIENCE, "the end of the run")
+    assert rows_of(store.uri("after-all"), store.storage) == rows_of(truth, store.storage)
 
 
 def test_a_replica_killed_under_load_gives_no_wrong_answer(endpoints: Endpoints) -> None:
@@ -162,11 +200,28 @@ def test_a_replica_killed_under_load_gives_no_wrong_answer(endpoints: Endpoints)
     assert sum(statuses.values()) == 200 and set(statuses) <= {200, 503} and statuses[200] >= 150
 
 
+def test_prometheus_finds_the_metrics_of_all_that_was_scored(endpoints: Endpoints) -> None:
+    endpoints.score(PICTURES[0][1], b"no image")
+
+    def found() -> set[str]:
+        return set(re.findall(r"^(ray_raydetect_\w+\{.*) [1-9]", httpx.get(endpoints.metrics).text, re.MULTILINE))
+
+    def told(name: str, *labels: str) -> bool:
+        return any(line.startswith(name) and all(label in line for label in labels) for line in found())
+
+    wait_until(
+        lambda: told("ray_raydetect_images", 'status="bad"', 'kind="online"'), PATIENCE, "a bad image in the metrics"
+    )
+    assert told("ray_raydetect_images", 'status="ok"', 'kind="online"')
+    for name in ("ray_raydetect_batch_images", "ray_raydetect_queue_ms", "ray_raydetect_score_ms"):
+        assert told(f"{name}_bucket", 'le="+Inf"'), found()
+
+
 def test_a_new_version_comes_without_a_dropped_request(endpoints: Endpoints, tmp_path: Path) -> None:
     line, stop = endpoints.line, threading.Event()
     fit = yaml.safe_load((line.folder / "fit.yaml").read_text()) | {"artifact": line.store.uri("newer"), "seed": 1}
     (tmp_path / "fit.yaml").write_text(yaml.safe_dump(fit))
-    run(tmp_path / "fit", "fit", str(tmp_path / "fit.yaml"), "--local")
+    run_here("fit", str(tmp_path / "fit.yaml"))
     seen: list[tuple[int, str, str]] = []
 
     def ask() -> None:
