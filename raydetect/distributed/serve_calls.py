@@ -10,6 +10,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from raydetect.distributed.serve_loopback import listen_on_loopback
 from raydetect.distributed.session import translate
 from raydetect.fleet_record import ArtifactIndex
 from raydetect.gateway.desk import Busy, Served
@@ -22,6 +23,7 @@ APP, SCORER, DESK, DOOR = "raydetect", "Scorer", "Desk", "Door"
 CHUNKS_PER_REPLICA = 2  # of archives, scored or on their way; so many calls on each also bring more replicas
 TRIES, PAUSE_SECONDS = 4, 0.5
 LOST = (RayActorError, BackPressureError, DeploymentUnavailableError)
+listen_on_loopback()  # every replica imports this before it listens
 
 
 def model_id(index: ArtifactIndex) -> str:
