@@ -128,6 +128,8 @@ def score(job: Path, overrides: tuple[str, ...], address: str | None, in_process
     """Score an archive; started again, it goes on where it stopped."""
     with _errors(BAD_JOB):
         spec = _expect(_load(job, overrides), "score", job)
+        if spec.engine == "serve" and not (in_process or address or os.environ.get("RAY_ADDRESS")):
+            raise SpecError("engine: serve needs the cluster on which `raydetect serve` runs. State --address.")
         from raydetect.plan import plan_score
 
         plan = plan_score(spec)

@@ -48,19 +48,21 @@ def test_an_archive_run_gives_the_rows_of_a_job_and_can_be_asked_for_again(place
             listed = await c.get("/v1/archives")
             outside = await c.post("/v1/archives", json={**body, "sink": {"uri": f"{place}/elsewhere"}})
             source = await c.post("/v1/archives", json={**body, "source": {"uri": f"{place}/normal"}})
+            web = {"uri": "http://127.0.0.1:1/images/a.tar"}
+            redirected = await c.post("/v1/archives", json={**body, "source": web})
             unknown = await c.post("/v1/archives", json={**body, "detector": "x"})
             storage = {"uri": f"{place}/open/mixed", "storage": {"endpoint_url": "http://169.254.169.254"}}
             keys = await c.post("/v1/archives", json={**body, "source": storage})
             nothing = await c.get("/v1/archives/abc")
             ended = await c.delete(where)
-            return [told, again, other, listed, outside, source, unknown, keys, nothing, ended]
+            return [told, again, other, listed, outside, source, redirected, unknown, keys, nothing, ended]
 
     told, again, other, listed, *refused = run(work())
     assert told["state"] == "finished" and told["images"] == 12 and told["shards_done"] == told["shards"] == 3
     assert again.status_code == 202
     assert other.status_code == 409 and "chunk_images" in other.json()["detail"]
     assert [entry["uri"] for entry in listed.json()["runs"]] == [f"file://{place}/results/night"]
-    assert [answer.status_code for answer in refused] == [403, 403, 404, 422, 404, 404], [a.text for a in refused]
+    assert [answer.status_code for answer in refused] == [403, 403, 403, 404, 422, 404, 404], [a.text for a in refused]
     served = rows_of(f"file://{place}/results/night", Storage())
     spec = serve_spec(place)
     job = parse_job(

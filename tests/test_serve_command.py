@@ -12,8 +12,10 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from click.testing import CliRunner
 
 from raydetect import local
+from raydetect.cli import main
 from raydetect.plan import plan_score
 from raydetect.spec import ScoreSpec, parse_job
 from raydetect.storage import Storage
@@ -92,6 +94,53 @@ def test_curl_scores_and_the_server_ends_when_told(place: Path, tmp_path: Path) 
     assert curl(f"{url}/healthz")[0] == 200 and curl(f"{url}/readyz")[0] == 200
     os.kill(running.process.pid, signal.SIGTERM)
     assert running.wait(PATIENCE) == 0 and "Stopped." in running.text() and SECRET not in running.text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "mistake"),
+    [
+        ({"detectors": {"bottle": {"artifact": "{place}/models/none"}}}, "no artifact: "),
+        ({"detectors": {"bottle": {"artifact": "{place}/models/one", "flag": {"alpha": 0.001}}}}, "alpha"),
+        ({"host": "0.0.0.0"}, "beyond loopback without tokens"),
+        ({"allow": {"sources": ["zip://a::b"]}}, "zip://a::b"),
+        ({"tokens_file": "{place}/none.yaml"}, "tokens_file"),
+        ({"batchsize": 4}, "Did you mean 'batch_size'?"),
+    ],
+)
+def test_mistakes_are_named_before_anything_starts(
+    place: Path, tmp_path: Path, changes: dict[str, Any], mistake: str
+) -> None:
+    values = {"kind": "serve", "detectors": {"bottle": {"artifact": "{place}/models/one", "flag": {"alpha": 0.1}}}}
+    path = tmp_path / "serve.yaml"
+    path.write_text(yaml.safe_dump({**values, **changes}).replace("{place}", str(place)))
+    for words in (["check", str(path)], ["serve", str(path), "--local"]):
+        ended = CliRunner().invoke(main, words)
+        said = ended.output + ended.stderr
+        assert ended.exit_code == 2 and mistake in " ".join(said.split()) and "Traceback" not in said, said
+
+
+def test_a_job_for_endpoints_needs_endpoints_and_a_server_a_free_port(place: Path, tmp_path: Path) -> None:
+    job = {
+        "kind": "score",
+        "source": {"uri": f"{place}/open/mixed"},
+        "artifact": f"{place}/models/one",
+        "sink": {"uri": f"{place}/nowhere"},
+        "flag": {"alpha": 0.1},
+        "engine": "serve",
+    }
+    (tmp_path / "score.yaml").write_text(yaml.safe_dump(job))
+    ended = CliRunner().invoke(main, ["score", str(tmp_path / "score.yaml")])
+    assert ended.exit_code == 2 and "State --address" in ended.stderr
+    assert not (place / "nowhere/run.json").exists()
+    values = {"kind": "serve", "detectors": {"bottle": {"artifact": f"{place}/models/one", "flag": {"alpha": 0.1}}}}
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        path = tmp_path / "serve.yaml"
+        path.write_text(yaml.safe_dump({**values, "port": taken.getsockname()[1]}))
+        for words in ([], ["--local"]):
+            ended = CliRunner().invoke(main, ["serve", str(path), *words])
+            assert ended.exit_code == 2 and "cannot be listened on" in ended.stderr, ended.output
 
 
 def test_a_server_killed_in_the_middle_of_an_archive_goes_on_with_equal_rows(place: Path, tmp_path: Path) -> None:

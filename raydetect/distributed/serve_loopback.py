@@ -2,8 +2,8 @@
 
 Each replica of Serve opens a gRPC port on every interface of the machine, asks for no token there, and unpickles what
 comes (`ray.serve._private.replica`, for calls between deployments). `session` keeps all other processes of a local Ray
-on loopback by a variable, which replicas inherit; this does the same for them. On a cluster that has a token, Serve asks
-for it there.
+on loopback by a variable, which replicas inherit; this does the same for them. Where a cluster has a token, Serve asks
+for it on that port.
 """
 
 import os

@@ -77,8 +77,6 @@ def score_through(
         ClusterError: no endpoints run there, or replicas were lost again and again; what is committed stays.
         RaydetectError: as for any scoring job.
     """
-    if address is None and "RAY_ADDRESS" not in os.environ:
-        raise SpecError("engine: serve needs the cluster on which `raydetect serve` runs. State --address.")
     refuse_memory_uris([plan.ledger.uri, plan.artifact.uri, *(shard.uri for shard in plan.shards[:1])])
     plan.ledger.begin(plan.run)
     if plan.todo:

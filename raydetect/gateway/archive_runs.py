@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 
 from raydetect.errors import StorageError
-from raydetect.gateway.allow import Prefixes
+from raydetect.gateway.allow import WEB, NotAllowed, Prefixes
 from raydetect.gateway.bodies import RunAnswer, RunRequest
 from raydetect.gateway.desk import RunState, Served
 from raydetect.sinks.ledger import Ledger
@@ -26,7 +26,7 @@ def job_of(body: RunRequest, served: Served, spec: ServeSpec, allow: "Allowed") 
     uris = [body.source.uri] if isinstance(body.source.uri, str) else body.source.uri
     words = body.source.model_dump(exclude={"uri"})
     source = SourceSpec(
-        uri=tuple(allow.sources.check(uri, "source.uri") for uri in uris),
+        uri=tuple(_archive(allow.sources.check(uri, "source.uri")) for uri in uris),
         max_pixels=spec.limits.max_pixels,
         max_image_bytes=spec.limits.max_image_bytes,
         **words,
@@ -45,6 +45,13 @@ def job_of(body: RunRequest, served: Served, spec: ServeSpec, allow: "Allowed") 
         engine="serve",
         resources=spec.resources,
     )
+
+
+def _archive(uri: str) -> str:
+    """Archives are read by storage libraries, which follow redirects to wherever a web server sends them."""
+    if uri.partition("://")[0] in WEB:
+        raise NotAllowed(f"source.uri: {uri[:200]!r} is a web address, of which only single images are read.")
+    return uri
 
 
 class Allowed:
