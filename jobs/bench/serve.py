@@ -1,118 +1,61 @@
 """The endpoints under load: rate over the bare Scorer's, latency, also while an archive is scored, and fuzzed bodies.
 
-Started with a word it is the client, a process of its own: `one`, `many` or `fuzz`, then the URL and how many requests.
+The client (`load.py`) is a process of its own. Its `small` and `fuzz` go to a second detector with small images, so
+that 10,000 of them take minutes.
 """
 
-import asyncio
 import json
 import os
-import random
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import yaml
 
 from jobs.bench.job import PYTHON, SIZE_PX, fit
+from jobs.bench.load import BATCH, NAME, SMALL, SMALL_PX, pictures
 from jobs.bench.record import write
-from raydetect.records import Chunk, Member
-from raydetect.spec import ScoreSpec, parse_job
-from raydetect.storage import Storage
 from tests.made.archives import normal_files, pack
-from tests.made.images import encode, normal_image
-from tests.test_gateway_fuzz import BOUNDARY, form, mutated
 
-BATCH = 16
-ROUNDS, SINGLES, BATCHES, REQUESTS, FUZZED = 3, 200, 60, 10_000, 10_000
-AT_ONCE = 8
-SMALL_PX = 64  # of the 10,000 requests
-NAME = "line"
-
-
-def pictures(count: int, size_px: int = SIZE_PX) -> list[bytes]:
-    """PNGs."""
-    return [encode(normal_image(i, size_px)) for i in range(count)]
-
-
-async def ask(url: str, requests: int, per_request: int, at_once: int, size_px: int) -> dict[str, Any]:
-    """Sends requests, `at_once` at a time; seconds of each, and how many had which status."""
-    files = [("images", (f"{i}.png", data, "image/png")) for i, data in enumerate(pictures(per_request, size_px))]
-    waiting, seconds, statuses = iter(range(requests)), list[float](), dict[int, int]()
-
-    async def worker(client: httpx.AsyncClient) -> None:
-        for _ in waiting:
-            begun = time.perf_counter()
-            answer = await client.post(f"{url}/v1/detectors/{NAME}/score", files=files)
-            seconds.append(time.perf_counter() - begun)
-            statuses[answer.status_code] = statuses.get(answer.status_code, 0) + 1
-
-    begun = time.perf_counter()
-    async with httpx.AsyncClient(timeout=120) as client:
-        await asyncio.gather(*(worker(client) for _ in range(at_once)))
-    spent = time.perf_counter() - begun
-    p50, p99 = np.percentile(seconds, [50, 99]) * 1000
-    return {
-        "images_per_second": round(requests * per_request / spent, 2),
-        "p50_ms": round(p50, 1),
-        "p99_ms": round(p99, 1),
-        "statuses": statuses,
-    }
-
-
-async def fuzz(url: str, requests: int) -> dict[str, Any]:
-    """Sends broken images and forms."""
-    dice, statuses = random.Random(1), dict[int, int]()
-    good = [encode(normal_image(i, SMALL_PX), kind) for i, kind in enumerate(("PNG", "JPEG", "BMP", "TIFF", "WEBP"))]
-    headers = {"content-type": f"multipart/form-data; boundary={BOUNDARY}"}
-    async with httpx.AsyncClient(timeout=120) as client:
-        for number in range(requests):
-            picture = dice.choice(good)
-            body = form(mutated(picture, dice)) if number % 2 else mutated(form(picture), dice)
-            answer = await client.post(f"{url}/v1/detectors/{NAME}/score", content=body, headers=headers)
-            statuses[answer.status_code] = statuses.get(answer.status_code, 0) + 1
-    return {"statuses": statuses}
+ROUNDS, SINGLES, BATCHES, REQUESTS, KILLED, FUZZED = 5, 100, 40, 10_000, 3_000, 10_000
+KILL_AFTER_SECONDS = 6
+SETTLED = 2_000  # fuzzed bodies after which memory is looked at for the first time
 
 
 def client(mode: str, url: str, requests: int) -> dict[str, Any]:
     """What another process found."""
-    words = [PYTHON, "-m", "jobs.bench.serve", mode, url, str(requests)]
+    words = [PYTHON, "-m", "jobs.bench.load", mode, url, str(requests)]
     found: dict[str, Any] = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
     return found
 
 
 def bare(folder: Path, count: int) -> float:
-    """Images/s of the bare Scorer in a process of one thread for each core, batches of BATCH."""
-    import torch
+    """Images/s of bare Scorers in batches of BATCH, one process of one thread for each core, as replicas are."""
+    words = [PYTHON, "-m", "jobs.bench.bare", str(folder), str(count)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(words, **pipes) for _ in range(os.cpu_count() or 1)]
+    for process in processes:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    seconds = [float(process.communicate()[0]) for process in processes]
+    return len(processes) * count * BATCH / max(seconds)
 
-    from raydetect.worker.artifact import load_artifact
-    from raydetect.worker.score import Scorer
 
-    torch.set_num_threads(os.cpu_count() or 1)
-    job = {
-        "kind": "score",
-        "source": {"uri": f"{folder}/day"},
-        "artifact": f"{folder}/artifact",
-        "sink": {"uri": f"{folder}/none", "heatmaps": "none"},
-        "flag": {"alpha": 0.1},
-        "batch_size": BATCH,
-        "resources": {"cpus_per_worker": os.cpu_count()},
-    }
-    spec = parse_job(job, "bare")
-    assert isinstance(spec, ScoreSpec)
-    scorer = Scorer(load_artifact(f"file://{folder}/artifact", Storage()), spec)
-    members = tuple(Member(f"{i}", f"{i}", data=data) for i, data in enumerate(pictures(BATCH)))
-    scorer.score_chunk(Chunk(0, 0, True, members))
-    begun = time.perf_counter()
-    for _ in range(count):
-        scorer.score_chunk(Chunk(0, 0, True, members))
-    return count * BATCH / (time.perf_counter() - begun)
+def fit_small(folder: Path) -> None:
+    """A second artifact, for small images."""
+    values = yaml.safe_load((folder / "fit.yaml").read_text())
+    values["detector"]["params"]["image_size"] = [SMALL_PX, SMALL_PX]
+    (folder / "fit_small.yaml").write_text(yaml.safe_dump({**values, "artifact": f"{folder}/small"}))
+    words = [PYTHON, "-m", "raydetect", "fit", str(folder / "fit_small.yaml"), "--local"]
+    subprocess.run(words, check=True, capture_output=True)
 
 
 def serve(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
@@ -120,9 +63,13 @@ def serve(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    flag = {"alpha": 0.1}
     values = {
         "kind": "serve",
-        "detectors": {NAME: {"artifact": f"{folder}/artifact", "flag": {"alpha": 0.1}}},
+        "detectors": {
+            NAME: {"artifact": f"{folder}/artifact", "flag": flag},
+            SMALL: {"artifact": f"{folder}/small", "flag": flag},
+        },
         "port": port,
         "batch_size": BATCH,
         "allow": {"sources": [str(folder)], "sinks": [str(folder)]},
@@ -140,16 +87,46 @@ def serve(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
     return process, url
 
 
-def replica_bytes() -> int:
-    """Memory of all scoring replicas."""
-    total = 0
+def replicas(word: str) -> list[Path]:
+    """Processes of Serve's replicas, in /proc."""
+    found = []
     for entry in Path("/proc").iterdir():
         try:
-            if entry.name.isdigit() and b"ServeReplica:raydetect" in (entry / "cmdline").read_bytes():
-                total += int((entry / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            if entry.name.isdigit() and f"ServeReplica:raydetect:{word}".encode() in (entry / "cmdline").read_bytes():
+                found.append(entry)
         except OSError:  # it ended meanwhile
             continue
-    return total
+    return found
+
+
+def replica_bytes() -> int:
+    """Memory of all scoring replicas, the desk and the door."""
+    pages = sum(int((entry / "statm").read_text().split()[1]) for entry in replicas(""))
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def with_a_replica_killed(url: str) -> dict[str, Any]:
+    """Requests, while one of the scoring replicas is killed."""
+    words = [PYTHON, "-m", "jobs.bench.load", "small", url, str(KILLED)]
+    asking = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    time.sleep(KILL_AFTER_SECONDS)
+    assert asking.poll() is None, "the requests were over before a replica was killed"
+    os.kill(int(replicas("Scorer")[0].name), signal.SIGKILL)
+    said, _ = asking.communicate()
+    found: dict[str, Any] = json.loads(said)
+    return found
+
+
+def fuzzed(url: str) -> dict[str, Any]:
+    """Answers to broken bodies, and how memory grew after the first of them."""
+    first = client("fuzz", url, SETTLED)
+    before = replica_bytes()
+    rest = client("fuzz", url, FUZZED - SETTLED)
+    statuses = {
+        status: first["statuses"].get(status, 0) + rest["statuses"].get(status, 0)
+        for status in sorted({*first["statuses"], *rest["statuses"]})
+    }
+    return {"statuses": statuses, "memory_after_over_before": round(replica_bytes() / before, 3)}
 
 
 def while_an_archive_runs(folder: Path, url: str) -> dict[str, Any]:
@@ -170,14 +147,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="raydetect-serve-") as place:
         folder = Path(place)
         pack(f"file://{folder}/normal", ".tar", normal_files(100), 2)
-        base = pictures(100)
+        base = pictures(100, SIZE_PX)
         pack(f"file://{folder}/day", ".tar", [(f"{i:05d}.png", base[i % 100]) for i in range(4000)], 16)
         fit(folder)
+        fit_small(folder)
         process, url = serve(folder)
         try:
             rounds = []
             for _ in range(ROUNDS):
-                alone = bare(folder, BATCHES // 2)
+                alone = bare(folder, BATCHES // (os.cpu_count() or 1))
                 served = client("many", url, BATCHES)
                 rounds.append(
                     {"bare": round(alone, 2), **served, "over_bare": round(served["images_per_second"] / alone, 3)}
@@ -187,14 +165,16 @@ def main() -> None:
             print(latencies, flush=True)
             many = client("small", url, REQUESTS)
             print(many, flush=True)
-            before = replica_bytes()
-            fuzzed = client("fuzz", url, FUZZED)
+            killed = with_a_replica_killed(url)
+            print(killed, flush=True)
             figures = {
                 "size_px": SIZE_PX,
                 "batches_of_16": sorted(rounds, key=lambda one: one["over_bare"])[len(rounds) // 2],
+                "all_over_bare": [one["over_bare"] for one in rounds],
                 "single_images": latencies,
                 "requests": many,
-                "fuzzed": {**fuzzed, "replica_memory_after_over_before": round(replica_bytes() / before, 3)},
+                "with_a_replica_killed": killed,
+                "fuzzed": fuzzed(url),
             }
         finally:
             process.send_signal(signal.SIGINT)
@@ -203,14 +183,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        main()
-    else:
-        mode, url, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
-        work = {
-            "one": lambda: ask(url, count, 1, 1, SIZE_PX),
-            "many": lambda: ask(url, count, BATCH, AT_ONCE, SIZE_PX),
-            "small": lambda: ask(url, count, 1, AT_ONCE, SMALL_PX),
-            "fuzz": lambda: fuzz(url, count),
-        }
-        print(json.dumps(asyncio.run(work[mode]())))
+    main()
