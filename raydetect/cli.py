@@ -17,8 +17,8 @@ from raydetect.errors import RaydetectError, SpecError
 
 if TYPE_CHECKING:
     from raydetect.plan import Forecast, ScorePlan
+    from raydetect.records import FitReport
     from raydetect.spec import FitSpec, JobSpec
-    from raydetect.worker.one_fit import FitReport
 
 BAD_JOB, INTERRUPTED = 2, 130
 NAMED_CATEGORIES = 8

@@ -10,13 +10,13 @@ from raydetect.archives.open import open_archive
 from raydetect.blocks.group import Group
 from raydetect.errors import SpecError
 from raydetect.plan import Committer, ScorePlan, finish, only_record
-from raydetect.records import Chunk, Part, Receipt
+from raydetect.records import Chunk, FitReport, Part, Receipt
 from raydetect.spec import FIT_CHUNK_BYTES, FIT_CHUNK_IMAGES, FitSpec, SourceSpec, source_storage
 from raydetect.storage import Storage
 from raydetect.worker.artifact import StoredDetectors
 from raydetect.worker.bank import sharded_search
 from raydetect.worker.fit import fit_worker
-from raydetect.worker.one_fit import FitReport, Tick
+from raydetect.worker.one_fit import Tick
 from raydetect.worker.read import read_members
 from raydetect.worker.score import Scorer
 

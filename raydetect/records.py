@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 OK = "ok"
 BAD_STATUSES = frozenset(
@@ -170,3 +171,18 @@ class Receipt:
     def bad_rows(self) -> int:
         """Rows without a score."""
         return self.rows - self.statuses.get(OK, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class FitReport:
+    """What a fit made.
+
+    Attributes:
+        uri: the artifact's folder.
+        digest: its digest.
+        facts: counts, weights, seconds and peak memory per phase, as stored in the artifact.
+    """
+
+    uri: str
+    digest: str
+    facts: Mapping[str, Any]

@@ -15,8 +15,7 @@ from tests.objectstore.moto_server import running_moto
 from tests.objectstore.swift import is_installed, running_swift
 
 TOGETHER, LAWS = "tests/together/", "tests/contracts/"
-LAST = "tests/together/test_same_rows.py"  # whole jobs for the worker that has nothing else to do
-SUBMIT = "tests/together/test_submit.py"  # a head with Ray's agent port, which no other job may hold meanwhile
+LONG = tuple(f"{TOGETHER}test_{name}.py" for name in ("fit", "same_rows", "all_detectors", "bottle"))
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 for name in ("AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "RAY_ADDRESS"):
     os.environ.pop(name, None)
@@ -24,26 +23,23 @@ for name in ("AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "RAY_A
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole jobs first: they wait more than they compute, and the other tests run beside them."""
+    """Whole jobs first, the longest before the others: what is short fills the gaps at the end."""
     items.sort(key=lambda item: _turn(item.nodeid))
 
 
 def _turn(nodeid: str) -> int:
-    """When a test has its turn: submitting, other whole jobs, the rest, and the whole jobs that are LAST."""
-    if nodeid.startswith((SUBMIT, LAST)):
-        return 0 if nodeid.startswith(SUBMIT) else 3
-    return 1 if nodeid.startswith(TOGETHER) else 2
+    """When a test has its turn."""
+    path = nodeid.partition("::")[0]
+    return LONG.index(path) if path in LONG else len(LONG) + (not path.startswith(TOGETHER))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `-n`: whole jobs one after another, but the LAST; the laws of each detector together; else file by file."""
+    """With `-n`: file by file, but the laws detector by detector."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Rooms(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            if nodeid.startswith(TOGETHER):
-                return LAST if nodeid.startswith(LAST) else TOGETHER
             path, _, words = nodeid.partition("::")
             names = words.partition("[")[2].rstrip("]").split("-")
             return f"{path} {min(names, key=lambda name: name.startswith('size'))}" if path.startswith(LAWS) else path

@@ -15,13 +15,14 @@ from raydetect.blocks.group import Group
 from raydetect.check import find_problems
 from raydetect.errors import ArchiveError, SpecError
 from raydetect.fleet_record import read_index, read_records
+from raydetect.records import FitReport
 from raydetect.spec import FitSpec, parse_job
 from raydetect.storage import Storage
 from raydetect.worker import fleet
 from raydetect.worker.artifact import load_artifact
 from raydetect.worker.fit import fit_worker
 from raydetect.worker.fleet import share_out
-from raydetect.worker.one_fit import FitReport, OneFit
+from raydetect.worker.one_fit import OneFit
 from raydetect.worker.read import BadMemberError
 from raydetect.worker.shared_errors import shared_errors
 from tests.made.archives import normal_files, pack

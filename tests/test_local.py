@@ -35,7 +35,7 @@ FIT: dict[str, Any] = {
     },
     "artifact": "memory://data/artifact",
     "calibration": {"holdout_ratio": 0.4},
-    "resources": {"cpus_per_worker": 2},
+    "resources": {"cpus_per_worker": 1},
 }
 SCORE: dict[str, Any] = {
     "kind": "score",
@@ -49,7 +49,7 @@ SCORE: dict[str, Any] = {
     "flag": {"alpha": 0.1},
     "chunk_images": 4,
     "batch_size": 4,
-    "resources": {"cpus_per_worker": 2},
+    "resources": {"cpus_per_worker": 1},
 }
 
 

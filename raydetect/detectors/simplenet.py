@@ -52,7 +52,7 @@ class SimpleNet(NetworkDetector):
         "embedding_dims": None,
         "hidden_dims": 64,
         "noise_sigma": 0.05,
-        "epochs": 10,
+        "epochs": 40,
         "adaptor_learning_rate": 2.5e-3,
         "learning_rate": 5e-3,
     }

@@ -4,7 +4,6 @@ A lost worker or node ends the attempt; Ray Train then starts the workers that s
 the archive again. Rows are keyed and the result does not depend on the number of workers, so the artifact is the same.
 """
 
-import copy
 import os
 import threading
 import time
@@ -16,75 +15,28 @@ import pyarrow.fs
 import ray
 import ray.train
 from ray.actor import ActorHandle
-from ray.data import DataIterator, Dataset
+from ray.data import Dataset
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydetect.archives.open import open_archive
 from raydetect.blocks.group import TIMEOUT, Group, TorchGroup
-from raydetect.distributed.ingest import Reading, chunk_dataset, limits, unpack_chunks
+from raydetect.distributed.board import Board
+from raydetect.distributed.dealing import EveryChunk
+from raydetect.distributed.ingest import Reading, chunk_dataset, unpack_chunks
 from raydetect.distributed.score import refuse_memory_uris
 from raydetect.distributed.session import ClusterError, session, translate
 from raydetect.errors import RaydetectError, StorageError
-from raydetect.records import Chunk
+from raydetect.records import Chunk, FitReport
 from raydetect.spec import FIT_CHUNK_BYTES, FIT_CHUNK_IMAGES, FitSpec, SourceSpec, source_storage
 from raydetect.storage import Storage, join_uri, normalise_uri
 from raydetect.worker.fit import fit_worker
-from raydetect.worker.one_fit import FitReport, Tick
+from raydetect.worker.one_fit import Tick
 
 IMAGES, CALIBRATION = "images", "calibration"
 POLL_SECONDS = 0.3
 TICK_SECONDS = 0.2
 RESIZE_SECONDS = 600.0  # a fit that began on fewer workers than asked for starts again on a grown cluster, not sooner
-
-
-class Board:
-    """What workers say: progress, the report, and errors."""
-
-    def __init__(self) -> None:
-        """Nothing has been said."""
-        self._ticks: list[tuple[str, int, int | None]] = []
-        self._report: FitReport | None = None
-        self._error: RaydetectError | None = None
-        self._final = False
-
-    def tick(self, ticks: list[tuple[str, int, int | None]]) -> None:
-        """More of some phases is done."""
-        self._ticks += ticks
-
-    def report(self, report: FitReport) -> None:
-        """The artifact is written."""
-        self._report = report
-
-    def fail(self, error: RaydetectError, final: bool) -> None:
-        """A worker gave up on purpose. The first final error counts, which no other attempt would mend."""
-        if not self._final:
-            self._error, self._final = error, final
-
-    def read(self) -> tuple[list[tuple[str, int, int | None]], FitReport | None, RaydetectError | None]:
-        """Progress since the last call, the report, the error that counts."""
-        ticks, self._ticks = self._ticks, []
-        return ticks, self._report, self._error
-
-
-class _EveryChunk(ray.train.DataConfig):  # type: ignore[misc]
-    """Deals every chunk to one worker. Ray's own splitting drops rows until all workers have equally many."""
-
-    def __init__(self, reading: Reading) -> None:
-        super().__init__()
-        self.reading = reading
-
-    def configure(
-        self, datasets: dict[str, Dataset], world_size: int, worker_handles: Any, worker_node_ids: Any, **words: Any
-    ) -> list[dict[str, DataIterator]]:
-        dealt: list[dict[str, DataIterator]] = [{} for _ in range(world_size)]
-        for name, dataset in datasets.items():
-            mine = copy.copy(dataset)
-            mine.context.execution_options.resource_limits = limits(self.reading)
-            splits = mine.streaming_split(world_size, equal=False, locality_hints=worker_node_ids)
-            for words_of, split in zip(dealt, splits, strict=True):
-                words_of[name] = split
-        return dealt
 
 
 def fit(spec: FitSpec, address: str | None, tick: Tick) -> FitReport:
@@ -104,6 +56,7 @@ def fit(spec: FitSpec, address: str | None, tick: Tick) -> FitReport:
     extra = spec.calibration.source
     refuse_memory_uris([spec.artifact, *spec.source.uris(), *(extra.uris() if extra else ())])
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # a relative path, as of weights, means the same to workers
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # that a worker ended or is lost is seen by then
     try:
         return _fit(spec, address, tick)
     finally:
@@ -156,7 +109,7 @@ def _trainer(spec: FitSpec, datasets: dict[str, Dataset], board: ActorHandle) ->
         _work,
         train_loop_config={"spec": spec, "board": board},
         datasets=datasets,
-        dataset_config=_EveryChunk(_reading(spec, spec.source)),
+        dataset_config=EveryChunk(_reading(spec, spec.source)),
         torch_config=TorchConfig(backend=backend, timeout_s=int(TIMEOUT.total_seconds())),
         scaling_config=ray.train.ScalingConfig(
             num_workers=(1, resources.num_workers),

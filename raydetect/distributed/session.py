@@ -8,9 +8,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray._private import ray_constants
+from ray._private import worker as ray_worker
 from ray.data import DataContext
 
 from raydetect.errors import RaydetectError
@@ -57,26 +59,34 @@ def session(address: str | None, resources: ResourceSpec) -> Iterator[None]:
 def _native_messages_in_a_file() -> Iterator[None]:
     """Ray's C++ side writes to file descriptor 2 past every Python setting; Python's own messages still reach people.
 
+    Notices of lost workers, which Ray prints to standard output among what commands say, go the same way.
+
     The file `raydetect-ray-PID.log` lies in the temporary folder, and is removed when nothing was written.
     """
     log = Path(tempfile.gettempdir()) / f"raydetect-ray-{os.getpid()}.log"
     sys.stderr.flush()
     kept = os.dup(2)
     people = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
-    before = sys.stderr
+    before, notices = sys.stderr, ray_worker.print_to_stdstream
     with log.open("ab") as file:
         os.dup2(file.fileno(), 2)
+    ray_worker.print_to_stdstream = _to_descriptor_2
     if _is_descriptor_2(before):
         sys.stderr = people
     try:
         yield
     finally:
+        ray_worker.print_to_stdstream = notices
         sys.stderr = before
         people.close()
         os.dup2(kept, 2)
         os.close(kept)
         if log.stat().st_size == 0:
             log.unlink()
+
+
+def _to_descriptor_2(notice: dict[str, Any], **_: object) -> None:
+    os.write(2, "".join(f"{line}\n" for line in notice["lines"]).encode())
 
 
 def _is_descriptor_2(stream: object) -> bool:

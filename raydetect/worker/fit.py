@@ -6,13 +6,13 @@ import torch
 
 from raydetect.blocks.group import Group
 from raydetect.detectors._registry import build_from
-from raydetect.records import Chunk
+from raydetect.records import Chunk, FitReport
 from raydetect.spec import FitSpec, SourceSpec
 from raydetect.storage import normalise_uri
 from raydetect.worker.cache import ImageCache, read_images
 from raydetect.worker.fleet import fit_fleet
 from raydetect.worker.holdout import drop_doubles
-from raydetect.worker.one_fit import FitReport, OneFit, Tick
+from raydetect.worker.one_fit import OneFit, Tick
 from raydetect.worker.phases import Phases
 from raydetect.worker.shared_errors import shared_errors
 

@@ -9,11 +9,12 @@ from typing import Any
 from raydetect.blocks.group import Group
 from raydetect.errors import RaydetectError, SpecError
 from raydetect.fleet_record import member_uri, write_fleet
+from raydetect.records import FitReport
 from raydetect.spec import public_spec
 from raydetect.storage import Storage
 from raydetect.worker.artifact import package_versions
 from raydetect.worker.cache import CachedImage
-from raydetect.worker.one_fit import FitReport, OneFit
+from raydetect.worker.one_fit import OneFit
 from raydetect.worker.phases import Phases
 from raydetect.worker.shared_errors import shared_errors
 

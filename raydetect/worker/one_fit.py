@@ -18,6 +18,7 @@ from raydetect.detectors._base import Detector
 from raydetect.detectors._ensemble import Ensemble, learns_from_labels, parts
 from raydetect.detectors._registry import build_from
 from raydetect.errors import SpecError
+from raydetect.records import FitReport
 from raydetect.spec import FitSpec, public_spec, result_words
 from raydetect.storage import Storage, join_uri, normalise_uri
 from raydetect.worker.artifact import load_artifact, save_artifact
@@ -32,21 +33,6 @@ from raydetect.worker.train import Trainer
 
 Tick = Callable[[str, int, int | None], None]
 """Called with a phase's name, how much more of it is done, and the whole of all workers when known."""
-
-
-@dataclass(frozen=True, slots=True)
-class FitReport:
-    """What a fit made.
-
-    Attributes:
-        uri: the artifact's folder.
-        digest: its digest.
-        facts: counts, weights, seconds and peak memory per phase, as stored in the artifact.
-    """
-
-    uri: str
-    digest: str
-    facts: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ SEED = 3
 @pytest.fixture(autouse=True)
 def _two_threads() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 

@@ -70,7 +70,7 @@ def line(running_store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -
         "artifact": store.uri("artifact"),
         "storage": store.words,
         "calibration": {"holdout_ratio": 0.25},
-        "resources": {"cpus_per_worker": 2},
+        "resources": {"cpus_per_worker": 1},
     }
     run_here("fit", write_job(made.folder / "fit.yaml", fit))
     return made

@@ -22,7 +22,7 @@ from raydetect.sinks.ledger import Ledger
 from raydetect.storage import Storage
 
 COMMAND = Path(sys.executable).with_name("raydetect")
-PATIENCE = 120  # seconds for a step of a job
+PATIENCE = 240  # seconds for a step of a job
 
 
 @dataclass

@@ -5,18 +5,15 @@ import signal
 from pathlib import Path
 
 from tests.together.conftest import Line
-from tests.together.runs import processes_of, run, wait_until
+from tests.together.runs import processes_of, wait_until
 from tests.together.test_same_rows import begin, same_as_truth
 
 PIECES = {"num_workers": 2, "cpus_per_worker": 1, "bank_shards": 2}
 
 
-def test_a_bank_in_pieces_gives_what_the_whole_gives(line: Line, truth: str, tmp_path: Path) -> None:
-    run(tmp_path, "score", line.job("pieces", resources=PIECES))
-    same_as_truth(line, "pieces", truth)
-
-
-def test_a_killed_holder_of_a_piece_loses_nothing(line: Line, truth: str, tmp_path: Path) -> None:
+def test_a_bank_in_pieces_gives_the_same_rows_also_when_a_holder_is_killed(
+    line: Line, truth: str, tmp_path: Path
+) -> None:
     running = begin(line, "holder", tmp_path, resources=PIECES)
     victims = processes_of(b"BankActor", running.process.pid)
     assert len(victims) == 2

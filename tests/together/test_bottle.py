@@ -45,7 +45,7 @@ def test_bottle_is_fitted_and_scored_from_tar_shards_in_a_bucket(
         },
         "artifact": store.uri("artifact"),
         "storage": store.words,
-        "resources": {"cpus_per_worker": 2},
+        "resources": {"cpus_per_worker": 1},
     }
     score = {
         "kind": "score",

@@ -5,8 +5,6 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from raydetect.sinks.ledger import Ledger
 from tests.together.conftest import Line
 from tests.together.runs import (
@@ -57,31 +55,28 @@ def begin(line: Line, results: str, tmp_path: Path, *words: str, workers: int = 
     return running
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_ray_gives_what_one_process_gives(line: Line, truth: str, workers: int, tmp_path: Path) -> None:
-    results = f"ray{workers}"
-    ended = begin(line, results, tmp_path, workers=workers)
+def test_three_workers_give_what_one_process_gives(line: Line, truth: str, tmp_path: Path) -> None:
+    ended = begin(line, "ray3", tmp_path, workers=3)
     addresses = listening_addresses(descendants(ended.process.pid))
     assert addresses and addresses <= LOOPBACK
     assert ended.wait() == 0, ended.text()
-    same_as_truth(line, results, truth)
+    same_as_truth(line, "ray3", truth)
     said = (ended.folder / "stderr").read_text()
     assert "shards 12/12, 240 images" in said and "ray" not in said.lower().replace("raydetect", "")
     assert "Image AUROC over 240 labelled images" in (ended.folder / "stdout").read_text()
 
 
-def test_two_nodes_give_what_one_process_gives(line: Line, truth: str, tmp_path: Path) -> None:
-    with two_nodes() as (cluster, _):
-        run(tmp_path, "score", line.job("nodes"), "--address", cluster.address)
-    same_as_truth(line, "nodes", truth)
-
-
-def test_without_an_address_it_joins_no_cluster_that_runs_on_the_machine(
+def test_two_nodes_and_a_private_worker_beside_them_give_what_one_process_gives(
     line: Line, truth: str, tmp_path: Path
 ) -> None:
-    with two_nodes():
-        run(tmp_path, "score", line.job("private"))
-    same_as_truth(line, "private", truth)
+    """Without an address a job joins no cluster that runs on the machine."""
+    with two_nodes() as (cluster, _):
+        private = begin(line, "ray1", tmp_path, workers=1)
+        assert scoring_actors(private.process.pid) == scoring_actors(os.getpid()) != []
+        assert private.wait() == 0, private.text()
+        run(tmp_path, "score", line.job("nodes"), "--address", cluster.address)
+    for results in ("ray1", "nodes"):
+        same_as_truth(line, results, truth)
 
 
 def test_a_killed_actor_loses_nothing(line: Line, truth: str, tmp_path: Path) -> None:

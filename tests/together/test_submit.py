@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,14 +65,12 @@ def test_the_exit_code_of_a_failing_job_comes_back(line: Line, head: str, tmp_pa
 
 
 def test_no_wait_returns_the_name_of_the_job(line: Line, head: str, tmp_path: Path) -> None:
-    begun = time.monotonic()
     ended = run(tmp_path, "submit", line.job("later", workers=1), "--address", head, "--no-wait", **WITH_TOKEN)
     name = (ended.folder / "stdout").read_text().strip()
     assert name.startswith("raysubmit_")
     ledger = Ledger(line.store.uri("later"), line.store.storage)
     assert ledger.manifest() is None  # starting a job alone takes seconds
     wait_until(ledger.manifest, PATIENCE, "the end of the submitted job")
-    assert time.monotonic() - begun < 120
 
 
 @pytest.mark.parametrize("environment", [{}, {**WITH_TOKEN, "RAY_AUTH_TOKEN": TOKEN[::-1]}], ids=["none", "wrong"])

@@ -1,0 +1,33 @@
+"""What the workers of a fit tell its driver. Its process loads no torch, so it is apart from `fit`."""
+
+from raydetect.errors import RaydetectError
+from raydetect.records import FitReport
+
+
+class Board:
+    """What workers say: progress, the report, and errors."""
+
+    def __init__(self) -> None:
+        """Nothing has been said."""
+        self._ticks: list[tuple[str, int, int | None]] = []
+        self._report: FitReport | None = None
+        self._error: RaydetectError | None = None
+        self._final = False
+
+    def tick(self, ticks: list[tuple[str, int, int | None]]) -> None:
+        """More of some phases is done."""
+        self._ticks += ticks
+
+    def report(self, report: FitReport) -> None:
+        """The artifact is written."""
+        self._report = report
+
+    def fail(self, error: RaydetectError, final: bool) -> None:
+        """A worker gave up on purpose. The first final error counts, which no other attempt would mend."""
+        if not self._final:
+            self._error, self._final = error, final
+
+    def read(self) -> tuple[list[tuple[str, int, int | None]], FitReport | None, RaydetectError | None]:
+        """Progress since the last call, the report, the error that counts."""
+        ticks, self._ticks = self._ticks, []
+        return ticks, self._report, self._error
