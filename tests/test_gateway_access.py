@@ -1,6 +1,8 @@
 """Who may ask for what: tokens, scopes, prefixes, names of the server, and how much at a time."""
 
 import asyncio
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -165,3 +167,46 @@ def test_too_many_requests_are_told_to_come_later(place: Path) -> None:
     statuses = sorted(answer.status_code for answer in answers)
     assert set(statuses) == {200, 429} and statuses.count(200) >= 2
     assert all(answer.headers["retry-after"] == "1" for answer in answers if answer.status_code == 429)
+
+
+class Web(BaseHTTPRequestHandler):
+    """An image, a redirect to it, something too large, and an answer that ends too soon."""
+
+    def do_GET(self) -> None:
+        image = encode(normal_image(7))
+        body = {"/images/a.png": image, "/images/large.png": b"x" * 1_000_001, "/images/cut.png": image[:99]}.get(
+            self.path
+        )
+        self.send_response(200 if body else 302 if self.path == "/images/moved.png" else 404)
+        self.send_header("Location", "/images/a.png")
+        self.send_header("Content-Length", str(len(image) if self.path == "/images/cut.png" else len(body or b"")))
+        self.end_headers()
+        self.wfile.write(body or b"")
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+def test_images_of_a_web_server_are_read_and_redirects_are_not_followed(place: Path) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Web)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        web = f"http://127.0.0.1:{server.server_port}/images"
+        allowed = {"sources": [web, f"{place}/open", "http://169.254.169.254/"]}
+        names = ("a.png", "moved.png", "missing.png", "large.png", "cut.png")
+
+        async def work() -> list[Any]:
+            async with client(serve_spec(place, allow=allowed)) as c:
+                local = await c.post(SCORE, json={"images": [{"uri": f"{place}/open/loose/a.png"}]})
+                read = await c.post(SCORE, json={"images": [{"uri": f"{web}/{name}"} for name in names]})
+                metadata = await c.post(SCORE, json={"images": [{"uri": "http://169.254.169.254/latest"}]})
+                return [local, read, metadata]
+
+        local, read, metadata = run(work())
+    finally:
+        server.shutdown()
+        server.server_close()
+    results = read.json()["results"]
+    assert [one["status"] for one in results] == ["ok", "unreadable", "unreadable", "too_many_bytes", "unreadable"]
+    assert results[0]["image_score"] == local.json()["results"][0]["image_score"]
+    assert metadata.status_code == 403 and "does not connect" in metadata.json()["detail"]

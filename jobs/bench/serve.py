@@ -22,7 +22,7 @@ from jobs.bench.load import BATCH, NAME, SMALL, SMALL_PX, pictures
 from jobs.bench.record import write
 from tests.made.archives import normal_files, pack
 
-ROUNDS, SINGLES, BATCHES, REQUESTS, KILLED, FUZZED = 5, 100, 40, 10_000, 3_000, 10_000
+ROUNDS, SINGLES, BATCHES, REQUESTS, KILLED, FUZZED = 3, 50, 30, 10_000, 3_000, 10_000
 KILL_AFTER_SECONDS = 6
 SETTLED = 2_000  # fuzzed bodies after which memory is looked at for the first time
 

@@ -55,12 +55,14 @@ class Fetcher:
             if response.status != http.client.OK:
                 raise MemberError(UNREADABLE, f"its server answered {response.status}. Redirects are not followed.")
             data = response.read(self.max_bytes + 1)
+            self._refuse_large(len(data))
+            if response.length:
+                raise MemberError(UNREADABLE, "its server sent less than it announced. Try again.")
+            return data
         except (OSError, http.client.HTTPException):
             raise MemberError(UNREADABLE, "its server does not answer as it should. Try again.") from None
         finally:
             connection.close()
-        self._refuse_large(len(data))
-        return data
 
     def _refuse_large(self, size_bytes: int) -> None:
         if size_bytes > self.max_bytes:

@@ -4,14 +4,10 @@ import base64
 import os
 import re
 import signal
-import socket
-import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,63 +18,9 @@ import yaml
 
 from raydetect.records import OK
 from raydetect.sinks.ledger import Ledger
-from tests.made.archives import mixed_files
 from tests.together.conftest import Line
 from tests.together.runs import PATIENCE, processes_of, rows_of, run, run_here, start, wait_until
-
-PICTURES = mixed_files(12, 3, masks=False)
-REPLICA = b"ray::ServeReplica:raydetect:Scorer"
-
-
-@dataclass(frozen=True)
-class Endpoints:
-    """A running server."""
-
-    line: Line
-    url: str
-    address: str
-    metrics: str
-
-    def score(self, *pictures: bytes, heatmaps: str = "none") -> httpx.Response:
-        """Scores uploads."""
-        files = [("images", (f"{i}.png", data, "image/png")) for i, data in enumerate(pictures)]
-        return httpx.post(
-            f"{self.url}/v1/detectors/widget/score", files=files, data={"heatmaps": heatmaps}, timeout=PATIENCE
-        )
-
-    def run(self, body: dict[str, Any]) -> str:
-        """Begins an archive run; its own URL."""
-        begun = httpx.post(f"{self.url}/v1/archives", json=body, timeout=PATIENCE)
-        assert begun.status_code == 202, begun.text
-        return f"{self.url}/v1/archives/{begun.json()['id']}"
-
-    def archive(self, results: str) -> dict[str, Any]:
-        """The body of a run with the words of `Line.job`."""
-        store = self.line.store
-        patterns = {"pattern": "{category}/test/{defect}/{name}.png"}
-        patterns["mask_pattern"] = "{category}/ground_truth/{defect}/{name}_mask.png"
-        source = {"uri": store.uri("mixed"), **patterns}
-        sink = {"uri": store.uri(results), "heatmaps": "all"}
-        return {"detector": "widget", "source": source, "sink": sink, "chunk_images": 8}
-
-
-def replicas() -> list[int]:
-    """Processes of scoring replicas."""
-    return processes_of(REPLICA, os.getpid())
-
-
-def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def metrics_of(said: str) -> str:
-    """The URL that Prometheus reads, from what the command said."""
-    found = re.search(r"^Metrics: (http://\S+)$", said, re.MULTILINE)
-    assert found is not None, said
-    return found.group(1)
+from tests.together.served import PICTURES, Endpoints, asking, free_port, metrics_of, only_from, replicas
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +46,7 @@ def endpoints(line: Line, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     try:
         said = run(folder, "serve", str(folder / "serve.yaml"), "--address", cluster.address).text()
         assert f"Serving widget at http://127.0.0.1:{port}" in said and "it stays there" in said
-        yield Endpoints(line, f"http://127.0.0.1:{port}", cluster.address, metrics_of(said))
+        yield Endpoints(line, f"http://127.0.0.1:{port}", cluster.address, metrics_of(said), folder / "serve.yaml")
     finally:
         os.environ.pop("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S")
         cluster.shutdown()
@@ -217,33 +159,19 @@ def test_prometheus_finds_the_metrics_of_all_that_was_scored(endpoints: Endpoint
         assert told(f"{name}_bucket", 'le="+Inf"'), found()
 
 
-def test_a_new_version_comes_without_a_dropped_request(endpoints: Endpoints, tmp_path: Path) -> None:
-    line, stop = endpoints.line, threading.Event()
+def test_new_versions_come_without_a_dropped_request(endpoints: Endpoints, tmp_path: Path) -> None:
+    line, url = endpoints.line, f"{endpoints.url}/v1/detectors/widget"
     fit = yaml.safe_load((line.folder / "fit.yaml").read_text()) | {"artifact": line.store.uri("newer"), "seed": 1}
     (tmp_path / "fit.yaml").write_text(yaml.safe_dump(fit))
     run_here("fit", str(tmp_path / "fit.yaml"))
-    seen: list[tuple[int, str, str]] = []
-
-    def ask() -> None:
-        while not stop.is_set():
-            answer = endpoints.score(PICTURES[0][1])
-            body = answer.json()
-            seen.append((answer.status_code, body.get("artifact", ""), body["results"][0]["artifact"]))
-
-    asking = threading.Thread(target=ask)
-    asking.start()
-    try:
-        wait_until(lambda: len(seen) > 3, PATIENCE, "answers of the old version")
-        url = f"{endpoints.url}/v1/detectors/widget"
+    old = httpx.get(url, timeout=PATIENCE).json()["artifact"]
+    with asking(endpoints) as seen:
         changed = httpx.put(url, json={"artifact": line.store.uri("newer")}, timeout=PATIENCE)
         assert changed.status_code == 200, changed.text
-        newer = changed.json()["artifact"]
-        wait_until(lambda: seen[-1][1] == newer, PATIENCE, "answers of the new version")
-        time.sleep(0.5)
-    finally:
-        stop.set()
-        asking.join()
-    assert {status for status, _, _ in seen} == {200}
-    assert all(of == inside for _, of, inside in seen)
-    versions = [of for _, of, _ in seen]
-    assert len(set(versions)) == 2 and versions == sorted(versions, key=lambda one: one == newer)
+        new = changed.json()["artifact"]
+        wait_until(lambda: seen[-1][1] == new, PATIENCE, "answers of the new version")
+    assert only_from(old, new, seen), seen
+    with asking(endpoints) as seen:  # the same command again deploys the first version, by new replicas and a new door
+        run(tmp_path, "serve", str(endpoints.job), "--set", "batch_wait_seconds=0.01", "--address", endpoints.address)
+        wait_until(lambda: seen[-1][1] == old, PATIENCE, "answers of the first version")
+    assert only_from(new, old, seen), seen

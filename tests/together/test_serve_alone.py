@@ -14,7 +14,7 @@ import yaml
 from tests.made.archives import mixed_files
 from tests.made.server import fit_small
 from tests.together.runs import PATIENCE, Run, descendants, listening_addresses, processes_of, start, wait_until
-from tests.together.test_serve import REPLICA, free_port, metrics_of
+from tests.together.served import REPLICA, free_port, metrics_of
 
 LOOPBACK = {
     "0100007F",
