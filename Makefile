@@ -38,6 +38,7 @@ bench: $(STAMP)
 	$(BIN)/python -m jobs.bench.memory
 	$(BIN)/python -m jobs.bench.coreset
 	$(BIN)/python -m jobs.bench.training
+	$(BIN)/python -m jobs.bench.serve
 
 reproduce: $(STAMP)
 	$(BIN)/python -m jobs.reproduce.run

@@ -1,6 +1,7 @@
 """Every mistake of a job file that can be found without a cluster, in seconds."""
 
 from collections.abc import Callable
+from functools import partial
 
 from raydetect.archives.naming import Naming
 from raydetect.archives.open import open_archive
@@ -10,12 +11,16 @@ from raydetect.detectors._ensemble import learns_from_labels, parts
 from raydetect.detectors._registry import build_from
 from raydetect.errors import RaydetectError, SpecError
 from raydetect.fleet_record import read_index, read_records
+from raydetect.gateway.allow import Prefixes
+from raydetect.gateway.desk import load_served
+from raydetect.gateway.tokens import read_tokens
 from raydetect.plan import plan_score
 from raydetect.spec import (
     FitSpec,
     JobSpec,
     ResourceSpec,
     ScoreSpec,
+    ServeSpec,
     SourceSpec,
     StorageOptions,
     sink_storage,
@@ -26,7 +31,10 @@ from raydetect.storage import Storage, normalise_uri
 
 def find_problems(spec: JobSpec) -> list[str]:
     """One sentence for each mistake; empty when the job can run."""
-    checks = _fit_checks(spec) if isinstance(spec, FitSpec) else _score_checks(spec)
+    if isinstance(spec, ServeSpec):
+        checks = _serve_checks(spec)
+    else:
+        checks = _fit_checks(spec) if isinstance(spec, FitSpec) else _score_checks(spec)
     found = [sentence for check in checks if (sentence := _sentence(check))]
     if not found and isinstance(spec, ScoreSpec):
         found = [sentence for sentence in [_sentence(lambda: plan_score(spec))] if sentence]
@@ -54,6 +62,16 @@ def _score_checks(spec: ScoreSpec) -> list[Callable[[], object]]:
         lambda: read_records(read_index(normalise_uri(spec.artifact), models), models),
         lambda: _reachable(spec.sink.uri, sink_storage(spec), "sink.uri"),
     ]
+
+
+def _serve_checks(spec: ServeSpec) -> list[Callable[[], object]]:
+    storage = Storage(spec.storage)
+    allow = spec.allow
+    checks: list[Callable[[], object]] = [
+        lambda: read_tokens(spec),
+        lambda: [Prefixes.of(uris) for uris in (allow.sources, allow.sinks, allow.artifacts)],
+    ]
+    return checks + [partial(load_served, name, served, storage) for name, served in spec.detectors.items()]
 
 
 def _sentence(check: Callable[[], object]) -> str | None:

@@ -1,7 +1,10 @@
 """The door: `raydetect`. Torch and Ray are loaded inside the commands that need them, so help is instant."""
 
 import json
+import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,6 +128,8 @@ def score(job: Path, overrides: tuple[str, ...], address: str | None, in_process
     """Score an archive; started again, it goes on where it stopped."""
     with _errors(BAD_JOB):
         spec = _expect(_load(job, overrides), "score", job)
+        if spec.engine == "serve" and not (in_process or address or os.environ.get("RAY_ADDRESS")):
+            raise SpecError("engine: serve needs the cluster on which `raydetect serve` runs. State --address.")
         from raydetect.plan import plan_score
 
         plan = plan_score(spec)
@@ -151,6 +156,10 @@ def _run_score(plan: "ScorePlan", address: str | None, in_process: bool) -> dict
             from raydetect import local
 
             return local.score(plan, on_part)
+        if plan.spec.engine == "serve":
+            from raydetect.distributed.serve_run import score_through
+
+            return score_through(plan, address, on_part)
         from raydetect.distributed.score import score as score_on_ray
 
         return score_on_ray(plan, address, on_part)
@@ -192,6 +201,50 @@ def submit(job: Path, overrides: tuple[str, ...], address: str, no_wait: bool) -
         code = jobs.follow(client, name, lambda text: click.echo(text, nl=False))
     click.echo(f"{name} ended with exit code {code}.", err=True)
     sys.exit(code)
+
+
+@main.command()
+@job_file
+@overrides
+@cluster
+@click.option("--local", "in_process", is_flag=True, help="Run in this process, without Ray.")
+def serve(job: Path, overrides: tuple[str, ...], address: str | None, in_process: bool) -> None:
+    """Keep detectors warm behind HTTP, for single images and whole archives.
+
+    On a local Ray until it is stopped; on a cluster the endpoints stay, and the same command again rolls out changes.
+    """
+    with _errors(BAD_JOB):
+        spec = _expect(_load(job, overrides), "serve", job)
+        from raydetect.gateway.tokens import read_tokens
+
+        tokens = read_tokens(spec)
+    names = ", ".join(sorted(spec.detectors))
+
+    def ready(url: str, metrics: str) -> None:
+        click.echo(f"Serving {names} at {url}")
+        click.echo(f"Metrics: {metrics or 'none without Ray'}")
+        click.echo(f"Page: {url}/   API: {url}/openapi.json   Tokens: {len(tokens.known) or 'none needed'}")
+
+    target = address or os.environ.get("RAY_ADDRESS")
+    with _errors():
+        if in_process:
+            from raydetect.serve_local import serve_here
+
+            serve_here(spec, tokens, ready, _wait_for_signal)
+        else:
+            from raydetect.distributed.serve_run import serve_on_ray
+
+            serve_on_ray(spec, tokens, target, ready, _wait_for_signal)
+    click.echo(f"Deployed to {target}; it stays there." if target and not in_process else "Stopped.")
+
+
+def _wait_for_signal() -> None:
+    """Until SIGINT or SIGTERM comes, whoever handled them before."""
+    stop = threading.Event()
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    stop.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @main.command()

@@ -18,6 +18,7 @@ BAD_STATUSES = frozenset(
         "unsupported_mode",  # decoded, but to pixels without a stated conversion (float TIFF)
         "unknown_category",  # the fleet has no detector for the image's category, or the image has none
         "not_finite",  # the detector returned NaN or infinity
+        "unreadable",  # the URI of a request could not be read
     }
 )
 
@@ -121,6 +122,14 @@ class Row:
     defect: str | None = None
     mask_uri: str | None = None
     meta: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What became of one image outside of an archive: its row, and its heatmap as PNG bytes when it has one."""
+
+    row: Row
+    heatmap: bytes | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

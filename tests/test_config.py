@@ -8,7 +8,7 @@ import yaml
 from raydetect.config import apply_overrides, describe_fields, differences, parse_yaml, to_plain, validate
 from raydetect.errors import SpecError
 from raydetect.records import Part, Receipt
-from raydetect.spec import FitSpec, ScoreSpec, parse_job, public_spec, result_digest, with_workers
+from raydetect.spec import FitSpec, ScoreSpec, parse_job, public_spec, result_digest
 
 SCORE = """
 kind: score
@@ -87,7 +87,7 @@ def test_secrets_are_not_in_what_is_written() -> None:
 
 def test_only_what_decides_the_rows_is_in_the_digest() -> None:
     plain = result_digest(score_spec())
-    assert plain == result_digest(with_workers(score_spec(), 7))
+    assert plain == result_digest(score_spec("resources.num_workers=7", "engine=serve"))
     assert plain == result_digest(score_spec("storage.endpoint_url=http://elsewhere", "max_bad_fraction=1"))
     changed = ["batch_size=8", "chunk_images=8", "flag.alpha=0.05", "sink.heatmaps=all", "source.max_pixels=9"]
     changed += ["resources.cpus_per_worker=3", "source.exif_orientation=ignore", "artifact=s3://models/line5"]

@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,14 +80,17 @@ class Ledger:
         """Commits a shard."""
         self._write(f"ledger/{receipt.shard:05d}.json", to_plain(receipt))
 
-    def receipts(self) -> Iterator[Receipt]:
-        """Every committed receipt in order of shards, read by several threads.
+    def receipts(self, shards: Iterable[int] | None = None) -> Iterator[Receipt]:
+        """Receipts in order of shards, read by several threads.
+
+        Args:
+            shards: committed ones; None = all.
 
         Raises:
             StorageError: a record is damaged.
         """
         with ThreadPoolExecutor(READERS) as pool:
-            yield from pool.map(self.receipt, sorted(self.committed()))
+            yield from pool.map(self.receipt, sorted(self.committed() if shards is None else shards))
 
     def receipt(self, shard: int) -> Receipt:
         """The receipt of one committed shard.

@@ -1,7 +1,9 @@
 """Reading a results directory: progress from the ledger, and how well scores rank labelled images."""
 
+import threading
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -52,20 +54,43 @@ class RunProgress:
         return lines
 
 
+class Followed:
+    """A results directory whose progress is asked for again and again: each receipt is read once."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        """Reads nothing yet."""
+        self._ledger, self._seen, self._totals = ledger, frozenset[int](), Totals()
+        self._lock = threading.Lock()
+
+    def progress(self) -> RunProgress:
+        """Progress as it is now; needs no cluster.
+
+        Raises:
+            StorageError: it is no results directory, or a record is damaged.
+        """
+        with self._lock:
+            run = self._ledger.run()
+            if run is None:
+                raise StorageError(f"{self._ledger.uri}: holds no run.json, so no run was begun there. Check the URI.")
+            finished = self._ledger.manifest() is not None  # before the listing, which then holds all that is said
+            committed = self._ledger.committed()
+            if not self._seen <= committed:  # another run began there
+                self._seen, self._totals = frozenset(), Totals()
+            for receipt in self._ledger.receipts(committed - self._seen):
+                self._totals.add(receipt)
+            self._seen = committed
+            categories = len(run["result"].get("categories", {}))
+            totals = replace(self._totals, statuses=Counter(self._totals.statuses))
+            return RunProgress(self._ledger.uri, int(run["num_shards"]), totals, finished, categories)
+
+
 def progress(ledger: Ledger) -> RunProgress:
     """Progress of a results directory; needs no cluster.
 
     Raises:
         StorageError: it is no results directory, or a record is damaged.
     """
-    run = ledger.run()
-    if run is None:
-        raise StorageError(f"{ledger.uri}: holds no run.json, so no run was begun there. Check the URI.")
-    totals = Totals()
-    for receipt in ledger.receipts():
-        totals.add(receipt)
-    categories = len(run["result"].get("categories", {}))
-    return RunProgress(ledger.uri, int(run["num_shards"]), totals, ledger.manifest() is not None, categories)
+    return Followed(ledger).progress()
 
 
 def labelled_auroc(ledger: Ledger) -> tuple[float, int] | None:

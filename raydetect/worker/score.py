@@ -1,4 +1,4 @@
-"""The one object that scores: the local run, Ray actors and (later) Serve replicas all use it, so rows are equal.
+"""The one object that scores: the local run, Ray actors and Serve replicas all use it, so rows are equal.
 
 Batches are cut inside a chunk, never across chunks, and padded to one size: an image meets the same kernels
 whatever the number of workers. With a fleet, the images of a chunk are grouped by category first, and each group is cut
@@ -9,9 +9,9 @@ import heapq
 import math
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from raydetect.detectors._base import Detector
 from raydetect.fleet_record import ArtifactRef
 from raydetect.records import OK, Chunk, Member, Row
 from raydetect.sinks.heatmaps import map_png, overlay_png
-from raydetect.spec import ScoreSpec
+from raydetect.spec import Heatmaps, ScoreSpec
 from raydetect.worker.artifact import DetectorSource
 from raydetect.worker.judge import Judge, Judges
 from raydetect.worker.preprocess import DecodeRules, Pixels, decode_all, decode_image
@@ -48,6 +48,17 @@ class ChunkResult:
     rows: list[Row]
     pictures: dict[int, bytes]
     clipped_pixels: int = 0
+
+
+@dataclass(slots=True)
+class _Work:
+    """A chunk while it is scored; headers and rows by position."""
+
+    chunk: Chunk
+    wanted: tuple[Heatmaps, ...]
+    headers: dict[int, Pixels] = field(default_factory=dict)
+    rows: dict[int, Row] = field(default_factory=dict)
+    result: ChunkResult = field(default_factory=lambda: ChunkResult([], {}))
 
 
 def score_batches(
@@ -93,13 +104,20 @@ def _score_batch(
 class Scorer:
     """Scores chunks with one artifact or a fleet. Threads may share it: decoding overlaps, forward passes do not."""
 
-    def __init__(self, source: DetectorSource, spec: ScoreSpec, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        source: DetectorSource,
+        spec: ScoreSpec,
+        device: str = "cpu",
+        lock: AbstractContextManager[object] | None = None,
+    ) -> None:
         """Loads an ordinary artifact at once, the detectors of a fleet when they are needed.
 
         Args:
             source: a loaded artifact, or the stored ones of an index.
             spec: what the job file says of source, sink, flag, batch size and resources.
             device: torch device name.
+            lock: held during forward passes, when others use the device too.
 
         Raises:
             ArtifactError, SpecError: the artifact cannot be loaded or does not fit `flag`.
@@ -109,25 +127,27 @@ class Scorer:
         self.judges = Judges(source, spec.flag, torch.device(device), spec.resources.detectors_in_memory)
         self.rules = DecodeRules.of(spec.source)
         self.decode_threads = spec.resources.cpus_per_worker
-        self._lock = threading.Lock()
+        self._lock = lock or threading.Lock()
 
-    def score_chunk(self, chunk: Chunk) -> ChunkResult:
+    def score_chunk(self, chunk: Chunk, wanted: Sequence[Heatmaps] = ()) -> ChunkResult:
         """Rows and heatmaps of a chunk.
+
+        Args:
+            chunk: encoded images.
+            wanted: for every image, when it gets a heatmap; empty = as the spec says.
 
         Raises:
             ArtifactError: the detector of a category cannot be loaded.
             BadMemberError: an image is bad and the source says `on_bad_member: fail`.
         """
-        headers: dict[int, Pixels] = {}
-        rows: dict[int, Row] = {}
-        result = ChunkResult([], {})
+        work = _Work(chunk, tuple(wanted) or (self.spec.sink.heatmaps,) * len(chunk.members))
         for ref, positions in self._groups(chunk):
-            self._score_group(ref, positions, chunk, headers, rows, result)
+            self._score_group(ref, positions, work)
         for position, member in enumerate(chunk.members):
-            header = headers.get(position) or self._undecoded(member)
-            row = rows.get(position) or self._bad_row(member, chunk, header)
-            result.rows.append(replace(row, width=header.width, height=header.height))
-        return result
+            header = work.headers.get(position) or self._undecoded(member)
+            row = work.rows.get(position) or self._bad_row(member, chunk, header)
+            work.result.rows.append(replace(row, width=header.width, height=header.height))
+        return work.result
 
     def _groups(self, chunk: Chunk) -> list[tuple[ArtifactRef, list[int]]]:
         """Positions of readable images by the artifact that scores them, in order of artifacts."""
@@ -138,40 +158,32 @@ class Scorer:
                 groups.setdefault(ref, []).append(position)
         return sorted(groups.items())
 
-    def _score_group(
-        self,
-        ref: ArtifactRef,
-        positions: list[int],
-        chunk: Chunk,
-        headers: dict[int, Pixels],
-        rows: dict[int, Row],
-        result: ChunkResult,
-    ) -> None:
+    def _score_group(self, ref: ArtifactRef, positions: list[int], work: "_Work") -> None:
         """Scores the images of one artifact. On return nothing holds its detector, so another may take its place."""
         judge = self.judges.get(ref)
-        for scored in self._chosen(self._scored(judge, chunk, positions, headers), judge, chunk, rows):
-            self._draw(scored, judge, chunk, result)
+        for scored in self._chosen(self._scored(judge, positions, work), judge, work):
+            self._draw(scored, judge, work)
 
-    def _scored(self, judge: Judge, chunk: Chunk, positions: list[int], headers: dict[int, Pixels]) -> Iterator[Scored]:
+    def _scored(self, judge: Judge, positions: list[int], work: "_Work") -> Iterator[Scored]:
         """Scores of the images at `positions`; fills in what is known of each without its picture."""
-        members = [chunk.members[position] for position in positions]
+        members = [work.chunk.members[position] for position in positions]
         decoded = decode_all(members, self.rules, judge.image_size, self.decode_threads)
-        noted = _note(decoded, positions, headers)
+        noted = _note(decoded, positions, work.headers)
         for item in score_batches(judge.detector, noted, self.spec.batch_size, self._lock):
             yield replace(item, position=positions[item.position])
 
-    def _chosen(self, scored: Iterable[Scored], judge: Judge, chunk: Chunk, rows: dict[int, Row]) -> Iterator[Scored]:
+    def _chosen(self, scored: Iterable[Scored], judge: Judge, work: "_Work") -> Iterator[Scored]:
         """Makes the row of every image and passes on those that get a heatmap.
 
         `top_k` compares images of one artifact only: raw scores of different detectors say nothing about each other.
         """
-        heatmaps = self.spec.sink.heatmaps
         best: list[tuple[float, int, Scored]] = []
         for item in scored:
-            row = self._row(item, judge, chunk)
-            rows[item.position] = row
+            row = self._row(item, judge, work.chunk)
+            work.rows[item.position] = row
             if row.status != OK:
                 continue
+            heatmaps = work.wanted[item.position]
             if heatmaps == "all" or (heatmaps == "flagged" and row.flagged):
                 yield item
             elif heatmaps == "top_k":
@@ -228,15 +240,15 @@ class Scorer:
             meta=member.meta,
         )
 
-    def _draw(self, item: Scored, judge: Judge, chunk: Chunk, result: ChunkResult) -> None:
+    def _draw(self, item: Scored, judge: Judge, work: "_Work") -> None:
         if self.spec.sink.style == "map":
             picture, clipped = map_png(item.anomaly_map_HW, judge.map_low, judge.map_high)
-            result.clipped_pixels += clipped
+            work.result.clipped_pixels += clipped
         else:
-            image = decode_image(chunk.members[item.position].data, self.rules)
+            image = decode_image(work.chunk.members[item.position].data, self.rules)
             image.thumbnail((OVERLAY_MAX_PX, OVERLAY_MAX_PX))
             picture = overlay_png(np.asarray(image), item.anomaly_map_HW, judge.map_low, judge.map_high)
-        result.pictures[item.position] = picture
+        work.result.pictures[item.position] = picture
 
 
 def _note(pixels: Iterable[Pixels], positions: list[int], headers: dict[int, Pixels]) -> Iterator[Pixels]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray.serve.schema import ServeDeploySchema
 
 from raydetect.config import parse_yaml
 from raydetect.detectors._registry import build_from
@@ -94,13 +95,13 @@ def test_cluster_files_load_and_name_the_pinned_ray(path: Path) -> None:
     assert PINNED_RAY is not None
     found = documents(path)
     assert found
-    images = images_in(found)
+    images = images_in(found) or re.findall(r"image: (\S+)", path.read_text())
     assert images and all(image.endswith(f"ray{PINNED_RAY.group(1)}") for image in images), images
     text = path.read_text()
     assert re.search(r"RAY_AUTH_MODE\W+(value:\s*)?token", text)
     for body in found:
         if "kind" in body:
-            assert body["kind"] in ("RayCluster", "RayJob", "ConfigMap") and body["apiVersion"]
+            assert body["kind"] in ("RayCluster", "RayJob", "RayService", "ConfigMap") and body["apiVersion"]
             spec = body.get("spec")
             if body["kind"] == "RayCluster" and isinstance(spec, dict):
                 assert spec["rayVersion"] == PINNED_RAY.group(1)
@@ -129,6 +130,19 @@ def test_the_job_of_the_kubernetes_file_is_a_job_file() -> None:
     assert isinstance(data, dict)
     for name, text in data.items():
         parse_job(parse_yaml(text, name), name)
+
+
+def test_the_endpoints_of_the_cluster_files_are_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYDETECT_TOKENS", "[{name: line4, token: a-token-of-more-than-20, scopes: [score]}]")
+    from raydetect.distributed.serving import application
+
+    plain = documents(ROOT / "cluster" / "serve.yaml")[0]
+    spec = documents(ROOT / "cluster" / "rayservice.yaml")[0]["spec"]
+    assert isinstance(spec, dict)
+    for config in (plain, yaml.safe_load(spec["serveConfigV2"])):
+        checked = ServeDeploySchema.model_validate(config)
+        assert checked.applications[0].import_path == "raydetect.distributed.serving:application"
+        application(checked.applications[0].args)
 
 
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "raydetect" / "README.md", *ROOT.glob("*/**/README.md")])

@@ -1,0 +1,120 @@
+"""Starts the endpoints: on a local Ray for as long as the command runs, or on a cluster, where they stay."""
+
+import os
+import socket
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import ray
+from ray import serve
+
+from raydetect.distributed.score import refuse_memory_uris
+from raydetect.distributed.serve_calls import APP, DESK, SCORER, send_chunk
+from raydetect.distributed.serving import bound
+from raydetect.distributed.session import ClusterError, session, translate
+from raydetect.errors import SpecError
+from raydetect.gateway.desk import load_served
+from raydetect.gateway.stream import Stream
+from raydetect.gateway.tokens import Tokens
+from raydetect.plan import Committer, ScorePlan, finish
+from raydetect.records import Part, Receipt
+from raydetect.spec import ResourceSpec, ServeSpec
+from raydetect.storage import Storage
+
+DESK_SECONDS = 60
+
+
+def serve_on_ray(
+    spec: ServeSpec, tokens: Tokens, address: str | None, on_ready: Callable[[str, str], None], wait: Callable[[], None]
+) -> None:
+    """Deploys the endpoints, which replaces what an earlier start deployed, without dropping a request.
+
+    Args:
+        spec: the job.
+        tokens: who may do what.
+        address: of a cluster, where the endpoints stay; None = a local Ray, until `wait` returns.
+        on_ready: told when requests are answered: of their URL, and of where Prometheus finds metrics.
+        wait: returns when a local Ray is to end.
+
+    Raises:
+        ClusterError: the cluster cannot be reached, or the endpoints do not start.
+        ArtifactError, SpecError: a detector cannot be served, or the port is taken.
+    """
+    storage = Storage(spec.storage)
+    for name, served in spec.detectors.items():
+        load_served(name, served, storage)
+    if address is None:
+        refuse_taken(spec.host, spec.port)
+        os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # 5 s are too few on a busy machine
+    with session(address, _resources(spec)):
+        try:
+            serve.start(
+                http_options={"host": spec.host, "port": spec.port}, logging_config={"enable_access_log": False}
+            )
+            serve.run(bound(spec, tokens), name=APP, route_prefix="/")
+        except Exception as error:
+            raise translate(error, address) from error
+        on_ready(f"http://{spec.host}:{spec.port}", metrics_uri())
+        if address is None:
+            wait()
+            serve.shutdown()
+
+
+def score_through(
+    plan: ScorePlan, address: str | None, on_part: Callable[[Part, Receipt | None], None]
+) -> dict[str, Any]:
+    """Scores what is left of a plan by the warm replicas of a cluster's endpoints, and returns the manifest.
+
+    Args:
+        plan: the job.
+        address: of the cluster on which `raydetect serve` runs; None uses RAY_ADDRESS.
+        on_part: told of every part, and of the receipt when it completed its shard.
+
+    Raises:
+        ClusterError: no endpoints run there, or replicas were lost again and again; what is committed stays.
+        RaydetectError: as for any scoring job.
+    """
+    refuse_memory_uris([plan.ledger.uri, plan.artifact.uri, *(shard.uri for shard in plan.shards[:1])])
+    plan.ledger.begin(plan.run)
+    if plan.todo:
+        with session(address, plan.spec.resources):
+            try:
+                serve.status().applications[APP]
+                scorer = serve.get_deployment_handle(SCORER, APP)
+                in_flight = serve.get_deployment_handle(DESK, APP).in_flight.remote().result(timeout_s=DESK_SECONDS)
+            except Exception as error:
+                said = f"{address}: the endpoints of raydetect do not run there. Start `raydetect serve` first."
+                raise ClusterError(said) from error
+            committer = Committer(plan)
+            stream = Stream(plan, partial(send_chunk, scorer, plan), in_flight)
+            for part in stream.parts():
+                on_part(part, committer.add(part))
+    return finish(plan)
+
+
+def metrics_uri() -> str:
+    """Where the first node gives its metrics, ours among them; every node does."""
+    node = next(node for node in ray.nodes() if node["Alive"])
+    return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+
+
+def refuse_taken(host: str, port: int) -> None:
+    """Says so when something else listens on the port.
+
+    Raises:
+        SpecError: it does, or the address is none of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with closing(socket.socket(family, socket.SOCK_STREAM)) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise SpecError(f"{host}:{port}: cannot be listened on ({error.strerror}). Set host and port.") from None
+
+
+def _resources(spec: ServeSpec) -> ResourceSpec:
+    return replace(spec.resources, num_workers=spec.max_workers or spec.resources.num_workers)

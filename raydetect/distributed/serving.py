@@ -1,0 +1,76 @@
+"""The endpoints on Ray Serve: replicas keep detectors warm, one desk knows versions and runs, doors answer HTTP.
+
+door (HTTP) ──> scorer (replicas, detectors multiplexed) <── desk (one): archive runs, which version serves
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
+
+from raydetect.distributed.serve_calls import CHUNKS_PER_REPLICA, DESK, DOOR, SCORER
+from raydetect.distributed.serve_desk import Desk, DoorDesk
+from raydetect.distributed.serve_replica import Scorer
+from raydetect.errors import SpecError
+from raydetect.gateway.app import build_app
+from raydetect.gateway.guard import Guard
+from raydetect.gateway.tokens import Tokens, read_tokens
+from raydetect.spec import ServeSpec, parse_job
+
+UNBOUNDED = 100_000  # `limits.max_requests` bounds what is in flight, so that more are told to come later
+BATCHES_WAITING = 4  # requests on one replica for each image of a batch, before others are asked
+UPSCALE_SECONDS = 5
+
+
+def application(values: Mapping[str, Any]) -> Application:
+    """The Serve application of a job file's values; `import_path` of Serve's own config files.
+
+    Raises:
+        SpecError: the job file or the tokens are wrong.
+    """
+    spec = parse_job(dict(values), "serve")
+    if not isinstance(spec, ServeSpec):
+        raise SpecError(f"serve: is a {spec.kind} job. State kind: serve.")
+    return bound(spec, read_tokens(spec))
+
+
+def bound(spec: ServeSpec, tokens: Tokens) -> Application:
+    """The application of a checked job."""
+
+    def door() -> Guard:
+        return build_app(spec, tokens, DoorDesk(spec))
+
+    resources = spec.resources
+    scorer = serve.deployment(Scorer, name=SCORER).options(
+        ray_actor_options={"num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker},
+        max_ongoing_requests=BATCHES_WAITING * spec.batch_size + CHUNKS_PER_REPLICA,
+        graceful_shutdown_timeout_s=60,
+        **_replicas(spec),
+    )
+    alone: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0}, "max_ongoing_requests": UNBOUNDED}
+    desk = serve.deployment(Desk, name=DESK).options(num_replicas=1, **alone)
+    doors = serve.deployment(serve.ingress(door)(_Door), name=DOOR).options(num_replicas=1, **alone)
+    return doors.bind(desk.bind(spec, scorer.bind(spec)))
+
+
+class _Door:
+    """Holds the application of `bound`; its argument makes Serve deploy what it asks."""
+
+    def __init__(self, desk: DeploymentHandle) -> None:
+        """Nothing: the endpoints find the deployments by name."""
+
+
+def _replicas(spec: ServeSpec) -> dict[str, Any]:
+    """How many: those stated, or as many as calls in hand ask for, up to `max_workers`."""
+    least, most = spec.resources.num_workers, spec.max_workers
+    if most is None or most == least:
+        return {"num_replicas": least}
+    config = {
+        "min_replicas": least,
+        "max_replicas": most,
+        "target_ongoing_requests": CHUNKS_PER_REPLICA,
+        "upscale_delay_s": UPSCALE_SECONDS,
+    }
+    return {"num_replicas": None, "autoscaling_config": config}

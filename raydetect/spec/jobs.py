@@ -1,0 +1,81 @@
+"""All kinds of job files, and what of a job is public or decides its rows."""
+
+from typing import Any
+
+from raydetect.config import apply_overrides, digest, nearest, to_plain, validate
+from raydetect.errors import SpecError
+from raydetect.spec.fit import FitSpec
+from raydetect.spec.score import ScoreSpec
+from raydetect.spec.serve import ServeSpec
+from raydetect.spec.words import SourceSpec, StorageOptions
+
+FREE_RESOURCES = ("num_workers", "detectors_in_memory", "bank_shards")  # they do not change rows
+JobSpec = FitSpec | ScoreSpec | ServeSpec
+KINDS: dict[str, type[JobSpec]] = {"fit": FitSpec, "score": ScoreSpec, "serve": ServeSpec}
+
+
+def parse_job(values: dict[str, Any], where: str, overrides: tuple[str, ...] = ()) -> JobSpec:
+    """A job from the plain values of its file.
+
+    Args:
+        values: what the YAML file held.
+        where: the file's name, for messages.
+        overrides: `a.b=c` texts of `--set`.
+
+    Raises:
+        SpecError: every mistake, one line each.
+    """
+    values = apply_overrides(values, overrides)
+    kind = values.get("kind")
+    if kind not in KINDS:
+        said = "kind is missing" if kind is None else f"kind {kind!r} is unknown"
+        raise SpecError(f"{where}: {said}.{nearest(str(kind), list(KINDS))}")
+    return validate(KINDS[kind], values, where)
+
+
+def source_storage(spec: JobSpec, source: SourceSpec) -> StorageOptions:
+    """The storage that a source of this job uses."""
+    return source.storage or spec.storage
+
+
+def sink_storage(spec: ScoreSpec) -> StorageOptions:
+    """The storage that the results of this job use."""
+    return spec.sink.storage or spec.storage
+
+
+def public_spec(spec: JobSpec) -> dict[str, Any]:
+    """The spec with all defaults and without credentials: what run.json and the artifact hold."""
+    public: dict[str, Any] = _redact(to_plain(spec))
+    return public
+
+
+def result_digest(spec: JobSpec) -> str:
+    """sha256 over what decides the rows: the public spec less storage and what workers may have more or less of.
+
+    Threads per worker stay in: floating-point sums may depend on them.
+    """
+    return digest(result_words(public_spec(spec)))
+
+
+def result_words(public: dict[str, Any]) -> dict[str, Any]:
+    """The part of a public spec that decides the rows."""
+    words = {k: _without_storage(v) for k, v in public.items() if k not in ("storage", "max_bad_fraction")}
+    for name in ("max_failures", "max_bank_bytes", "checkpoint_epochs", "engine"):
+        words.pop(name, None)
+    words["resources"] = {k: v for k, v in words["resources"].items() if k not in FREE_RESOURCES}
+    return words
+
+
+def _without_storage(value: Any) -> Any:
+    return {k: v for k, v in value.items() if k != "storage"} if isinstance(value, dict) else value
+
+
+def _redact(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            k: {i: j for i, j in v.items() if i not in ("key", "secret", "token")}
+            if k == "storage" and isinstance(v, dict)
+            else _redact(v)
+            for k, v in value.items()
+        }
+    return value

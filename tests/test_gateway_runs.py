@@ -1,0 +1,160 @@
+"""Archives over HTTP in one process: the rows of a job, progress, cancelling, and people before archives."""
+
+import asyncio
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from raydetect import local
+from raydetect.plan import plan_score
+from raydetect.spec import ScoreSpec, parse_job
+from raydetect.storage import Storage
+from raydetect.worker.turns import Turns
+from tests.made.archives import normal_files, pack
+from tests.made.server import client, make_place, run, serve_spec
+from tests.together.runs import rows_of
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See `make_place`."""
+    return make_place(tmp_path_factory.mktemp("gateway"))
+
+
+def test_an_archive_run_gives_the_rows_of_a_job_and_can_be_asked_for_again(place: Path) -> None:
+    body = {
+        "detector": "bottle",
+        "source": {"uri": f"{place}/open/mixed"},
+        "sink": {"uri": f"{place}/results/night", "heatmaps": "all"},
+        "chunk_images": 2,
+    }
+
+    async def work() -> list[Any]:
+        async with client(serve_spec(place)) as c:
+            begun = await c.post("/v1/archives", json=body)
+            assert begun.status_code == 202, begun.text
+            where = f"/v1/archives/{begun.json()['id']}"
+            end = time.monotonic() + 60
+            while (told := (await c.get(where)).json())["state"] == "running" and time.monotonic() < end:
+                await asyncio.sleep(0.05)
+            again = await c.post("/v1/archives", json=body)
+            while (await c.get(where)).json()["state"] == "running":
+                await asyncio.sleep(0.05)
+            other = await c.post("/v1/archives", json={**body, "chunk_images": 3})
+            listed = await c.get("/v1/archives")
+            outside = await c.post("/v1/archives", json={**body, "sink": {"uri": f"{place}/elsewhere"}})
+            source = await c.post("/v1/archives", json={**body, "source": {"uri": f"{place}/normal"}})
+            web = {"uri": "http://127.0.0.1:1/images/a.tar"}
+            redirected = await c.post("/v1/archives", json={**body, "source": web})
+            unknown = await c.post("/v1/archives", json={**body, "detector": "x"})
+            storage = {"uri": f"{place}/open/mixed", "storage": {"endpoint_url": "http://169.254.169.254"}}
+            keys = await c.post("/v1/archives", json={**body, "source": storage})
+            nothing = await c.get("/v1/archives/abc")
+            ended = await c.delete(where)
+            return [told, again, other, listed, outside, source, redirected, unknown, keys, nothing, ended]
+
+    told, again, other, listed, *refused = run(work())
+    assert told["state"] == "finished" and told["images"] == 12 and told["shards_done"] == told["shards"] == 3
+    assert again.status_code == 202
+    assert other.status_code == 409 and "chunk_images" in other.json()["detail"]
+    assert [entry["uri"] for entry in listed.json()["runs"]] == [f"file://{place}/results/night"]
+    assert [answer.status_code for answer in refused] == [403, 403, 403, 404, 422, 404, 404], [a.text for a in refused]
+    served = rows_of(f"file://{place}/results/night", Storage())
+    spec = serve_spec(place)
+    job = parse_job(
+        {
+            "kind": "score",
+            "source": {"uri": f"{place}/open/mixed", "max_pixels": spec.limits.max_pixels},
+            "artifact": f"{place}/models/one",
+            "sink": {"uri": f"{place}/truth2", "heatmaps": "all"},
+            "flag": {"alpha": 0.1},
+            "batch_size": 4,
+            "chunk_images": 2,
+        },
+        "score",
+    )
+    assert isinstance(job, ScoreSpec)
+    local.score(plan_score(job), lambda *_: None)
+    assert served == rows_of(f"file://{place}/truth2", Storage())
+
+
+def test_a_run_is_cancelled_and_goes_on(place: Path) -> None:
+    pack(f"file://{place}/open/long", ".tar", normal_files(120, start=900), 6)
+    body = {
+        "detector": "bottle",
+        "source": {"uri": f"{place}/open/long"},
+        "sink": {"uri": f"{place}/results/long", "heatmaps": "none"},
+        "chunk_images": 4,
+    }
+
+    async def until(c: httpx.AsyncClient, where: str, *states: str) -> dict[str, Any]:
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            told: dict[str, Any] = (await c.get(where)).json()
+            if told["state"] in states:
+                return told
+            await asyncio.sleep(0.02)
+        raise AssertionError(told)
+
+    async def work() -> list[dict[str, Any]]:
+        async with client(serve_spec(place)) as c:
+            begun = (await c.post("/v1/archives", json=body)).json()
+            where = f"/v1/archives/{begun['id']}"
+            assert (await c.delete(where)).status_code == 200
+            cancelled = await until(c, where, "cancelled")
+        async with client(serve_spec(place)) as c:  # another server knows it by its ledger
+            stopped = (await c.get(where)).json()
+            await c.post("/v1/archives", json=body)
+            return [cancelled, stopped, await until(c, where, "finished")]
+
+    cancelled, stopped, finished = run(work())
+    assert cancelled["images"] < 120 and stopped["state"] == "stopped"
+    assert finished["images"] == 120
+    assert len(rows_of(f"file://{place}/results/long", Storage())) == 120
+
+
+def test_more_runs_than_the_server_takes_come_later(place: Path) -> None:
+    if not (place / "open/long").exists():
+        pack(f"file://{place}/open/long", ".tar", normal_files(120, start=900), 6)
+    body = {"detector": "bottle", "source": {"uri": f"{place}/open/long"}, "chunk_images": 4}
+
+    async def work() -> list[httpx.Response]:
+        async with client(serve_spec(place, limits={"max_runs": 1})) as c:
+            begun = await c.post("/v1/archives", json={**body, "sink": {"uri": f"{place}/results/first"}})
+            same = await c.post("/v1/archives", json={**body, "sink": {"uri": f"{place}/results/first"}})
+            other = await c.post("/v1/archives", json={**body, "sink": {"uri": f"{place}/results/second"}})
+            where = f"/v1/archives/{begun.json()['id']}"
+            await c.delete(where)
+            while (await c.get(where)).json()["state"] == "running":
+                await asyncio.sleep(0.02)
+            return [begun, same, other]
+
+    begun, same, other = run(work())
+    assert (begun.status_code, same.status_code, other.status_code) == (202, 202, 429), other.text
+    assert begun.json()["id"] == same.json()["id"] and other.headers["retry-after"] == "1"
+
+
+def test_people_go_before_archives() -> None:
+    turns, order = Turns(), list[str]()
+    turns.online.__enter__()
+
+    def bulk() -> None:
+        with turns.bulk:
+            order.append("bulk")
+
+    def online() -> None:
+        with turns.online:
+            order.append("online")
+
+    threads = [threading.Thread(target=work) for work in (bulk, bulk, online, online)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.05)
+    turns.give()
+    for thread in threads:
+        thread.join()
+    assert order == ["online", "online", "bulk", "bulk"]
