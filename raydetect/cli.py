@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from raydetect import __version__
+from raydetect.commands.audit import audit
 from raydetect.commands.door import (
     BAD_JOB,
     cluster,
@@ -26,6 +27,7 @@ from raydetect.commands.door import (
 )
 from raydetect.commands.export import export
 from raydetect.commands.report import report
+from raydetect.commands.scoring import run_score
 from raydetect.errors import SpecError
 
 if TYPE_CHECKING:
@@ -41,7 +43,8 @@ NAMED_CATEGORIES = 8
 def main() -> None:
     """Finds the abnormal images in large archives: fits detectors, scores archives on Ray, keeps a ledger.
 
-    Exit codes: 0 done, 1 the run failed, 2 the job file is wrong, 3 done with too many bad rows.
+    Exit codes: 0 done, 1 the run failed, 2 the job file is wrong, 3 done with too many bad rows,
+    4 an audit raised an alarm.
     """
 
 
@@ -144,31 +147,8 @@ def score(job: Path, overrides: tuple[str, ...], address: str | None, in_process
     if done:
         click.echo(f"{done} of {len(plan.shards)} shards are committed already; going on with the rest.", err=True)
     with errors():
-        manifest = _run_score(plan, address, in_process)
+        manifest = run_score(plan, address, in_process)
     _summary(plan, manifest)
-
-
-def _run_score(plan: "ScorePlan", address: str | None, in_process: bool) -> dict[str, Any]:
-    from raydetect.console import ScoreDisplay
-    from raydetect.records import Part, Receipt
-
-    left = sum(shard.size_bytes for shard in plan.todo)
-    with ScoreDisplay(len(plan.shards) - len(plan.todo), len(plan.shards), left) as display:
-
-        def on_part(part: Part, receipt: Receipt | None) -> None:
-            display.part(part, receipt, plan.shards[part.shard].size_bytes)
-
-        if in_process:
-            from raydetect import local
-
-            return local.score(plan, on_part)
-        if plan.spec.engine == "serve":
-            from raydetect.distributed.serve_run import score_through
-
-            return score_through(plan, address, on_part)
-        from raydetect.distributed.score import score as score_on_ray
-
-        return score_on_ray(plan, address, on_part)
 
 
 def _summary(plan: "ScorePlan", manifest: dict[str, Any]) -> None:
@@ -351,5 +331,5 @@ def _print_detector(kind: Any, name: str) -> None:
         click.echo(f"      {field.doc}")
 
 
-for command in (export, report):
+for command in (audit, export, report):
     main.add_command(command)

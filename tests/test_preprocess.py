@@ -165,7 +165,8 @@ def test_light_and_edges_are_those_of_scipy(shape: tuple[int, int]) -> None:
     assert brightness == pytest.approx(float(grey.mean()) / 255, abs=1e-12)
     kernel = np.asarray([[0, 1, 0], [1, -4, 1], [0, 1, 0]]) / 255
     inner = signal.convolve2d(grey.astype(np.float64), kernel, mode="valid") if min(shape) > 2 else np.zeros(1)
-    assert sharpness == pytest.approx(float(inner.std()), abs=1e-9)
+    assert sharpness == pytest.approx(float(inner.std()) / brightness, abs=1e-9)
+    assert light_and_edges(np.zeros((9, 9), np.uint8)) == (0.0, 0.0)
 
 
 def test_a_dim_picture_is_less_bright_and_a_blurred_one_less_sharp() -> None:
@@ -176,4 +177,5 @@ def test_a_dim_picture_is_less_bright_and_a_blurred_one_less_sharp() -> None:
     assert made[1].brightness == pytest.approx(made[0].brightness, abs=0.02)
     dim = decode_member(Member("k", "k", data=encoded(Image.fromarray(COLOUR // 2), "PNG")), RULES, (20, 30))
     assert dim.brightness == pytest.approx(made[0].brightness / 2, abs=0.01)  # type: ignore[operator]
+    assert dim.sharpness == pytest.approx(made[0].sharpness, rel=0.02)
     assert decode_member(Member("k", "k", data=b"x"), RULES, (20, 30)).brightness is None

@@ -39,11 +39,11 @@ def export(
             raise SpecError(f"--map-threshold and --polygons belong to --as coco, given --as {form}. Leave them out.")
         from raydetect.export.coco import require_maps
         from raydetect.report.make import begun
-        from raydetect.report.pictures import Pictures, source_storage_of
+        from raydetect.report.pictures import Pictures, reach_of
 
         ledger = ledger_of(results, endpoint_url, profile, anon)
         run = begun(ledger)
-        pictures = Pictures(ledger, run, source_storage_of(run))
+        pictures = Pictures(ledger, run, reach_of(run).source)
         if form == "coco":
             require_maps(pictures)
         place = output or Path({"csv": "rows.csv", "coco": "coco.json", "folder": "flagged"}[form])

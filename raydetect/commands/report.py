@@ -30,7 +30,7 @@ def report(
         run = begun(ledger)
     with errors():
         found = tally(ledger, run, pictures)
-        text = page_of(ledger, run, found, None)
+        text = page_of(ledger, run, found)
         write_text(output, text)
     totals = found.totals
     click.echo(

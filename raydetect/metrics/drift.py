@@ -42,6 +42,8 @@ def ks_distance(one: Histogram, other: Histogram) -> Distance:
     before_2N = np.concatenate([np.zeros((2, 1)), reached_2N[:, :-1]], axis=1)
     value = float(np.abs(reached_2N[0] - reached_2N[1]).max())
     inside = float(np.maximum(reached_2N[0] - before_2N[1], reached_2N[1] - before_2N[0]).max())
+    if one.low == one.high == other.low == other.high:
+        inside = 0.0
     reach = sum(math.sqrt(math.log(4.0 / (1.0 - LEVEL)) / (2.0 * int(total))) for total in sums_2)
     return Distance(value, max(0.0, value - reach), min(1.0, inside + reach))
 
@@ -99,13 +101,12 @@ def _aligned(one: Histogram, other: Histogram) -> np.ndarray:
     """Counts of both on one grid, (2, N) float64."""
     if not one.total or not other.total:
         raise ValueError("a distribution of no images cannot be compared.")
-    exponent = max(one.exponent, other.exponent)
-    pair = [one.coarsened(exponent), other.coarsened(exponent)]
-    first = min(found.first for found in pair)
-    stop = max(found.first + len(found.counts) for found in pair)
-    counts_2N = np.zeros((2, stop - first))
-    for row, found in zip(counts_2N, pair, strict=True):
-        row[found.first - first : found.first - first + len(found.counts)] = found.counts
+    grid = Histogram()
+    grid.merge(one)
+    grid.merge(other)
+    counts_2N = np.zeros((2, len(grid.counts)))
+    for row, found in zip(counts_2N, (one.coarsened(grid.exponent), other.coarsened(grid.exponent)), strict=True):
+        row[found.first - grid.first : found.first - grid.first + len(found.counts)] = found.counts
     return counts_2N
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from raydetect.errors import RaydetectError, StorageError
 from raydetect.fleet_record import ArtifactIndex, read_index
 from raydetect.report.page import Extra, render
-from raydetect.report.pictures import Pictures, source_storage_of
+from raydetect.report.pictures import Pictures, Reach, reach_of
 from raydetect.report.tally import Tally, tally
 from raydetect.sinks.ledger import Ledger
 from raydetect.storage import Storage, normalise_uri
@@ -41,14 +41,23 @@ def report_html(ledger: Ledger, pictures: int = PICTURES, extra: Extra | None = 
     return page_of(ledger, run, tally(ledger, run, pictures), extra)
 
 
-def page_of(ledger: Ledger, run: Mapping[str, Any], found: Tally, extra: Extra | None) -> str:
+def page_of(
+    ledger: Ledger, run: Mapping[str, Any], found: Tally, extra: Extra | None = None, reach: Reach | None = None
+) -> str:
     """The same from rows that are counted already.
+
+    Args:
+        ledger: of the results directory.
+        run: its `run.json`.
+        found: its rows.
+        extra: of an audit.
+        reach: of archive and artifact; None = by the public words of `run.json`.
 
     Raises:
         StorageError: a record is damaged.
     """
-    storage = source_storage_of(run)
-    return render(ledger, run, found, Pictures(ledger, run, storage), detector_text(run, storage), extra)
+    reach = reach or reach_of(run)
+    return render(ledger, run, found, Pictures(ledger, run, reach.source), detector_text(run, reach.models), extra)
 
 
 def detector_text(run: Mapping[str, Any], storage: Storage) -> str:

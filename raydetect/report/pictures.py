@@ -148,12 +148,28 @@ def map_scale(run: Mapping[str, Any], category: str | None) -> MapScale:
     return MapScale(float(found["low"]), float(found["high"]))
 
 
-def source_storage_of(run: Mapping[str, Any]) -> Storage:
-    """Reaches the archive of a run, with the public words of its job; keys come from the environment."""
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """How to get at what a run was made from.
+
+    Attributes:
+        source: its archive.
+        models: its artifact.
+    """
+
+    source: Storage
+    models: Storage
+
+
+def reach_of(run: Mapping[str, Any]) -> Reach:
+    """By the public words of the run's job; keys come from the environment."""
     spec = run["spec"]
-    words = spec["source"].get("storage") or spec.get("storage") or {}
+    return Reach(_public(spec["source"].get("storage") or spec.get("storage")), _public(spec.get("storage")))
+
+
+def _public(words: Mapping[str, Any] | None) -> Storage:
     known = StorageOptions().public()
-    return Storage(StorageOptions(**{name: words.get(name, default) for name, default in known.items()}))
+    return Storage(StorageOptions(**{name: (words or {}).get(name, default) for name, default in known.items()}))
 
 
 def why_not(error: MemberError | RaydetectError) -> str:

@@ -1,7 +1,7 @@
 """One pass over the rows of a run: sums, distributions and samples, in memory that does not grow with the run."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +19,8 @@ from raydetect.sinks.rows import read_rows
 MAX_CATEGORIES, OTHERS = 2000, "(others)"
 MAX_BAD_PER_STATUS = 40
 COLUMNS = (
-    "key", "image_uri", "status", "error", "width", "height", "image_score", "p_value", "threshold", "flagged",
-    "heatmap_uri", "artifact", "label", "category", "defect",
+    "key", "image_uri", "status", "error", "width", "height", "brightness", "sharpness", "image_score", "p_value",
+    "threshold", "flagged", "heatmap_uri", "artifact", "label", "category", "defect",
 )  # fmt: skip
 
 
@@ -112,20 +112,22 @@ class Tally:
                 self.bad.append({**row, "error": row["error"].removeprefix(f"{row['key']}: ")})
 
 
-def tally(ledger: Ledger, run: Mapping[str, Any], pictures: int) -> Tally:
+def tally(
+    ledger: Ledger, run: Mapping[str, Any], pictures: int, also: Callable[[pa.Table], None] | None = None
+) -> Tally:
     """Reads every committed row once.
 
     Args:
         ledger: of the results directory.
         run: its `run.json`.
         pictures: how many of the most anomalous images are kept.
+        also: is given the rows of every part, for other sums in the same pass.
 
     Raises:
         StorageError: a record or part is missing or damaged.
     """
-    fleet = bool(run["result"].get("categories"))
-    measure = "p_value" if fleet else "image_score"
-    found = Tally(measure, Foremost(pictures, by_p_value=fleet))
+    measure = measure_of(run)
+    found = Tally(measure, Foremost(pictures, by_p_value=measure == "p_value"))
     shard = -1
     for receipt, _, table in read_rows(ledger, COLUMNS):
         if receipt.shard != shard:
@@ -133,7 +135,14 @@ def tally(ledger: Ledger, run: Mapping[str, Any], pictures: int) -> Tally:
             found.totals.add(receipt)
             found.timeline.add(receipt)
         found.add(table)
+        if also is not None:
+            also(table)
     return found
+
+
+def measure_of(run: Mapping[str, Any]) -> str:
+    """The column by which images of a run are compared: raw scores of a fleet's detectors cannot be."""
+    return "p_value" if run["result"].get("categories") else "image_score"
 
 
 def floats(table: pa.Table, name: str) -> np.ndarray:

@@ -49,7 +49,7 @@ class Pixels:
         width: stored width in px after orientation, None when the header could not be read.
         height: likewise.
         brightness: mean luminance in [0, 1] at the input size, None when not ok.
-        sharpness: standard deviation of the Laplacian of that luminance, None when not ok.
+        sharpness: standard deviation of that luminance's Laplacian over its mean, None when not ok.
         status: "ok" or one of records.BAD_STATUSES.
         error: one sentence when not ok.
     """
@@ -100,9 +100,10 @@ def decode_member(member: Member, rules: DecodeRules, image_size: tuple[int, int
 
 
 def light_and_edges(grey_HW: np.ndarray) -> tuple[float, float]:
-    """(mean, standard deviation of the four-neighbour Laplacian) of luminance scaled to [0, 1].
+    """(mean luminance in [0, 1], standard deviation of its four-neighbour Laplacian over that mean).
 
-    Sums are integers, so the same picture gives the same bits everywhere. The outermost pixels have no Laplacian.
+    Dividing by the mean makes sharpness tell of the lens and not of the light; of a black picture it is 0. Sums are
+    integers, so the same picture gives the same bits everywhere. The outermost pixels have no Laplacian.
 
     Args:
         grey_HW: uint8.
@@ -112,10 +113,10 @@ def light_and_edges(grey_HW: np.ndarray) -> tuple[float, float]:
     across_HW = wide_HW[1:-1, :-2] + wide_HW[1:-1, 2:] + wide_HW[:-2, 1:-1] + wide_HW[2:, 1:-1]
     edges_HW = across_HW - 4 * wide_HW[1:-1, 1:-1]
     count = edges_HW.size
-    if not count:
+    if not count or not brightness:
         return brightness, 0.0
     total, squares = int(edges_HW.sum(dtype=np.int64)), int((edges_HW * edges_HW).sum(dtype=np.int64))
-    return brightness, math.sqrt(max(0, count * squares - total * total)) / (255.0 * count)
+    return brightness, math.sqrt(max(0, count * squares - total * total)) / (255.0 * count * brightness)
 
 
 def decode_all(
