@@ -19,7 +19,8 @@ demo: $(STAMP)
 	@$(BIN)/python -m tests.made.archives .demo/archive
 	@$(BIN)/raydetect fit jobs/demo/fit.yaml $(if $(WEIGHTS),--set detector.params.weights=$(WEIGHTS))
 	@$(BIN)/raydetect score jobs/demo/score.yaml
-	@echo "Heatmaps of flagged images: .demo/results/heatmaps"
+	@$(BIN)/raydetect report .demo/results -o .demo/report.html
+	@echo "Open it in a browser: file://$(CURDIR)/.demo/report.html"
 
 check: $(STAMP)
 	$(BIN)/ruff check .

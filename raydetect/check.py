@@ -1,5 +1,6 @@
 """Every mistake of a job file that can be found without a cluster, in seconds."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 
@@ -7,6 +8,9 @@ from raydetect.archives.naming import Naming
 from raydetect.archives.open import open_archive
 from raydetect.archives.prefix import loose_names
 from raydetect.artifact_record import read_record
+from raydetect.audit.measures import MEASURES
+from raydetect.audit.rules import parse_rules
+from raydetect.audit.webhook import webhook_of
 from raydetect.detectors._ensemble import learns_from_labels, parts
 from raydetect.detectors._registry import build_from
 from raydetect.errors import RaydetectError, SpecError
@@ -16,6 +20,7 @@ from raydetect.gateway.desk import load_served
 from raydetect.gateway.tokens import read_tokens
 from raydetect.plan import plan_score
 from raydetect.spec import (
+    AuditSpec,
     FitSpec,
     JobSpec,
     ResourceSpec,
@@ -23,18 +28,21 @@ from raydetect.spec import (
     ServeSpec,
     SourceSpec,
     StorageOptions,
+    night_score,
     sink_storage,
     source_storage,
 )
-from raydetect.storage import Storage, normalise_uri
+from raydetect.storage import Storage, join_uri, normalise_uri
 
 
 def find_problems(spec: JobSpec) -> list[str]:
     """One sentence for each mistake; empty when the job can run."""
     if isinstance(spec, ServeSpec):
         checks = _serve_checks(spec)
+    elif isinstance(spec, FitSpec):
+        checks = _fit_checks(spec)
     else:
-        checks = _fit_checks(spec) if isinstance(spec, FitSpec) else _score_checks(spec)
+        checks = _score_checks(spec) + (_audit_checks(spec) if isinstance(spec, AuditSpec) else [])
     found = [sentence for check in checks if (sentence := _sentence(check))]
     if not found and isinstance(spec, ScoreSpec):
         found = [sentence for sentence in [_sentence(lambda: plan_score(spec))] if sentence]
@@ -55,7 +63,15 @@ def _fit_checks(spec: FitSpec) -> list[Callable[[], object]]:
     return checks
 
 
-def _score_checks(spec: ScoreSpec) -> list[Callable[[], object]]:
+def _audit_checks(spec: AuditSpec) -> list[Callable[[], object]]:
+    return [
+        lambda: parse_rules(spec.alarm_when, MEASURES),
+        lambda: webhook_of(spec.webhook, os.environ),
+        lambda: plan_score(night_score(spec, join_uri(spec.sink.uri, "none")), ()),
+    ]
+
+
+def _score_checks(spec: ScoreSpec | AuditSpec) -> list[Callable[[], object]]:
     models = Storage(spec.storage)
     return [
         lambda: _first_shard(spec.source, source_storage(spec, spec.source)),

@@ -5,27 +5,37 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from raydetect import __version__
-from raydetect.errors import RaydetectError, SpecError
+from raydetect.commands.audit import audit
+from raydetect.commands.door import (
+    BAD_JOB,
+    cluster,
+    errors,
+    expect,
+    job_file,
+    job_values,
+    ledger_of,
+    load,
+    overrides,
+    parse,
+    storage_words,
+)
+from raydetect.commands.export import export
+from raydetect.commands.report import report
+from raydetect.commands.scoring import run_score
+from raydetect.errors import SpecError
 
 if TYPE_CHECKING:
     from raydetect.plan import Forecast, ScorePlan
     from raydetect.records import FitReport
-    from raydetect.spec import FitSpec, JobSpec
+    from raydetect.spec import FitSpec
 
-BAD_JOB, INTERRUPTED = 2, 130
 NAMED_CATEGORIES = 8
-
-job_file = click.argument("job", type=click.Path(dir_okay=False, path_type=Path))
-overrides = click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override one key of the job file.")
-cluster = click.option("--address", help="Ray cluster (default: RAY_ADDRESS, else a local Ray).")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -33,7 +43,8 @@ cluster = click.option("--address", help="Ray cluster (default: RAY_ADDRESS, els
 def main() -> None:
     """Finds the abnormal images in large archives: fits detectors, scores archives on Ray, keeps a ledger.
 
-    Exit codes: 0 done, 1 the run failed, 2 the job file is wrong, 3 done with too many bad rows.
+    Exit codes: 0 done, 1 the run failed, 2 the job file is wrong, 3 done with too many bad rows,
+    4 an audit raised an alarm.
     """
 
 
@@ -42,10 +53,10 @@ def main() -> None:
 @overrides
 def check(job: Path, overrides: tuple[str, ...]) -> None:
     """Find every mistake in a job file; touches no cluster."""
-    with _errors(BAD_JOB):
+    with errors(BAD_JOB):
         from raydetect.check import find_problems
 
-        spec = _load(job, overrides)
+        spec = load(job, overrides)
         problems = find_problems(spec)
     if problems:
         for sentence in problems:
@@ -64,15 +75,15 @@ def check(job: Path, overrides: tuple[str, ...]) -> None:
 )
 def fit(job: Path, overrides: tuple[str, ...], address: str | None, in_process: bool, extend: str | None) -> None:
     """Fit a detector on normal images and write the artifact."""
-    with _errors(BAD_JOB):
-        spec = _expect(_load(job, _with_extend(overrides, extend)), "fit", job)
+    with errors(BAD_JOB):
+        spec = expect(load(job, _with_extend(overrides, extend)), "fit", job)
         from raydetect.check import find_problems
 
         problems = find_problems(spec)
         if problems:
             raise SpecError(" ".join(problems))
         from raydetect.console import FitDisplay
-    with _errors(), FitDisplay() as display:
+    with errors(), FitDisplay() as display:
         if in_process:
             from raydetect import local
 
@@ -126,8 +137,8 @@ def _coreset_text(coreset: dict[str, Any]) -> str:
 @click.option("--local", "in_process", is_flag=True, help="Run in this process, without Ray.")
 def score(job: Path, overrides: tuple[str, ...], address: str | None, in_process: bool) -> None:
     """Score an archive; started again, it goes on where it stopped."""
-    with _errors(BAD_JOB):
-        spec = _expect(_load(job, overrides), "score", job)
+    with errors(BAD_JOB):
+        spec = expect(load(job, overrides), "score", job)
         if spec.engine == "serve" and not (in_process or address or os.environ.get("RAY_ADDRESS")):
             raise SpecError("engine: serve needs the cluster on which `raydetect serve` runs. State --address.")
         from raydetect.plan import plan_score
@@ -137,32 +148,9 @@ def score(job: Path, overrides: tuple[str, ...], address: str | None, in_process
     done = len(plan.shards) - len(plan.todo)
     if done:
         click.echo(f"{done} of {len(plan.shards)} shards are committed already; going on with the rest.", err=True)
-    with _errors():
-        manifest = _run_score(plan, address, in_process)
+    with errors():
+        manifest = run_score(plan, address, in_process)
     _summary(plan, manifest)
-
-
-def _run_score(plan: "ScorePlan", address: str | None, in_process: bool) -> dict[str, Any]:
-    from raydetect.console import ScoreDisplay
-    from raydetect.records import Part, Receipt
-
-    left = sum(shard.size_bytes for shard in plan.todo)
-    with ScoreDisplay(len(plan.shards) - len(plan.todo), len(plan.shards), left) as display:
-
-        def on_part(part: Part, receipt: Receipt | None) -> None:
-            display.part(part, receipt, plan.shards[part.shard].size_bytes)
-
-        if in_process:
-            from raydetect import local
-
-            return local.score(plan, on_part)
-        if plan.spec.engine == "serve":
-            from raydetect.distributed.serve_run import score_through
-
-            return score_through(plan, address, on_part)
-        from raydetect.distributed.score import score as score_on_ray
-
-        return score_on_ray(plan, address, on_part)
 
 
 def _summary(plan: "ScorePlan", manifest: dict[str, Any]) -> None:
@@ -188,11 +176,11 @@ def _summary(plan: "ScorePlan", manifest: dict[str, Any]) -> None:
 @click.option("--no-wait", is_flag=True, help="Return as soon as the job is accepted.")
 def submit(job: Path, overrides: tuple[str, ...], address: str, no_wait: bool) -> None:
     """Submit a job file to a cluster (Ray Jobs), follow it, and exit with its code."""
-    with _errors(BAD_JOB):
-        values = _values(job, overrides)
-        _parse(values, job)
+    with errors(BAD_JOB):
+        values = job_values(job, overrides)
+        parse(values, job)
         from raydetect.distributed import submit as jobs
-    with _errors():
+    with errors():
         client, name = jobs.submit(address, values)
         click.echo(f"Submitted {name} to {address}.", err=True)
         if no_wait:
@@ -213,8 +201,8 @@ def serve(job: Path, overrides: tuple[str, ...], address: str | None, in_process
 
     On a local Ray until it is stopped; on a cluster the endpoints stay, and the same command again rolls out changes.
     """
-    with _errors(BAD_JOB):
-        spec = _expect(_load(job, overrides), "serve", job)
+    with errors(BAD_JOB):
+        spec = expect(load(job, overrides), "serve", job)
         from raydetect.gateway.tokens import read_tokens
 
         tokens = read_tokens(spec)
@@ -226,7 +214,7 @@ def serve(job: Path, overrides: tuple[str, ...], address: str | None, in_process
         click.echo(f"Page: {url}/   API: {url}/openapi.json   Tokens: {len(tokens.known) or 'none needed'}")
 
     target = address or os.environ.get("RAY_ADDRESS")
-    with _errors():
+    with errors():
         if in_process:
             from raydetect.serve_local import serve_here
 
@@ -249,20 +237,14 @@ def _wait_for_signal() -> None:
 
 @main.command()
 @click.argument("results")
-@click.option("--endpoint-url", help="S3 endpoint; keys come from the AWS environment or --profile.")
-@click.option("--profile", help="Profile of the AWS configuration files.")
-@click.option("--anon", is_flag=True, help="Anonymous requests.")
+@storage_words
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(results: str, endpoint_url: str | None, profile: str | None, anon: bool, as_json: bool) -> None:
     """Progress of a results directory, from its ledger alone."""
-    with _errors(BAD_JOB):
-        from raydetect.sinks.ledger import Ledger
+    with errors(BAD_JOB):
         from raydetect.sinks.results import progress
-        from raydetect.spec import StorageOptions
-        from raydetect.storage import Storage, normalise_uri
 
-        options = StorageOptions(endpoint_url=endpoint_url, profile=profile, anon=anon)
-        found = progress(Ledger(normalise_uri(results), Storage(options)))
+        found = progress(ledger_of(results, endpoint_url, profile, anon))
     if as_json:
         click.echo(json.dumps(found.plain(), indent=1, sort_keys=True))
         return
@@ -277,8 +259,8 @@ def status(results: str, endpoint_url: str | None, profile: str | None, anon: bo
 @click.option("--price", type=float, help="Price of one worker for one hour, for the cost column.")
 def plan(job: Path, overrides: tuple[str, ...], workers: str, price: float | None) -> None:
     """Shards, bytes, chunks, PUTs, hours and cost of what a scoring job has left."""
-    with _errors(BAD_JOB):
-        spec = _expect(_load(job, overrides), "score", job)
+    with errors(BAD_JOB):
+        spec = expect(load(job, overrides), "score", job)
         from raydetect.plan import forecast, plan_score
 
         try:
@@ -321,7 +303,7 @@ def _print_forecast(found: "Forecast") -> None:
 @click.option("--compare", is_flag=True, help="A table to choose from.")
 def detectors(name: str | None, compare: bool) -> None:
     """List the detectors, or one detector's parameters with defaults and doc lines."""
-    with _errors(BAD_JOB):
+    with errors(BAD_JOB):
         from raydetect.detectors._registry import detector_class, list_models
 
         if compare:
@@ -352,44 +334,5 @@ def _print_detector(kind: Any, name: str) -> None:
         click.echo(f"      {field.doc}")
 
 
-def _values(job: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
-    from raydetect.config import apply_overrides, parse_yaml
-
-    try:
-        text = job.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise SpecError(f"{job}: cannot be read ({reason}). Check the path of the job file.") from None
-    return apply_overrides(parse_yaml(text, str(job)), overrides)
-
-
-def _parse(values: dict[str, Any], job: Path) -> "JobSpec":
-    from raydetect.spec import parse_job
-
-    return parse_job(values, str(job))
-
-
-def _load(job: Path, overrides: tuple[str, ...]) -> "JobSpec":
-    return _parse(_values(job, overrides), job)
-
-
-def _expect(spec: "JobSpec", kind: str, job: Path) -> Any:
-    if spec.kind != kind:
-        raise SpecError(f"{job}: is a {spec.kind} job. Run `raydetect {spec.kind} {job}`.")
-    return spec
-
-
-@contextmanager
-def _errors(code: int | None = None) -> Iterator[None]:
-    """Deliberate errors become one line and an exit code: `code`, or the error's own."""
-    try:
-        yield
-    except RaydetectError as error:
-        _fail(str(error), code or error.exit_code)
-    except KeyboardInterrupt:
-        _fail("Stopped. What is committed stays; the same command goes on from there.", INTERRUPTED)
-
-
-def _fail(text: str, code: int) -> NoReturn:
-    click.echo(f"Error: {text}", err=True)
-    sys.exit(code)
+for command in (audit, export, report):
+    main.add_command(command)

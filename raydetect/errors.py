@@ -54,6 +54,12 @@ class TooManyBadRows(RaydetectError):
     exit_code = 3
 
 
+class AlarmRaised(RaydetectError):
+    """The audit is finished, and a rule raised an alarm."""
+
+    exit_code = 4
+
+
 def error_text(error: RaydetectError) -> str:
     """Kind and message as JSON, for the way to another process."""
     return json.dumps([type(error).__name__, str(error)])

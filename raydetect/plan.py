@@ -61,8 +61,12 @@ def only_record(artifact: ArtifactIndex, records: Mapping[str | None, ArtifactRe
     return records[None]
 
 
-def plan_score(spec: ScoreSpec) -> ScorePlan:
+def plan_score(spec: ScoreSpec, chosen: tuple[Shard, ...] | None = None) -> ScorePlan:
     """Lists the archive, reads the artifact's records and the ledger, and checks that they fit. Writes nothing.
+
+    Args:
+        spec: the job.
+        chosen: shards of an earlier listing, numbered from 0, instead of all.
 
     Raises:
         SpecError, StorageError, ArtifactError, ResumeError: the job cannot run as it is.
@@ -75,7 +79,7 @@ def plan_score(spec: ScoreSpec) -> ScorePlan:
         check_alpha(records, spec.flag.alpha)
     ledger = Ledger(normalise_uri(spec.sink.uri), Storage(sink_storage(spec)))
     archive = open_archive(spec.source, Storage(source_storage(spec, spec.source)))
-    shards = tuple(archive.shards())
+    shards = tuple(archive.shards()) if chosen is None else chosen
     refuse_without_categories(spec.source, artifact, shards)
     run = describe_run(spec, artifact, records, shards)
     ledger.compare(run)
@@ -103,7 +107,7 @@ def refuse_without_categories(source: SourceSpec, artifact: ArtifactIndex, shard
     Raises:
         SpecError: no image of the source can have a category.
     """
-    loose = all(shard.format == "prefix" for shard in shards)
+    loose = bool(shards) and all(shard.format == "prefix" for shard in shards)
     if artifact.categories and loose and "{category}" not in (source.pattern or ""):
         raise SpecError(
             f"source.pattern: names no {{category}}, by which the fleet {artifact.uri} chooses its detector. "

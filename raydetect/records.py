@@ -101,7 +101,8 @@ class Row:
     """One row of the results. Holds no time and no host name, so that a resumed run is equal row for row.
 
     `image_score` is raw (never clamped or normalised), None unless `status` is "ok"; so are the columns after it
-    up to `heatmap_uri`. `p_value` is None when the artifact has no calibration.
+    up to `heatmap_uri`. `p_value` is None when the artifact has no calibration. `brightness` and `sharpness` describe
+    the picture itself, so that a change of camera or light is told from a change of parts.
     """
 
     key: str
@@ -111,6 +112,8 @@ class Row:
     error: str = ""
     width: int | None = None
     height: int | None = None
+    brightness: float | None = None
+    sharpness: float | None = None
     image_score: float | None = None
     p_value: float | None = None
     threshold: float | None = None

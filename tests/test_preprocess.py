@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFilter
+from scipy import signal
 
 from raydetect.errors import MemberError
 from raydetect.records import BAD_STATUSES, OK, Member
 from raydetect.spec import SourceSpec
-from raydetect.worker.preprocess import DecodeRules, decode_all, decode_image, decode_member
+from raydetect.worker.preprocess import DecodeRules, decode_all, decode_image, decode_member, light_and_edges
 
 RULES = DecodeRules.of(SourceSpec(uri="memory://x"))
 COLOUR = np.random.default_rng(0).integers(0, 256, (20, 30, 3)).astype(np.uint8)
@@ -155,3 +156,26 @@ def test_a_bad_member_passes_through_and_a_pixel_limit_is_kept() -> None:
     small = DecodeRules.of(SourceSpec(uri="memory://x", max_pixels=599))
     with pytest.raises(MemberError, match=r"30 x 20 px is more than source\.max_pixels = 599"):
         decode_image(encoded(Image.fromarray(COLOUR), "PNG"), small)
+
+
+@pytest.mark.parametrize("shape", [(20, 30), (3, 3), (2, 5), (1, 1), (64, 48)])
+def test_light_and_edges_are_those_of_scipy(shape: tuple[int, int]) -> None:
+    grey = np.random.default_rng(5).integers(0, 256, shape).astype(np.uint8)
+    brightness, sharpness = light_and_edges(grey)
+    assert brightness == pytest.approx(float(grey.mean()) / 255, abs=1e-12)
+    kernel = np.asarray([[0, 1, 0], [1, -4, 1], [0, 1, 0]]) / 255
+    inner = signal.convolve2d(grey.astype(np.float64), kernel, mode="valid") if min(shape) > 2 else np.zeros(1)
+    assert sharpness == pytest.approx(float(inner.std()) / brightness, abs=1e-9)
+    assert light_and_edges(np.zeros((9, 9), np.uint8)) == (0.0, 0.0)
+
+
+def test_a_dim_picture_is_less_bright_and_a_blurred_one_less_sharp() -> None:
+    plain = Image.fromarray(COLOUR)
+    blurred = plain.filter(ImageFilter.GaussianBlur(2))
+    made = [decode_member(Member("k", "k", data=encoded(p, "PNG")), RULES, (20, 30)) for p in (plain, blurred)]
+    assert made[1].sharpness < 0.3 * made[0].sharpness  # type: ignore[operator]
+    assert made[1].brightness == pytest.approx(made[0].brightness, abs=0.02)
+    dim = decode_member(Member("k", "k", data=encoded(Image.fromarray(COLOUR // 2), "PNG")), RULES, (20, 30))
+    assert dim.brightness == pytest.approx(made[0].brightness / 2, abs=0.01)  # type: ignore[operator]
+    assert dim.sharpness == pytest.approx(made[0].sharpness, rel=0.02)
+    assert decode_member(Member("k", "k", data=b"x"), RULES, (20, 30)).brightness is None

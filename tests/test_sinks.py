@@ -33,6 +33,8 @@ GOLDEN = [
     "error: string not null",
     "width: int32",
     "height: int32",
+    "brightness: double",
+    "sharpness: double",
     "image_score: double",
     "p_value: double",
     "threshold: double",

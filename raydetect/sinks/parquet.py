@@ -18,6 +18,8 @@ from raydetect.storage import Storage, join_uri
 TYPES = {
     "width": pa.int32(),
     "height": pa.int32(),
+    "brightness": pa.float64(),
+    "sharpness": pa.float64(),
     "image_score": pa.float64(),
     "p_value": pa.float64(),
     "threshold": pa.float64(),

@@ -1,5 +1,6 @@
 """The job file's words: frozen, strict dataclasses with a doc line and a check under every field."""
 
+from raydetect.spec.audit import AuditSpec, BaselineSpec, WebhookSpec, night_score
 from raydetect.spec.fit import (
     ENSEMBLE,
     FIT_CHUNK_BYTES,
@@ -28,6 +29,8 @@ __all__ = [
     "FIT_CHUNK_BYTES",
     "FIT_CHUNK_IMAGES",
     "AllowSpec",
+    "AuditSpec",
+    "BaselineSpec",
     "CalibrationSpec",
     "DetectorSpec",
     "FitSpec",
@@ -45,6 +48,8 @@ __all__ = [
     "SinkSpec",
     "SourceSpec",
     "StorageOptions",
+    "WebhookSpec",
+    "night_score",
     "parse_job",
     "public_spec",
     "result_digest",

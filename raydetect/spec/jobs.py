@@ -4,14 +4,15 @@ from typing import Any
 
 from raydetect.config import apply_overrides, digest, nearest, to_plain, validate
 from raydetect.errors import SpecError
+from raydetect.spec.audit import AuditSpec
 from raydetect.spec.fit import FitSpec
 from raydetect.spec.score import ScoreSpec
 from raydetect.spec.serve import ServeSpec
 from raydetect.spec.words import SourceSpec, StorageOptions
 
 FREE_RESOURCES = ("num_workers", "detectors_in_memory", "bank_shards")  # they do not change rows
-JobSpec = FitSpec | ScoreSpec | ServeSpec
-KINDS: dict[str, type[JobSpec]] = {"fit": FitSpec, "score": ScoreSpec, "serve": ServeSpec}
+JobSpec = FitSpec | ScoreSpec | AuditSpec | ServeSpec
+KINDS: dict[str, type[JobSpec]] = {"fit": FitSpec, "score": ScoreSpec, "audit": AuditSpec, "serve": ServeSpec}
 
 
 def parse_job(values: dict[str, Any], where: str, overrides: tuple[str, ...] = ()) -> JobSpec:
@@ -38,7 +39,7 @@ def source_storage(spec: JobSpec, source: SourceSpec) -> StorageOptions:
     return source.storage or spec.storage
 
 
-def sink_storage(spec: ScoreSpec) -> StorageOptions:
+def sink_storage(spec: ScoreSpec | AuditSpec) -> StorageOptions:
     """The storage that the results of this job use."""
     return spec.sink.storage or spec.storage
 

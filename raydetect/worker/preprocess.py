@@ -7,10 +7,12 @@ unless the source says `ignore`. Resizing is Pillow's antialiased bilinear, aspe
 """
 
 import io
+import math
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -46,6 +48,8 @@ class Pixels:
         image_HWC: uint8 RGB at the detector's input size; None when not ok.
         width: stored width in px after orientation, None when the header could not be read.
         height: likewise.
+        brightness: mean luminance in [0, 1] at the input size, None when not ok.
+        sharpness: standard deviation of that luminance's Laplacian over its mean, None when not ok.
         status: "ok" or one of records.BAD_STATUSES.
         error: one sentence when not ok.
     """
@@ -53,8 +57,14 @@ class Pixels:
     image_HWC: np.ndarray | None
     width: int | None = None
     height: int | None = None
+    brightness: float | None = None
+    sharpness: float | None = None
     status: str = OK
     error: str = ""
+
+    def facts(self) -> dict[str, Any]:
+        """What a row holds of the picture itself."""
+        return {name: getattr(self, name) for name in ("width", "height", "brightness", "sharpness")}
 
 
 def decode_image(data: bytes, rules: DecodeRules) -> Image.Image:
@@ -85,7 +95,28 @@ def decode_member(member: Member, rules: DecodeRules, image_size: tuple[int, int
     width, height = picture.size
     if (height, width) != image_size:
         picture = picture.resize(image_size[::-1], Image.Resampling.BILINEAR)
-    return Pixels(np.asarray(picture, dtype=np.uint8), width, height)
+    brightness, sharpness = light_and_edges(np.asarray(picture.convert("L")))
+    return Pixels(np.asarray(picture, dtype=np.uint8), width, height, brightness, sharpness)
+
+
+def light_and_edges(grey_HW: np.ndarray) -> tuple[float, float]:
+    """(mean luminance in [0, 1], standard deviation of its four-neighbour Laplacian over that mean).
+
+    Dividing by the mean makes sharpness tell of the lens and not of the light; of a black picture it is 0. Sums are
+    integers, so the same picture gives the same bits everywhere. The outermost pixels have no Laplacian.
+
+    Args:
+        grey_HW: uint8.
+    """
+    brightness = int(grey_HW.sum(dtype=np.int64)) / (255.0 * grey_HW.size)
+    wide_HW = grey_HW.astype(np.int32)
+    across_HW = wide_HW[1:-1, :-2] + wide_HW[1:-1, 2:] + wide_HW[:-2, 1:-1] + wide_HW[2:, 1:-1]
+    edges_HW = across_HW - 4 * wide_HW[1:-1, 1:-1]
+    count = edges_HW.size
+    if not count or not brightness:
+        return brightness, 0.0
+    total, squares = int(edges_HW.sum(dtype=np.int64)), int((edges_HW * edges_HW).sum(dtype=np.int64))
+    return brightness, math.sqrt(max(0, count * squares - total * total)) / (255.0 * count * brightness)
 
 
 def decode_all(

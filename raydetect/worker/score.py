@@ -146,7 +146,7 @@ class Scorer:
         for position, member in enumerate(chunk.members):
             header = work.headers.get(position) or self._undecoded(member)
             row = work.rows.get(position) or self._bad_row(member, chunk, header)
-            work.result.rows.append(replace(row, width=header.width, height=header.height))
+            work.result.rows.append(replace(row, **header.facts()))
         return work.result
 
     def _groups(self, chunk: Chunk) -> list[tuple[ArtifactRef, list[int]]]:

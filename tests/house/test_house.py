@@ -7,14 +7,17 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
+from raydetect.audit.measures import MEASURES
+from raydetect.audit.rules import parse_rules
 from raydetect.config import parse_yaml
 from raydetect.detectors._registry import build_from
-from raydetect.spec import FitSpec, parse_job
+from raydetect.spec import AuditSpec, FitSpec, parse_job
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "raydetect").rglob("*.py"))
@@ -101,7 +104,7 @@ def test_cluster_files_load_and_name_the_pinned_ray(path: Path) -> None:
     assert re.search(r"RAY_AUTH_MODE\W+(value:\s*)?token", text)
     for body in found:
         if "kind" in body:
-            assert body["kind"] in ("RayCluster", "RayJob", "RayService", "ConfigMap") and body["apiVersion"]
+            assert body["kind"] in ("RayCluster", "RayJob", "RayService", "ConfigMap", "CronJob") and body["apiVersion"]
             spec = body.get("spec")
             if body["kind"] == "RayCluster" and isinstance(spec, dict):
                 assert spec["rayVersion"] == PINNED_RAY.group(1)
@@ -123,13 +126,36 @@ def test_the_image_is_built_on_the_pinned_ray_and_installs_this_project() -> Non
     assert "constraints.txt" in text and "RAY_AUTH_MODE=token" in text
 
 
-def test_the_job_of_the_kubernetes_file_is_a_job_file() -> None:
-    bodies = documents(ROOT / "cluster" / "rayjob-score.yaml")
+@pytest.mark.parametrize("name", ["rayjob-score.yaml", "cronjob-audit.yaml"])
+def test_the_job_of_a_kubernetes_file_is_a_job_file(name: str) -> None:
+    bodies = documents(ROOT / "cluster" / name)
     config = next(body for body in bodies if body["kind"] == "ConfigMap")
     data = config["data"]
-    assert isinstance(data, dict)
-    for name, text in data.items():
-        parse_job(parse_yaml(text, name), name)
+    assert isinstance(data, dict) and data
+    for file, text in data.items():
+        spec = parse_job(parse_yaml(text, file), file)
+        if isinstance(spec, AuditSpec):
+            assert parse_rules(spec.alarm_when, MEASURES)
+
+
+def test_the_audit_is_scheduled_one_at_a_time_and_an_alarm_is_not_tried_again() -> None:
+    from click.testing import CliRunner
+
+    from raydetect.cli import main
+
+    job = next(body for body in documents(ROOT / "cluster" / "cronjob-audit.yaml") if body["kind"] == "CronJob")
+    spec: Any = job["spec"]
+    assert spec["concurrencyPolicy"] == "Forbid" and len(spec["schedule"].split()) == 5
+    work = spec["jobTemplate"]["spec"]
+    codes = [rule["onExitCodes"] for rule in work["podFailurePolicy"]["rules"]]
+    (container,) = work["template"]["spec"]["containers"]
+    assert codes == [{"containerName": container["name"], "operator": "In", "values": [2, 4]}]
+    assert work["template"]["spec"]["restartPolicy"] == "Never"  # what podFailurePolicy asks for
+    (line,) = container["args"]
+    words = line.split()
+    assert words[0] == "raydetect" and words[2] == f"{container['volumeMounts'][0]['mountPath']}/audit.yaml"
+    known = CliRunner().invoke(main, [words[1], "--help"]).output
+    assert {word for word in words if word.startswith("--")} <= set(known.replace(",", " ").split())
 
 
 def test_the_endpoints_of_the_cluster_files_are_a_job(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,1 @@
+"""Audits: what came since the last one is scored, compared with the nights before, and judged by rules."""

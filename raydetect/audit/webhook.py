@@ -1,0 +1,130 @@
+"""Tells a webhook of an audit: to allowed addresses only, signed, with retries, and once for each night.
+
+The signature is HMAC-SHA256 of `<timestamp>.<body>` with the secret, in hex, in the header `X-Raydetect-Signature` as
+`t=<timestamp>,v1=<hex>`, so a receiver can refuse what is old. `X-Raydetect-Night` names the night, so it can drop what
+it has already.
+"""
+
+import hashlib
+import hmac
+import http.client
+import ssl
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from raydetect.errors import RaydetectError, SpecError
+from raydetect.gateway.allow import WEB, NotAllowed, Prefixes, resolved
+from raydetect.spec import WebhookSpec
+
+SECRET, ALLOW = "RAYDETECT_WEBHOOK_SECRET", "RAYDETECT_WEBHOOK_ALLOW"
+LEAST_LETTERS = 16
+RETRIED = (408, 425, 429)
+
+
+class WebhookError(RaydetectError):
+    """The webhook was not told; the audit itself is finished and stays."""
+
+
+@dataclass(frozen=True, slots=True)
+class Webhook:
+    """A checked target with its secret, which no message and no file ever holds."""
+
+    url: str
+    spec: WebhookSpec
+    _secret: bytes
+
+    def __repr__(self) -> str:
+        return f"Webhook({self.url!r})"
+
+    def send(self, night: str, body: bytes, pause: Callable[[float], None] = time.sleep) -> int:
+        """Posts until it is accepted; returns the status.
+
+        Args:
+            night: names the audit.
+            body: JSON.
+            pause: between attempts, in seconds.
+
+        Raises:
+            WebhookError: it was refused, or no attempt reached it.
+        """
+        problem = ""
+        for attempt in range(self.spec.attempts):
+            if attempt:
+                pause(2.0 ** (attempt - 1))
+            try:
+                status = self._post(night, body)
+            except NotAllowed as error:
+                raise WebhookError(f"webhook.url: {error} The audit stays; start it again to tell of it.") from None
+            except (OSError, http.client.HTTPException) as error:
+                problem = f"{type(error).__name__}"
+                continue
+            if 200 <= status < 300:
+                return status
+            problem = f"status {status}"
+            if status < 500 and status not in RETRIED:
+                break
+        raise WebhookError(
+            f"webhook.url: {self.url} did not take the summary ({problem} after {attempt + 1} attempts). The audit "
+            "stays; start it again to tell of it."
+        )
+
+    def _post(self, night: str, body: bytes) -> int:
+        """One attempt, to an address that was checked, so that no second lookup leads elsewhere; follows nothing."""
+        parts = urlsplit(self.url)
+        secure = parts.scheme == "https"
+        port = parts.port or (443 if secure else 80)
+        seconds = self.spec.request_seconds
+        connection = http.client.HTTPConnection(resolved(str(parts.hostname), port)[0], port, timeout=seconds)
+        try:
+            connection.connect()
+            if secure:
+                context = ssl.create_default_context()
+                connection.sock = context.wrap_socket(connection.sock, server_hostname=parts.hostname)
+            connection.request("POST", parts.path or "/", body=body, headers=self._headers(parts.netloc, night, body))
+            return connection.getresponse().status
+        finally:
+            connection.close()
+
+    def _headers(self, host: str, night: str, body: bytes) -> dict[str, str]:
+        moment = str(int(time.time()))
+        return {
+            "Host": host,
+            "Content-Type": "application/json",
+            "Connection": "close",
+            "X-Raydetect-Night": night,
+            "X-Raydetect-Signature": f"t={moment},v1={signature(self._secret, moment, body)}",
+        }
+
+
+def signature(secret: bytes, moment: str, body: bytes) -> str:
+    """HMAC-SHA256 of `<moment>.<body>`, hex."""
+    return hmac.new(secret, moment.encode() + b"." + body, hashlib.sha256).hexdigest()
+
+
+def webhook_of(spec: WebhookSpec | None, environment: Mapping[str, str]) -> Webhook | None:
+    """The webhook of a job, None when it has none.
+
+    Args:
+        spec: of the job file.
+        environment: holds RAYDETECT_WEBHOOK_SECRET, and RAYDETECT_WEBHOOK_ALLOW with URL prefixes between spaces.
+
+    Raises:
+        SpecError: a variable is missing, the secret is short, or the URL is not below a prefix.
+    """
+    if spec is None:
+        return None
+    prefixes = environment.get(ALLOW, "").split()
+    if not prefixes:
+        raise SpecError(f"webhook: {ALLOW} is not set, so no address may be told. Set it to URL prefixes.")
+    secret = environment.get(SECRET, "")
+    if len(secret) < LEAST_LETTERS:
+        raise SpecError(f"webhook: {SECRET} is missing or has fewer than {LEAST_LETTERS} letters. Set a longer one.")
+    try:
+        url = Prefixes.of(prefixes).check(spec.url, "webhook.url")
+    except NotAllowed:
+        raise SpecError(f"webhook.url: {spec.url!r} is not below a prefix of {ALLOW}. Add one or mend it.") from None
+    if urlsplit(url).scheme not in WEB:
+        raise SpecError(f"webhook.url: {spec.url!r} is no web address. Write https://...")
+    return Webhook(url, spec, secret.encode())

@@ -1,0 +1,84 @@
+"""`raydetect export`: a run for spreadsheets and labelling tools."""
+
+from pathlib import Path
+
+import click
+
+from raydetect.commands.door import BAD_JOB, errors, ledger_of, storage_words
+from raydetect.errors import SpecError
+
+MISSING_SHOWN = 10
+
+
+@click.command()
+@click.argument("results")
+@click.option("--as", "form", type=click.Choice(["csv", "coco", "folder"]), required=True, help="What to make.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="[default: rows.csv, coco.json or flagged]")
+@click.option(
+    "--map-threshold", type=float, help="coco: a pixel is anomalous from here on. [default: above normal images]"
+)
+@click.option("--polygons", is_flag=True, help="coco: polygons along pixel edges instead of run lengths.")
+@storage_words
+def export(
+    results: str,
+    form: str,
+    output: Path | None,
+    map_threshold: float | None,
+    polygons: bool,
+    endpoint_url: str | None,
+    profile: str | None,
+    anon: bool,
+) -> None:
+    """Write a run's rows, outlines or flagged images for other tools.
+
+    csv: all rows in one file. coco: regions of anomaly maps (of runs with sink.style: map) as run lengths or polygons.
+    folder: the flagged images as they are stored, their overlays, and a table of them.
+    """
+    with errors(BAD_JOB):
+        if form != "coco" and (map_threshold is not None or polygons):
+            raise SpecError(f"--map-threshold and --polygons belong to --as coco, given --as {form}. Leave them out.")
+        from raydetect.export.coco import require_maps
+        from raydetect.report.make import begun
+        from raydetect.report.pictures import Pictures, reach_of
+
+        ledger = ledger_of(results, endpoint_url, profile, anon)
+        run = begun(ledger)
+        pictures = Pictures(ledger, run, reach_of(run).source)
+        if form == "coco":
+            require_maps(pictures)
+        place = output or Path({"csv": "rows.csv", "coco": "coco.json", "folder": "flagged"}[form])
+        _prepare(place, form == "folder")
+    with errors():
+        if form == "csv":
+            from raydetect.export.table import write_csv
+
+            click.echo(f"Wrote {write_csv(ledger, place):,} rows.\nTable: {place}")
+        elif form == "coco":
+            from raydetect.export.coco import write_coco
+
+            images, regions = write_coco(pictures, place, map_threshold, polygons)
+            click.echo(f"Wrote {regions:,} regions of {images:,} images with an anomaly map.\nAnnotations: {place}")
+        else:
+            from raydetect.export.folder import write_folder
+
+            count, missing = write_folder(pictures, place)
+            for sentence in missing[:MISSING_SHOWN]:
+                click.echo(sentence, err=True)
+            left_out = f"; {len(missing):,} pictures could not be read" if missing else ""
+            click.echo(f"Wrote {count:,} flagged images{left_out}.\nFolder: {place}")
+
+
+def _prepare(place: Path, folder: bool) -> None:
+    """Makes the folder that something is written into.
+
+    Raises:
+        SpecError: it cannot be made, or a file of the other kind is there.
+    """
+    wrong = place.is_file() if folder else place.is_dir()
+    if wrong:
+        kind = "a file is there, and a folder is to be made" if folder else "is a folder, and a file is to be made"
+        raise SpecError(f"{place}: {kind}. Name another place with -o.")
+    try:
+        (place if folder else place.parent).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SpecError(f"{place}: cannot be made ({error.strerror}). Name another place with -o.") from None

@@ -1,0 +1,55 @@
+"""`raydetect report`: a results directory as one HTML file."""
+
+from pathlib import Path
+
+import click
+
+from raydetect.commands.door import BAD_JOB, errors, ledger_of, storage_words
+
+
+@click.command()
+@click.argument("results")
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), default="report.html", show_default=True
+)
+@click.option("--pictures", type=click.IntRange(0, 500), default=48, show_default=True, help="Images in the gallery.")
+@storage_words
+def report(
+    results: str, output: Path, pictures: int, endpoint_url: str | None, profile: str | None, anon: bool
+) -> None:
+    """Make one HTML file of a results directory: totals, charts, the most anomalous images, what was bad and why.
+
+    The file needs no network. Images of the gallery are read from the archive of the run, with the endpoint that its
+    job names and keys from the environment.
+    """
+    with errors(BAD_JOB):
+        from raydetect.report.make import begun, page_of
+        from raydetect.report.tally import tally
+
+        ledger = ledger_of(results, endpoint_url, profile, anon)
+        run = begun(ledger)
+    with errors():
+        found = tally(ledger, run, pictures)
+        text = page_of(ledger, run, found)
+        write_text(output, text)
+    totals = found.totals
+    click.echo(
+        f"Reported {totals.rows:,} images in {totals.shards:,} shards: {totals.flagged:,} flagged, "
+        f"{totals.bad_rows:,} without a score."
+    )
+    click.echo(f"Report: {output} ({len(text.encode()) / 1e6:.1f} MB)")
+
+
+def write_text(output: Path, text: str) -> None:
+    """Writes a file of this machine.
+
+    Raises:
+        SpecError: it cannot be written.
+    """
+    from raydetect.errors import SpecError
+
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise SpecError(f"{output}: cannot be written ({error.strerror}). Name another file with -o.") from None

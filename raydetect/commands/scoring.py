@@ -1,0 +1,39 @@
+"""Running a scoring plan with a display, on Ray or in this process."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from raydetect.plan import ScorePlan
+
+
+def run_score(plan: "ScorePlan", address: str | None, in_process: bool) -> dict[str, Any]:
+    """Scores what is left of a plan, shown as it goes on; returns the manifest.
+
+    Args:
+        plan: the job.
+        address: of a cluster, or None.
+        in_process: without Ray.
+
+    Raises:
+        RaydetectError: the run failed, or is complete and too much of it is bad.
+    """
+    from raydetect.console import ScoreDisplay
+    from raydetect.records import Part, Receipt
+
+    left = sum(shard.size_bytes for shard in plan.todo)
+    with ScoreDisplay(len(plan.shards) - len(plan.todo), len(plan.shards), left) as display:
+
+        def on_part(part: Part, receipt: Receipt | None) -> None:
+            display.part(part, receipt, plan.shards[part.shard].size_bytes)
+
+        if in_process:
+            from raydetect import local
+
+            return local.score(plan, on_part)
+        if plan.spec.engine == "serve":
+            from raydetect.distributed.serve_run import score_through
+
+            return score_through(plan, address, on_part)
+        from raydetect.distributed.score import score as score_on_ray
+
+        return score_on_ray(plan, address, on_part)

@@ -1,0 +1,18 @@
+"""File names of exported images: flat, readable, and safe whatever a key holds."""
+
+import hashlib
+import re
+
+from raydetect.archives.base import IMAGE_SUFFIXES
+
+LETTERS, DIGITS = 80, 10
+
+
+def file_name(key: str) -> str:
+    """`bolt-test-scratch-0007-1a2b3c4d5e.png`: a function of the key alone, different for different keys."""
+    member = key.partition("#")[2] or key
+    stem, dot, ending = member.rpartition(".")
+    suffix = f".{ending.lower()}" if dot and f".{ending.lower()}" in IMAGE_SUFFIXES else ""
+    slug = re.sub(r"[^A-Za-z0-9_]+", "-", stem if suffix else member).strip("-")[-LETTERS:].strip("-")
+    digest = hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()[:DIGITS]
+    return f"{slug}-{digest}{suffix}" if slug else f"{digest}{suffix}"

@@ -1,0 +1,80 @@
+"""From a results directory to the report's text."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from raydetect.errors import RaydetectError, StorageError
+from raydetect.fleet_record import ArtifactIndex, read_index
+from raydetect.report.page import Extra, render
+from raydetect.report.pictures import Pictures, Reach, reach_of
+from raydetect.report.tally import Tally, tally
+from raydetect.sinks.ledger import Ledger
+from raydetect.storage import Storage, normalise_uri
+
+PICTURES = 48
+
+
+def begun(ledger: Ledger) -> dict[str, Any]:
+    """`run.json` of a scoring run.
+
+    Raises:
+        StorageError: no run was begun there.
+    """
+    run = ledger.run()
+    if run is None:
+        raise StorageError(f"{ledger.uri}: holds no run.json, so no run was begun there. Check the URI.")
+    return run
+
+
+def report_html(ledger: Ledger, pictures: int = PICTURES, extra: Extra | None = None) -> str:
+    """The report of a results directory, finished or not; reads every committed row once, and few images.
+
+    Args:
+        ledger: of the results directory.
+        pictures: how many of the most anomalous images are shown.
+        extra: of an audit.
+
+    Raises:
+        StorageError: no run was begun there, or a record or part is missing or damaged.
+    """
+    run = begun(ledger)
+    return page_of(ledger, run, tally(ledger, run, pictures), extra)
+
+
+def page_of(
+    ledger: Ledger, run: Mapping[str, Any], found: Tally, extra: Extra | None = None, reach: Reach | None = None
+) -> str:
+    """The same from rows that are counted already.
+
+    Args:
+        ledger: of the results directory.
+        run: its `run.json`.
+        found: its rows.
+        extra: of an audit.
+        reach: of archive and artifact; None = by the public words of `run.json`.
+
+    Raises:
+        StorageError: a record is damaged.
+    """
+    reach = reach or reach_of(run)
+    return render(ledger, run, found, Pictures(ledger, run, reach.source), detector_text(run, reach.models), extra)
+
+
+def detector_text(run: Mapping[str, Any], storage: Storage) -> str:
+    """What scored: names and counts when the artifact is still there as it was, else its digest alone."""
+    digest = str(run["result"]["artifact"])
+    try:
+        index = read_index(normalise_uri(run["spec"]["artifact"]), storage)
+    except RaydetectError:
+        return f"artifact {digest[:16]}"
+    if index.digest != digest:
+        return f"artifact {digest[:16]} (another one is there now)"
+    return _described(index)
+
+
+def _described(index: ArtifactIndex) -> str:
+    if index.categories:
+        return f"fleet of {len(index.categories):,} detectors ({index.digest[:16]})"
+    members = [str(member.get("detector")) for member in index.body.get("members", [])]
+    name = str(index.body["detector"]) + (f" of {', '.join(members)}" if members else "")
+    return f"{name} ({index.digest[:16]})"

@@ -1,0 +1,171 @@
+"""A report as one HTML file that needs no network: the template, its styles and its script, filled in.
+
+Everything that comes from outside passes through jinja2's escaping, and a content security policy lets nothing run but
+the page's own script, by its digest.
+"""
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+from raydetect import __version__
+from raydetect.report.gallery import cards
+from raydetect.report.pictures import Pictures
+from raydetect.report.run_charts import Figure, alpha_of, distribution_figure, timeline_figure
+from raydetect.report.tally import MAX_BAD_PER_STATUS, CategorySums, Tally
+from raydetect.sinks.ledger import Ledger
+from raydetect.sinks.results import labelled_auroc
+
+MAX_LABELLED = 1_000_000  # above it the AUROC, which needs all labelled scores at once, is left out
+MAX_CATEGORY_ROWS = 300
+SPEC_LETTERS = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """A figure of the head of a page."""
+
+    name: str
+    value: str
+    note: str = ""
+    tone: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Extra:
+    """What an audit adds to the report of its night.
+
+    Attributes:
+        title: of the page.
+        verdict: one sentence.
+        alarm: whether it is bad news.
+        rules: (rule, outcome, what it was judged by).
+        measures: (measure, this night, baseline, how far apart).
+        figures: drift charts.
+        note: what the night is compared with.
+    """
+
+    title: str
+    verdict: str
+    alarm: bool
+    rules: Sequence[tuple[str, str, str]]
+    measures: Sequence[tuple[str, str, str, str]]
+    figures: Sequence[Figure]
+    note: str
+
+
+def render(
+    ledger: Ledger, run: Mapping[str, Any], found: Tally, pictures: Pictures, detector: str, extra: Extra | None = None
+) -> str:
+    """The page of a results directory; the same results give the same page.
+
+    Args:
+        ledger: of the results directory.
+        run: its `run.json`.
+        found: its rows, counted.
+        pictures: opens the images and heatmaps of the gallery.
+        detector: what the artifact is, for the head.
+        extra: of an audit.
+    """
+    environment = Environment(
+        loader=FunctionLoader(_part), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    script, style = _part("report.js"), _part("report.css")
+    gallery = cards(found.foremost.rows(), pictures)
+    figures = [distribution_figure(found, alpha_of(dict(run))), timeline_figure(found.timeline)]
+    return environment.get_template("report.html").render(
+        title=extra.title if extra else f"Report of {_short_name(ledger.uri)}",
+        script=script,
+        style=style,
+        policy=_policy(script),
+        scored=_scored(run, detector),
+        facts=facts(ledger, run, found),
+        finished=found.totals.shards >= int(run["num_shards"]),
+        shards_left=int(run["num_shards"]) - found.totals.shards,
+        figures=[figure for figure in figures if figure is not None],
+        gallery=gallery,
+        gallery_categories=sorted({card.category for card in gallery if card.category}),
+        has_labels=any(card.label is not None for card in gallery),
+        categories=_category_rows(found),
+        more_categories=max(0, len(found.categories) - MAX_CATEGORY_ROWS),
+        statuses=[(status, count) for status, count in sorted(found.totals.statuses.items()) if status != "ok"],
+        bad=found.bad,
+        most_bad=MAX_BAD_PER_STATUS,
+        box=_box(ledger, run),
+        spec=yaml.safe_dump(run["spec"], sort_keys=False, allow_unicode=True)[:SPEC_LETTERS],
+        packages=sorted(run.get("packages", {}).items()),
+        version=__version__,
+        extra=extra,
+    )
+
+
+def facts(ledger: Ledger, run: Mapping[str, Any], found: Tally) -> list[Fact]:
+    """The figures of the head."""
+    totals = found.totals
+    flagged, bad = _percent(totals.flagged, totals.rows), _percent(totals.bad_rows, totals.rows)
+    made = [
+        Fact("images", f"{totals.rows:,}", f"in {totals.shards:,} of {int(run['num_shards']):,} shards"),
+        Fact("flagged", f"{totals.flagged:,}", flagged, "bad" if totals.flagged else ""),
+        Fact("without a score", f"{totals.bad_rows:,}", bad, "bad" if totals.bad_rows else ""),
+        Fact("heatmaps", f"{totals.heatmaps:,}", f"of style {run['spec']['sink']['style']}"),
+    ]
+    quality = labelled_auroc(ledger) if 0 < totals.labelled <= MAX_LABELLED else None
+    if quality is not None:
+        made.append(Fact("image AUROC", f"{quality[0]:.4f}", f"over {quality[1]:,} labelled images"))
+    return made
+
+
+def _category_rows(found: Tally) -> list[tuple[str, CategorySums, str]]:
+    """The categories with the largest flagged share first; none when images have no category."""
+    if set(found.categories) <= {""}:
+        return []
+    order = sorted(found.categories.items(), key=lambda item: (-item[1].flagged / max(item[1].images, 1), item[0]))
+    return [(name or "(none)", sums, _percent(sums.flagged, sums.images)) for name, sums in order[:MAX_CATEGORY_ROWS]]
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.3g} % of images" if whole else ""
+
+
+def _scored(run: Mapping[str, Any], detector: str) -> list[tuple[str, str]]:
+    spec = run["spec"]
+    uris = spec["source"]["uri"]
+    flag = spec["flag"]
+    by_score = f"image score at least {flag['threshold']}"
+    rule = by_score if flag.get("alpha") is None else f"p-value at most {flag['alpha']}"
+    return [
+        ("Source", uris if isinstance(uris, str) else ", ".join(uris)),
+        ("Detector", f"{detector}, {spec['artifact']}"),
+        ("Flagged when", rule),
+    ]
+
+
+def _box(ledger: Ledger, run: Mapping[str, Any]) -> list[tuple[str, str]]:
+    result = run["result"]
+    return [
+        ("Results", ledger.uri),
+        ("Artifact", str(result["artifact"])),
+        ("Archive fingerprint", str(result["archive"])),
+        ("Bytes of the archive", f"{int(run['num_bytes']):,}"),
+        ("Finished", "yes" if ledger.manifest() is not None else "no"),
+    ]
+
+
+def _short_name(uri: str) -> str:
+    """The last two names of a path, which tell runs apart."""
+    return "/".join(uri.partition("://")[2].rstrip("/").split("/")[-2:]) or uri
+
+
+def _policy(script: str) -> str:
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+
+
+def _part(name: str) -> str:
+    return (files("raydetect.report") / "templates" / name).read_text("utf-8")

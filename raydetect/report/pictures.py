@@ -1,0 +1,186 @@
+"""Pictures of rows: the image from its archive, and its heatmap from the results directory."""
+
+import io
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import fsspec
+import numpy as np
+from PIL import Image
+
+from raydetect.errors import MemberError, RaydetectError, SpecError, StorageError
+from raydetect.sinks.heatmaps import overlay_png, read_map_png
+from raydetect.sinks.ledger import Ledger
+from raydetect.spec import StorageOptions
+from raydetect.storage import Storage, join_uri, normalise_uri, translate
+from raydetect.worker.preprocess import DecodeRules, decode_image
+
+CONTAINERS = ("tar", "tarzst", "zip", "parquetrow")
+HEATMAP = re.compile(r"zip://(\d{6,}\.png)::.*/heatmaps/(\d{5,}-\d{4,}\.zip)")
+
+
+@dataclass(frozen=True, slots=True)
+class MapScale:
+    """What 0 and 65535 of a heatmap of style `map` stand for."""
+
+    low: float
+    high: float
+
+
+@dataclass(slots=True)
+class Pictures:
+    """Opens what rows point to. Keeps the last container open: ask for the rows of one container together.
+
+    Attributes:
+        ledger: of the results directory, where heatmaps are looked for wherever they were written first.
+        run: its `run.json`.
+        storage: reaches the archive.
+    """
+
+    ledger: Ledger
+    run: Mapping[str, Any]
+    storage: Storage
+    _container: str = ""
+    _opened: Any = None
+    _maps: dict[str, MapScale] = field(default_factory=dict)
+
+    def encoded(self, image_uri: str) -> bytes:
+        """The encoded bytes of an image, from an fsspec URL of raydetect's own kinds.
+
+        Raises:
+            StorageError, SpecError: it cannot be read, or is a URL of another kind.
+        """
+        inner, chained, container = image_uri.partition("::")
+        if not chained:
+            return self.storage.read(normalise_uri(image_uri))
+        scheme, _, path = inner.partition("://")
+        if scheme not in CONTAINERS:
+            raise SpecError(f"{image_uri}: {scheme!r} is no container of raydetect. Known: {', '.join(CONTAINERS)}.")
+        try:
+            data: bytes = self._archive(scheme, normalise_uri(container)).cat_file(path)
+        except RaydetectError:
+            raise
+        except Exception as error:
+            raise translate(image_uri, "read", error) from error
+        return data
+
+    def image(self, row: Mapping[str, Any]) -> Image.Image:
+        """The decoded image of a row at its own size, by the rules of its run.
+
+        Raises:
+            StorageError, SpecError: it cannot be read.
+            MemberError: it cannot be decoded.
+        """
+        source = self.run["spec"]["source"]
+        rules = DecodeRules(int(source["max_pixels"]), source["exif_orientation"] == "apply")
+        return decode_image(self.encoded(row["image_uri"]), rules)
+
+    def heatmap(self, row: Mapping[str, Any]) -> bytes | None:
+        """The stored PNG of a row, None when it has none.
+
+        Raises:
+            StorageError: it is missing or damaged.
+        """
+        if not row["heatmap_uri"]:
+            return None
+        found = HEATMAP.fullmatch(row["heatmap_uri"])
+        if found is None:
+            raise StorageError(f"{row['heatmap_uri']!r}: is no heatmap of a results directory.")
+        place = join_uri(self.ledger.uri, "heatmaps", found.group(2))
+        try:
+            with self.ledger.storage.open(place) as handle, zipfile.ZipFile(handle) as archive:
+                return archive.read(found.group(1))
+        except (KeyError, zipfile.BadZipFile, OSError) as error:
+            raise StorageError(f"{place}: holds no {found.group(1)} ({type(error).__name__}).") from None
+
+    def anomaly_map(self, row: Mapping[str, Any]) -> np.ndarray | None:
+        """The stored anomaly map of a row, (H, W) float32; None when it has none.
+
+        Raises:
+            StorageError: it is missing or damaged, or the run stored overlays.
+        """
+        if heatmap_style(self.run) != "map":
+            raise StorageError(f"{self.ledger.uri}: stores overlays, not anomaly maps. Score with sink.style: map.")
+        data = self.heatmap(row)
+        if data is None:
+            return None
+        scale = map_scale(self.run, row["category"])
+        return read_map_png(data, scale.low, scale.high)
+
+    def overlay(self, row: Mapping[str, Any], image: Image.Image | None) -> Image.Image | None:
+        """The image with its heatmap drawn over it; None when no heatmap is stored, or a map without its image.
+
+        Raises:
+            StorageError: the heatmap is missing or damaged.
+        """
+        if heatmap_style(self.run) == "overlay":
+            data = self.heatmap(row)
+        else:
+            map_HW = self.anomaly_map(row) if image is not None else None
+            scale = map_scale(self.run, row["category"])
+            data = None
+            if map_HW is not None and image is not None:
+                data = overlay_png(np.asarray(image), map_HW, scale.low, scale.high)
+        return None if data is None else _png(data)
+
+    def _archive(self, scheme: str, container: str) -> Any:
+        name = f"{scheme}::{container}"
+        if self._container != name:
+            protocol = container.partition("://")[0]
+            options = self.storage.fsspec_options(container)
+            self._opened = fsspec.core.url_to_fs(f"{scheme}://x::{container}", **{protocol: options})[0]
+            self._container = name
+        return self._opened
+
+
+def heatmap_style(run: Mapping[str, Any]) -> str:
+    """`overlay` or `map`."""
+    return str(run["spec"]["sink"]["style"])
+
+
+def map_scale(run: Mapping[str, Any], category: str | None) -> MapScale:
+    """The scale of a category's heatmaps."""
+    scale = run["heatmap_scale"]
+    found = scale.get("categories", {}).get(category, scale)
+    return MapScale(float(found["low"]), float(found["high"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """How to get at what a run was made from.
+
+    Attributes:
+        source: its archive.
+        models: its artifact.
+    """
+
+    source: Storage
+    models: Storage
+
+
+def reach_of(run: Mapping[str, Any]) -> Reach:
+    """By the public words of the run's job; keys come from the environment."""
+    spec = run["spec"]
+    return Reach(_public(spec["source"].get("storage") or spec.get("storage")), _public(spec.get("storage")))
+
+
+def _public(words: Mapping[str, Any] | None) -> Storage:
+    known = StorageOptions().public()
+    return Storage(StorageOptions(**{name: (words or {}).get(name, default) for name, default in known.items()}))
+
+
+def why_not(error: MemberError | RaydetectError) -> str:
+    """A short reason for a picture that is missing."""
+    return str(error)[:200]
+
+
+def _png(data: bytes) -> Image.Image:
+    try:
+        picture = Image.open(io.BytesIO(data), formats=("PNG",))
+        picture.load()
+    except Exception as error:
+        raise StorageError(f"a heatmap is no whole PNG ({type(error).__name__}).") from None
+    return picture.convert("RGB") if picture.mode != "RGB" else picture

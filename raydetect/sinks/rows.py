@@ -1,0 +1,59 @@
+"""Rows of a results directory, part after part in bounded memory."""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raydetect.errors import StorageError
+from raydetect.records import Part, Receipt
+from raydetect.sinks.ledger import Ledger
+from raydetect.storage import join_uri
+
+READERS, AHEAD = 8, 16
+
+
+def read_rows(ledger: Ledger, columns: Sequence[str] | None = None) -> Iterator[tuple[Receipt, Part, pa.Table]]:
+    """Rows of every committed part, in order of shards and chunks; a few parts are read ahead by threads.
+
+    Args:
+        ledger: of the results directory.
+        columns: which ones; None = all.
+
+    Raises:
+        StorageError: a record or part is missing or damaged.
+    """
+    with ThreadPoolExecutor(READERS) as pool:
+        ahead: deque[tuple[Receipt, Part, Future[pa.Table]]] = deque()
+        for receipt in ledger.receipts():
+            for part in receipt.parts:
+                ahead.append((receipt, part, pool.submit(read_part, ledger, part, columns)))
+                if len(ahead) == AHEAD:
+                    yield _next(ahead)
+        while ahead:
+            yield _next(ahead)
+
+
+def _next(ahead: deque[tuple[Receipt, Part, "Future[pa.Table]"]]) -> tuple[Receipt, Part, pa.Table]:
+    receipt, part, coming = ahead.popleft()
+    return receipt, part, coming.result()
+
+
+def read_part(ledger: Ledger, part: Part, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of one part.
+
+    Raises:
+        StorageError: it is missing or damaged.
+    """
+    place = join_uri(ledger.uri, part.path)
+    # from memory: Arrow's threads may hold a Python file until after the interpreter has ended, which aborts
+    data = pa.BufferReader(ledger.storage.read(place))
+    try:
+        return pq.ParquetFile(data).read(columns=None if columns is None else list(columns))
+    except (pa.ArrowException, OSError) as error:
+        raise StorageError(
+            f"{place}: is no whole Parquet part ({' '.join(str(error).split())[:160]}). Remove the ledger record of "
+            f"shard {part.shard} to score it anew."
+        ) from None
