@@ -86,7 +86,7 @@ class LocalDesk:
             if found is None:
                 if len(self._warm) >= self._spec.resources.detectors_in_memory:
                     self._warm.popitem(last=False)
-                found = Warm(SharedDetectors(index, self._storage), self._device, self._turns)
+                found = Warm(SharedDetectors(index, self._storage, self._turns), self._device, self._turns)
             self._warm[index.digest] = found
             return found
 

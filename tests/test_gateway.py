@@ -1,5 +1,6 @@
 """The endpoints in one process: scores, what is bad, new versions, the document."""
 
+import asyncio
 import base64
 import io
 import re
@@ -149,6 +150,36 @@ def test_a_new_version_replaces_the_old_and_every_answer_says_which(place: Path)
     assert before.json()["artifact"] != after.json()["artifact"] == changed.json()["artifact"]
     assert after.json()["results"][0]["artifact"] == after.json()["artifact"]
     assert before.json()["results"][0]["image_score"] != after.json()["results"][0]["image_score"]
+
+
+def test_a_detector_is_loaded_beside_requests(place: Path) -> None:
+    """To cut a backbone, torch.fx replaces how modules are called, for all threads."""
+    spec = serve_spec(place, resources={"detectors_in_memory": 1})  # so that each version is loaded anew
+    pictures = files(encode(normal_image(1)))
+
+    async def work() -> list[tuple[int, str]]:
+        seen: list[tuple[int, str]] = []
+        async with client(spec) as c:
+
+            async def ask() -> None:
+                while len(changed) < 6:
+                    answer = await c.post(SCORE, files=pictures)
+                    seen.append((answer.status_code, answer.json().get("artifact", "")))
+
+            changed: list[int] = []
+            asking = [asyncio.create_task(ask()) for _ in range(3)]
+            for number in range(6):
+                artifact = f"{place}/models/{('one', 'two')[number % 2]}"
+                changed.append((await c.put("/v1/detectors/bottle", json={"artifact": artifact})).status_code)
+                answered = len(seen)
+                while number < 5 and len(seen) < answered + 6:
+                    await asyncio.sleep(0.01)
+            await asyncio.gather(*asking)
+            assert changed == [200] * 6
+        return seen
+
+    seen = run(work())
+    assert {status for status, _ in seen} == {200} and len({version for _, version in seen}) == 2
 
 
 class Broken(LocalDesk):

@@ -79,7 +79,7 @@ class Scorer:
 
         async def load(model: str) -> Warm:
             index = await asyncio.to_thread(self._index, model)
-            return Warm(SharedDetectors(index, self._storage), self._device, self._turns)
+            return Warm(SharedDetectors(index, self._storage, self._turns), self._device, self._turns)
 
         return load
 

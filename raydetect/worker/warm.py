@@ -22,10 +22,15 @@ SCORERS_KEPT = 8
 
 
 class SharedDetectors:
-    """The detectors of one index, each in memory once however many scorers use it."""
+    """The detectors of one index, each in memory once however many scorers use it.
 
-    def __init__(self, index: ArtifactIndex, storage: Storage) -> None:
+    A detector is loaded while nothing is scored: to cut a backbone, torch.fx replaces how modules are called, for all
+    threads of the process.
+    """
+
+    def __init__(self, index: ArtifactIndex, storage: Storage, turns: Turns) -> None:
         """Loads nothing yet."""
+        self._turn = turns.online
         self._stored = StoredDetectors(index, storage)
         self._detectors: weakref.WeakValueDictionary[ArtifactRef, Detector] = weakref.WeakValueDictionary()
         self._records: dict[ArtifactRef, ArtifactRecord] = {}
@@ -46,7 +51,8 @@ class SharedDetectors:
             detector = self._detectors.get(ref)
             if detector is not None:
                 return Artifact(detector, self._records[ref])
-            found = self._stored.load(ref)
+            with self._turn:
+                found = self._stored.load(ref)
             self._detectors[ref], self._records[ref] = found.detector, found.record
             return found
 

@@ -20,7 +20,7 @@ from raydetect.records import OK
 from raydetect.sinks.ledger import Ledger
 from tests.together.conftest import Line
 from tests.together.runs import PATIENCE, processes_of, rows_of, run, run_here, start, wait_until
-from tests.together.served import PICTURES, Endpoints, asking, free_port, metrics_of, only_from, replicas
+from tests.together.served import PICTURES, Endpoints, asking, free_port, metrics_of, replicas, told_by
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +170,8 @@ def test_new_versions_come_without_a_dropped_request(endpoints: Endpoints, tmp_p
         assert changed.status_code == 200, changed.text
         new = changed.json()["artifact"]
         wait_until(lambda: seen[-1][1] == new, PATIENCE, "answers of the new version")
-    assert only_from(old, new, seen), seen
+    assert told_by(seen) == [(200, old), (200, new)]
     with asking(endpoints) as seen:  # the same command again deploys the first version, by new replicas and a new door
         run(tmp_path, "serve", str(endpoints.job), "--set", "batch_wait_seconds=0.01", "--address", endpoints.address)
         wait_until(lambda: seen[-1][1] == old, PATIENCE, "answers of the first version")
-    assert only_from(new, old, seen), seen
+    assert told_by(seen) == [(200, new), (200, old)]
