@@ -1,6 +1,5 @@
 """The page in headless Chromium: an image is dropped, its score, threshold and overlay are seen; runs are listed."""
 
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,11 +8,10 @@ from typing import Any
 import httpx
 import pytest
 from selenium import webdriver
-from selenium.webdriver.chrome.options import Options
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 
 from raydetect.gateway.tokens import Tokens, read_tokens
+from tests.made.browser import chromium
 from tests.made.images import defect_image, encode, normal_image
 from tests.made.server import fit_small, running, serve_spec
 
@@ -24,22 +22,8 @@ PATIENCE = 30
 @pytest.fixture(scope="module")
 def browser() -> Iterator[webdriver.Chrome]:
     """Debian's Chromium."""
-    driver, chromium = shutil.which("chromedriver"), shutil.which("chromium")
-    if not driver or not chromium:
-        pytest.skip("the page is looked at where Debian's chromium and chromium-driver are installed")
-    options = Options()
-    options.binary_location = chromium
-    for word in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--window-size=1000,1400",
-    ):
-        options.add_argument(word)
-    made = webdriver.Chrome(options=options, service=Service(driver))
-    yield made
-    made.quit()
+    with chromium() as made:
+        yield made
 
 
 def until(condition: Any) -> Any:

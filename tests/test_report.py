@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -172,10 +174,10 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
 
 
 def test_bad_images_are_sampled_by_status_and_counted_in_full() -> None:
-    ledger = make_large_results("memory://big", 2, 3, 20_000)
+    ledger = make_large_results("memory://big", 2, 3, 10_000)
     found = tally(ledger, begun(ledger), 5)
-    assert found.totals.statuses == {"ok": 119_880, "corrupt": 120} and len(found.bad) == MAX_BAD_PER_STATUS
-    assert found.distributions[None].total == 119_880
+    assert found.totals.statuses == {"ok": 59_940, "corrupt": 60} and len(found.bad) == MAX_BAD_PER_STATUS
+    assert found.distributions[None].total == 59_940
 
 
 def test_no_row_can_point_the_report_at_a_file_of_this_machine(tmp_path: Path) -> None:
@@ -204,3 +206,20 @@ def test_a_real_run_names_its_detector_and_measures_its_pictures() -> None:
         assert 0 < row["brightness"] < 1 and row["sharpness"] > 0
     fit("seed=1")
     assert "(another one is there now)" in report_html(plan.ledger, 0) and manifest["rows"] == 7
+
+
+def test_memory_does_not_grow_with_the_run(tmp_path: Path) -> None:
+    code = (
+        "import resource, sys\n"
+        "from raydetect.report.make import report_html\n"
+        "from raydetect.sinks.ledger import Ledger\n"
+        "from raydetect.storage import Storage\n"
+        "report_html(Ledger(sys.argv[1], Storage()), 12)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    peaks = []
+    for name, shards in (("small", 4), ("large", 40)):
+        ledger = make_large_results(f"file://{tmp_path}/{name}", shards, 4, 2500)
+        ended = subprocess.run([sys.executable, "-c", code, ledger.uri], capture_output=True, text=True, check=True)
+        peaks.append(int(ended.stdout) / 1024)
+    assert peaks[1] < peaks[0] + 60, peaks  # MB; ten times the rows, of which 25 MB are numbers alone

@@ -12,7 +12,10 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
+from raydetect.report.charts import Plot, Series, legend
 from raydetect.report.make import report_html
+from raydetect.report.page import Extra
+from raydetect.report.run_charts import Figure
 from raydetect.sinks.ledger import Ledger
 from raydetect.storage import Storage
 from tests.made.browser import chromium
@@ -170,3 +173,25 @@ def contrast(one: str, other: str) -> float:
     """Contrast ratio of two colours."""
     low, high = sorted((luminance(one), luminance(other)))
     return (high + 0.05) / (low + 0.05)
+
+
+def test_an_audit_s_words_are_text_too(browser: webdriver.Chrome, tmp_path: Path) -> None:
+    words = HOSTILE[0]
+    drawn = Plot(words, 0, 1, 1).svg([(0.5, words)], words)
+    extra = Extra(
+        title=f"Audit of {words}",
+        verdict=f"Alarm: {words}",
+        alarm=True,
+        rules=[(f"{words}: images > 1", "alarm", "images = 5"), ("bad_rate > 1", "calm", "bad_rate = 0")],
+        measures=[(words, "1", "2", words)],
+        figures=[Figure(words, drawn, legend([Series(words, "one", ())]), words)],
+        note=words,
+    )
+    path = tmp_path / "report.html"
+    path.write_text(report_html(make_results("memory://audit", names_of(9)), 4, extra))
+    severe(browser)  # what earlier pages left
+    browser.get(f"file://{path}")
+    assert browser.find_element(By.TAG_NAME, "h1").text == f"Audit of {words}"
+    assert browser.find_element(By.CSS_SELECTOR, "#audit tr.alarm").text.count("alarm") == 1
+    assert browser.find_element(By.CSS_SELECTOR, "#drift svg text").text in ("0", words)
+    assert len(browser.find_elements(By.TAG_NAME, "script")) == 1 and not severe(browser)

@@ -9,7 +9,7 @@ from raydetect.sinks.ledger import Ledger
 from tests.together.conftest import Line
 from tests.together.runs import PATIENCE, rows_of, run_here, start, wait_until, write_job
 
-SHARDS = 4
+SHARDS = 6
 
 
 def words(line: Line, folder: str) -> dict[str, Any]:
