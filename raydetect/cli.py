@@ -5,27 +5,23 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from raydetect import __version__
-from raydetect.errors import RaydetectError, SpecError
+from raydetect.commands.calibrate import calibrate
+from raydetect.commands.door import BAD_JOB, cluster, errors, expect, job_file, job_values, load, overrides, parse
+from raydetect.commands.evaluate import evaluate
+from raydetect.errors import SpecError
 
 if TYPE_CHECKING:
     from raydetect.plan import Forecast, ScorePlan
-    from raydetect.spec import FitSpec, JobSpec
+    from raydetect.spec import FitSpec
     from raydetect.worker.one_fit import FitReport
 
-BAD_JOB, INTERRUPTED = 2, 130
 NAMED_CATEGORIES = 8
-
-job_file = click.argument("job", type=click.Path(dir_okay=False, path_type=Path))
-overrides = click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override one key of the job file.")
-cluster = click.option("--address", help="Ray cluster (default: RAY_ADDRESS, else a local Ray).")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -42,10 +38,10 @@ def main() -> None:
 @overrides
 def check(job: Path, overrides: tuple[str, ...]) -> None:
     """Find every mistake in a job file; touches no cluster."""
-    with _errors(BAD_JOB):
+    with errors(BAD_JOB):
         from raydetect.check import find_problems
 
-        spec = _load(job, overrides)
+        spec = load(job, overrides)
         problems = find_problems(spec)
     if problems:
         for sentence in problems:
@@ -64,15 +60,15 @@ def check(job: Path, overrides: tuple[str, ...]) -> None:
 )
 def fit(job: Path, overrides: tuple[str, ...], address: str | None, in_process: bool, extend: str | None) -> None:
     """Fit a detector on normal images and write the artifact."""
-    with _errors(BAD_JOB):
-        spec = _expect(_load(job, _with_extend(overrides, extend)), "fit", job)
+    with errors(BAD_JOB):
+        spec = expect(load(job, _with_extend(overrides, extend)), "fit", job)
         from raydetect.check import find_problems
 
         problems = find_problems(spec)
         if problems:
             raise SpecError(" ".join(problems))
         from raydetect.console import FitDisplay
-    with _errors(), FitDisplay() as display:
+    with errors(), FitDisplay() as display:
         if in_process:
             from raydetect import local
 
@@ -126,8 +122,8 @@ def _coreset_text(coreset: dict[str, Any]) -> str:
 @click.option("--local", "in_process", is_flag=True, help="Run in this process, without Ray.")
 def score(job: Path, overrides: tuple[str, ...], address: str | None, in_process: bool) -> None:
     """Score an archive; started again, it goes on where it stopped."""
-    with _errors(BAD_JOB):
-        spec = _expect(_load(job, overrides), "score", job)
+    with errors(BAD_JOB):
+        spec = expect(load(job, overrides), "score", job)
         from raydetect.plan import plan_score
 
         plan = plan_score(spec)
@@ -135,7 +131,7 @@ def score(job: Path, overrides: tuple[str, ...], address: str | None, in_process
     done = len(plan.shards) - len(plan.todo)
     if done:
         click.echo(f"{done} of {len(plan.shards)} shards are committed already; going on with the rest.", err=True)
-    with _errors():
+    with errors():
         manifest = _run_score(plan, address, in_process)
     _summary(plan, manifest)
 
@@ -164,13 +160,15 @@ def _run_score(plan: "ScorePlan", address: str | None, in_process: bool) -> dict
 
 
 def _summary(plan: "ScorePlan", manifest: dict[str, Any]) -> None:
-    from raydetect.sinks.results import labelled_auroc
+    from raydetect.sinks.results import fdr_text, labelled_auroc
     from raydetect.storage import join_uri
 
     uri = plan.ledger.uri
     kinds = ", ".join(f"{count:,} {status}" for status, count in manifest["statuses"].items())
     click.echo(f"Scored {manifest['rows']:,} images in {manifest['shards']:,} shards ({kinds or 'none'}).")
     click.echo(f"Flagged {manifest['flagged']:,}; heatmaps {manifest['heatmaps']:,}.")
+    if "fdr" in manifest:
+        click.echo(f"False discoveries: {fdr_text(manifest['fdr'])}")
     quality = labelled_auroc(plan.ledger)
     if quality is not None:
         mean = ", mean of the fleet's categories" if plan.artifact.categories else ""
@@ -186,11 +184,11 @@ def _summary(plan: "ScorePlan", manifest: dict[str, Any]) -> None:
 @click.option("--no-wait", is_flag=True, help="Return as soon as the job is accepted.")
 def submit(job: Path, overrides: tuple[str, ...], address: str, no_wait: bool) -> None:
     """Submit a job file to a cluster (Ray Jobs), follow it, and exit with its code."""
-    with _errors(BAD_JOB):
-        values = _values(job, overrides)
-        _parse(values, job)
+    with errors(BAD_JOB):
+        values = job_values(job, overrides)
+        parse(values, job)
         from raydetect.distributed import submit as jobs
-    with _errors():
+    with errors():
         client, name = jobs.submit(address, values)
         click.echo(f"Submitted {name} to {address}.", err=True)
         if no_wait:
@@ -211,8 +209,8 @@ def serve(job: Path, overrides: tuple[str, ...], address: str | None, in_process
 
     On a local Ray until it is stopped; on a cluster the endpoints stay, and the same command again rolls out changes.
     """
-    with _errors(BAD_JOB):
-        spec = _expect(_load(job, overrides), "serve", job)
+    with errors(BAD_JOB):
+        spec = expect(load(job, overrides), "serve", job)
         from raydetect.gateway.tokens import read_tokens
 
         tokens = read_tokens(spec)
@@ -223,7 +221,7 @@ def serve(job: Path, overrides: tuple[str, ...], address: str | None, in_process
         click.echo(f"Page: {url}/   API: {url}/openapi.json   Tokens: {len(tokens.known) or 'none needed'}")
 
     target = address or os.environ.get("RAY_ADDRESS")
-    with _errors():
+    with errors():
         if in_process:
             from raydetect.serve_local import serve_here
 
@@ -252,7 +250,7 @@ def _wait_for_signal() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(results: str, endpoint_url: str | None, profile: str | None, anon: bool, as_json: bool) -> None:
     """Progress of a results directory, from its ledger alone."""
-    with _errors(BAD_JOB):
+    with errors(BAD_JOB):
         from raydetect.sinks.ledger import Ledger
         from raydetect.sinks.results import progress
         from raydetect.spec import StorageOptions
@@ -274,8 +272,8 @@ def status(results: str, endpoint_url: str | None, profile: str | None, anon: bo
 @click.option("--price", type=float, help="Price of one worker for one hour, for the cost column.")
 def plan(job: Path, overrides: tuple[str, ...], workers: str, price: float | None) -> None:
     """Shards, bytes, chunks, PUTs, hours and cost of what a scoring job has left."""
-    with _errors(BAD_JOB):
-        spec = _expect(_load(job, overrides), "score", job)
+    with errors(BAD_JOB):
+        spec = expect(load(job, overrides), "score", job)
         from raydetect.plan import forecast, plan_score
 
         try:
@@ -318,7 +316,7 @@ def _print_forecast(found: "Forecast") -> None:
 @click.option("--compare", is_flag=True, help="A table to choose from.")
 def detectors(name: str | None, compare: bool) -> None:
     """List the detectors, or one detector's parameters with defaults and doc lines."""
-    with _errors(BAD_JOB):
+    with errors(BAD_JOB):
         from raydetect.detectors._registry import detector_class, list_models
 
         if compare:
@@ -349,44 +347,5 @@ def _print_detector(kind: Any, name: str) -> None:
         click.echo(f"      {field.doc}")
 
 
-def _values(job: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
-    from raydetect.config import apply_overrides, parse_yaml
-
-    try:
-        text = job.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise SpecError(f"{job}: cannot be read ({reason}). Check the path of the job file.") from None
-    return apply_overrides(parse_yaml(text, str(job)), overrides)
-
-
-def _parse(values: dict[str, Any], job: Path) -> "JobSpec":
-    from raydetect.spec import parse_job
-
-    return parse_job(values, str(job))
-
-
-def _load(job: Path, overrides: tuple[str, ...]) -> "JobSpec":
-    return _parse(_values(job, overrides), job)
-
-
-def _expect(spec: "JobSpec", kind: str, job: Path) -> Any:
-    if spec.kind != kind:
-        raise SpecError(f"{job}: is a {spec.kind} job. Run `raydetect {spec.kind} {job}`.")
-    return spec
-
-
-@contextmanager
-def _errors(code: int | None = None) -> Iterator[None]:
-    """Deliberate errors become one line and an exit code: `code`, or the error's own."""
-    try:
-        yield
-    except RaydetectError as error:
-        _fail(str(error), code or error.exit_code)
-    except KeyboardInterrupt:
-        _fail("Stopped. What is committed stays; the same command goes on from there.", INTERRUPTED)
-
-
-def _fail(text: str, code: int) -> NoReturn:
-    click.echo(f"Error: {text}", err=True)
-    sys.exit(code)
+for command in (calibrate, evaluate):
+    main.add_command(command)

@@ -11,20 +11,20 @@ from sklearn.metrics import average_precision_score, f1_score, roc_auc_score, ro
 
 from raydetect.metrics.curves import Figure, ranking_figures
 from raydetect.metrics.figures import image_figures, pixel_figures
-from raydetect.metrics.histogram import Histogram, Tally, order_of
 from raydetect.metrics.pixels import ANOMALOUS, COLUMNS, NORMAL, UNIT, aupro_of, pixels_of
 from raydetect.metrics.quality import Group, Quality, counted
+from raydetect.metrics.score_bins import ScoreBins, Tally, order_of
 from tests.plain import reference
 
 GOOD, BAD = Group("bottle", 0, "good"), Group("bottle", 1, "crack")
 floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
-def histogram(scores: list[float], limit: int = 1 << 18) -> Histogram:
-    return Histogram.of(np.array(scores), limit)
+def histogram(scores: list[float], limit: int = 1 << 18) -> ScoreBins:
+    return ScoreBins.of(np.array(scores), limit)
 
 
-def same(one: Histogram, two: Histogram) -> bool:
+def same(one: ScoreBins, two: ScoreBins) -> bool:
     pairs = ((one.bins_B, two.bins_B), (one.counts_BC, two.counts_BC))
     return one.shift == two.shift and all(np.array_equal(a, b) for a, b in pairs)
 
@@ -112,7 +112,7 @@ def test_pixel_figures_are_those_of_a_sweep_and_bins_keep_their_bounds(
 ) -> None:
     pairs = maps_of(seed, 3, levels)
     assume(any(mask.any() for _, mask in pairs))
-    found = Histogram.empty(limit, COLUMNS).merge(*[pixels_of(*pair, limit) for pair in pairs])
+    found = ScoreBins.empty(limit, COLUMNS).merge(*[pixels_of(*pair, limit) for pair in pairs])
     for fpr_limit in (0.3, 0.05, 1.0):
         slow = reference.aupro([m for m, _ in pairs], [k for _, k in pairs], fpr_limit)
         figure = aupro_of([found], fpr_limit)
@@ -145,15 +145,15 @@ def test_merging_is_associative_and_commutative_to_the_bit(seed: int, limit: int
 
 def test_histograms_that_do_not_belong_together_are_refused() -> None:
     with pytest.raises(ValueError, match="do not merge"):
-        Histogram.empty(8).merge(Histogram.empty(8, COLUMNS))
+        ScoreBins.empty(8).merge(ScoreBins.empty(8, COLUMNS))
     with pytest.raises(ValueError, match="at least 2"):
-        Histogram.empty(1)
+        ScoreBins.empty(1)
     with pytest.raises(ValueError, match="one size"):
         pixels_of(np.zeros((2, 2), np.float32), np.zeros((3, 3)), 8)
     with pytest.raises(ValueError, match="at least one anomalous region"):
-        aupro_of([Histogram.empty(8, COLUMNS)], 0.3)
+        aupro_of([ScoreBins.empty(8, COLUMNS)], 0.3)
     with pytest.raises(ValueError, match="fpr_limit"):
-        aupro_of([Histogram.empty(8, COLUMNS)], 0.0)
+        aupro_of([ScoreBins.empty(8, COLUMNS)], 0.0)
 
 
 def judged(seed: int, count: int) -> Quality:

@@ -118,5 +118,5 @@ def answer_of(uri: str, known: RunState | None, ledgers: Ledgers) -> RunAnswer |
         shards=found.num_shards,
         images=totals.rows,
         bad_images=totals.rows - totals.statuses.get("ok", 0),
-        flagged=totals.flagged,
+        flagged=found.flagged or 0,
     )

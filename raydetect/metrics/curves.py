@@ -2,7 +2,7 @@
 
 What is lost in a bin is the order of the scores in it. Every figure is that of the bins taken as ties, and no order
 inside the bins leads out of [low, high]: the exact figure lies between them. Where bins hold one value each
-(`Histogram.shift` 0) all three are the exact figure.
+(`ScoreBins.shift` 0) all three are the exact figure.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from raydetect.metrics.histogram import Histogram, aligned
+from raydetect.metrics.score_bins import ScoreBins, aligned
 
 TPR = 0.95
 
@@ -29,7 +29,7 @@ class Figure:
         return max(self.value - self.low, self.high - self.value)
 
 
-def ranking_figures(normal: Histogram, anomalous: Histogram, columns: tuple[int, int] = (0, 0)) -> dict[str, Figure]:
+def ranking_figures(normal: ScoreBins, anomalous: ScoreBins, columns: tuple[int, int] = (0, 0)) -> dict[str, Figure]:
     """Every figure of RANKING.
 
     Args:

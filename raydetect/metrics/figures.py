@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from raydetect.metrics.curves import Figure, ranking_figures
-from raydetect.metrics.histogram import Histogram
 from raydetect.metrics.pixels import ANOMALOUS, COLUMNS, NORMAL, aupro_of
 from raydetect.metrics.quality import BLOCK_BINS, IMAGE_BINS, PIXEL_BINS, Quality
+from raydetect.metrics.score_bins import ScoreBins
 
 FPR_LIMITS = (0.3, 0.05)
 REPLICATES, CONFIDENCE = 200, 0.95
@@ -35,10 +35,10 @@ def image_figures(quality: Quality, seed: int, replicates: int = REPLICATES) -> 
     Raises:
         ValueError: a class is missing.
     """
-    empty = Histogram.empty(IMAGE_BINS)
+    empty = ScoreBins.empty(IMAGE_BINS)
     groups = [[s.images.whole() for s in quality.summaries(label)] for label in (0, 1)]
 
-    def figures(of: Callable[[Histogram], Histogram]) -> dict[str, Figure]:
+    def figures(of: Callable[[ScoreBins], ScoreBins]) -> dict[str, Figure]:
         normal, anomalous = (empty.merge(*[of(part) for part in parts]) for parts in groups)
         return ranking_figures(normal, anomalous)
 
@@ -48,7 +48,7 @@ def image_figures(quality: Quality, seed: int, replicates: int = REPLICATES) -> 
     return {f"image_{name}": measured for name, measured in _with_spreads(whole, drawn, whole).items()}
 
 
-def _drawn(part: Histogram, random: np.random.Generator) -> Histogram:
+def _drawn(part: ScoreBins, random: np.random.Generator) -> ScoreBins:
     counts_B = part.counts_BC[:, 0]
     again_B = random.multinomial(part.total, counts_B / counts_B.sum())
     return replace(part, counts_BC=again_B[:, None].astype(np.int64))
@@ -60,7 +60,7 @@ def pixel_figures(quality: Quality, seed: int, replicates: int = REPLICATES) -> 
     Of every group as many blocks are drawn, with replacement, as it has. Blocks have coarser bins; what these change in
     the figure is taken out of the interval. Empty when no anomalous pixel or no normal one is known.
     """
-    whole = Histogram.empty(PIXEL_BINS, COLUMNS).merge(*[s.pixels.whole() for s in quality.summaries()])
+    whole = ScoreBins.empty(PIXEL_BINS, COLUMNS).merge(*[s.pixels.whole() for s in quality.summaries()])
     if not _has_both(whole):
         return {}
     groups = [[s.blocks[number].whole() for number in sorted(s.blocks)] for s in quality.summaries() if s.blocks]
@@ -75,9 +75,9 @@ def pixel_figures(quality: Quality, seed: int, replicates: int = REPLICATES) -> 
     return _with_spreads(_pixel_figures(whole), drawn, _pixel_figures(coarse))
 
 
-def _stacked(blocks: list[Histogram]) -> tuple[Histogram, np.ndarray]:
+def _stacked(blocks: list[ScoreBins]) -> tuple[ScoreBins, np.ndarray]:
     """All blocks together, and each one's counts over the bins of all, (N, B, C)."""
-    coarse = Histogram.empty(BLOCK_BINS, COLUMNS).merge(*blocks)
+    coarse = ScoreBins.empty(BLOCK_BINS, COLUMNS).merge(*blocks)
     stack_NBC = np.zeros((len(blocks), *coarse.counts_BC.shape), np.int64)
     for counts_BC, block in zip(stack_NBC, blocks, strict=True):
         part = block.coarsened(coarse.shift)
@@ -85,11 +85,11 @@ def _stacked(blocks: list[Histogram]) -> tuple[Histogram, np.ndarray]:
     return coarse, stack_NBC
 
 
-def _has_both(pixels: Histogram) -> bool:
+def _has_both(pixels: ScoreBins) -> bool:
     return bool(pixels.counts_BC[:, NORMAL].any() and pixels.counts_BC[:, ANOMALOUS].any())
 
 
-def _pixel_figures(pixels: Histogram) -> dict[str, Figure]:
+def _pixel_figures(pixels: ScoreBins) -> dict[str, Figure]:
     found = {f"pixel_{name}": f for name, f in ranking_figures(pixels, pixels, (NORMAL, ANOMALOUS)).items()}
     return found | {f"aupro_{limit}": aupro_of([pixels], limit) for limit in FPR_LIMITS}
 

@@ -13,21 +13,21 @@ import numpy as np
 from scipy.ndimage import label
 
 from raydetect.metrics.curves import Figure
-from raydetect.metrics.histogram import Histogram, aligned, order_of
 from raydetect.metrics.pro import NEIGHBOURS
+from raydetect.metrics.score_bins import ScoreBins, aligned, order_of
 
 NORMAL, ANOMALOUS, OVERLAP = range(3)
 UNIT = 1 << 32
 COLUMNS = 3
 
 
-def pixels_of(map_HW: np.ndarray, mask_HW: np.ndarray, limit: int) -> Histogram:
+def pixels_of(map_HW: np.ndarray, mask_HW: np.ndarray, limit: int) -> ScoreBins:
     """The pixels of one map, as exact as a histogram of at most `limit` bins may be.
 
     Args:
         map_HW: float32, higher = more anomalous.
         mask_HW: nonzero = anomalous; all zero for a normal image.
-        limit: see `Histogram`.
+        limit: see `ScoreBins`.
 
     Raises:
         ValueError: the shapes differ, or a value is not finite.
@@ -45,7 +45,7 @@ def pixels_of(map_HW: np.ndarray, mask_HW: np.ndarray, limit: int) -> Histogram:
         regions_N = regions_HW.ravel()
         for region in range(1, count + 1):
             _share(place_N[regions_N == region], counts_BC[:, OVERLAP])
-    return Histogram.empty(limit, COLUMNS).merge(Histogram(limit, 0, bins_B, counts_BC))
+    return ScoreBins.empty(limit, COLUMNS).merge(ScoreBins(limit, 0, bins_B, counts_BC))
 
 
 def _share(place_R: np.ndarray, overlap_B: np.ndarray) -> None:
@@ -55,7 +55,7 @@ def _share(place_R: np.ndarray, overlap_B: np.ndarray) -> None:
     overlap_B[bins[::-1]] += np.diff(reached.astype(np.int64), prepend=0)
 
 
-def aupro_of(parts: list[Histogram], fpr_limit: float) -> Figure:
+def aupro_of(parts: list[ScoreBins], fpr_limit: float) -> Figure:
     """Area under the mean per-region overlap up to a false positive rate; see the top of this module.
 
     Between two points of the curve the exact one only rises, so it stays in the box of the two.

@@ -1,6 +1,6 @@
 """What evaluation keeps of a labelled archive: summaries by category and defect that merge, and the figures from them.
 
-Memory is bounded by the number of categories and defects, not of images: see `histogram`. Image scores are exact up to
+Memory is bounded by the number of categories and defects, not of images: see `score_bins`. Image scores are exact up to
 IMAGE_BINS distinct ones in each group. For the intervals of pixel figures, images are dealt by a hash of their key to
 BLOCKS blocks with coarse histograms of their own, which are drawn instead of images.
 """
@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from raydetect.metrics.histogram import Histogram, Tally
 from raydetect.metrics.pixels import COLUMNS, pixels_of
+from raydetect.metrics.score_bins import ScoreBins, Tally
 
 IMAGE_BINS, PIXEL_BINS, BLOCK_BINS, BLOCKS = 1 << 18, 1 << 16, 1 << 11, 16
 
@@ -35,7 +35,7 @@ class Summary:
     blocks: dict[int, Tally] = field(default_factory=dict)
     without_mask: int = 0
 
-    def add(self, key: str, image: Histogram, pixels: Histogram | None) -> None:
+    def add(self, key: str, image: ScoreBins, pixels: ScoreBins | None) -> None:
         """Takes one image."""
         self.images.add(image)
         if pixels is not None:
@@ -73,7 +73,7 @@ class Quality:
         Raises:
             ValueError: a score or value is not finite, or the sizes differ.
         """
-        image = Histogram.of(np.asarray([image_score]), IMAGE_BINS)
+        image = ScoreBins.of(np.asarray([image_score]), IMAGE_BINS)
         pixels = pixels_of(map_HW, mask_HW, PIXEL_BINS) if map_HW is not None and mask_HW is not None else None
         summary = self.groups.setdefault(group, Summary())
         summary.add(key, image, pixels)

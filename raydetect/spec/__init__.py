@@ -1,5 +1,7 @@
 """The job file's words: frozen, strict dataclasses with a doc line and a check under every field."""
 
+from raydetect.spec.calibrate import CalibrateSpec
+from raydetect.spec.evaluate import ArchiveSpec, EvaluateSpec, LabelledSpec, Layout
 from raydetect.spec.fit import (
     ENSEMBLE,
     FIT_CHUNK_BYTES,
@@ -28,12 +30,17 @@ __all__ = [
     "FIT_CHUNK_BYTES",
     "FIT_CHUNK_IMAGES",
     "AllowSpec",
+    "ArchiveSpec",
+    "CalibrateSpec",
     "CalibrationSpec",
     "DetectorSpec",
+    "EvaluateSpec",
     "FitSpec",
     "FlagSpec",
     "Heatmaps",
     "JobSpec",
+    "LabelledSpec",
+    "Layout",
     "LimitSpec",
     "MemberSpec",
     "MiB",

@@ -15,7 +15,7 @@ WAITING_SHARE, WAITING_PARTS = 4, 512  # of a tally
 
 
 @dataclass(frozen=True, slots=True)
-class Histogram:
+class ScoreBins:
     """Integer counts by bin.
 
     Attributes:
@@ -31,7 +31,7 @@ class Histogram:
     counts_BC: np.ndarray
 
     @classmethod
-    def empty(cls, limit: int, num_columns: int = 1) -> "Histogram":
+    def empty(cls, limit: int, num_columns: int = 1) -> "ScoreBins":
         """Nothing yet.
 
         Raises:
@@ -42,7 +42,7 @@ class Histogram:
         return cls(limit, 0, np.zeros(0, np.int64), np.zeros((0, num_columns), np.int64))
 
     @classmethod
-    def of(cls, scores: np.ndarray, limit: int) -> "Histogram":
+    def of(cls, scores: np.ndarray, limit: int) -> "ScoreBins":
         """One count for each score.
 
         Raises:
@@ -51,7 +51,7 @@ class Histogram:
         bins_B, counts_B = np.unique(order_of(scores), return_counts=True)
         return cls.empty(limit).merge(cls(limit, 0, bins_B, counts_B[:, None].astype(np.int64)))
 
-    def merge(self, *others: "Histogram") -> "Histogram":
+    def merge(self, *others: "ScoreBins") -> "ScoreBins":
         """The histogram of all together, with the limit of this one.
 
         Raises:
@@ -67,7 +67,7 @@ class Histogram:
         merged = _summed(self.limit, shift, bins_B[order], np.concatenate([p.counts_BC for p in coarse])[order])
         return merged.coarsened(shift + _surplus_bits(merged.bins_B, self.limit))
 
-    def coarsened(self, shift: int) -> "Histogram":
+    def coarsened(self, shift: int) -> "ScoreBins":
         """The same counts with at least `shift` bits dropped."""
         if shift <= self.shift:
             return self
@@ -84,11 +84,11 @@ class Tally:
 
     def __init__(self, limit: int, num_columns: int = 1) -> None:
         """Nothing yet."""
-        self._merged = Histogram.empty(limit, num_columns)
-        self._waiting: list[Histogram] = []
+        self._merged = ScoreBins.empty(limit, num_columns)
+        self._waiting: list[ScoreBins] = []
         self._bins = 0
 
-    def add(self, part: Histogram) -> None:
+    def add(self, part: ScoreBins) -> None:
         """Takes a part."""
         part = part.coarsened(self._merged.shift)
         self._waiting.append(part)
@@ -96,7 +96,7 @@ class Tally:
         if self._bins > WAITING_SHARE * self._merged.limit or len(self._waiting) == WAITING_PARTS:
             self.whole()
 
-    def whole(self) -> Histogram:
+    def whole(self) -> ScoreBins:
         """All parts so far."""
         if self._waiting:
             self._merged = self._merged.merge(*self._waiting)
@@ -113,11 +113,11 @@ def _surplus_bits(bins_B: np.ndarray, limit: int) -> int:
     return int(np.argmax(apart <= limit))
 
 
-def _summed(limit: int, shift: int, bins_B: np.ndarray, counts_BC: np.ndarray) -> Histogram:
+def _summed(limit: int, shift: int, bins_B: np.ndarray, counts_BC: np.ndarray) -> ScoreBins:
     """Sums the counts of equal bins, which stand side by side."""
     starts = np.flatnonzero(np.diff(bins_B, prepend=-1))
     sums_BC = np.add.reduceat(counts_BC, starts, axis=0) if len(starts) else counts_BC
-    return Histogram(limit, shift, bins_B[starts], sums_BC)
+    return ScoreBins(limit, shift, bins_B[starts], sums_BC)
 
 
 def order_of(scores: np.ndarray) -> np.ndarray:
@@ -133,7 +133,7 @@ def order_of(scores: np.ndarray) -> np.ndarray:
     return np.where(bits & SIGN, ~bits, bits | SIGN).astype(np.int64)
 
 
-def aligned(parts: list[Histogram], columns: list[int]) -> np.ndarray:
+def aligned(parts: list[ScoreBins], columns: list[int]) -> np.ndarray:
     """Counts (B, len(parts)) int64 over the bins of all, highest bin first; of each part the named column."""
     shift = max(part.shift for part in parts)
     coarse = [part.coarsened(shift) for part in parts]

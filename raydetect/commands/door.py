@@ -1,0 +1,111 @@
+"""What commands share: words of the command line, reading a job file, errors as one line and an exit code."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from raydetect.errors import RaydetectError, SpecError
+
+if TYPE_CHECKING:
+    from raydetect.sinks.ledger import Ledger
+    from raydetect.spec import JobSpec
+
+BAD_JOB, INTERRUPTED = 2, 130
+
+job_file = click.argument("job", type=click.Path(dir_okay=False, path_type=Path))
+overrides = click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override one key of the job file.")
+cluster = click.option("--address", help="Ray cluster (default: RAY_ADDRESS, else a local Ray).")
+in_process = click.option("--local", "in_process", is_flag=True, help="Run in this process, without Ray.")
+
+
+def storage_words(command: Any) -> Any:
+    """How to reach a results directory that is named on the command line."""
+    for option in (
+        click.option("--anon", is_flag=True, help="Anonymous requests."),
+        click.option("--profile", help="Profile of the AWS configuration files."),
+        click.option("--endpoint-url", help="S3 endpoint; keys come from the AWS environment or --profile."),
+    ):
+        command = option(command)
+    return command
+
+
+def ledger_of(results: str, endpoint_url: str | None, profile: str | None, anon: bool) -> "Ledger":
+    """The ledger of a results directory.
+
+    Raises:
+        SpecError: it is no URI.
+    """
+    from raydetect.sinks.ledger import Ledger
+    from raydetect.spec import StorageOptions
+    from raydetect.storage import Storage, normalise_uri
+
+    options = StorageOptions(endpoint_url=endpoint_url, profile=profile, anon=anon)
+    return Ledger(normalise_uri(results), Storage(options))
+
+
+def job_values(job: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
+    """The plain values of a job file, overrides applied.
+
+    Raises:
+        SpecError: it cannot be read or is no YAML mapping.
+    """
+    from raydetect.config import apply_overrides, parse_yaml
+
+    try:
+        text = job.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise SpecError(f"{job}: cannot be read ({reason}). Check the path of the job file.") from None
+    return apply_overrides(parse_yaml(text, str(job)), overrides)
+
+
+def parse(values: dict[str, Any], job: Path) -> "JobSpec":
+    """The checked job of plain values.
+
+    Raises:
+        SpecError: every mistake, one line each.
+    """
+    from raydetect.spec import parse_job
+
+    return parse_job(values, str(job))
+
+
+def load(job: Path, overrides: tuple[str, ...]) -> "JobSpec":
+    """The checked job of a file.
+
+    Raises:
+        SpecError: every mistake, one line each.
+    """
+    return parse(job_values(job, overrides), job)
+
+
+def expect(spec: "JobSpec", kind: str, job: Path) -> Any:
+    """The job, which must be of a kind.
+
+    Raises:
+        SpecError: it is of another; names the command for it.
+    """
+    if spec.kind != kind:
+        raise SpecError(f"{job}: is a {spec.kind} job. Run `raydetect {spec.kind} {job}`.")
+    return spec
+
+
+@contextmanager
+def errors(code: int | None = None) -> Iterator[None]:
+    """Deliberate errors become one line and an exit code: `code`, or the error's own."""
+    try:
+        yield
+    except RaydetectError as error:
+        fail(str(error), code or error.exit_code)
+    except KeyboardInterrupt:
+        fail("Stopped. What is committed stays; the same command goes on from there.", INTERRUPTED)
+
+
+def fail(text: str, code: int) -> NoReturn:
+    """Ends the command with one line."""
+    click.echo(f"Error: {text}", err=True)
+    sys.exit(code)
