@@ -93,7 +93,7 @@ def test_help_is_instant_and_loads_neither_torch_nor_ray() -> None:
 def test_shell_completion_works() -> None:
     environment = {**os.environ, "_RAYDETECT_COMPLETE": "bash_complete", "COMP_WORDS": "raydetect s", "COMP_CWORD": "1"}
     ended = subprocess.run([COMMAND], capture_output=True, text=True, env=environment)
-    assert [line.partition(",")[2] for line in ended.stdout.split()] == ["score", "status", "submit"]
+    assert [line.partition(",")[2] for line in ended.stdout.split()] == ["score", "serve", "status", "submit"]
 
 
 def test_detectors_are_listed_with_defaults_and_doc_lines() -> None:

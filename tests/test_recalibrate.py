@@ -47,7 +47,7 @@ def test_thresholds_are_those_of_the_new_images_and_the_detector_is_the_same() -
     assert (made.held_out, made.before, made.bad) == ({None: 29}, {None: 12}, 0)
     assert new.digest == made.digest != old.digest
     assert new.body["tensors"] == old.body["tensors"] and new.body["params"] == old.body["params"]
-    entry = {"artifact": old.uri, "digest": old.digest, "images": old.body["images"]}
+    entry = {"artifact": "memory:///data/artifact", "digest": old.digest, "images": old.body["images"]}
     assert new.body["lineage"] == [entry] and new.body["images"]["held_out"] == 29
     detector = load_artifact("memory://data/calibrated", Storage()).detector
     from raydetect.records import Member
@@ -78,7 +78,7 @@ def test_anomalous_images_are_left_out_and_what_was_fitted_is_refused() -> None:
     pack("memory://data/labelled", ".tar", mixed_files(7, 2, masks=False), 1)
     source = {"uri": "memory://data/labelled", "pattern": "{category}/test/{defect}/{name}.png"}
     assert calibrated(source=source).held_out == {None: 7}
-    with pytest.raises(SpecError, match="was fitted on memory://data/normal"):
+    with pytest.raises(SpecError, match="was fitted on memory:///data/normal"):
         calibrated(source={"uri": "memory://data/normal/"})
     with pytest.raises(SpecError, match="runs in one process"):
         calibrated(resources={"num_workers": 2})

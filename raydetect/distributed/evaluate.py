@@ -32,9 +32,8 @@ def evaluate(
     refuse_memory_uris([evaluation.output])
     resources = evaluation.spec.resources
     with session(address, resources):
-        task = ray.remote(_cell).options(
-            num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker, max_calls=1
-        )
+        cpus, gpus = resources.cpus_per_worker, resources.gpus_per_worker
+        task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1)(_cell)
         try:
             job = ray.put(evaluation)
             waiting = {task.remote(job, cell): cell for cell in todo}

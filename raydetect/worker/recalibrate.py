@@ -93,7 +93,7 @@ def refuse_fitted(spec: CalibrateSpec, records: Iterable[ArtifactRecord]) -> Non
     for record in records:
         source = record.body.get("spec", {}).get("source", {}).get("uri", [])
         fitted = [source] if isinstance(source, str) else source
-        both = sorted(mine & {normalise_uri(uri).rstrip("/") for uri in fitted if "://" in uri or "/" in uri})
+        both = sorted(mine & {normalise_uri(uri).rstrip("/") for uri in fitted})
         if both:
             raise SpecError(
                 f"source.uri: the detector was fitted on {both[0]}, and p-values hold only for images that it has not "
