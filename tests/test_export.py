@@ -10,6 +10,7 @@ from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
+from pycocotools import mask as coco
 
 from raydetect.cli import main
 from raydetect.export.naming import file_name
@@ -117,7 +118,6 @@ def test_regions_are_the_parts_of_a_mask_and_polygons_enclose_them(mask: np.ndar
 @given(masks)
 @settings(max_examples=100, deadline=None)
 def test_pycocotools_reads_both(mask: np.ndarray) -> None:
-    coco = pytest.importorskip("pycocotools.mask", reason="COCO's own decoder is a package of the tests")
     packed = {"size": list(mask.shape), "counts": length_text(run_lengths(mask)).encode()}
     assert (coco.decode(packed) == mask).all()
     assert coco.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"] == packed["counts"]

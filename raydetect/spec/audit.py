@@ -1,7 +1,7 @@
 """`kind: audit`: what came since the last audit, scored, compared with the nights before, and judged by rules."""
 
 import datetime
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
@@ -79,18 +79,11 @@ class AuditSpec:
 
 def night_score(spec: AuditSpec, results_uri: str) -> ScoreSpec:
     """The scoring job of one night. Bad rows are for the rules to judge, so none are too many here."""
-    sink = SinkSpec(
-        uri=results_uri,
-        storage=spec.sink.storage,
-        heatmaps=spec.sink.heatmaps,
-        top_k=spec.sink.top_k,
-        style=spec.sink.style,
-    )
     return ScoreSpec(
         kind="score",
         source=spec.source,
         artifact=spec.artifact,
-        sink=sink,
+        sink=replace(spec.sink, uri=results_uri),
         storage=spec.storage,
         flag=spec.flag,
         batch_size=spec.batch_size,
