@@ -47,7 +47,7 @@ def _copy(row: dict[str, Any], pictures: Pictures, output: Path, missing: list[s
         data = pictures.encoded(row["image_uri"])
         image = f"images/{name}"
         (output / image).write_bytes(data)
-        picture = pictures.image(row)
+        picture = pictures.decoded(data)
     except (MemberError, RaydetectError) as error:
         missing.append(f"{row['key']}: {why_not(error)}")
     try:

@@ -57,7 +57,7 @@ def _card(place: int, row: Mapping[str, Any], pictures: Pictures) -> Card:
     notes: list[str] = []
     image = overlay = None
     try:
-        image = pictures.image(row)
+        image = pictures.decoded(pictures.encoded(row["image_uri"]))
     except (MemberError, RaydetectError) as error:
         notes.append(f"No image: {why_not(error)}")
     try:

@@ -67,16 +67,15 @@ class Pictures:
             raise translate(image_uri, "read", error) from error
         return data
 
-    def image(self, row: Mapping[str, Any]) -> Image.Image:
-        """The decoded image of a row at its own size, by the rules of its run.
+    def decoded(self, data: bytes) -> Image.Image:
+        """An encoded image of the run at its own size, by the rules of the run.
 
         Raises:
-            StorageError, SpecError: it cannot be read.
             MemberError: it cannot be decoded.
         """
         source = self.run["spec"]["source"]
         rules = DecodeRules(int(source["max_pixels"]), source["exif_orientation"] == "apply")
-        return decode_image(self.encoded(row["image_uri"]), rules)
+        return decode_image(data, rules)
 
     def heatmap(self, row: Mapping[str, Any]) -> bytes | None:
         """The stored PNG of a row, None when it has none.
