@@ -14,13 +14,18 @@ from raydetect.audit.webhook import webhook_of
 from raydetect.detectors._ensemble import learns_from_labels, parts
 from raydetect.detectors._registry import build_from
 from raydetect.errors import RaydetectError, SpecError
+from raydetect.evaluation.cells import plan_evaluation
 from raydetect.fleet_record import read_index, read_records
 from raydetect.gateway.allow import Prefixes
 from raydetect.gateway.desk import load_served
 from raydetect.gateway.tokens import read_tokens
-from raydetect.plan import plan_score
+from raydetect.plan import plan_score, refuse_without_categories
+from raydetect.sinks.ledger import Ledger
+from raydetect.sinks.results import progress
 from raydetect.spec import (
     AuditSpec,
+    CalibrateSpec,
+    EvaluateSpec,
     FitSpec,
     JobSpec,
     ResourceSpec,
@@ -33,12 +38,17 @@ from raydetect.spec import (
     source_storage,
 )
 from raydetect.storage import Storage, join_uri, normalise_uri
+from raydetect.worker.recalibrate import refuse_fitted
 
 
 def find_problems(spec: JobSpec) -> list[str]:
     """One sentence for each mistake; empty when the job can run."""
     if isinstance(spec, ServeSpec):
         checks = _serve_checks(spec)
+    elif isinstance(spec, EvaluateSpec):
+        checks = _evaluate_checks(spec)
+    elif isinstance(spec, CalibrateSpec):
+        checks = _calibrate_checks(spec)
     elif isinstance(spec, FitSpec):
         checks = _fit_checks(spec)
     else:
@@ -88,6 +98,30 @@ def _serve_checks(spec: ServeSpec) -> list[Callable[[], object]]:
         lambda: [Prefixes.of(uris) for uris in (allow.sources, allow.sinks, allow.artifacts)],
     ]
     return checks + [partial(load_served, name, served, storage) for name, served in spec.detectors.items()]
+
+
+def _evaluate_checks(spec: EvaluateSpec) -> list[Callable[[], object]]:
+    checks: list[Callable[[], object]] = [lambda: _reachable(spec.output, spec.storage, "output")]
+    if spec.results:
+        storage = Storage(spec.storage)
+        return checks + [partial(progress, Ledger(normalise_uri(uri), storage)) for uri in spec.results]
+    return [*checks, lambda: plan_evaluation(spec)]
+
+
+def _calibrate_checks(spec: CalibrateSpec) -> list[Callable[[], object]]:
+    storage = Storage(spec.storage)
+
+    def fits() -> None:
+        index = read_index(normalise_uri(spec.artifact), storage)
+        refuse_fitted(spec, read_records(index, storage).values())
+        archive = open_archive(spec.source, Storage(source_storage(spec, spec.source)))
+        refuse_without_categories(spec.source, index, tuple(archive.shards()))
+
+    return [
+        lambda: _first_shard(spec.source, source_storage(spec, spec.source)),
+        fits,
+        lambda: _reachable(spec.output, spec.storage, "output"),
+    ]
 
 
 def _sentence(check: Callable[[], object]) -> str | None:

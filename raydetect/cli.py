@@ -12,6 +12,7 @@ import click
 
 from raydetect import __version__
 from raydetect.commands.audit import audit
+from raydetect.commands.calibrate import calibrate
 from raydetect.commands.door import (
     BAD_JOB,
     cluster,
@@ -25,6 +26,7 @@ from raydetect.commands.door import (
     parse,
     storage_words,
 )
+from raydetect.commands.evaluate import evaluate
 from raydetect.commands.export import export
 from raydetect.commands.report import report
 from raydetect.commands.scoring import run_score
@@ -154,13 +156,15 @@ def score(job: Path, overrides: tuple[str, ...], address: str | None, in_process
 
 
 def _summary(plan: "ScorePlan", manifest: dict[str, Any]) -> None:
-    from raydetect.sinks.results import labelled_auroc
+    from raydetect.sinks.results import fdr_text, labelled_auroc
     from raydetect.storage import join_uri
 
     uri = plan.ledger.uri
     kinds = ", ".join(f"{count:,} {status}" for status, count in manifest["statuses"].items())
     click.echo(f"Scored {manifest['rows']:,} images in {manifest['shards']:,} shards ({kinds or 'none'}).")
     click.echo(f"Flagged {manifest['flagged']:,}; heatmaps {manifest['heatmaps']:,}.")
+    if "fdr" in manifest:
+        click.echo(f"False discoveries: {fdr_text(manifest['fdr'])}")
     quality = labelled_auroc(plan.ledger)
     if quality is not None:
         mean = ", mean of the fleet's categories" if plan.artifact.categories else ""
@@ -334,5 +338,5 @@ def _print_detector(kind: Any, name: str) -> None:
         click.echo(f"      {field.doc}")
 
 
-for command in (audit, export, report):
+for command in (audit, calibrate, evaluate, export, report):
     main.add_command(command)

@@ -11,13 +11,14 @@ from raydetect.blocks.group import Group
 from raydetect.errors import SpecError
 from raydetect.plan import Committer, ScorePlan, finish, only_record
 from raydetect.records import Chunk, FitReport, Part, Receipt
-from raydetect.spec import FIT_CHUNK_BYTES, FIT_CHUNK_IMAGES, FitSpec, SourceSpec, source_storage
+from raydetect.spec import FIT_CHUNK_BYTES, FIT_CHUNK_IMAGES, CalibrateSpec, FitSpec, SourceSpec, source_storage
 from raydetect.storage import Storage
 from raydetect.worker.artifact import StoredDetectors
 from raydetect.worker.bank import sharded_search
 from raydetect.worker.fit import fit_worker
 from raydetect.worker.one_fit import Tick
 from raydetect.worker.read import read_members
+from raydetect.worker.recalibrate import Recalibrated, recalibrate
 from raydetect.worker.score import Scorer
 
 
@@ -36,7 +37,7 @@ def fit(spec: FitSpec, tick: Tick) -> FitReport:
     return report
 
 
-def _chunks(spec: FitSpec, source: SourceSpec) -> Iterator[Chunk]:
+def _chunks(spec: FitSpec | CalibrateSpec, source: SourceSpec) -> Iterator[Chunk]:
     archive = open_archive(source, Storage(source_storage(spec, source)))
     for shard in archive.shards():
         yield from cut_chunks(shard, read_members(archive, shard, source), FIT_CHUNK_IMAGES, FIT_CHUNK_BYTES)
@@ -68,6 +69,15 @@ def score(plan: ScorePlan, on_part: Callable[[Part, Receipt | None], None]) -> d
                 part = plan.sink.write(chunk, result.rows, result.pictures, result.clipped_pixels)
                 on_part(part, committer.add(part))
     return finish(plan)
+
+
+def calibrate(spec: CalibrateSpec, tick: Tick) -> Recalibrated:
+    """Writes an artifact with a new calibration, without fitting.
+
+    Raises:
+        RaydetectError: the artifact or the images cannot be used.
+    """
+    return recalibrate(spec, _chunks(spec, spec.source), tick, _device(spec.resources.gpus_per_worker))
 
 
 def _device(gpus: float) -> torch.device:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,15 @@ import numpy as np
 from raydetect.archives.base import Archive, archive_fingerprint
 from raydetect.archives.open import open_archive
 from raydetect.artifact_record import ArtifactRecord
+from raydetect.config import to_plain
 from raydetect.errors import SpecError, TooManyBadRows
 from raydetect.fleet_record import ArtifactIndex, read_index, read_records
-from raydetect.metrics.conformal import threshold_for
+from raydetect.metrics.conformal import ROUNDING, threshold_for
+from raydetect.metrics.discovery import discover
 from raydetect.records import OK, Part, Receipt, Shard
 from raydetect.sinks.ledger import Ledger, Totals
 from raydetect.sinks.parquet import ResultsSink
-from raydetect.spec import ScoreSpec, SourceSpec, public_spec, result_words, sink_storage, source_storage
+from raydetect.spec import FlagSpec, ScoreSpec, SourceSpec, public_spec, result_words, sink_storage, source_storage
 from raydetect.storage import Storage, normalise_uri
 
 
@@ -75,8 +78,7 @@ def plan_score(spec: ScoreSpec, chosen: tuple[Shard, ...] | None = None) -> Scor
     records = read_records(artifact, Storage(spec.storage))
     if spec.resources.bank_shards > 1:
         only_record(artifact, records).require_bank(spec.resources.bank_shards)
-    if spec.flag.alpha is not None:
-        check_alpha(records, spec.flag.alpha)
+    check_flag(records, spec.flag)
     ledger = Ledger(normalise_uri(spec.sink.uri), Storage(sink_storage(spec)))
     archive = open_archive(spec.source, Storage(source_storage(spec, spec.source)))
     shards = tuple(archive.shards()) if chosen is None else chosen
@@ -88,15 +90,20 @@ def plan_score(spec: ScoreSpec, chosen: tuple[Shard, ...] | None = None) -> Scor
     return ScorePlan(spec, archive, shards, todo, artifact, records, ledger, run)
 
 
-def check_alpha(records: Mapping[str | None, ArtifactRecord], alpha: float) -> None:
+def check_flag(records: Mapping[str | None, ArtifactRecord], flag: FlagSpec) -> None:
     """Every detector must have held-out images enough; of those that have not, the one with the fewest is told of.
+
+    For `fdr` that is what it takes where every image is flagged; fewer flags need more (`Discovery.needed_held_out`).
 
     Raises:
         SpecError: one has too few; names its category.
     """
+    if flag.smallest_p is None:
+        return
+    word, level = flag.smallest_p
     smallest = min(records, key=lambda category: len(records[category].calibration.scores))
     try:
-        threshold_for(np.asarray(records[smallest].calibration.scores), alpha)
+        threshold_for(np.asarray(records[smallest].calibration.scores), level, word)
     except SpecError as error:
         raise SpecError(str(error) if smallest is None else f"category {smallest!r}: {error}") from None
 
@@ -203,9 +210,34 @@ def finish(plan: ScorePlan) -> dict[str, Any]:
     """
     facts = {key: plan.run[key] for key in ("kind", "result", "num_bytes", "heatmap_scale")}
     facts["heatmap_style"] = plan.spec.sink.style
-    manifest = plan.ledger.finish(facts)
+    manifest = plan.ledger.finish(facts, partial(decide, plan))
     judge_bad_rows(manifest, plan.spec.max_bad_fraction, plan.ledger.uri)
     return manifest
+
+
+def decide(plan: ScorePlan, totals: Totals) -> dict[str, Any]:
+    """What the manifest says of flags that were left to the whole archive: the decision and what backs it.
+
+    Returns:
+        `flagged`, and `fdr` with the p-value and, for every artifact, the image score from which on rows are flagged
+        (None: none of its rows is); nothing when rows are flagged by themselves.
+    """
+    level = plan.spec.flag.fdr
+    if level is None:
+        return {}
+    found = discover(totals.p_counts, level)
+    record = plan.records.get(None)
+    thresholds = {category or "": _score_threshold(r, found.p_threshold) for category, r in plan.records.items()}
+    facts = {**to_plain(found), "false_share": found.false_share}
+    facts["threshold"] = {"categories": thresholds} if record is None else thresholds[""]
+    return {"flagged": found.flagged, "fdr": facts}
+
+
+def _score_threshold(record: ArtifactRecord, p_threshold: float | None) -> float | None:
+    scores = np.asarray(record.calibration.scores)
+    if p_threshold is None or p_threshold * (len(scores) + 1) < 1 - ROUNDING:
+        return None
+    return threshold_for(scores, p_threshold)
 
 
 def judge_bad_rows(manifest: Mapping[str, Any], limit: float, uri: str) -> None:

@@ -101,8 +101,9 @@ class Row:
     """One row of the results. Holds no time and no host name, so that a resumed run is equal row for row.
 
     `image_score` is raw (never clamped or normalised), None unless `status` is "ok"; so are the columns after it
-    up to `heatmap_uri`. `p_value` is None when the artifact has no calibration. `brightness` and `sharpness` describe
-    the picture itself, so that a change of camera or light is told from a change of parts.
+    up to `heatmap_uri`. `p_value` is None when the artifact has no calibration; `threshold` and `flagged` are None
+    too when flags are left to the whole archive (`flag.fdr`). `brightness` and `sharpness` describe the picture
+    itself, so that a change of camera or light is told from a change of parts.
     """
 
     key: str
@@ -137,7 +138,10 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """What one chunk left in the results directory; paths are relative to it."""
+    """What one chunk left in the results directory; paths are relative to it.
+
+    `p_counts` tells how many rows have which p-value, when flags are left to the whole archive.
+    """
 
     chunk: str
     shard: int
@@ -152,6 +156,7 @@ class Part:
     heatmaps: int = 0
     heatmap_path: str = ""
     clipped_pixels: int = 0
+    p_counts: Mapping[float, int] = field(default_factory=dict)
     seconds: float = 0.0
     host: str = ""
 

@@ -125,6 +125,6 @@ def answer_of(uri: str, known: RunState | None, ledgers: Ledgers) -> RunAnswer |
         shards=found.num_shards,
         images=totals.rows,
         bad_images=totals.rows - totals.statuses.get("ok", 0),
-        flagged=totals.flagged,
+        flagged=found.flagged or 0,
         statuses=dict(totals.statuses),
     )

@@ -10,7 +10,7 @@ from raydetect.artifact_record import ArtifactRecord
 from raydetect.errors import RaydetectError
 from raydetect.fleet_record import ArtifactIndex, read_index, read_records
 from raydetect.metrics.conformal import threshold_for
-from raydetect.plan import check_alpha
+from raydetect.plan import check_flag
 from raydetect.records import Answer, Member
 from raydetect.spec import FlagSpec, Heatmaps, ScoreSpec, ServedSpec
 from raydetect.storage import Storage, normalise_uri
@@ -96,8 +96,7 @@ def load_served(name: str, served: ServedSpec, storage: Storage) -> Served:
     """
     index = read_index(normalise_uri(served.artifact), storage)
     records = read_records(index, storage)
-    if served.flag.alpha is not None:
-        check_alpha(records, served.flag.alpha)
+    check_flag(records, served.flag)
     return Served(name, index, served.flag, _facts(name, index, records, served.flag))
 
 

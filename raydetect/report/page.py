@@ -17,7 +17,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from raydetect import __version__
 from raydetect.report.gallery import cards
 from raydetect.report.pictures import Pictures
-from raydetect.report.run_charts import Figure, alpha_of, distribution_figure, timeline_figure
+from raydetect.report.run_charts import Figure, distribution_figure, p_limit, timeline_figure
 from raydetect.report.tally import MAX_BAD_PER_STATUS, CategorySums, Tally
 from raydetect.sinks.ledger import Ledger
 from raydetect.sinks.results import labelled_auroc
@@ -78,14 +78,15 @@ def render(
     )
     script, style = _part("report.js"), _part("report.css")
     gallery = cards(found.foremost.rows(), pictures)
-    figures = [distribution_figure(found, alpha_of(dict(run))), timeline_figure(found.timeline)]
+    manifest = ledger.manifest()
+    figures = [distribution_figure(found, p_limit(run, manifest)), timeline_figure(found.timeline)]
     return environment.get_template("report.html").render(
         title=extra.title if extra else f"Report of {_short_name(ledger.uri)}",
         script=script,
         style=style,
         policy=_policy(script),
         scored=_scored(run, detector),
-        facts=facts(ledger, run, found),
+        facts=facts(ledger, run, found, manifest),
         finished=found.totals.shards >= int(run["num_shards"]),
         shards_left=int(run["num_shards"]) - found.totals.shards,
         figures=[figure for figure in figures if figure is not None],
@@ -105,13 +106,13 @@ def render(
     )
 
 
-def facts(ledger: Ledger, run: Mapping[str, Any], found: Tally) -> list[Fact]:
+def facts(ledger: Ledger, run: Mapping[str, Any], found: Tally, manifest: Mapping[str, Any] | None) -> list[Fact]:
     """The figures of the head."""
     totals = found.totals
-    flagged, bad = _percent(totals.flagged, totals.rows), _percent(totals.bad_rows, totals.rows)
+    bad = _percent(totals.bad_rows, totals.rows)
     made = [
         Fact("images", f"{totals.rows:,}", f"in {totals.shards:,} of {int(run['num_shards']):,} shards"),
-        Fact("flagged", f"{totals.flagged:,}", flagged, "bad" if totals.flagged else ""),
+        _flagged(run, found, manifest),
         Fact("without a score", f"{totals.bad_rows:,}", bad, "bad" if totals.bad_rows else ""),
         Fact("heatmaps", f"{totals.heatmaps:,}", f"of style {run['spec']['sink']['style']}"),
     ]
@@ -119,6 +120,17 @@ def facts(ledger: Ledger, run: Mapping[str, Any], found: Tally) -> list[Fact]:
     if quality is not None:
         made.append(Fact("image AUROC", f"{quality[0]:.4f}", f"over {quality[1]:,} labelled images"))
     return made
+
+
+def _flagged(run: Mapping[str, Any], found: Tally, manifest: Mapping[str, Any] | None) -> Fact:
+    totals = found.totals
+    note = _percent(totals.flagged, totals.rows)
+    if run["spec"]["flag"].get("fdr") is not None:
+        if manifest is None:
+            return Fact("flagged", "open", "decided when all shards are committed (flag.fdr)")
+        fdr = manifest["fdr"]
+        note += f"; of these at most {100 * fdr['false_share']:.2f} % expected normal, asked {100 * fdr['level']:g} %"
+    return Fact("flagged", f"{totals.flagged:,}", note, "bad" if totals.flagged else "")
 
 
 def _category_rows(found: Tally) -> list[tuple[str, CategorySums, str]]:

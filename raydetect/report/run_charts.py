@@ -1,7 +1,7 @@
 """The charts of a run: how its scores are distributed, and what was flagged along its shards."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ class Figure:
     note: str
 
 
-def distribution_figure(tally: Tally, alpha: float | None) -> Figure | None:
+def distribution_figure(tally: Tally, p_limit: float | None) -> Figure | None:
     """Histogram of the scores by label, with the threshold; None when no image has a score."""
     shown = {label: found for label, found in tally.distributions.items() if found.total}
     if not shown:
@@ -46,7 +46,7 @@ def distribution_figure(tally: Tally, alpha: float | None) -> Figure | None:
                 f"{says}{int(values[place]):,} {LABELS[label][0]}",
             )  # fmt: skip
             low = high
-    mark, said = _decision(tally, alpha)
+    mark, said = _decision(tally, p_limit)
     if mark is not None:
         plot.upright(mark, said)
     name = "image score" if tally.measure == "image_score" else "p-value"
@@ -62,9 +62,9 @@ def _far(mark: float | None, plot: Plot, note: str) -> str:
     return note if inside else f"The threshold, {mark:.4g}, lies outside of the scores. {note}"
 
 
-def _decision(tally: Tally, alpha: float | None) -> tuple[float | None, str]:
+def _decision(tally: Tally, p_limit: float | None) -> tuple[float | None, str]:
     if tally.measure == "p_value":
-        return alpha, f"flagged up to {alpha}"
+        return p_limit, f"flagged up to {p_limit}"
     if tally.threshold is None or not math.isfinite(tally.threshold):
         return None, ""
     return tally.threshold, f"threshold {tally.threshold:.4g}"
@@ -117,7 +117,9 @@ def _tail(uri: str) -> str:
     return uri.rstrip("/").rpartition("/")[2][:80]
 
 
-def alpha_of(run: dict[str, Any]) -> float | None:
-    """The share of normal images that the job lets be flagged, None when it states a threshold."""
-    alpha = run["spec"]["flag"].get("alpha")
-    return None if alpha is None else float(alpha)
+def p_limit(run: Mapping[str, Any], manifest: Mapping[str, Any] | None) -> float | None:
+    """Up to which p-value images are flagged; None when a score decides, or the whole archive has not yet."""
+    flag = run["spec"]["flag"]
+    decided = None if manifest is None else manifest.get("fdr")
+    limit = flag.get("alpha") if decided is None else decided["p_threshold"]
+    return None if limit is None else float(limit)

@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,12 +105,19 @@ class Ledger:
         except SpecError as error:
             raise StorageError(f"the ledger record is damaged: {error} Remove it to score the shard anew.") from None
 
-    def finish(self, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Writes `manifest.json` from all receipts, and returns it."""
+    def finish(
+        self, facts: Mapping[str, Any], decide: "Callable[[Totals], Mapping[str, Any]]" = lambda totals: {}
+    ) -> dict[str, Any]:
+        """Writes `manifest.json` from all receipts, and returns it.
+
+        Args:
+            facts: of the run.
+            decide: what the sums of all receipts decide; its entries replace those of the sums.
+        """
         totals = Totals()
         for receipt in self.receipts():
             totals.add(receipt)
-        body = {"format_version": FORMAT_VERSION, **facts, **totals.plain()}
+        body = {"format_version": FORMAT_VERSION, **facts, **totals.plain(), **decide(totals)}
         self._write("manifest.json", body)
         return body
 
@@ -167,6 +174,7 @@ class Totals:
     clipped_pixels: int = 0
     bad_shards: int = 0
     statuses: Counter[str] = field(default_factory=Counter)
+    p_counts: Counter[float] = field(default_factory=Counter)
     first_unix: float = float("inf")
     last_unix: float = 0.0
 
@@ -182,6 +190,7 @@ class Totals:
             self.labelled += part.labelled
             self.heatmaps += part.heatmaps
             self.clipped_pixels += part.clipped_pixels
+            self.p_counts.update(part.p_counts)
         self.first_unix = min(self.first_unix, receipt.committed_unix)
         self.last_unix = max(self.last_unix, receipt.committed_unix)
 

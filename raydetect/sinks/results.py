@@ -2,7 +2,7 @@
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,18 +18,31 @@ from raydetect.sinks.ledger import Ledger, Totals
 
 @dataclass(frozen=True, slots=True)
 class RunProgress:
-    """How far a run is, from `run.json` and the ledger; `num_categories` is 0 without a fleet."""
+    """How far a run is, from `run.json` and the ledger; `num_categories` is 0 without a fleet.
+
+    `flags_wait` says that the whole archive decides what is flagged (`flag.fdr`), and the run is not finished; `fdr` is
+    the manifest's entry once it is.
+    """
 
     uri: str
     num_shards: int
     totals: Totals
     finished: bool
     num_categories: int = 0
+    flags_wait: bool = False
+    fdr: Mapping[str, Any] | None = None
+
+    @property
+    def flagged(self) -> int | None:
+        """How many images are flagged; None while that is left to the end of the run."""
+        if self.flags_wait:
+            return None
+        return self.totals.flagged if self.fdr is None else int(self.fdr["flagged"])
 
     def plain(self) -> dict[str, Any]:
         """For machines."""
         run = {"uri": self.uri, "num_shards": self.num_shards, "num_categories": self.num_categories}
-        return {**run, "finished": self.finished, **self.totals.plain()}
+        return {**run, "finished": self.finished, **self.totals.plain(), "flagged": self.flagged, "fdr": self.fdr}
 
     def lines(self) -> list[str]:
         """For people."""
@@ -41,11 +54,13 @@ class RunProgress:
             f"{self.uri}: {state}",
             f"Shards     {totals.shards:,} of {self.num_shards:,} committed ({share:.1f} %)",
             f"Images     {totals.rows:,} ({kinds or 'none yet'})",
-            f"Flagged    {totals.flagged:,}",
+            f"Flagged    {'when all shards are committed (flag.fdr)' if self.flagged is None else f'{self.flagged:,}'}",
             f"Heatmaps   {totals.heatmaps:,}",
         ]
         if self.num_categories:
             lines.insert(1, f"Fleet      of {self.num_categories:,} categories")
+        if self.fdr is not None:
+            lines.append(f"FDR        {fdr_text(self.fdr)}")
         spent = totals.last_unix - totals.first_unix
         if totals.shards > 1 and spent > 0:
             lines.append(f"Pace       {totals.shards / spent * 60:.1f} shards/min between first and last commit")
@@ -72,7 +87,7 @@ class Followed:
             run = self._ledger.run()
             if run is None:
                 raise StorageError(f"{self._ledger.uri}: holds no run.json, so no run was begun there. Check the URI.")
-            finished = self._ledger.manifest() is not None  # before the listing, which then holds all that is said
+            manifest = self._ledger.manifest()  # before the listing, which then holds all that is said
             committed = self._ledger.committed()
             if not self._seen <= committed:  # another run began there
                 self._seen, self._totals = frozenset(), Totals()
@@ -81,7 +96,10 @@ class Followed:
             self._seen = committed
             categories = len(run["result"].get("categories", {}))
             totals = replace(self._totals, statuses=Counter(self._totals.statuses))
-            return RunProgress(self._ledger.uri, int(run["num_shards"]), totals, finished, categories)
+            waits = manifest is None and run["result"]["spec"].get("flag", {}).get("fdr") is not None
+            fdr = None if manifest is None else manifest.get("fdr")
+            shards = int(run["num_shards"])
+            return RunProgress(self._ledger.uri, shards, totals, manifest is not None, categories, waits, fdr)
 
 
 def progress(ledger: Ledger) -> RunProgress:
@@ -91,6 +109,20 @@ def progress(ledger: Ledger) -> RunProgress:
         StorageError: it is no results directory, or a record is damaged.
     """
     return Followed(ledger).progress()
+
+
+def fdr_text(fdr: Mapping[str, Any]) -> str:
+    """The manifest's decision on flags in a sentence or two."""
+    level = f"{100 * fdr['level']:g} %"
+    if fdr["p_threshold"] is None:
+        text = f"no p-value of {fdr['tested']:,} images is small enough for a false discovery rate of {level}."
+        if fdr["needed_held_out"]:
+            text += f" Those of the smallest one need {fdr['needed_held_out']:,} held-out normal images."
+        return text
+    return (
+        f"flagged is p_value <= {fdr['p_threshold']:.6g}. If all {fdr['tested']:,} images were normal, "
+        f"{fdr['expected_false']:.2f} would be there: {100 * fdr['false_share']:.2f} % of the flagged; asked: {level}."
+    )
 
 
 def labelled_auroc(ledger: Ledger) -> tuple[float, int] | None:

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 
 from raydetect.errors import StorageError
 from raydetect.records import Part, Receipt
+from raydetect.sinks.flags import NEEDED, ArchiveFlags, archive_flags
 from raydetect.sinks.ledger import Ledger
 from raydetect.storage import join_uri
 
@@ -18,6 +19,9 @@ READERS, AHEAD = 8, 16
 def read_rows(ledger: Ledger, columns: Sequence[str] | None = None) -> Iterator[tuple[Receipt, Part, pa.Table]]:
     """Rows of every committed part, in order of shards and chunks; a few parts are read ahead by threads.
 
+    Where the whole archive decided what is flagged (`flag.fdr`), rows and counts tell its decision; before it they tell
+    none.
+
     Args:
         ledger: of the results directory.
         columns: which ones; None = all.
@@ -25,11 +29,13 @@ def read_rows(ledger: Ledger, columns: Sequence[str] | None = None) -> Iterator[
     Raises:
         StorageError: a record or part is missing or damaged.
     """
+    flags = archive_flags(ledger.manifest())
     with ThreadPoolExecutor(READERS) as pool:
         ahead: deque[tuple[Receipt, Part, Future[pa.Table]]] = deque()
-        for receipt in ledger.receipts():
+        for written in ledger.receipts():
+            receipt = written if flags is None else flags.receipt(written)
             for part in receipt.parts:
-                ahead.append((receipt, part, pool.submit(read_part, ledger, part, columns)))
+                ahead.append((receipt, part, pool.submit(_read, ledger, part, columns, flags)))
                 if len(ahead) == AHEAD:
                     yield _next(ahead)
         while ahead:
@@ -39,6 +45,14 @@ def read_rows(ledger: Ledger, columns: Sequence[str] | None = None) -> Iterator[
 def _next(ahead: deque[tuple[Receipt, Part, "Future[pa.Table]"]]) -> tuple[Receipt, Part, pa.Table]:
     receipt, part, coming = ahead.popleft()
     return receipt, part, coming.result()
+
+
+def _read(ledger: Ledger, part: Part, columns: Sequence[str] | None, flags: ArchiveFlags | None) -> pa.Table:
+    if flags is None:
+        return read_part(ledger, part, columns)
+    if columns is None:
+        return flags.decided(read_part(ledger, part))
+    return flags.decided(read_part(ledger, part, tuple(dict.fromkeys((*columns, *NEEDED))))).select(list(columns))
 
 
 def read_part(ledger: Ledger, part: Part, columns: Sequence[str] | None = None) -> pa.Table:

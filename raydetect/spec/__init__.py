@@ -1,6 +1,8 @@
 """The job file's words: frozen, strict dataclasses with a doc line and a check under every field."""
 
 from raydetect.spec.audit import AuditSpec, BaselineSpec, WebhookSpec, night_score
+from raydetect.spec.calibrate import CalibrateSpec
+from raydetect.spec.evaluate import ArchiveSpec, EvaluateSpec, LabelledSpec, Layout
 from raydetect.spec.fit import (
     ENSEMBLE,
     FIT_CHUNK_BYTES,
@@ -29,14 +31,19 @@ __all__ = [
     "FIT_CHUNK_BYTES",
     "FIT_CHUNK_IMAGES",
     "AllowSpec",
+    "ArchiveSpec",
     "AuditSpec",
     "BaselineSpec",
+    "CalibrateSpec",
     "CalibrationSpec",
     "DetectorSpec",
+    "EvaluateSpec",
     "FitSpec",
     "FlagSpec",
     "Heatmaps",
     "JobSpec",
+    "LabelledSpec",
+    "Layout",
     "LimitSpec",
     "MemberSpec",
     "MiB",

@@ -5,14 +5,23 @@ from typing import Any
 from raydetect.config import apply_overrides, digest, nearest, to_plain, validate
 from raydetect.errors import SpecError
 from raydetect.spec.audit import AuditSpec
+from raydetect.spec.calibrate import CalibrateSpec
+from raydetect.spec.evaluate import EvaluateSpec
 from raydetect.spec.fit import FitSpec
 from raydetect.spec.score import ScoreSpec
 from raydetect.spec.serve import ServeSpec
 from raydetect.spec.words import SourceSpec, StorageOptions
 
 FREE_RESOURCES = ("num_workers", "detectors_in_memory", "bank_shards")  # they do not change rows
-JobSpec = FitSpec | ScoreSpec | AuditSpec | ServeSpec
-KINDS: dict[str, type[JobSpec]] = {"fit": FitSpec, "score": ScoreSpec, "audit": AuditSpec, "serve": ServeSpec}
+JobSpec = FitSpec | ScoreSpec | AuditSpec | ServeSpec | EvaluateSpec | CalibrateSpec
+KINDS: dict[str, type[JobSpec]] = {
+    "fit": FitSpec,
+    "score": ScoreSpec,
+    "audit": AuditSpec,
+    "serve": ServeSpec,
+    "evaluate": EvaluateSpec,
+    "calibrate": CalibrateSpec,
+}
 
 
 def parse_job(values: dict[str, Any], where: str, overrides: tuple[str, ...] = ()) -> JobSpec:

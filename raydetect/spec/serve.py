@@ -20,6 +20,10 @@ class ServedSpec:
     artifact: Annotated[str, Field(description="the fitted detector, or a fleet")]
     flag: FlagSpec = field(default_factory=lambda: FlagSpec(alpha=0.01))
 
+    def __post_init__(self) -> None:
+        if self.flag.fdr is not None:
+            raise ValueError("flag.fdr is decided over a whole archive, never for single images; use flag.alpha")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AllowSpec:

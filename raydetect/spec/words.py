@@ -114,12 +114,27 @@ class ResourceSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlagSpec:
-    """When an image is flagged: exactly one of the two."""
+    """When an image is flagged: exactly one of the three."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
     alpha: Annotated[float | None, Field(gt=0, lt=1, description="flag when the conformal p-value is <= alpha")] = None
     threshold: Annotated[float | None, Field(description="flag when the image score is >= threshold")] = None
+    fdr: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            lt=1,
+            description="of the images flagged in the whole archive, at most this share is expected to be normal "
+            "(Benjamini-Hochberg); decided when the run is finished, and told by the manifest",
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
-        if (self.alpha is None) == (self.threshold is None):
-            raise ValueError("state either alpha or threshold, and not both")
+        if sum(word is not None for word in (self.alpha, self.threshold, self.fdr)) != 1:
+            raise ValueError("state one of alpha, threshold and fdr, and not more")
+
+    @property
+    def smallest_p(self) -> tuple[str, float] | None:
+        """(word, p-value that the calibration must be able to give); None where p-values do not decide."""
+        level = self.alpha if self.fdr is None else self.fdr
+        return None if level is None else ("flag.alpha" if self.fdr is None else "flag.fdr", level)

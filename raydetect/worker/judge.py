@@ -24,16 +24,26 @@ class Decision:
             SpecError: the calibration is too small for `flag.alpha`.
         """
         self._scores = np.asarray(calibration.scores, dtype=np.float64)
-        if flag.threshold is not None:
-            self.threshold = flag.threshold
+        self._is_left_open = flag.fdr is not None
+        if flag.smallest_p is None:
+            assert flag.threshold is not None
+            self._threshold = flag.threshold
         else:
-            assert flag.alpha is not None
-            self.threshold = threshold_for(self._scores, flag.alpha)
+            self._threshold = threshold_for(self._scores, flag.smallest_p[1], flag.smallest_p[0])
 
-    def of(self, image_score: float) -> tuple[float, bool]:
-        """(p-value, flagged) of one image score."""
+    @property
+    def threshold(self) -> float | None:
+        """Scores from here on are flagged; None when the whole archive decides."""
+        return None if self._is_left_open else self._threshold
+
+    def of(self, image_score: float) -> tuple[float, bool | None]:
+        """(p-value, flagged) of one image score; flagged is None when the whole archive decides."""
         p_value = float(p_values(self._scores, np.asarray([image_score]))[0])
-        return p_value, image_score >= self.threshold
+        return p_value, None if self._is_left_open else self.may_flag(image_score)
+
+    def may_flag(self, image_score: float) -> bool:
+        """Whether an image is flagged, or may be: with `fdr` no p-value above the level ever is."""
+        return image_score >= self._threshold
 
 
 class Judge:

@@ -184,7 +184,7 @@ class Scorer:
             if row.status != OK:
                 continue
             heatmaps = work.wanted[item.position]
-            if heatmaps == "all" or (heatmaps == "flagged" and row.flagged):
+            if heatmaps == "all" or (heatmaps == "flagged" and judge.decision.may_flag(item.image_score)):
                 yield item
             elif heatmaps == "top_k":
                 heapq.heappush(best, (item.image_score, -item.position, item))

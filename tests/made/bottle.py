@@ -93,3 +93,13 @@ def aurocs(detector: Detector, bottles: Bottles, batch_size: int = 16) -> tuple[
         maps.append(found.anomaly_map_BHW.numpy())
     image_auroc = float(roc_auc_score(bottles.labels, scores))
     return image_auroc, float(roc_auc_score(bottles.masks_BHW.ravel(), np.concatenate(maps).ravel()))
+
+
+def scores_of(detector: Detector, bottles: Bottles, batch_size: int = 16) -> np.ndarray:
+    """Image scores."""
+    found = []
+    for start in range(0, len(bottles.names), batch_size):
+        images_BCHW = torch.from_numpy(bottles.images_BHWC[start : start + batch_size]).permute(0, 3, 1, 2)
+        with torch.inference_mode():
+            found.append(detector.score(images_BCHW).image_score_B.numpy())
+    return np.concatenate(found).astype(np.float64)

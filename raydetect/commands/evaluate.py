@@ -1,0 +1,84 @@
+"""`raydetect evaluate`: how good detectors are on labelled images, as a leaderboard."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from raydetect.commands.door import BAD_JOB, cluster, errors, expect, in_process, job_file, load, overrides
+
+if TYPE_CHECKING:
+    from raydetect.evaluation.cells import Cell, Evaluation
+    from raydetect.spec import EvaluateSpec
+
+
+@click.command()
+@job_file
+@overrides
+@cluster
+@in_process
+def evaluate(job: Path, overrides: tuple[str, ...], address: str | None, in_process: bool) -> None:
+    """Fit detectors on labelled data, or take results that are there, and say how good they are.
+
+    Started again, it goes on with the cells that are left.
+    """
+    with errors(BAD_JOB):
+        spec = expect(load(job, overrides), "evaluate", job)
+        cells = None if spec.results else _planned(spec)
+    with errors():
+        found = _judged(spec) if cells is None else _run(*cells, address, in_process)
+        _tell(spec, found)
+
+
+def _planned(spec: "EvaluateSpec") -> tuple["Evaluation", list["Cell"]]:
+    from raydetect.evaluation.cells import plan_evaluation
+
+    evaluation = plan_evaluation(spec)
+    todo = [cell for cell in evaluation.cells if evaluation.finished(cell) is None]
+    done = len(evaluation.cells) - len(todo)
+    if done:
+        click.echo(f"{done} of {len(evaluation.cells)} cells are finished already; going on with the rest.", err=True)
+    return evaluation, todo
+
+
+def _run(evaluation: "Evaluation", todo: list["Cell"], address: str | None, in_process: bool) -> list[dict[str, Any]]:
+    numbers = {cell.digest: number for number, cell in enumerate(evaluation.cells, start=1)}
+
+    def on_cell(cell: "Cell", body: dict[str, Any]) -> None:
+        of = f" on {cell.category}" if cell.category else ""
+        place = f"cell {numbers[cell.digest]} of {len(evaluation.cells)}"
+        click.echo(f"{place}: {cell.line}{of}, seed {cell.seed}: {body['fit_seconds']:.0f} s to fit", err=True)
+
+    if in_process:
+        from raydetect.console import FitDisplay
+        from raydetect.evaluation.run import run_cell
+
+        for cell in todo:
+            with FitDisplay() as display:
+                body = run_cell(evaluation, cell, display.tick)
+            evaluation.commit(cell, body)
+            on_cell(cell, body)
+    elif todo:
+        from raydetect.distributed.evaluate import evaluate as evaluate_on_ray
+
+        evaluate_on_ray(evaluation, todo, address, on_cell)
+    return [found for cell in evaluation.cells if (found := evaluation.finished(cell)) is not None]
+
+
+def _judged(spec: "EvaluateSpec") -> list[dict[str, Any]]:
+    from raydetect.evaluation.scored import judge_results
+
+    return [dict(judge_results(spec, uri)) for uri in spec.results]
+
+
+def _tell(spec: "EvaluateSpec", found: list[dict[str, Any]]) -> None:
+    from raydetect.evaluation.leaderboard import leaderboard, markdown, write_leaderboard
+    from raydetect.storage import Storage, normalise_uri
+
+    places = write_leaderboard(normalise_uri(spec.output), Storage(spec.storage), found)
+    sys.stdout.write(markdown(leaderboard(found)))
+    images = sum(cell["test_images"] for cell in found)
+    click.echo(f"Judged {images:,} images in {len(found):,} cells.")
+    for place in places:
+        click.echo(f"{'Figures' if 'figures' in place else 'Leaderboard'}: {place}")

@@ -1,0 +1,1 @@
+"""Evaluation: cells of detectors, data and seeds; their figures; the leaderboard."""

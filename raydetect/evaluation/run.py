@@ -1,0 +1,158 @@
+"""What a cell does: fit, judge, figures. Runs in this process, or in a Ray task; pixels stay there."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from raydetect.archives.base import cut_chunks
+from raydetect.archives.layouts import Labelled
+from raydetect.archives.open import open_archive
+from raydetect.blocks.group import Group
+from raydetect.config import to_plain, validate
+from raydetect.errors import RaydetectError
+from raydetect.evaluation.cells import Cell, Evaluation
+from raydetect.metrics.figures import image_figures, pixel_figures
+from raydetect.metrics.quality import Quality, counted
+from raydetect.records import Chunk, Member
+from raydetect.spec import FIT_CHUNK_BYTES, FIT_CHUNK_IMAGES, FitSpec, SourceSpec, source_storage
+from raydetect.storage import Storage, join_uri, normalise_uri
+from raydetect.worker.artifact import load_artifact, package_versions
+from raydetect.worker.evaluate import Judged, judge_images, member_chunks, peak_memory_bytes
+from raydetect.worker.fit import fit_worker
+from raydetect.worker.one_fit import Tick
+from raydetect.worker.read import read_members
+
+
+class EvaluationError(RaydetectError):
+    """The labelled images do not allow the figures that are asked for."""
+
+
+def run_cell(evaluation: Evaluation, cell: Cell, tick: Tick) -> dict[str, Any]:
+    """Fits the cell's detector, judges the test images by it, and returns what its file holds.
+
+    Raises:
+        EvaluationError: a class is missing, or a score is not finite.
+        RaydetectError: the fit or the data fail.
+    """
+    spec, uri = evaluation.spec, join_uri(evaluation.output, "artifacts", cell.name)
+    device = _device(spec.resources.gpus_per_worker)
+    fit_spec = _fit_spec(evaluation, cell, uri)
+    report = fit_worker(fit_spec, _chunks(evaluation, cell, "train"), None, Group(), tick, device)
+    assert report is not None
+    detector = load_artifact(report.uri, Storage(spec.storage)).detector.to(device)
+    source, threads = _source(evaluation, "test"), spec.resources.cpus_per_worker
+    masks = Storage(source_storage(spec, source))
+    chunks = _chunks(evaluation, cell, "test")
+    try:
+        judged = judge_images(detector, chunks, source, masks, spec.batch_size, threads)
+        figures = figures_of(judged.quality, spec.replicates)
+    except ValueError as error:
+        raise EvaluationError(f"{cell.line}, category {cell.category!r}: {error}") from None
+    facts = report.facts
+    return {
+        "line": cell.line,
+        "detector": to_plain(cell.detector),
+        "category": cell.category,
+        "seed": cell.seed,
+        "artifact": {"uri": report.uri, "digest": report.digest},
+        "weights": facts["weights"],
+        "fitted_images": facts["images"]["fitted"],
+        "fit_seconds": round(sum(facts["seconds"].values()), 3),
+        "categories": figures,
+        "packages": package_versions(),
+        **_scoring_facts(judged),
+        **peak_memory_bytes(device),
+    }
+
+
+def figures_of(quality: Quality, replicates: int) -> dict[str, Any]:
+    """Counts and figures of every category, as a whole and for each kind of defect with all normal images.
+
+    Raises:
+        ValueError: a category lacks a class.
+    """
+    found = {}
+    for category in quality.categories:
+        mine = quality.of(category)
+        try:
+            whole = _plain_figures(mine, replicates)
+        except ValueError as error:
+            raise ValueError(f"category {category!r}: {error}") from None
+        defects = {name: _plain_figures(mine.of(category, name), replicates) for name in mine.defects(category)}
+        found[category] = {**whole, "defects": defects}
+    if not found:
+        raise ValueError("no image has a label. Let {defect} or {label} of source.pattern, or a sidecar tell it.")
+    return found
+
+
+def _plain_figures(quality: Quality, replicates: int) -> dict[str, Any]:
+    figures = {**image_figures(quality, 0, replicates), **pixel_figures(quality, 0, replicates)}
+    return {"images": counted(quality), "figures": {name: f.plain() for name, f in figures.items()}}
+
+
+def _scoring_facts(judged: Judged) -> Mapping[str, Any]:
+    return {
+        "test_images": judged.images,
+        "bad_images": judged.bad,
+        "unlabelled_images": judged.unlabelled,
+        "judge_seconds": round(judged.seconds, 3),
+        "score_seconds": round(judged.score_seconds, 3),
+        "images_per_second": round(judged.images / max(judged.score_seconds, 1e-9), 3),
+    }
+
+
+def _fit_spec(evaluation: Evaluation, cell: Cell, uri: str) -> FitSpec:
+    spec = evaluation.spec
+    values = {
+        "kind": "fit",
+        "source": _source(evaluation, "train"),
+        "detector": cell.detector,
+        "artifact": uri,
+        "storage": spec.storage,
+        "seed": cell.seed,
+        "batch_size": spec.batch_size,
+        "calibration": {"holdout_ratio": spec.holdout_ratio},
+        "resources": spec.resources,
+    }
+    return validate(FitSpec, values, "evaluate")
+
+
+def _source(evaluation: Evaluation, split: str) -> SourceSpec:
+    spec = evaluation.spec
+    if spec.archive is not None:
+        return spec.archive.train if split == "train" else spec.archive.test
+    assert spec.data is not None
+    return SourceSpec(uri=normalise_uri(spec.data.uri), format="prefix")
+
+
+def _chunks(evaluation: Evaluation, cell: Cell, split: str) -> Iterator[Chunk]:
+    source = _source(evaluation, split)
+    storage = Storage(source_storage(evaluation.spec, source))
+    if evaluation.spec.archive is None:
+        root = normalise_uri(source.uris()[0])
+        chosen = [i for i in evaluation.images if (i.category, i.split) == (cell.category, split)]
+        yield from member_chunks((_member(image, root, storage) for image in chosen), FIT_CHUNK_IMAGES)
+        return
+    archive = open_archive(source, storage)
+    for shard in archive.shards():
+        yield from cut_chunks(shard, read_members(archive, shard, source), FIT_CHUNK_IMAGES, FIT_CHUNK_BYTES)
+
+
+def _member(image: Labelled, root: str, storage: Storage) -> Member:
+    uri = join_uri(root, image.path)
+    return Member(
+        f"{root}#{image.path}",
+        uri,
+        data=storage.read(uri),
+        label=image.label,
+        category=image.category,
+        defect=image.defect,
+        mask_uri=None if image.mask is None else join_uri(root, image.mask),
+    )
+
+
+def _device(gpus: float) -> torch.device:
+    if gpus and not torch.cuda.is_available():
+        raise EvaluationError(f"resources.gpus_per_worker = {gpus}: torch sees no GPU here. Set it to 0.")
+    return torch.device("cuda" if gpus else "cpu")

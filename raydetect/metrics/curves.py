@@ -1,0 +1,126 @@
+"""AUROC, average precision, F1-max and FPR at 95 % TPR from binned counts, each with proven bounds.
+
+What is lost in a bin is the order of the scores in it. Every figure is that of the bins taken as ties, and no order
+inside the bins leads out of [low, high]: the exact figure lies between them. Where bins hold one value each
+(`ScoreBins.shift` 0) all three are the exact figure.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from raydetect.metrics.score_bins import ScoreBins, aligned
+
+TPR = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One number of quality; the exact one lies in [low, high]."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def error(self) -> float:
+        """How far the exact figure may be from the value, at most; 0 when the value is exact."""
+        return max(self.value - self.low, self.high - self.value)
+
+
+def ranking_figures(normal: ScoreBins, anomalous: ScoreBins, columns: tuple[int, int] = (0, 0)) -> dict[str, Figure]:
+    """Every figure of RANKING.
+
+    Args:
+        normal: scores of normal items.
+        anomalous: of anomalous ones.
+        columns: which counts of the two are meant.
+
+    Raises:
+        ValueError: a class is missing.
+    """
+    counts_B2 = aligned([normal, anomalous], list(columns))
+    found = {name: figure(counts_B2[:, 0], counts_B2[:, 1]) for name, figure in RANKING.items()}
+    if max(normal.shift, anomalous.shift) == 0:
+        return {name: Figure(f.value, f.value, f.value) for name, f in found.items()}
+    return found
+
+
+def auroc_of(normal_B: np.ndarray, anomalous_B: np.ndarray) -> Figure:
+    """Chance that an anomalous item outranks a normal one; pairs in one bin count half, and may count 0 or 1.
+
+    Args:
+        normal_B: counts by bin, highest scores first.
+        anomalous_B: likewise.
+
+    Raises:
+        ValueError: a class is missing.
+    """
+    negatives, positives = _totals(normal_B, anomalous_B)
+    below_B = negatives - np.cumsum(normal_B, dtype=np.float64)
+    together = float(np.sum(anomalous_B * normal_B.astype(np.float64)))
+    won, pairs = float(np.sum(anomalous_B * below_B)), negatives * positives
+    return Figure((won + together / 2) / pairs, won / pairs, (won + together) / pairs)
+
+
+def average_precision_of(normal_B: np.ndarray, anomalous_B: np.ndarray) -> Figure:
+    """Sum over bins of precision times the step in recall.
+
+    In a bin of p hits and n false ones, after H and F of them, the precision is at most (H + p) / (H + p + F) at every
+    hit, and at least (H + i) / (H + i + F + n) at the i-th; the sum of the latter is bounded by its integral.
+
+    Raises:
+        ValueError: a class is missing.
+    """
+    _, positives = _totals(normal_B, anomalous_B)
+    some_B = anomalous_B > 0
+    step = anomalous_B[some_B].astype(np.float64)
+    hits = np.cumsum(anomalous_B, dtype=np.float64)[some_B]
+    false = np.cumsum(normal_B, dtype=np.float64)[some_B]
+    value = np.sum(step * hits / (hits + false))
+    high = np.sum(step * hits / (hits + false - normal_B[some_B]))
+    before = np.maximum(hits - step + false, 1e-9)  # 0 only where `false` is, and nothing is lost
+    low = np.sum(step - false * np.log1p(step / before))
+    return Figure(float(value / positives), float(low / positives), float(high / positives))
+
+
+def f1_max_of(normal_B: np.ndarray, anomalous_B: np.ndarray) -> Figure:
+    """Largest F1 over thresholds at edges of bins; one inside a bin may be better.
+
+    Raises:
+        ValueError: a class is missing.
+    """
+    _, positives = _totals(normal_B, anomalous_B)
+    hits, false = np.cumsum(anomalous_B, dtype=np.float64), np.cumsum(normal_B, dtype=np.float64)
+    value = float(np.max(2 * hits / (hits + false + positives)))
+    high = float(np.max(2 * hits / (hits + false - normal_B + positives)))
+    return Figure(value, value, high)
+
+
+def fpr_at_tpr_of(normal_B: np.ndarray, anomalous_B: np.ndarray) -> Figure:
+    """False positive rate at the highest threshold that catches at least 95 % of the anomalous items.
+
+    Raises:
+        ValueError: a class is missing.
+    """
+    negatives, positives = _totals(normal_B, anomalous_B)
+    place = int(np.searchsorted(np.cumsum(anomalous_B), TPR * positives * (1 - 1e-12)))
+    false = np.cumsum(normal_B, dtype=np.float64)[place]
+    return Figure(float(false / negatives), float((false - normal_B[place]) / negatives), float(false / negatives))
+
+
+RANKING: dict[str, Callable[[np.ndarray, np.ndarray], Figure]] = {
+    "auroc": auroc_of,
+    "ap": average_precision_of,
+    "f1_max": f1_max_of,
+    "fpr_at_95_tpr": fpr_at_tpr_of,
+}
+
+
+def _totals(normal_B: np.ndarray, anomalous_B: np.ndarray) -> tuple[float, float]:
+    negatives, positives = float(normal_B.sum()), float(anomalous_B.sum())
+    if not negatives or not positives:
+        lacking = "normal" if not negatives else "anomalous"
+        raise ValueError(f"there is nothing {lacking}, and ranking quality is not defined for one class. Add some.")
+    return negatives, positives

@@ -1,0 +1,171 @@
+"""One cell of an evaluation: fits a detector, or takes one that is there, and judges labelled images by it.
+
+Maps stay where they are made: every image goes into mergeable summaries (`metrics/quality.py`) at once. Maps and masks
+are compared at the detector's input size; masks are resized by nearest neighbour. An anomalous image without a mask, or
+whose mask has no pixel left at that size, is judged as an image and left out of the pixel figures.
+"""
+
+import io
+import resource
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import numpy as np
+import torch
+from PIL import Image
+
+from raydetect.detectors._base import Detector
+from raydetect.errors import RaydetectError, StorageError
+from raydetect.metrics.quality import Group, Quality
+from raydetect.records import Chunk, Member
+from raydetect.spec import SourceSpec
+from raydetect.storage import Storage, translate
+from raydetect.worker.preprocess import DecodeRules, Pixels, decode_all
+from raydetect.worker.score import score_batches
+
+
+class MaskError(RaydetectError):
+    """A mask is missing, is no image, or has another shape than its image."""
+
+
+@dataclass(slots=True)
+class Judged:
+    """What judging an archive gave.
+
+    Attributes:
+        quality: summaries of all images with a label.
+        images: that have a score.
+        bad: images without one.
+        unlabelled: images that say nothing of their label; they are scored and not judged.
+        seconds: reading, decoding, scoring and summing.
+        score_seconds: of these, scoring alone, decoding not counted.
+    """
+
+    quality: Quality
+    images: int = 0
+    bad: int = 0
+    unlabelled: int = 0
+    seconds: float = 0.0
+    score_seconds: float = 0.0
+
+
+class Masks:
+    """Reads masks by URI; an archive is opened once for masks that follow each other."""
+
+    def __init__(self, storage: Storage) -> None:
+        """Opens nothing yet."""
+        self._storage, self._container = storage, ""
+        self._archive: Any = None
+
+    def read(self, uri: str) -> bytes:
+        """The encoded mask.
+
+        Raises:
+            StorageError: it cannot be read.
+        """
+        member, _, container = uri.partition("::")
+        if not container:
+            return self._storage.read(uri)
+        try:
+            if container != self._container:
+                scheme = container.partition("://")[0]
+                options = {scheme: self._storage.fsspec_options(container)}
+                self._archive, _ = fsspec.core.url_to_fs(uri, **options)
+                self._container = container
+            return bytes(self._archive.cat_file(member.partition("://")[2]))
+        except Exception as error:
+            raise translate(uri, "read", error) from error
+
+
+def judge_images(
+    detector: Detector, chunks: Iterable[Chunk], source: SourceSpec, storage: Storage, batch_size: int, threads: int
+) -> Judged:
+    """Scores labelled images and sums their scores and maps up.
+
+    Args:
+        detector: fitted, on its device.
+        chunks: encoded images.
+        source: the job file's words about them.
+        storage: reaches the masks.
+        batch_size: images in one forward pass.
+        threads: that decode.
+
+    Raises:
+        MaskError: a mask cannot be used.
+        ValueError: a score or map is not finite.
+    """
+    found, begun = Judged(Quality()), time.perf_counter()
+    size, rules, masks = detector.params.image_size, DecodeRules.of(source), Masks(storage)
+    for chunk in chunks:
+        pixels = list(decode_all(chunk.members, rules, size, threads))
+        found.bad += sum(item.image_HWC is None for item in pixels)
+        _judge_chunk(detector, chunk, pixels, found, masks, batch_size)
+    found.seconds = time.perf_counter() - begun
+    return found
+
+
+def _judge_chunk(
+    detector: Detector, chunk: Chunk, pixels: list[Pixels], found: Judged, masks: Masks, batch_size: int
+) -> None:
+    begun = time.perf_counter()
+    scored = list(score_batches(detector, pixels, batch_size))
+    found.score_seconds += time.perf_counter() - begun
+    for item in scored:
+        member = chunk.members[item.position]
+        found.images += 1
+        if member.label is None:
+            found.unlabelled += 1
+            continue
+        group = Group(member.category or "", member.label, member.defect or "")
+        localises = detector.info.localises
+        mask_HW = read_mask(member, item.anomaly_map_HW.shape, pixels[item.position], masks) if localises else None
+        found.quality.add(group, member.key, item.image_score, item.anomaly_map_HW if localises else None, mask_HW)
+
+
+def read_mask(member: Member, shape: tuple[int, ...], pixels: Pixels, masks: Masks) -> np.ndarray | None:
+    """The mask of an image at a map's size, bool (H, W); all False for a normal image, None when it is not known.
+
+    Raises:
+        MaskError: it cannot be read, or has another shape than the image.
+    """
+    if member.label == 0:
+        return np.zeros(shape, bool)
+    if member.mask_uri is None:
+        return None
+    try:
+        picture = Image.open(io.BytesIO(masks.read(member.mask_uri)))
+        values = np.asarray(picture.convert("L")) != 0
+    except (StorageError, OSError) as error:
+        said = f"{member.key}: its mask {member.mask_uri} cannot be read ({error}). Mend or remove it."
+        raise MaskError(said) from None
+    if values.shape != (pixels.height, pixels.width):
+        raise MaskError(
+            f"{member.key}: is {pixels.width} x {pixels.height} px and its mask {values.shape[1]} x {values.shape[0]}. "
+            "Give the mask of this image."
+        )
+    resized = Image.fromarray(values).resize((shape[1], shape[0]), Image.Resampling.NEAREST)
+    mask_HW = np.asarray(resized)
+    return mask_HW if mask_HW.any() else None
+
+
+def peak_memory_bytes(device: torch.device) -> dict[str, int]:
+    """The most that this process, and its GPU, held so far."""
+    found = {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10}
+    if device.type == "cuda":
+        found["peak_gpu_bytes"] = int(torch.cuda.max_memory_allocated(device))
+    return found
+
+
+def member_chunks(members: Iterable[Member], chunk_images: int) -> Iterator[Chunk]:
+    """Loose members as chunks of one shard."""
+    waiting: list[Member] = []
+    number = 0
+    for member in members:
+        waiting.append(member)
+        if len(waiting) == chunk_images:
+            yield Chunk(0, number, False, tuple(waiting))
+            waiting, number = [], number + 1
+    yield Chunk(0, number, True, tuple(waiting))

@@ -1,0 +1,167 @@
+"""New thresholds for a fitted artifact: normal images that it has not seen are scored, nothing is fitted.
+
+The new artifact has the tensors of the old one and a record that names it (`lineage`). A fleet gets a new calibration
+for every category, from images of that category.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from raydetect.artifact_record import ArtifactRecord, Calibration, write_record
+from raydetect.blocks.group import Group
+from raydetect.config import to_plain
+from raydetect.errors import SpecError
+from raydetect.fleet_record import ArtifactIndex, member_uri, read_index, read_records, write_fleet
+from raydetect.records import OK, Chunk, Member
+from raydetect.spec import CalibrateSpec, public_spec
+from raydetect.storage import Storage, join_uri, normalise_uri
+from raydetect.worker.artifact import load_artifact, package_versions
+from raydetect.worker.cache import REASONS, BadImages, CachedImage, ImageCache
+from raydetect.worker.calibrate import calibrate
+from raydetect.worker.holdout import normal_keys
+from raydetect.worker.one_fit import Tick
+from raydetect.worker.preprocess import DecodeRules, decode_all
+from raydetect.worker.read import refuse_bad_member
+from raydetect.worker.tensor_file import tensors_uri
+
+
+@dataclass(frozen=True, slots=True)
+class Recalibrated:
+    """What was made.
+
+    Attributes:
+        uri: of the new artifact.
+        digest: its digest.
+        held_out: calibration images by category; under None those of an ordinary artifact.
+        before: likewise of the old artifact.
+        bad: images that could not be used.
+    """
+
+    uri: str
+    digest: str
+    held_out: dict[str | None, int]
+    before: dict[str | None, int]
+    bad: int
+
+
+@dataclass(slots=True)
+class _Images:
+    """Decoded images by category, each at the size of its detector."""
+
+    caches: dict[str | None, ImageCache]
+    found: BadImages = field(default_factory=BadImages)
+
+
+def recalibrate(spec: CalibrateSpec, chunks: Iterable[Chunk], tick: Tick, device: torch.device) -> Recalibrated:
+    """Scores the images of the source and writes the artifact with the new calibration.
+
+    Raises:
+        SpecError: a category has no image, or the detector was fitted on this source.
+        ArtifactError: the artifact is missing or damaged.
+        TooManyBadRows: too many images are bad; nothing is written.
+        CalibrationError: a score is not finite.
+    """
+    torch.set_num_threads(spec.resources.cpus_per_worker)
+    storage, uri = Storage(spec.storage), normalise_uri(spec.output)
+    index = read_index(normalise_uri(spec.artifact), storage)
+    records = read_records(index, storage)
+    refuse_fitted(spec, records.values())
+    images = _read(spec, index, records, chunks, tick)
+    bad = images.found.judge(Group(), spec.max_bad_fraction, ", ".join(spec.source.uris()))
+    made = {name: _new_calibration(spec, record, images.caches[name], tick, device) for name, record in records.items()}
+    written = {
+        name: _write(spec, record, made[name], uri if name is None else member_uri(uri, name), bad)
+        for name, record in records.items()
+    }
+    members = {name: digest for name, digest in written.items() if name is not None}
+    made_digest = write_fleet(uri, storage, members, index.body) if members else written[None]
+    held_out = {name: len(calibration.scores) for name, calibration in made.items()}
+    before = {name: len(record.calibration.scores) for name, record in records.items()}
+    return Recalibrated(uri, made_digest, held_out, before, bad)
+
+
+def refuse_fitted(spec: CalibrateSpec, records: Iterable[ArtifactRecord]) -> None:
+    """Images that a detector was fitted on score too low to calibrate it.
+
+    Raises:
+        SpecError: a URI of the source is one that it was fitted on.
+    """
+    mine = {normalise_uri(uri).rstrip("/") for uri in spec.source.uris()}
+    for record in records:
+        source = record.body.get("spec", {}).get("source", {}).get("uri", [])
+        fitted = [source] if isinstance(source, str) else source
+        both = sorted(mine & {normalise_uri(uri).rstrip("/") for uri in fitted})
+        if both:
+            raise SpecError(
+                f"source.uri: the detector was fitted on {both[0]}, and p-values hold only for images that it has not "
+                "seen. Name other normal images."
+            )
+
+
+def _read(
+    spec: CalibrateSpec,
+    index: ArtifactIndex,
+    records: dict[str | None, ArtifactRecord],
+    chunks: Iterable[Chunk],
+    tick: Tick,
+) -> _Images:
+    images = _Images({name: ImageCache(record.image_size) for name, record in records.items()})
+    for chunk in chunks:
+        groups: dict[str | None, list[Member]] = {}
+        for member in chunk.members:
+            name = member.category if index.categories else None
+            if name in images.caches:
+                groups.setdefault(name, []).append(member)
+            else:
+                _note_bad(images.found, f"{member.key}: the fleet has no detector for category {name!r}.")
+        for name, members in groups.items():
+            _decode(spec, members, images.caches[name], images.found)
+        tick("read", len(chunk.members), None)
+    return images
+
+
+def _decode(spec: CalibrateSpec, members: list[Member], cache: ImageCache, found: BadImages) -> None:
+    size = (cache.shape[0], cache.shape[1])
+    decoded = decode_all(members, DecodeRules.of(spec.source), size, spec.resources.cpus_per_worker)
+    for member, pixels in zip(members, decoded, strict=True):
+        refuse_bad_member(pixels.status, pixels.error, spec.source)
+        if pixels.image_HWC is not None and pixels.status == OK:
+            cache.add(CachedImage(member.key, member.label, member.category), pixels.image_HWC)
+            found.good += 1
+        else:
+            _note_bad(found, pixels.error)
+
+
+def _note_bad(found: BadImages, reason: str) -> None:
+    found.bad += 1
+    found.reasons = [*found.reasons, reason][:REASONS]
+
+
+def _new_calibration(
+    spec: CalibrateSpec, record: ArtifactRecord, cache: ImageCache, tick: Tick, device: torch.device
+) -> Calibration:
+    keys = normal_keys(cache)
+    if not keys:
+        raise SpecError(f"{record.uri}: no normal image of the source is there to calibrate it. Add some.")
+    detector = load_artifact(record.uri, Storage(spec.storage)).detector.to(device)
+    return calibrate(detector, cache, keys, spec.batch_size, Group(), lambda done: tick("calibrate", done, None))
+
+
+def _write(spec: CalibrateSpec, record: ArtifactRecord, calibration: Calibration, uri: str, bad: int) -> str:
+    """Writes one detector's artifact and returns its digest."""
+    storage, body = Storage(spec.storage), dict(record.body)
+    if uri != record.uri:
+        entry = body["tensors"]
+        storage.write(join_uri(uri, entry["file"]), storage.read(tensors_uri(record.uri, entry)))
+    images: dict[str, Any] = {**body.get("images", {}), "held_out": len(calibration.scores)}
+    entry = {"artifact": record.uri, "digest": record.digest, "images": body.get("images", {})}
+    changed = {
+        "calibration": to_plain(calibration),
+        "calibrated_by": {"spec": public_spec(spec), "bad": bad, "packages": package_versions()},
+        "images": images,
+        "lineage": [*body.get("lineage", []), entry],
+    }
+    return write_record(uri, storage, {**body, **changed})
