@@ -10,13 +10,21 @@ class Board:
     def __init__(self) -> None:
         """Nothing has been said."""
         self._ticks: list[tuple[str, int, int | None]] = []
+        self._done: dict[str, tuple[int, int | None]] = {}
         self._report: FitReport | None = None
         self._error: RaydetectError | None = None
         self._final = False
 
+    def begin(self) -> None:
+        """An attempt begins: what a lost one had done is taken back."""
+        self._ticks += [(phase, -done, total) for phase, (done, total) in self._done.items()]
+        self._done.clear()
+
     def tick(self, ticks: list[tuple[str, int, int | None]]) -> None:
         """More of some phases is done."""
         self._ticks += ticks
+        for phase, done, total in ticks:
+            self._done[phase] = (self._done.get(phase, (0, None))[0] + done, total)
 
     def report(self, report: FitReport) -> None:
         """The artifact is written."""

@@ -134,6 +134,9 @@ def _work(words: dict[str, Any]) -> None:
     said = _Said(words["board"])
     device = torch.device("cuda" if spec.resources.gpus_per_worker else "cpu")
     group: Group = TorchGroup()
+    if group.rank == 0:
+        ray.get(said.board.begin.remote())
+    group.gather_bytes(b"")  # nobody says anything before
     try:
         calibration = None if spec.calibration.source is None else _chunks(CALIBRATION)
         report = fit_worker(spec, _chunks(IMAGES), calibration, group, said.tick, device)

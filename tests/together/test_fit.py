@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import signal
 from collections import Counter
 from dataclasses import replace
@@ -54,7 +55,7 @@ def fit_job(line: Line, name: str, workers: int, algorithm: str = "patchcore", *
     return write_job(line.folder / f"{name}.yaml", values)
 
 
-def record(line: Line, name: str) -> ArtifactRecord:
+def record_of(line: Line, name: str) -> ArtifactRecord:
     """The record of a fitted artifact."""
     return read_record(line.store.uri(name), line.store.storage)
 
@@ -73,7 +74,7 @@ def train_workers(pid: int) -> list[int]:
     return processes_of(b"RayTrainWorker", pid)
 
 
-def begun(line: Line, running: Run, phase: str) -> None:
+def begun(running: Run, phase: str) -> None:
     """Waits until a phase shows on standard error."""
 
     def shows() -> bool:
@@ -89,37 +90,19 @@ def alone(line: Line) -> ArtifactRecord:
     pack(line.store.uri("normal240"), ".tar", normal_files(240), 6, line.store.storage)
     job = fit_job(line, "alone", 1, source={"uri": line.store.uri("normal240")})
     run_here("fit", job)
-    return record(line, "alone")
-
-
-def test_two_workers_give_what_one_process_gives_also_when_one_is_killed(
-    line: Line, alone: ArtifactRecord, tmp_path: Path
-) -> None:
-    job = fit_job(line, "killed", 2, source={"uri": line.store.uri("normal240")})
-    running = start(tmp_path, "fit", job)
-    begun(line, running, "collect")
-    os.kill(train_workers(running.process.pid)[0], signal.SIGKILL)
-    assert running.wait() == 0, running.text()
-    same_fit(record(line, "killed"), alone)
-    said = (running.folder / "stdout").read_text()
-    assert "on 180 images by 2 workers" in said and "Memory bank: " in said and "peak memory" in said
-    assert "raylet" not in said
-    names = [file.uri for file in line.store.storage.list(line.store.uri("killed"))]
-    assert len(names) == 2, names  # nothing of the run is left beside the record and the tensors
-    facts = record(line, "killed").body
-    assert set(facts["seconds"]) == set(facts["peak_memory_bytes"]) == {"read", "fit", "calibrate"}
+    return record_of(line, "alone")
 
 
 def test_the_loss_of_a_node_is_survived(line: Line, alone: ArtifactRecord, tmp_path: Path) -> None:
     job = fit_job(line, "node", 2, source={"uri": line.store.uri("normal240")})
     with two_nodes() as (cluster, second):
         running = start(tmp_path, "fit", job, "--address", cluster.address, RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="20")
-        begun(line, running, "collect")
+        begun(running, "collect")
         cluster.remove_node(second, allow_graceful=False)
         code = running.wait(400)
     assert code == 0, running.text()
-    same_fit(record(line, "node"), alone)
-    assert record(line, "node").body["workers"] == 1
+    same_fit(record_of(line, "node"), alone)
+    assert record_of(line, "node").body["workers"] == 1
 
 
 def test_a_bank_is_extended_and_stopped_by_hand_an_extension_leaves_no_artifact(
@@ -129,7 +112,7 @@ def test_a_bank_is_extended_and_stopped_by_hand_an_extension_leaves_no_artifact(
     job = fit_job(line, "more", 2, calibration={"source": {"uri": line.store.uri("judges")}})
     words = ("--extend", line.store.uri("alone"))
     running = start(tmp_path, "fit", job, *words)
-    begun(line, running, "read")
+    begun(running, "read")
     running.process.send_signal(signal.SIGINT)
     assert running.wait(90) == 130
     assert "Traceback" not in running.text()
@@ -137,7 +120,7 @@ def test_a_bank_is_extended_and_stopped_by_hand_an_extension_leaves_no_artifact(
         list(line.store.storage.list(line.store.uri("more")))
 
     run_here("fit", job, *words)
-    body = record(line, "more").body
+    body = record_of(line, "more").body
     assert body["images"] == {"fitted": 40, "held_out": 15, "labelled_anomalous_left_out": 0, "bad": 0}
     assert [entry["digest"] for entry in body["lineage"]] == [alone.digest]
     assert body["coreset"]["of"] == alone.body["coreset"]["of"] + 40 * 144
@@ -159,7 +142,7 @@ def test_a_shard_that_breaks_ends_it_with_one_sentence(line: Line, tmp_path: Pat
 def test_a_training_goes_on_to_the_same_bits_after_a_kill(line: Line, tmp_path: Path) -> None:
     """One and two workers: tests/test_train.py in float64, test_all_detectors.py in float32 through Ray."""
     words = {"checkpoint_epochs": 2}
-    run(tmp_path / "whole", "fit", fit_job(line, "whole", 1, "stfpm", **words), "--local")
+    run_here("fit", fit_job(line, "whole", 1, "stfpm", **words))
     running = start(tmp_path / "killed", "fit", fit_job(line, "trained", 1, "stfpm", **words))
     storage, uri = line.store.storage, line.store.uri("trained")
 
@@ -175,6 +158,8 @@ def test_a_training_goes_on_to_the_same_bits_after_a_kill(line: Line, tmp_path: 
     assert resumed.record.body["losses"] == whole.record.body["losses"]
     assert all(torch.equal(v, whole.detector.tensors()[n]) for n, v in resumed.detector.tensors().items())
     assert len(list(storage.list(uri))) == 2  # the states are gone
+    told = re.findall(r"train epochs: (\d+)/24", (running.folder / "stderr").read_text())
+    assert told and max(map(int, told)) == 24  # what the lost attempt had done is not counted twice
 
 
 def test_a_fleet_is_fitted_side_by_side_and_routes_what_it_scores(line: Line, tmp_path: Path) -> None:
@@ -200,7 +185,7 @@ def test_a_fleet_is_fitted_side_by_side_and_routes_what_it_scores(line: Line, tm
     assert statuses == {("left", "ok"): 4, ("right", "ok"): 4, ("odd", "unknown_category"): 1}
 
 
-def test_bottle_has_one_bank_on_one_two_and_four_workers(
+def test_bottle_has_one_bank_on_one_two_and_four_workers_also_when_one_is_killed(
     object_store: ObjectStore, real_data: Path, real_weights: Path, tmp_path: Path
 ) -> None:
     store = replace(object_store)
@@ -220,9 +205,20 @@ def test_bottle_has_one_bank_on_one_two_and_four_workers(
             "max_bank_bytes": 1 << 20,
             "resources": {"num_workers": workers, "cpus_per_worker": 1},
         }
-        run(tmp_path / str(workers), "fit", write_job(tmp_path / f"{workers}.yaml", values))
+        running = start(tmp_path / str(workers), "fit", write_job(tmp_path / f"{workers}.yaml", values))
+        if workers == 2:
+            begun(running, "collect")
+            os.kill(train_workers(running.process.pid)[0], signal.SIGKILL)
+        assert running.wait() == 0, running.text()
+        said = (running.folder / "stdout").read_text()
+        by = f" by {workers} workers" if workers > 1 else ""
+        assert f"on 188 images{by} in" in said and "Memory bank: " in said and "peak memory" in said
+        assert "raylet" not in said
         records.append(read_record(store.uri(f"artifact{workers}"), store.storage))
+        names = [file.uri for file in store.storage.list(store.uri(f"artifact{workers}"))]
+        assert len(names) == 2, names  # nothing of the run is left beside the record and the tensors
     assert [r.body["workers"] for r in records] == [1, 2, 4]
     assert records[0].body["images"] == {"fitted": 188, "held_out": 21, "labelled_anomalous_left_out": 0, "bad": 0}
-    for other in records[1:]:
-        same_fit(other, records[0])
+    for record in records:
+        same_fit(record, records[0])
+        assert set(record.body["seconds"]) == set(record.body["peak_memory_bytes"]) == {"read", "fit", "calibrate"}

@@ -6,7 +6,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 from raydetect.sinks.ledger import Ledger
@@ -41,6 +43,13 @@ def running_head(folder: Path) -> Iterator[str]:
         log.close()
 
 
+def told(head: str, job: str, of: str = "") -> Any:
+    """What the Jobs API says of a job."""
+    answer = httpx.get(f"{head}/api/jobs/{job}{of}", headers={"Authorization": f"Bearer {TOKEN}"})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with running_head(tmp_path_factory.mktemp("head")) as address:
@@ -70,7 +79,10 @@ def test_no_wait_returns_the_name_of_the_job(line: Line, head: str, tmp_path: Pa
     assert name.startswith("raysubmit_")
     ledger = Ledger(line.store.uri("later"), line.store.storage)
     assert ledger.manifest() is None  # starting a job alone takes seconds
-    wait_until(ledger.manifest, PATIENCE, "the end of the submitted job")
+    ends = {"SUCCEEDED", "FAILED", "STOPPED"}
+    wait_until(lambda: told(head, name)["status"] in ends, PATIENCE, "the end of the submitted job")
+    assert told(head, name)["status"] == "SUCCEEDED", told(head, name, "/logs")
+    assert ledger.manifest() is not None
 
 
 @pytest.mark.parametrize("environment", [{}, {**WITH_TOKEN, "RAY_AUTH_TOKEN": TOKEN[::-1]}], ids=["none", "wrong"])
