@@ -1,6 +1,7 @@
 """Results directories without a detector: rows whose scores are known, over images that are there."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from raydetect.spec import parse_job, public_spec
 from raydetect.storage import Storage
 from tests.made.archives import tar_bytes
 from tests.made.images import defect_image, encode, normal_image
+from tests.objectstore import ObjectStore
 
 SCALE = {"low": 0.0, "high": 10.0}
 THRESHOLD = 2.0
@@ -27,7 +29,13 @@ HOSTILE = (
 )
 
 
-def run_record(folder: str, num_shards: int, style: str = "overlay", fleet: Sequence[str] = ()) -> dict[str, Any]:
+def run_record(
+    folder: str,
+    num_shards: int,
+    style: str = "overlay",
+    fleet: Sequence[str] = (),
+    storage: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Any]:
     """`run.json` of a scoring job on `folder/archive`."""
     words = {
         "kind": "score",
@@ -35,6 +43,7 @@ def run_record(folder: str, num_shards: int, style: str = "overlay", fleet: Sequ
         "artifact": f"{folder}/artifact",
         "sink": {"uri": f"{folder}/results", "heatmaps": "all", "style": style},
         "flag": {"alpha": 0.05},
+        "storage": dict(storage),
     }
     scale = {"categories": {name: SCALE for name in fleet}} if fleet else SCALE
     members = {"categories": {name: "d" * 64 for name in fleet}} if fleet else {}
@@ -55,16 +64,16 @@ def planted_map(mask: np.ndarray, strength: float) -> np.ndarray:
 
 
 def make_results(
-    folder: str, names: Sequence[Sequence[str]], style: str = "overlay", storage: Storage | None = None
+    folder: str, names: Sequence[Sequence[str]], style: str = "overlay", store: ObjectStore | None = None
 ) -> Ledger:
     """An archive of tar shards with one image for each name, and the results of it.
 
     Every third image has a defect and is flagged; the last of each shard is no image. Scores are 1 + n / 100 for
     normal images and 3 + n / 100 for the others, n counting all.
     """
-    storage = Storage()
+    storage, words = (Storage(), {}) if store is None else (store.storage, store.words)
     ledger = Ledger(f"{folder}/results", storage)
-    ledger.begin(run_record(folder, len(names), style))
+    ledger.begin(run_record(folder, len(names), style, storage=words))
     number = 0
     for shard, mine in enumerate(names):
         uri = f"{folder}/archive/part-{shard}.tar"
