@@ -1,15 +1,12 @@
 """SPADE against brute force in float64, and on real images."""
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from scipy.ndimage import gaussian_filter
-from sklearn.metrics import roc_auc_score
 
 from raydetect.blocks.group import Group
 from raydetect.blocks.rows import FitState
@@ -18,6 +15,7 @@ from raydetect.detectors._registry import build_detector
 from raydetect.detectors.spade import SPADE
 from raydetect.errors import SpecError
 from tests.contracts.cases import as_batch
+from tests.made.bottle import aurocs, fit_in_memory, read_bottles
 from tests.made.group import together
 from tests.made.images import defect_image, normal_image
 from tests.plain.correspondence import nearest_squares
@@ -161,30 +159,12 @@ def test_fewer_images_than_neighbours_are_all_searched_and_a_bound_is_one() -> N
     assert build(max_gallery_images=5).num_collected() == 5 and build().num_collected() is None
 
 
-def read(folder: Path, split: str, every: int) -> tuple[list[np.ndarray], list[int], list[np.ndarray]]:
-    """(images, labels, masks) of every n-th image of a split."""
-    images, labels, masks = [], [], []
-    with (folder / "manifest.csv").open() as file:
-        listed = [row for row in csv.DictReader(file) if row["split"] == split]
-    for row in listed[::every]:
-        images.append(np.asarray(Image.open(folder / row["path"]).convert("RGB")))
-        labels.append(int(row["label"]))
-        mask = np.asarray(Image.open(folder / row["mask"])) > 0 if row["mask"] else np.zeros(images[-1].shape[:2], bool)
-        masks.append(mask)
-    return images, labels, masks
-
-
 def test_it_finds_the_broken_bottles(real_data: Path, real_weights: Path) -> None:
-    """The paper's defaults but for the backbone, whose weights end at layer3; every third test image."""
-    detector = build(image_size=[256, 256], k_neighbors=50, smoothing_sigma=4, pooled_level="layer3",
+    """The paper's defaults but for the backbone, whose weights end at layer3, and 160 px; every third test image."""
+    detector = build(image_size=[160, 160], k_neighbors=50, smoothing_sigma=4, pooled_level="layer3",
                      weights=str(real_weights))  # fmt: skip
-    folder = real_data / "mvtec_bottle_256"
-    normal = read(folder, "train", 1)[0]
-    detector.finish(collected(detector, normal, [str(i) for i in range(len(normal))]), lambda *_: None)
-    images, labels, masks = read(folder, "test", 3)
-    scores = [detector.score(as_batch([image])) for image in images]
-    image_auroc = roc_auc_score(labels, [float(score.image_score_B) for score in scores])
-    maps = np.stack([score.anomaly_map_BHW[0].numpy() for score in scores])
-    pixel_auroc = roc_auc_score(np.stack(masks).ravel(), maps.ravel())
+    fit_in_memory(detector, read_bottles(real_data, "train", 160))
+    test = read_bottles(real_data, "test", 160)
+    image_auroc, pixel_auroc = aurocs(detector, test.only(np.arange(0, len(test.names), 3)))
     print(f"image AUROC {image_auroc:.4f}, pixel AUROC {pixel_auroc:.4f}")
-    assert image_auroc >= 0.98 and pixel_auroc >= 0.97
+    assert image_auroc >= 0.95 and pixel_auroc >= 0.97
