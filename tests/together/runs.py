@@ -23,6 +23,7 @@ from raydetect.storage import Storage
 
 COMMAND = Path(sys.executable).with_name("raydetect")
 PATIENCE = 240  # seconds for a step of a job
+POLL_SECONDS = 0.25  # listing a bucket costs the store some 20 ms of processor time
 
 
 @dataclass
@@ -165,7 +166,7 @@ def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
         value = condition()
         if value:
             return value
-        time.sleep(0.05)
+        time.sleep(POLL_SECONDS)
     raise AssertionError(f"{what} did not happen in {seconds} s")
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.test_evaluate import JOB, data_set
-from tests.together.runs import PATIENCE, run, start, wait_until, write_job
+from tests.together.runs import PATIENCE, run, run_here, start, wait_until, write_job
 
 
 def cells(folder: Path) -> dict[str, Any]:
@@ -28,5 +28,5 @@ def test_cells_on_ray_are_those_of_one_process_also_after_a_kill(tmp_path: Path)
     begun.kill()
     said = run(tmp_path / "second", "evaluate", job).text()
     assert "cells are finished already" in said and "Judged 36 images in 4 cells." in said
-    run(tmp_path / "local", "evaluate", job, "--local", "--set", f"output={tmp_path / 'local-out'}")
+    run_here("evaluate", job, "--set", f"output={tmp_path / 'local-out'}")
     assert cells(tmp_path / "ray") == cells(tmp_path / "local-out") and len(cells(tmp_path / "ray")) == 4

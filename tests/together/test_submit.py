@@ -74,15 +74,13 @@ def test_the_exit_code_of_a_failing_job_comes_back(line: Line, head: str, tmp_pa
 
 
 def test_no_wait_returns_the_name_of_the_job(line: Line, head: str, tmp_path: Path) -> None:
-    ended = run(tmp_path, "submit", line.job("later", workers=1), "--address", head, "--no-wait", **WITH_TOKEN)
+    job = line.job("later", workers=1, artifact=line.store.uri("no-such-artifact"))
+    ended = run(tmp_path, "submit", job, "--address", head, "--no-wait", **WITH_TOKEN)
     name = (ended.folder / "stdout").read_text().strip()
-    assert name.startswith("raysubmit_")
-    ledger = Ledger(line.store.uri("later"), line.store.storage)
-    assert ledger.manifest() is None  # starting a job alone takes seconds
-    ends = {"SUCCEEDED", "FAILED", "STOPPED"}
-    wait_until(lambda: told(head, name)["status"] in ends, PATIENCE, "the end of the submitted job")
-    assert told(head, name)["status"] == "SUCCEEDED", told(head, name, "/logs")
-    assert ledger.manifest() is not None
+    assert name.startswith("raysubmit_") and "no artifact" not in ended.text()  # its end is not waited for
+    wait_until(lambda: told(head, name)["status"] not in ("PENDING", "RUNNING"), PATIENCE, "the job's end")
+    assert told(head, name)["driver_exit_code"] == 2, told(head, name)
+    assert "no artifact" in told(head, name, "/logs")["logs"]
 
 
 @pytest.mark.parametrize("environment", [{}, {**WITH_TOKEN, "RAY_AUTH_TOKEN": TOKEN[::-1]}], ids=["none", "wrong"])
