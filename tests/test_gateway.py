@@ -245,7 +245,7 @@ def test_the_document_describes_every_endpoint(place: Path) -> None:
     document = run(work())
     assert set(document["paths"]) == {
         "/healthz", "/readyz", "/v1/detectors", "/v1/detectors/{name}", "/v1/detectors/{name}/score", "/v1/archives",
-        "/v1/archives/{id}",
+        "/v1/archives/{id}", "/v1/archives/{id}/report",
     }  # fmt: skip
     bodies = document["paths"]["/v1/detectors/{name}/score"]["post"]["requestBody"]["content"]
     assert set(bodies) == {"application/json", "multipart/form-data"}
@@ -259,13 +259,13 @@ def test_every_body_of_the_document_has_an_example_that_fits(place: Path) -> Non
     document = run(work())
     named = set()
     for path, methods in document["paths"].items():
+        if path in ("/healthz", "/readyz") or path.endswith("/report"):  # no bodies of ours
+            continue
         for words in methods.values():
             contents = [answer["content"] for status, answer in words["responses"].items() if status.startswith("2")]
             contents += [words["requestBody"]["content"]] if "requestBody" in words else []
             for content in contents:
                 schema = content["application/json"]["schema"]
-                if path in ("/healthz", "/readyz"):
-                    continue
                 name = schema["$ref"].rpartition("/")[2]
                 (example,) = document["components"]["schemas"][name]["examples"]
                 getattr(bodies, name).model_validate(example)

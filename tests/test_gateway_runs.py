@@ -10,11 +10,13 @@ import httpx
 import pytest
 
 from raydetect import local
+from raydetect.gateway.archive_runs import run_id
 from raydetect.plan import plan_score
 from raydetect.spec import ScoreSpec, parse_job
 from raydetect.storage import Storage
 from raydetect.worker.turns import Turns
 from tests.made.archives import normal_files, pack
+from tests.made.results import make_results, names_of
 from tests.made.server import client, make_place, run, serve_spec
 from tests.together.runs import rows_of
 
@@ -54,6 +56,10 @@ def test_an_archive_run_gives_the_rows_of_a_job_and_can_be_asked_for_again(place
             storage = {"uri": f"{place}/open/mixed", "storage": {"endpoint_url": "http://169.254.169.254"}}
             keys = await c.post("/v1/archives", json={**body, "source": storage})
             nothing = await c.get("/v1/archives/abc")
+            report = await c.get(f"{where}/report")
+            assert report.status_code == 200 and report.headers["content-type"].startswith("text/html")
+            assert "bottle (" in report.text and "No image" not in report.text
+            assert (await c.get("/v1/archives/abc/report")).status_code == 404
             ended = await c.delete(where)
             return [told, again, other, listed, outside, source, redirected, unknown, keys, nothing, ended]
 
@@ -80,6 +86,19 @@ def test_an_archive_run_gives_the_rows_of_a_job_and_can_be_asked_for_again(place
     assert isinstance(job, ScoreSpec)
     local.score(plan_score(job), lambda *_: None)
     assert served == rows_of(f"file://{place}/truth2", Storage())
+
+
+def test_a_report_shows_no_image_from_outside_of_what_may_be_read(place: Path) -> None:
+    names = names_of(6)
+    make_results(f"file://{place}/results/strange", names)
+    shown = sum(len(shard) - 1 for shard in names)  # the last of each shard is no image
+
+    async def work() -> str:
+        async with client(serve_spec(place)) as c:
+            return (await c.get(f"/v1/archives/{run_id(f'file://{place}/results/strange/results')}/report")).text
+
+    page = run(work())
+    assert page.count("images are not read from there") == shown > 0 and "Report of strange/results" in page
 
 
 def test_a_run_is_cancelled_and_goes_on(place: Path) -> None:

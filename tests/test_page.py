@@ -77,6 +77,16 @@ def test_an_image_shows_its_score_and_overlay(browser: webdriver.Chrome, place: 
         assert f"Report of file://{place}/results/page" in report.text and "none" in report.text
         severe = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
         assert len(severe) == 1 and "422" in severe[0]["message"], severe  # the answer to text.png
+        first = browser.current_window_handle
+        browser.find_element(By.ID, "whole").click()
+        other = until(lambda: [handle for handle in browser.window_handles if handle != first])[0]
+        browser.switch_to.window(other)
+        until(lambda: browser.title == "Report of results/page")
+        pictures = until(lambda: browser.find_elements(By.CSS_SELECTOR, "figure img, .card img"))
+        assert browser.execute_script("return arguments[0].naturalWidth", pictures[0]) == 96
+        assert not [entry for entry in browser.get_log("browser") if "Content Security" in entry["message"]]
+        browser.close()
+        browser.switch_to.window(first)
         widest = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
         browser.set_window_size(500, 900)
         assert browser.execute_script(widest) == 0

@@ -27,7 +27,7 @@ from jobs.bench.record import alternate, machine, ratio
 from raydetect.blocks.backbone import Backbone
 from raydetect.config import parse_yaml
 from raydetect.detectors._base import Detector
-from raydetect.detectors._registry import build_detector, detector_class
+from raydetect.detectors._registry import detector_class
 from raydetect.errors import RaydetectError
 from raydetect.metrics.pro import aupro
 from raydetect.metrics.roc import auroc
@@ -85,11 +85,16 @@ def lay_out(pictures: Sequence[Picture], folder: Path) -> None:
         shutil.copy(picture.path, place)
 
 
+def stated(name: str) -> dict[str, Any]:
+    """The detector of a job file beside this one: its name and parameters."""
+    found = parse_yaml((HERE / f"{name}.yaml").read_text(), name)["detector"]
+    return {"params": {}, **found}
+
+
 def fit(name: str, source: Path, artifact: Path) -> tuple[int, str, float]:
     """(exit code, last line, seconds) of `raydetect fit`."""
     overrides = {"source.uri": source, "source.pattern": "train/{defect}/{name}", "artifact": artifact}
-    job = parse_yaml((HERE / f"{name}.yaml").read_text(), name)
-    params = job["detector"].get("params", {})
+    params = stated(name)["params"]
     folder = os.environ.get("RAYDETECT_WEIGHTS")
     if folder and "backbone" in params and "weights" not in params:
         overrides["detector.params.weights"] = Path(folder) / WEIGHTS
@@ -142,9 +147,9 @@ def speed(detector: Detector, test: Sequence[Picture]) -> dict[str, Any]:
 
 
 def reproduce(name: str, data: str, folder: Path) -> dict[str, Any]:
-    """Fits, evaluates and times one detector on one data set."""
+    """Fits, evaluates and times the detector of one job file on one data set."""
     train, test = listed(folder / data, "train"), listed(folder / data, "test")
-    if detector_class(name).info.labels != "none":
+    if detector_class(stated(name)["name"]).info.labels != "none":
         shown = labelled(test)
         train, test = [*train, *shown], [picture for picture in test if picture not in shown]
     figures: dict[str, Any] = {"detector": name, "data": data, "train": len(train), "test": len(test)}
@@ -155,11 +160,10 @@ def reproduce(name: str, data: str, folder: Path) -> dict[str, Any]:
             return {**figures, "not_run": said.removeprefix("Error: ")}
         artifact = load_artifact(normalise_uri(f"{place}/artifact"), Storage())
     body = artifact.record.body
-    stated = parse_yaml((HERE / f"{name}.yaml").read_text(), name)["detector"].get("params", {})
     return {
         **figures,
         "seed": artifact.detector.seed,
-        "settings": {key: body["params"][key] for key in sorted({*stated, "image_size"})},
+        "settings": {key: body["params"][key] for key in sorted({*stated(name)["params"], "image_size"})},
         "weights": body["weights"].rpartition("/")[2],
         "fit_seconds": round(seconds, 1),
         **evaluate(artifact.detector, test),
@@ -216,7 +220,7 @@ def write_measured() -> None:
 def main() -> None:
     """Runs what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    known = sorted(path.stem for path in HERE.glob("*.yaml"))
+    known = sorted(path.stem for path in HERE.glob("*.yaml"))  # of a detector with two heads, two
     parser.add_argument("names", nargs="*", metavar="DETECTOR", help=f"default: all of {', '.join(known)}")
     parser.add_argument("--data", choices=sorted(DATA), help="one data set only")
     words = parser.parse_args()
@@ -228,7 +232,6 @@ def main() -> None:
     for data, only in DATA.items():
         for name in words.names or known:
             if words.data in (None, data) and (only is None or name in only):
-                build_detector(name, {})
                 found = {**reproduce(name, data, Path(root)), **machine()}
                 (RESULTS / f"{name}-{data}.json").write_text(json.dumps(found, indent=1) + "\n")
                 print(table([found]).splitlines()[-1], flush=True)

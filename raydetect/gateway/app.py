@@ -33,6 +33,7 @@ from raydetect.gateway.document import SCORE_BODY, describe_bodies, problems
 from raydetect.gateway.fetch import Fetcher
 from raydetect.gateway.guard import LOOPBACK_NAMES, Guard
 from raydetect.gateway.refusals import add_refusals
+from raydetect.gateway.reports import Reports
 from raydetect.gateway.tokens import Scope, Tokens, is_loopback
 from raydetect.records import OK
 from raydetect.spec import ServeSpec
@@ -83,6 +84,7 @@ class Door:
         self.allow = archive_runs.Allowed(spec.allow)
         self.storage = Storage(spec.storage)
         self.ledgers = archive_runs.Ledgers(self.storage)
+        self.reports = Reports(self.storage, self.allow.sources)
         self.fetcher = Fetcher(self.storage, spec.limits.max_image_bytes)
         self.heatmaps = None if spec.heatmaps is None else normalise_uri(spec.heatmaps)
         self.page = PAGE.read_text()
@@ -119,6 +121,9 @@ class Door:
             runs, self.start, methods=["POST"], status_code=202, **words, responses=problems(400, 404, 409)
         )
         app.add_api_route(f"{runs}/{{id}}", self.run, **words, responses=problems(404))
+        app.add_api_route(
+            f"{runs}/{{id}}/report", self.report, response_class=HTMLResponse, **words, responses=problems(404)
+        )
         app.add_api_route(f"{runs}/{{id}}", self.cancel, methods=["DELETE"], **words, responses=problems(404))
 
     def _holder(self, scope: Scope) -> Any:
@@ -241,6 +246,13 @@ class Door:
     async def run(self, id: str) -> RunAnswer:
         """How far an archive run is, from its ledger; also of runs that another server did."""
         return await self._told(self._uri(id))
+
+    async def report(self, id: str) -> HTMLResponse:
+        """The report of an archive run, finished or not: one HTML page that loads nothing from elsewhere."""
+        uri = self._uri(id)
+        await self._told(uri)
+        page = await asyncio.to_thread(self.reports.page, uri, await self.desk.served())
+        return HTMLResponse(page, headers={"Content-Security-Policy": POLICY})
 
     async def cancel(self, id: str) -> RunAnswer:
         """Stops an archive run; what is committed stays."""

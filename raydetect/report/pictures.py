@@ -3,7 +3,7 @@
 import io
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,11 +38,13 @@ class Pictures:
         ledger: of the results directory, where heatmaps are looked for wherever they were written first.
         run: its `run.json`.
         storage: reaches the archive.
+        allows: whether the file of this URI may be read; rows may name any.
     """
 
     ledger: Ledger
     run: Mapping[str, Any]
     storage: Storage
+    allows: Callable[[str], bool] = lambda uri: True
     _container: str = ""
     _opened: Any = None
     _maps: dict[str, MapScale] = field(default_factory=dict)
@@ -51,9 +53,11 @@ class Pictures:
         """The encoded bytes of an image, from an fsspec URL of raydetect's own kinds.
 
         Raises:
-            StorageError, SpecError: it cannot be read, or is a URL of another kind.
+            StorageError, SpecError: it cannot be read, may not be, or is a URL of another kind.
         """
         inner, chained, container = image_uri.partition("::")
+        if not self.allows(container if chained else image_uri):
+            raise StorageError(f"{image_uri}: images are not read from there.")
         if not chained:
             return self.storage.read(normalise_uri(image_uri))
         scheme, _, path = inner.partition("://")

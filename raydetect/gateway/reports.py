@@ -1,0 +1,52 @@
+"""The report of an archive run as a page; it shows no image that a client could not have named."""
+
+import threading
+from collections.abc import Mapping
+
+from raydetect.gateway.allow import NotAllowed, Prefixes
+from raydetect.gateway.desk import Served
+from raydetect.report.make import PICTURES, begun
+from raydetect.report.page import render
+from raydetect.report.pictures import Pictures
+from raydetect.report.tally import tally
+from raydetect.sinks.ledger import Ledger
+from raydetect.storage import Storage
+
+
+class Reports:
+    """Makes one report at a time, for each reads all rows of its run."""
+
+    def __init__(self, storage: Storage, sources: Prefixes) -> None:
+        """Reads nothing yet.
+
+        Args:
+            storage: of results and archives.
+            sources: where images may be read.
+        """
+        self._storage, self._sources = storage, sources
+        self._turn = threading.Lock()
+
+    def page(self, uri: str, served: Mapping[str, Served]) -> str:
+        """The report of the run into a results directory.
+
+        Args:
+            uri: of the results directory.
+            served: detectors; the one that scored is named.
+
+        Raises:
+            StorageError: no run was begun there, or a record or part is missing or damaged.
+        """
+        ledger = Ledger(uri, self._storage)
+        with self._turn:
+            run = begun(ledger)
+            digest = str(run["result"]["artifact"])
+            name = next((name for name, one in served.items() if one.index.digest == digest), "artifact")
+            pictures = Pictures(ledger, run, self._storage, allows=self._allows)
+            return render(ledger, run, tally(ledger, run, PICTURES), pictures, f"{name} ({digest[:16]})")
+
+    def _allows(self, uri: str) -> bool:
+        try:
+            self._sources.check(uri, "image")
+        except NotAllowed:
+            return False
+        return True
