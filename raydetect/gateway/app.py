@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import ValidationError
+from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from raydetect import __version__
 from raydetect.config import nearest
@@ -43,6 +44,7 @@ log = logging.getLogger("raydetect.gateway")
 POLICY = (
     "default-src 'none'; connect-src 'self'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 )
+TOO_MANY_FILES = "Too many files"  # Starlette's own words
 PAGE = Path(__file__).with_name("page.html")
 
 
@@ -201,8 +203,11 @@ class Door:
     async def _wanted(self, request: Request) -> answers.Wanted:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind == "multipart/form-data":
-            async with request.form(max_files=self.spec.limits.max_images, max_fields=8) as form:
-                wanted = await answers.uploaded(form, self.spec.limits.max_image_bytes)
+            try:
+                async with request.form(max_files=self.spec.limits.max_images, max_fields=8) as form:
+                    wanted = await answers.uploaded(form, self.spec.limits.max_image_bytes)
+            except StarletteHTTPException as error:
+                raise self._many(error) from None
         elif kind == "application/json":
             try:
                 body = ScoreRequest.model_validate_json(await request.body())
@@ -220,6 +225,12 @@ class Door:
     def _refuse_many(self, count: int) -> None:
         if count > self.spec.limits.max_images:
             raise HTTPException(413, f"{count} images; this server takes {self.spec.limits.max_images} in one request.")
+
+    def _many(self, error: StarletteHTTPException) -> StarletteHTTPException:
+        """The same refusal for a form, which is no longer read once it has too many parts."""
+        if not str(error.detail).startswith(TOO_MANY_FILES):
+            return error
+        return HTTPException(413, f"this server takes {self.spec.limits.max_images} images in one request.")
 
     async def _served(self, name: str) -> Served:
         served = await self.desk.served()
