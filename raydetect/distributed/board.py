@@ -35,7 +35,11 @@ class Board:
         if not self._final:
             self._error, self._final = error, final
 
-    def read(self) -> tuple[list[tuple[str, int, int | None]], FitReport | None, RaydetectError | None]:
-        """Progress since the last call, the report, the error that counts."""
+    def ticks(self) -> list[tuple[str, int, int | None]]:
+        """Progress since the last call."""
         ticks, self._ticks = self._ticks, []
-        return ticks, self._report, self._error
+        return ticks
+
+    def outcome(self) -> tuple[FitReport | None, RaydetectError | None]:
+        """The report, and the error that counts."""
+        return self._report, self._error

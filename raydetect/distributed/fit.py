@@ -105,7 +105,7 @@ def _trainer(spec: FitSpec, datasets: dict[str, Dataset], board: ActorHandle) ->
     gpus = resources.gpus_per_worker
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     filesystem, path = Storage(spec.storage).filesystem(_ray_folder(spec))
-    return TorchTrainer(
+    return _Trainer(
         _work,
         train_loop_config={"spec": spec, "board": board},
         datasets=datasets,
@@ -179,24 +179,41 @@ class _Said:
 
 
 def _followed(trainer: TorchTrainer, board: ActorHandle, tick: Tick) -> FitReport:
-    """Runs the trainer in a thread and passes on what its workers say."""
-    failed: list[Exception] = []
+    """Runs the trainer while a thread passes on what its workers say.
 
-    def run() -> None:
+    The thread ends before this does, also on Ctrl-C: a thread that asks Ray after a session's end ends the process.
+    """
+    over = threading.Event()
+    listener = threading.Thread(target=_listen, args=(board, tick, over), daemon=True)
+    listener.start()
+    failed: Exception | None = None
+    try:
+        trainer.fit()
+    except Exception as error:
+        failed = error
+    finally:
+        over.set()
+        listener.join()
+    report, said = ray.get(board.outcome.remote())
+    if report is None:
+        raise said or failed or ClusterError("the fit ended without an artifact. Start it again.")
+    return report
+
+
+def _listen(board: ActorHandle, tick: Tick, over: threading.Event) -> None:
+    last = False
+    while not last:
+        last = over.wait(POLL_SECONDS)
         try:
-            trainer.fit()
-        except Exception as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    while True:
-        ended = not thread.is_alive()
-        ticks, report, error = ray.get(board.read.remote())
+            ticks = ray.get(board.ticks.remote())
+        except ray.exceptions.RayError:  # the trainer ends by the same cause, and says so
+            return
         for phase, done, total in ticks:
             tick(phase, done, total)
-        if ended and report is not None:
-            return report
-        if ended:
-            raise error or (failed[0] if failed else ClusterError("the fit ended without an artifact. Start it again."))
-        thread.join(POLL_SECONDS)
+
+
+class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray gives no types
+    """Ctrl-C is a KeyboardInterrupt here, as in every command; Ray Train's own handler exits with 0 or 1."""
+
+    def _register_sigint_handler(self, controller: ActorHandle) -> None:
+        """Leaves Python's handler in place; the run ends with the session."""
