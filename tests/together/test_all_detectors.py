@@ -53,17 +53,11 @@ def job(line: Line, workers: int) -> str:
     return write_job(line.folder / f"all{workers}.yaml", values)
 
 
-def fitted(line: Line, workers: int) -> Ensemble:
-    """The ensemble of all."""
-    detector = load_artifact(line.store.uri(f"all{workers}"), line.store.storage).detector
-    assert isinstance(detector, Ensemble)
-    return detector
-
-
-def losses(line: Line, workers: int) -> list[list[float] | None]:
-    """What every member noted while it trained."""
-    record = load_artifact(line.store.uri(f"all{workers}"), line.store.storage).record
-    return [member.get("losses") for member in record.body["members"]]
+def fitted(line: Line, workers: int) -> tuple[Ensemble, list[list[float] | None]]:
+    """The ensemble of all, and what every member noted while it trained."""
+    artifact = load_artifact(line.store.uri(f"all{workers}"), line.store.storage)
+    assert isinstance(artifact.detector, Ensemble)
+    return artifact.detector, [member.get("losses") for member in artifact.record.body["members"]]
 
 
 def same(one: Detector, two: Detector) -> bool:
@@ -80,9 +74,9 @@ def test_every_detector_is_fitted_on_one_and_two_workers_and_scores_in_bulk(line
     run_here("fit", job(line, 1))
     two_workers = start(tmp_path / "two", "fit", job(line, 2))
     assert two_workers.wait(600) == 0, two_workers.text()
-    one, two = fitted(line, 1), fitted(line, 2)
+    (one, losses_of_one), (two, losses_of_two) = fitted(line, 1), fitted(line, 2)
     told: dict[str, float] = {}
-    members = zip(CASES, one.members, two.members, losses(line, 1), losses(line, 2), strict=True)
+    members = zip(CASES, one.members, two.members, losses_of_one, losses_of_two, strict=True)
     for case, mine, theirs, first, second in members:
         if "train" not in mine.phases:
             assert same(mine, theirs), case.id
