@@ -27,7 +27,7 @@ from jobs.bench.record import alternate, machine, ratio
 from raydetect.blocks.backbone import Backbone
 from raydetect.config import parse_yaml
 from raydetect.detectors._base import Detector
-from raydetect.detectors._registry import detector_class
+from raydetect.detectors._registry import detector_class, list_models
 from raydetect.errors import RaydetectError
 from raydetect.metrics.pro import aupro
 from raydetect.metrics.roc import auroc
@@ -201,7 +201,7 @@ def write_table() -> None:
 def write_measured() -> None:
     """What `raydetect detectors --compare` shows, from the same files."""
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"*-{COMPARED}.json"))]
-    ran = [found for found in results if "not_run" not in found]
+    ran = [found for found in results if "not_run" not in found and found["detector"] in list_models()]
     places = sorted({f"{r['machine']['cpu']}, {r['machine']['cores']} cores" for r in ran})
     where = f"Measured on {COMPARED} ({'; '.join(places)}): make reproduce. x backbone: time over a bare ResNet-18."
     detectors = {
