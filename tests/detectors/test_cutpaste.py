@@ -194,11 +194,11 @@ def test_training_starts_from_the_loaded_weights_and_saves_no_head(tmp_path: Pat
 
 def test_it_finds_the_broken_bottles(real_data: Path, real_weights: Path) -> None:
     """The paper's settings but for image size, trunk and steps; every second test image."""
-    words = {"weights": str(real_weights), "last_layer": "layer3", "image_size": [96, 96]}
+    words = {"weights": str(real_weights), "last_layer": "layer3", "image_size": [72, 72]}
     detector = build_detector("cutpaste", {**words, "epochs": 2, "steps_per_epoch": 6})
     detector.load_weights()
-    losses = fit_in_memory(detector, read_bottles(real_data, "train", 96))
-    test = read_bottles(real_data, "test", 96)
+    losses = fit_in_memory(detector, read_bottles(real_data, "train", 72))
+    test = read_bottles(real_data, "test", 72)
     image_auroc, pixel_auroc = aurocs(detector, test.only(np.arange(0, len(test.names), 2)))
     print(f"image AUROC {image_auroc:.4f}, pixel AUROC {pixel_auroc:.4f}, losses {losses}")
     assert image_auroc >= 0.85

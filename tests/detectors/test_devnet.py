@@ -238,13 +238,13 @@ def test_in_python_labels_are_given_beside_the_images() -> None:
 
 def test_it_finds_the_kinds_of_defects_that_it_was_shown(real_data: Path, real_weights: Path) -> None:
     """Eight defects of the test images, of all kinds, are shown in the fit and left out of the evaluation."""
-    words = {"weights": str(real_weights), "last_layer": "layer3", "image_size": [96, 96], "map": "patches"}
+    words = {"weights": str(real_weights), "last_layer": "layer3", "image_size": [72, 72], "map": "patches"}
     detector = build_detector("devnet", {**words, "epochs": 5, "decay_epochs": 2, "steps_per_epoch": 5})
     detector.load_weights()
-    test = read_bottles(real_data, "test", 96)
+    test = read_bottles(real_data, "test", 72)
     kinds = [np.flatnonzero(test.defects == kind) for kind in np.unique(test.defects[test.labels == 1])]
     shown = np.array([kind[i] for i in range(8) for kind in kinds][:8])
-    fit_in_memory(detector, read_bottles(real_data, "train", 96).joined(test.only(shown)))
+    fit_in_memory(detector, read_bottles(real_data, "train", 72).joined(test.only(shown)))
     rest = np.setdiff1d(np.arange(len(test.names)), shown)
     image_auroc, pixel_auroc = aurocs(detector, test.only(rest[::2]))
     print(f"image AUROC {image_auroc:.4f}, pixel AUROC {pixel_auroc:.4f}")
