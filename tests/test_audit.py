@@ -22,7 +22,7 @@ from raydetect.errors import SpecError
 from raydetect.plan import ScorePlan
 from raydetect.spec import AuditSpec, WebhookSpec, parse_job
 from raydetect.storage import Storage
-from tests.made.nights import EACH, add_night, audit_words, fit_line
+from tests.made.nights import CATEGORY, EACH, add_night, audit_words, fit_line, fit_lines
 
 KEY = "a secret of the webhook's own"
 
@@ -94,6 +94,27 @@ def test_each_night_raises_its_own_alarm_and_no_other(place: Path) -> None:
     assert found["baseline"]["nights"] == ["n5", "n2", "2026-11-20"]  # those with an alarm are not what is usual
     assert "Scores</figcaption>" in report and "night by night" in report
     assert "ready to audit" in call("check", path).output
+
+
+def test_a_fleet_is_audited_by_p_values_and_told_by_category(tmp_path: Path) -> None:
+    fit_lines(tmp_path, ["left", "right"])
+    source = {"uri": f"{tmp_path}/archive", "pattern": CATEGORY}
+    path = job(tmp_path, source=source)
+    for number, right in enumerate(["normal", "normal", "bad"], start=1):
+        for place, (category, kind) in enumerate([("left", "normal"), ("right", right)]):
+            add_night(tmp_path, category, kind, first=10_000 * number + 1000 * place)  # writes over the last night's
+        ended = call("audit", path, "--local")
+        found = summary(tmp_path, number)
+        assert found["images"] == 2 * EACH and found["shards"] == 4, found
+        assert found["alarms"] == (["bad parts"] if right == "bad" else []), found["rules"]
+        assert ended.exit_code == (4 if right == "bad" else 0), ended.output
+        assert 1 / 41 <= found["measures"]["score_median"] <= 1  # of p-values from 40 held-out images
+    report = (tmp_path / "audits" / "nights" / "00003" / "report.html").read_text()
+    assert ">left</" in report and ">right</" in report
+    add_night(tmp_path, "middle", "normal", 90_000)
+    assert call("audit", path, "--local").exit_code == 4  # a category without a detector has no score
+    assert summary(tmp_path, 4)["alarms"] == ["broken files"]
+    assert summary(tmp_path, 4)["measures"]["bad_rate"] == 1
 
 
 def test_the_same_night_twice_gives_the_same_audit(place: Path) -> None:

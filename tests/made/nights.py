@@ -1,5 +1,6 @@
 """Nights of a small line: normal ones, one behind a dirty lens, one with bad parts, one with broken files."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tests.made.images import DEFECTS, defect_image, encode, normal_image
 
 PARAMS = {"backbone": "resnet18", "weights": "random", "image_size": [64, 64], "coreset_sampling_ratio": 0.05}
 EACH = 60
+CATEGORY = "{category}/{name}.png"
 RULES = (
     "bad parts: flagged_rate_low > 0.08 and sharpness_change > -0.1 and brightness_ks_low < 0.2",
     "dirty lens: sharpness_ks_low > 0.2 and sharpness_change < -0.1",
@@ -25,12 +27,28 @@ RULES = (
 def fit_line(folder: Path) -> None:
     """An artifact of normal images, at `folder/artifact`."""
     pack(f"file://{folder}/normal", ".tar", normal_files(90), 2)
+    _fit(folder, {"uri": f"{folder}/normal"})
+
+
+def fit_lines(folder: Path, categories: Sequence[str]) -> None:
+    """A fleet of one detector for each category, fitted on images of its own, at `folder/artifact`."""
+    files = [
+        (f"{category}/{i:04d}.png", encode(normal_image(1000 * place + i)))
+        for place, category in enumerate(categories)
+        for i in range(80)
+    ]
+    pack(f"file://{folder}/normal", ".tar", files, 2)
+    _fit(folder, {"uri": f"{folder}/normal", "pattern": CATEGORY}, per_category=True)
+
+
+def _fit(folder: Path, source: dict[str, Any], **changes: Any) -> None:
     words = {
         "kind": "fit",
-        "source": {"uri": f"{folder}/normal"},
+        "source": source,
         "detector": {"name": "patchcore", "params": PARAMS},
         "artifact": f"{folder}/artifact",
         "calibration": {"holdout_ratio": 0.5},
+        **changes,
     }
     spec = parse_job(words, "fit")
     assert isinstance(spec, FitSpec)
