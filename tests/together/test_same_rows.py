@@ -55,38 +55,37 @@ def begin(line: Line, results: str, tmp_path: Path, *words: str, workers: int = 
     return running
 
 
-def test_three_workers_give_what_one_process_gives(line: Line, truth: str, tmp_path: Path) -> None:
-    ended = begin(line, "ray3", tmp_path, workers=3)
-    addresses = listening_addresses(descendants(ended.process.pid))
+def test_three_workers_give_what_one_process_gives_also_when_one_is_killed(
+    line: Line, truth: str, tmp_path: Path
+) -> None:
+    running = begin(line, "ray3", tmp_path, workers=3)
+    addresses = listening_addresses(descendants(running.process.pid))
     assert addresses and addresses <= LOOPBACK
-    assert ended.wait() == 0, ended.text()
+    victims = scoring_actors(running.process.pid)
+    assert len(victims) == 3
+    os.kill(victims[0], signal.SIGKILL)
+    assert running.wait() == 0, running.text()
     same_as_truth(line, "ray3", truth)
-    said = (ended.folder / "stderr").read_text()
+    said = (running.folder / "stderr").read_text()
     assert "shards 12/12, 240 images" in said and "ray" not in said.lower().replace("raydetect", "")
-    assert "Image AUROC over 240 labelled images" in (ended.folder / "stdout").read_text()
+    assert "Image AUROC over 240 labelled images" in (running.folder / "stdout").read_text()
 
 
-def test_two_nodes_and_a_private_worker_beside_them_give_what_one_process_gives(
+def test_two_nodes_and_a_private_worker_beside_them_give_what_one_process_gives_also_when_a_node_is_killed(
     line: Line, truth: str, tmp_path: Path
 ) -> None:
     """Without an address a job joins no cluster that runs on the machine."""
-    with two_nodes() as (cluster, _):
+    with two_nodes() as (cluster, second):
         private = begin(line, "ray1", tmp_path, workers=1)
         assert scoring_actors(private.process.pid) == scoring_actors(os.getpid()) != []
         assert private.wait() == 0, private.text()
         run(tmp_path, "score", line.job("nodes"), "--address", cluster.address)
-    for results in ("ray1", "nodes"):
+        running = begin(line, "node", tmp_path, "--address", cluster.address)
+        cluster.remove_node(second, allow_graceful=False)
+        if running.wait(120) != 0:
+            run(tmp_path / "again", "score", line.job("node", workers=1), "--address", cluster.address)
+    for results in ("ray1", "nodes", "node"):
         same_as_truth(line, results, truth)
-
-
-def test_a_killed_actor_loses_nothing(line: Line, truth: str, tmp_path: Path) -> None:
-    running = begin(line, "actor", tmp_path)
-    victims = scoring_actors(running.process.pid)
-    assert victims, "no scoring actor was found"
-    os.kill(victims[0], signal.SIGKILL)
-    if running.wait() != 0:
-        run(tmp_path / "again", "score", line.job("actor"))
-    same_as_truth(line, "actor", truth)
 
 
 def test_a_killed_driver_goes_on_at_the_next_start(line: Line, truth: str, tmp_path: Path) -> None:
@@ -101,12 +100,3 @@ def test_a_killed_driver_goes_on_at_the_next_start(line: Line, truth: str, tmp_p
     again = run(tmp_path / "again", "score", line.job("driver", workers=1))
     assert f"{len(done)} of 12 shards are committed already" in again.text()
     same_as_truth(line, "driver", truth)
-
-
-def test_a_killed_node_loses_nothing(line: Line, truth: str, tmp_path: Path) -> None:
-    with two_nodes() as (cluster, second):
-        running = begin(line, "node", tmp_path, "--address", cluster.address)
-        cluster.remove_node(second, allow_graceful=False)
-        if running.wait(120) != 0:
-            run(tmp_path / "again", "score", line.job("node", workers=1), "--address", cluster.address)
-    same_as_truth(line, "node", truth)
