@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.fs
 import ray
@@ -30,8 +30,9 @@ from raydetect.errors import RaydetectError, StorageError
 from raydetect.records import Chunk, FitReport
 from raydetect.spec import FIT_CHUNK_BYTES, FIT_CHUNK_IMAGES, FitSpec, SourceSpec, source_storage
 from raydetect.storage import Storage, join_uri, normalise_uri
-from raydetect.worker.fit import fit_worker
-from raydetect.worker.one_fit import Tick
+
+if TYPE_CHECKING:
+    from raydetect.worker.one_fit import Tick
 
 IMAGES, CALIBRATION = "images", "calibration"
 POLL_SECONDS = 0.3
@@ -39,7 +40,7 @@ TICK_SECONDS = 0.2
 RESIZE_SECONDS = 600.0  # a fit that began on fewer workers than asked for starts again on a grown cluster, not sooner
 
 
-def fit(spec: FitSpec, address: str | None, tick: Tick) -> FitReport:
+def fit(spec: FitSpec, address: str | None, tick: "Tick") -> FitReport:
     """Fits on Ray and writes the artifact.
 
     Args:
@@ -63,7 +64,7 @@ def fit(spec: FitSpec, address: str | None, tick: Tick) -> FitReport:
         Storage(spec.storage).delete_folder(_ray_folder(spec))
 
 
-def _fit(spec: FitSpec, address: str | None, tick: Tick) -> FitReport:
+def _fit(spec: FitSpec, address: str | None, tick: "Tick") -> FitReport:
     extra = spec.calibration.source
     with session(address, spec.resources):
         datasets = {IMAGES: _dataset(spec, spec.source)} | ({CALIBRATION: _dataset(spec, extra)} if extra else {})
@@ -127,8 +128,10 @@ def _trainer(spec: FitSpec, datasets: dict[str, Dataset], board: ActorHandle) ->
 
 
 def _work(words: dict[str, Any]) -> None:
-    """One worker; runs in its own process."""
+    """One worker; runs in its own process. Ray Train's controller handles this too, and needs no detectors."""
     import torch
+
+    from raydetect.worker.fit import fit_worker
 
     spec: FitSpec = words["spec"]
     said = _Said(words["board"])
@@ -178,7 +181,7 @@ class _Said:
         self._sent = time.monotonic()
 
 
-def _followed(trainer: TorchTrainer, board: ActorHandle, tick: Tick) -> FitReport:
+def _followed(trainer: TorchTrainer, board: ActorHandle, tick: "Tick") -> FitReport:
     """Runs the trainer while a thread passes on what its workers say.
 
     The thread ends before this does, also on Ctrl-C: a thread that asks Ray after a session's end ends the process.
@@ -200,7 +203,7 @@ def _followed(trainer: TorchTrainer, board: ActorHandle, tick: Tick) -> FitRepor
     return report
 
 
-def _listen(board: ActorHandle, tick: Tick, over: threading.Event) -> None:
+def _listen(board: ActorHandle, tick: "Tick", over: threading.Event) -> None:
     last = False
     while not last:
         last = over.wait(POLL_SECONDS)

@@ -40,7 +40,7 @@ def session(address: str | None, resources: ResourceSpec) -> Iterator[None]:
         ClusterError: it cannot be reached or refuses.
     """
     target = address or os.environ.get("RAY_ADDRESS")
-    with _native_messages_in_a_file(), nullcontext() if target else _loopback_only():
+    with _native_messages_in_a_file(), nullcontext() if target else _one_machine():
         try:
             if target:
                 ray.init(address=target, log_to_driver=False, logging_level=logging.ERROR)
@@ -97,16 +97,23 @@ def _is_descriptor_2(stream: object) -> bool:
 
 
 @contextmanager
-def _loopback_only() -> Iterator[None]:
-    """Ray turns 127.0.0.1 into the machine's own address, and listens on all interfaces, unless clusters are off."""
-    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+def _one_machine() -> Iterator[None]:
+    """Settings of a private local Ray and its child processes.
+
+    Ray turns 127.0.0.1 into the machine's own address, and listens on all interfaces, unless clusters are off. Ray
+    Train's watcher of nodes that a cloud is about to take away is a process with nothing to do.
+    """
+    names = (ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER")
+    clusters, environment = ray_constants.ENABLE_RAY_CLUSTER, {name: os.environ.get(name) for name in names}
     ray_constants.ENABLE_RAY_CLUSTER = False
-    os.environ[name] = "0"  # for its child processes
+    os.environ.update(dict.fromkeys(names, "0"))
     try:
         yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
-        os.environ.pop(name)
+        ray_constants.ENABLE_RAY_CLUSTER = clusters
+        for name in names:
+            del os.environ[name]
+        os.environ.update({name: value for name, value in environment.items() if value is not None})
 
 
 def _start_local(resources: ResourceSpec) -> None:

@@ -180,7 +180,7 @@ def test_a_fleet_is_fitted_side_by_side_and_routes_what_it_scores(line: Line, tm
         "fleet-night", workers=1, source={**source, "uri": store.uri("night")}, artifact=store.uri("fleet2"),
         flag={"alpha": 0.25}, max_bad_fraction=0.2,
     )  # fmt: skip
-    run(tmp_path / "score", "score", job)
+    run_here("score", job)
     statuses = Counter((row["category"], row["status"]) for row in rows_of(store.uri("fleet-night"), store.storage))
     assert statuses == {("left", "ok"): 4, ("right", "ok"): 4, ("odd", "unknown_category"): 1}
 
@@ -193,7 +193,7 @@ def test_bottle_has_one_bank_on_one_two_and_four_workers_also_when_one_is_killed
         paths = [row["path"] for row in csv.DictReader(file) if row["split"] == "train"]
     files = [(path, (real_data / "mvtec_bottle_256" / path).read_bytes()) for path in paths]
     pack(store.uri("train"), ".tar", files, 7, store.storage)
-    params = {"backbone": "resnet18", "weights": str(real_weights), "max_bank_vectors": 4000, "image_size": [128, 128]}
+    params = {"backbone": "resnet18", "weights": str(real_weights), "max_bank_vectors": 2000, "image_size": [96, 96]}
     records = []
     for workers in (1, 2, 4):
         values = {
