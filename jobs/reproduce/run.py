@@ -91,13 +91,15 @@ def stated(name: str) -> dict[str, Any]:
     return {"params": {}, **found}
 
 
-def fit(name: str, source: Path, artifact: Path) -> tuple[int, str, float]:
-    """(exit code, last line, seconds) of `raydetect fit`."""
+def fit(name: str, data: Path, source: Path, artifact: Path) -> tuple[int, str, float]:
+    """(exit code, last line, seconds) of `raydetect fit`; textures that the job file names are a folder of `data`."""
     overrides = {"source.uri": source, "source.pattern": "train/{defect}/{name}", "artifact": artifact}
     params = stated(name)["params"]
     folder = os.environ.get("RAYDETECT_WEIGHTS")
     if folder and "backbone" in params and "weights" not in params:
         overrides["detector.params.weights"] = Path(folder) / WEIGHTS
+    if "textures" in params:
+        overrides["detector.params.textures"] = data / params["textures"]
     words = [word for key, value in overrides.items() for word in ("--set", f"{key}={value}")]
     command = [sys.executable, "-m", "raydetect", "fit", str(HERE / f"{name}.yaml"), "--local", *words]
     begun = time.perf_counter()
@@ -149,13 +151,14 @@ def speed(detector: Detector, test: Sequence[Picture]) -> dict[str, Any]:
 def reproduce(name: str, data: str, folder: Path) -> dict[str, Any]:
     """Fits, evaluates and times the detector of one job file on one data set."""
     train, test = listed(folder / data, "train"), listed(folder / data, "test")
+    params = stated(name)["params"]
     if detector_class(stated(name)["name"]).info.labels != "none":
         shown = labelled(test)
         train, test = [*train, *shown], [picture for picture in test if picture not in shown]
     figures: dict[str, Any] = {"detector": name, "data": data, "train": len(train), "test": len(test)}
     with tempfile.TemporaryDirectory(prefix="raydetect-reproduce-") as place:
         lay_out(train, Path(place) / "data")
-        code, said, seconds = fit(name, Path(place) / "data", Path(place) / "artifact")
+        code, said, seconds = fit(name, folder, Path(place) / "data", Path(place) / "artifact")
         if code:
             return {**figures, "not_run": said.removeprefix("Error: ")}
         artifact = load_artifact(normalise_uri(f"{place}/artifact"), Storage())
@@ -163,7 +166,7 @@ def reproduce(name: str, data: str, folder: Path) -> dict[str, Any]:
     return {
         **figures,
         "seed": artifact.detector.seed,
-        "settings": {key: body["params"][key] for key in sorted({*stated(name)["params"], "image_size"})},
+        "settings": {key: params.get(key, body["params"][key]) for key in sorted({*params, "image_size"})},
         "weights": body["weights"].rpartition("/")[2],
         "fit_seconds": round(seconds, 1),
         **evaluate(artifact.detector, test),

@@ -39,7 +39,6 @@ MILESTONES = (400 / 700, 600 / 700)
 LEAST_OPACITY = 0.1
 MAX_TURN = 45
 FOCAL_GAMMA = 2.0
-SMOOTHING_PX = 21
 
 
 class DRAEM(NetworkDetector):
@@ -55,12 +54,12 @@ class DRAEM(NetworkDetector):
     phases = ("train",)
     smoke: ClassVar = {
         "image_size": (64, 64),
-        "base_width": 16,
+        "base_width": 8,
         "anomalous_ratio": 0.9,
         "turned_ratio": 0.0,
-        "epochs": 20,
-        "batch_size": 4,
+        "epochs": 40,
         "learning_rate": 2e-3,
+        "smoothing_px": 5,
     }
 
     @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +94,18 @@ class DRAEM(NetworkDetector):
         learning_rate: Annotated[
             float, Field(gt=0, description="of Adam; a tenth of it after 4/7, again after 6/7 of the epochs (sec. 4)")
         ] = 1e-4
+        smoothing_px: Annotated[
+            int,
+            Field(
+                ge=1,
+                description="side of the squares, odd; the image score is the largest mean of the map in one (eq. 6; "
+                "its size, for images of 256 px: code)",
+            ),
+        ] = 21
+
+        def __post_init__(self) -> None:
+            if self.smoothing_px % 2 == 0:
+                raise ValueError(f"smoothing_px {self.smoothing_px} must be odd, so that the square has a centre")
 
     params: Params
 
@@ -153,10 +164,11 @@ class DRAEM(NetworkDetector):
 
     @torch.inference_mode()
     def score(self, images_BCHW: Tensor) -> Scores:
-        """The map of probabilities; the image score is the maximum of its 21 x 21 means (eq. 6)."""
+        """The map of probabilities; the image score is the maximum of its local means (eq. 6)."""
         self.require_fitted()
         map_BHW = self._forward(images_BCHW.float() / 255)[1]
-        means = F.avg_pool2d(map_BHW[:, None], SMOOTHING_PX, 1, SMOOTHING_PX // 2)
+        side = self.params.smoothing_px
+        means = F.avg_pool2d(map_BHW[:, None], side, 1, side // 2)
         return Scores(means.flatten(1).amax(1), map_BHW)
 
     def _simulated(self, image_3HW: Tensor, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:

@@ -115,11 +115,12 @@ CASES = (
         "draem",
         {},
         floor=0.75,
-        pixel_floor=0.7,
+        pixel_floor=0.55,
         bad={
             "base_width": {"base_width": 7},
             "anomalous_ratio": {"anomalous_ratio": 0},
             "turned_ratio": {"turned_ratio": 1.5},
+            "odd": {"smoothing_px": 4},
         },
     ),
     Case(

@@ -123,8 +123,9 @@ def test_given_textures_are_what_defects_are_made_of(monkeypatch: pytest.MonkeyP
         started(textures="memory://textures/none")
 
 
-def test_the_score_is_the_largest_mean_of_the_map() -> None:
-    detector = started()
+@pytest.mark.parametrize(("params", "side"), [({}, 21), ({"smoothing_px": 5}, 5)])
+def test_the_score_is_the_largest_mean_of_the_map(params: dict[str, int], side: int) -> None:
+    detector = started(**params)
     plan = detector.begin_training(8)
     for epoch in range(3):
         step(detector, plan.optimizer, normal_batch(epoch=epoch))
@@ -136,7 +137,7 @@ def test_the_score_is_the_largest_mean_of_the_map() -> None:
         logits = detector.networks["segmentation"](torch.cat([repaired, images.float() / 255], 1)).double()
     expected = torch.softmax(logits, 1)[:, 1].numpy()
     np.testing.assert_allclose(scores.anomaly_map_BHW.numpy(), expected, atol=1e-5)
-    means = [uniform_filter(one, 21, mode="constant").max() for one in expected]
+    means = [uniform_filter(one, side, mode="constant").max() for one in expected]
     np.testing.assert_allclose(scores.image_score_B.numpy(), means, atol=1e-5)
 
 

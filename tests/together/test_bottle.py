@@ -15,7 +15,7 @@ from raydetect.sinks.heatmaps import read_map_png
 from raydetect.sinks.ledger import Ledger
 from tests.made.archives import pack
 from tests.objectstore import ObjectStore
-from tests.together.runs import rows_of, run, write_job
+from tests.together.runs import rows_of, run, run_here, write_job
 
 
 def packed(folder: Path, store: ObjectStore) -> None:
@@ -62,7 +62,7 @@ def test_bottle_is_fitted_and_scored_from_tar_shards_in_a_bucket(
         "batch_size": 8,
         "resources": {"num_workers": 2, "cpus_per_worker": 1},
     }
-    said = run(tmp_path / "fit", "fit", write_job(tmp_path / "fit.yaml", fit)).text()
+    said = run_here("fit", write_job(tmp_path / "fit.yaml", fit))
     assert "Calibrated on 21 held-out normal images" in said
     job = write_job(tmp_path / "score.yaml", score)
     assert "ready to score" in run(tmp_path / "check", "check", job).text()
