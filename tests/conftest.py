@@ -1,6 +1,7 @@
 """Fixtures of all tests: the object store, and where real data is."""
 
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,7 +26,14 @@ for name in ("AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "RAY_A
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whole jobs first, the longest before the others: what is short fills the gaps at the end."""
-    items.sort(key=lambda item: _turn(item.nodeid))
+    items.sort(key=lambda item: (_turn(item.nodeid), _room(item.nodeid) if item.nodeid.startswith(LAWS) else ""))
+
+
+def _room(nodeid: str) -> str:
+    """What one test process does on its own: a file, but of the laws those of one case."""
+    path, _, words = nodeid.partition("::")
+    case = words.partition("[")[2].rstrip("]")
+    return f"{path} {re.sub(r'^size[0-9]-', '', case)}" if path.startswith(LAWS) else path
 
 
 def _turn(nodeid: str) -> int:
@@ -41,9 +49,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Rooms(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            path, _, words = nodeid.partition("::")
-            names = words.partition("[")[2].rstrip("]").split("-")
-            return f"{path} {min(names, key=lambda name: name.startswith('size'))}" if path.startswith(LAWS) else path
+            return _room(nodeid)
 
     return Rooms(config, log)
 

@@ -31,7 +31,10 @@ REPAIR = "Re-upload the shard or set source.on_bad_shard: record."
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """The standard library takes a damaged header after the first member for the end; here it is an error."""
+    """The standard library takes a damaged header, or none, after a member for the end; here it is an error.
+
+    A tar ends with blocks of zeros, so one that was cut between two members is told from a whole one.
+    """
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> "_StrictTarInfo":
@@ -39,6 +42,8 @@ class _StrictTarInfo(tarfile.TarInfo):
             return super().fromtarfile(tar)
         except (tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError) as error:  # type: ignore[attr-defined]
             raise tarfile.ReadError(f"damaged member header ({error})") from None
+        except tarfile.EmptyHeaderError:  # type: ignore[attr-defined]
+            raise tarfile.ReadError("cut between two members: it has no end-of-archive block") from None
 
 
 def read_tar(shard: Shard, source: SourceSpec, storage: Storage, naming: Naming) -> Iterator[Member]:

@@ -1,7 +1,6 @@
 """Ranking quality of scores against labels, exact with ties."""
 
 import numpy as np
-from scipy.stats import rankdata
 
 
 def auroc(labels_N: np.ndarray, scores_N: np.ndarray) -> float:
@@ -19,8 +18,15 @@ def auroc(labels_N: np.ndarray, scores_N: np.ndarray) -> float:
     labels_N, scores_N = checked(labels_N, scores_N)
     positives = int(labels_N.sum())
     negatives = len(labels_N) - positives
-    rank_sum = float(rankdata(scores_N)[labels_N == 1].sum())
+    rank_sum = float(_average_ranks(scores_N)[labels_N == 1].sum())
     return (rank_sum - positives * (positives + 1) / 2) / (positives * negatives)
+
+
+def _average_ranks(scores_N: np.ndarray) -> np.ndarray:
+    """Places from 1, ascending; ties share their mean. scipy.stats has this and takes half a second to load."""
+    _, place_N, counts_U = np.unique(scores_N, return_inverse=True, return_counts=True)
+    mean_U: np.ndarray = np.cumsum(counts_U) - (counts_U - 1) / 2
+    return mean_U[place_N]
 
 
 def average_precision(labels_N: np.ndarray, scores_N: np.ndarray) -> float:

@@ -1,6 +1,6 @@
 """One row for each detector: how to fit it small, and how well it must then find planted defects."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,11 @@ class Case:
     def sized(self) -> dict[str, Any]:
         """The parameters at the size of the test images."""
         return {"image_size": [SIZE_PX, SIZE_PX], **self.params}
+
+    def brief(self, passes: int = 2) -> dict[str, Any]:
+        """The same with a training of a few passes, if there is one."""
+        known = {field.name for field in fields(detector_class(self.name).Params)}
+        return {**self.sized(), **{name: passes for name in ("epochs", "difference_epochs") if name in known}}
 
     def build(self, **params: Any) -> Detector:
         """The unfitted detector."""
@@ -210,11 +215,18 @@ CASES = (
 )
 
 
-def fit(case: Case, place: str, *, images: int = 40, shard_images: int = 20, seed: int = 0) -> Detector:
-    """Fits a case on loose images under `memory://place` and loads the artifact.
+def fit(case: Case, place: str, *, images: int = 40, shard_images: int = 20) -> Detector:
+    """Fits a case on loose images under `memory://place`, well enough to find defects, and loads the artifact."""
+    return _fit(case, place, case.sized(), images, shard_images, seed=0)
 
-    A detector that needs labels gets a quarter more images, with defects.
-    """
+
+def fit_briefly(case: Case, shard_images: int, seed: int) -> Detector:
+    """Fits a case on 8 images with two passes of its training, which show as well on what a fit depends."""
+    return _fit(case, "brief", case.brief(), 8, shard_images, seed)
+
+
+def _fit(case: Case, place: str, params: dict[str, Any], images: int, shard_images: int, seed: int) -> Detector:
+    """A detector that needs labels gets a quarter more images, with defects."""
     files = normal_files(images)
     if case.labelled:
         for i in range(images // 4):
@@ -229,7 +241,7 @@ def fit(case: Case, place: str, *, images: int = 40, shard_images: int = 20, see
                 "shard_images": shard_images,
                 "pattern": "{category}/train/{defect}/{name}.png",
             },
-            "detector": {"name": case.name, "preset": "smoke", "params": case.sized()},
+            "detector": {"name": case.name, "preset": "smoke", "params": params},
             "artifact": f"memory://{place}/artifact",
             "seed": seed,
             "batch_size": 8,

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import lru_cache
 
 import fsspec
 import numpy as np
@@ -21,8 +22,7 @@ from tests.contracts import cases
 from tests.contracts.cases import CASES, SIZE_PX, Case
 
 pytestmark = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-fitted_by_id: dict[str, Detector] = {}
-small_by_id: dict[str, Detector] = {}
+BY_ID = {case.id: case for case in CASES}
 SEED = 3
 
 
@@ -36,16 +36,23 @@ def _two_threads() -> Iterator[None]:
 
 def fitted(case: Case) -> Detector:
     """The case's detector, fitted once for the tests that do not change it."""
-    if case.id not in fitted_by_id:
-        fitted_by_id[case.id] = cases.fit(case, "shared")
-    return fitted_by_id[case.id]
+    return _fitted(case.id)
 
 
-def small(case: Case) -> Detector:
+@lru_cache(maxsize=1)
+def _fitted(name: str) -> Detector:
+    """The laws come case by case, and one fitted detector may hold gigabytes."""
+    return cases.fit(BY_ID[name], "shared")
+
+
+def brief(case: Case) -> Detector:
     """The case's detector, fitted once on 8 images of one shard with `SEED`; other fits are compared with it."""
-    if case.id not in small_by_id:
-        small_by_id[case.id] = cases.fit(case, "small", images=8, shard_images=100, seed=SEED)
-    return small_by_id[case.id]
+    return _brief(case.id)
+
+
+@lru_cache(maxsize=1)
+def _brief(name: str) -> Detector:
+    return cases.fit_briefly(BY_ID[name], shard_images=100, seed=SEED)
 
 
 def needs_weights(case: Case) -> bool:
@@ -186,13 +193,13 @@ def test_the_fit_does_not_depend_on_batches_or_order(case: Case) -> None:
 
 
 def test_the_fit_does_not_depend_on_the_number_of_shards(case: Case) -> None:
-    one, many = small(case).tensors(), cases.fit(case, "small", images=8, shard_images=3, seed=SEED).tensors()
+    one, many = brief(case).tensors(), cases.fit_briefly(case, shard_images=3, seed=SEED).tensors()
     assert all(torch.equal(one[name], many[name]) for name in one)
 
 
 def test_the_fit_is_repeatable_and_follows_the_seed(case: Case) -> None:
-    first = small(case).tensors()
-    again, other = (cases.fit(case, "small", images=8, shard_images=100, seed=s).tensors() for s in (SEED, SEED + 1))
+    first = brief(case).tensors()
+    again, other = (cases.fit_briefly(case, shard_images=100, seed=s).tensors() for s in (SEED, SEED + 1))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
@@ -219,11 +226,11 @@ def test_a_second_fit_forgets_the_first(case: Case) -> None:
     fit_on(range(8, 16))
     twice = fit_on(range(8))
     assert all(torch.equal(once[name], twice[name]) for name in once)
-    assert small(case).tensors().keys() == once.keys()
+    assert brief(case).tensors().keys() == once.keys()
 
 
 def test_saved_and_loaded_it_scores_bit_for_bit_without_pickle(case: Case) -> None:
-    detector, images = small(case), cases.test_images(4)[0]
+    detector, images = fitted(case), cases.test_images(4)[0]
     calibration = Calibration(scores=(0.0, 1.0), map_low=0.0, map_high=1.0)
     save_artifact("memory://saved/artifact", Storage(), case.name, detector, calibration, {})
     scores = [cases.score(d, images) for d in (detector, load_artifact("memory://saved/artifact", Storage()).detector)]

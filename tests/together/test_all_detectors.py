@@ -1,6 +1,5 @@
 """Every detector through Ray: all of them as one ensemble, fitted by one and by two workers, and scored in bulk."""
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 
 from raydetect.detectors._base import Detector
 from raydetect.detectors._ensemble import Ensemble
-from raydetect.detectors._registry import detector_class, list_models
+from raydetect.detectors._registry import list_models
 from raydetect.worker.artifact import load_artifact
 from tests.contracts.cases import CASES, Case
 from tests.made.archives import mixed_files, normal_files, pack
@@ -19,7 +18,6 @@ from tests.together.runs import rows_of, run, run_here, start, write_job
 
 PATTERN = "{category}/train/{defect}/{name}.png"
 FIRST_PASS = 2e-2  # relative difference of its mean loss: float32 sums in another order, which steps amplify
-SHORT = ("epochs", "difference_epochs")
 PASSES = {
     "draem": 8
 }  # after two it scores all images alike; the others take two, which show as well whether workers agree
@@ -27,9 +25,7 @@ PASSES = {
 
 def member(case: Case) -> dict[str, Any]:
     """A case as a member of an ensemble, which trains for a few passes."""
-    known = {field.name for field in fields(detector_class(case.name).Params)}
-    params = {**case.sized(), **{name: PASSES.get(case.name, 2) for name in SHORT if name in known}}
-    return {"name": case.name, "preset": "smoke", "params": params}
+    return {"name": case.name, "preset": "smoke", "params": case.brief(PASSES.get(case.name, 2))}
 
 
 MEMBERS = [member(case) for case in CASES]

@@ -1,0 +1,46 @@
+"""Mistakes of jobs that score or serve; without torch."""
+
+import os
+from functools import partial
+
+from raydetect.audit.measures import MEASURES
+from raydetect.audit.rules import parse_rules
+from raydetect.audit.webhook import webhook_of
+from raydetect.check.places import Check, first_shard, reachable
+from raydetect.fleet_record import read_index, read_records
+from raydetect.gateway.allow import Prefixes
+from raydetect.gateway.desk import load_served
+from raydetect.gateway.tokens import read_tokens
+from raydetect.plan import plan_score
+from raydetect.spec import AuditSpec, ScoreSpec, ServeSpec, night_score, sink_storage, source_storage
+from raydetect.storage import Storage, join_uri, normalise_uri
+
+
+def audit_checks(spec: AuditSpec) -> list[Check]:
+    """What an audit says beside its scoring."""
+    return [
+        lambda: parse_rules(spec.alarm_when, MEASURES),
+        lambda: webhook_of(spec.webhook, os.environ),
+        lambda: plan_score(night_score(spec, join_uri(spec.sink.uri, "none")), ()),
+    ]
+
+
+def score_checks(spec: ScoreSpec | AuditSpec) -> list[Check]:
+    """What scoring needs before it is planned."""
+    models = Storage(spec.storage)
+    return [
+        lambda: first_shard(spec.source, source_storage(spec, spec.source)),
+        lambda: read_records(read_index(normalise_uri(spec.artifact), models), models),
+        lambda: reachable(spec.sink.uri, sink_storage(spec), "sink.uri"),
+    ]
+
+
+def serve_checks(spec: ServeSpec) -> list[Check]:
+    """What endpoints need."""
+    storage = Storage(spec.storage)
+    allow = spec.allow
+    checks: list[Check] = [
+        lambda: read_tokens(spec),
+        lambda: [Prefixes.of(uris) for uris in (allow.sources, allow.sinks, allow.artifacts)],
+    ]
+    return checks + [partial(load_served, name, served, storage) for name, served in spec.detectors.items()]
