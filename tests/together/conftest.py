@@ -18,6 +18,17 @@ def _nothing_left_running() -> Iterator[None]:
     end_started()
 
 
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[str]:
+    """The address of a cluster with four CPU slots, for jobs that need no Ray of their own."""
+    from ray.cluster_utils import Cluster
+
+    words = {"num_cpus": 4, "object_store_memory": 300 << 20, "include_dashboard": False}
+    made = Cluster(initialize_head=True, connect=False, head_node_args=words)
+    yield made.address
+    made.shutdown()
+
+
 @dataclass(frozen=True)
 class Line:
     """Generated images of one production line in a bucket, and an artifact fitted on its normal ones."""

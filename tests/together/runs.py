@@ -92,9 +92,18 @@ def run(folder: Path, *words: str, **environment: str) -> Run:
 
 def run_here(*words: str) -> str:
     """Runs `raydetect WORDS --local` in this process, which has loaded torch already; what it said. Exit code 0."""
+    return _invoked(*words, "--local")
+
+
+def run_on(address: str, *words: str) -> str:
+    """Runs `raydetect WORDS` with this process as driver of a job on a cluster; what it said. Exit code 0."""
+    return _invoked(*words, "--address", address)
+
+
+def _invoked(*words: str) -> str:
     threads = torch.get_num_threads()
     try:
-        ended = CliRunner().invoke(main, [*words, "--local"], catch_exceptions=False)
+        ended = CliRunner().invoke(main, words, catch_exceptions=False)
     finally:
         torch.set_num_threads(threads)
     assert ended.exit_code == 0, f"raydetect {' '.join(words)} ended with {ended.exit_code}:\n{ended.output}"

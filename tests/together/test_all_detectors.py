@@ -1,6 +1,5 @@
 """Every detector through Ray: all of them as one ensemble, fitted by one and by two workers, and scored in bulk."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from tests.contracts.cases import CASES, Case
 from tests.made.archives import mixed_files, normal_files, pack
 from tests.made.images import DEFECTS, defect_image, encode
 from tests.together.conftest import Line
-from tests.together.runs import rows_of, run, run_here, start, write_job
+from tests.together.runs import rows_of, run_here, run_on, write_job
 
 PATTERN = "{category}/train/{defect}/{name}.png"
 FIRST_PASS = 2e-2  # relative difference of its mean loss: float32 sums in another order, which steps amplify
@@ -66,13 +65,12 @@ def same(one: Detector, two: Detector) -> bool:
 
 
 @pytest.mark.timeout(900)
-def test_every_detector_is_fitted_on_one_and_two_workers_and_scores_in_bulk(line: Line, tmp_path: Path) -> None:
+def test_every_detector_is_fitted_on_one_and_two_workers_and_scores_in_bulk(line: Line, cluster: str) -> None:
     assert {member["name"] for member in MEMBERS} == set(list_models())
     store = line.store
     pack(store.uri("labelled"), ".tar", labelled_files(), 3, store.storage)
     run_here("fit", job(line, 1))
-    two_workers = start(tmp_path / "two", "fit", job(line, 2))
-    assert two_workers.wait(600) == 0, two_workers.text()
+    run_on(cluster, "fit", job(line, 2))
     (one, losses_of_one), (two, losses_of_two) = fitted(line, 1), fitted(line, 2)
     told: dict[str, float] = {}
     members = zip(CASES, one.members, two.members, losses_of_one, losses_of_two, strict=True)
@@ -86,7 +84,7 @@ def test_every_detector_is_fitted_on_one_and_two_workers_and_scores_in_bulk(line
 
     pack(store.uri("tonight"), ".tar", mixed_files(12, 2, masks=False), 3, store.storage)
     words = {"source": {"uri": store.uri("tonight")}, "artifact": store.uri("all2"), "flag": {"alpha": 0.25}}
-    run(tmp_path / "ray", "score", line.job("all-ray", workers=2, **words))
+    run_on(cluster, "score", line.job("all-ray", workers=2, **words))
     run_here("score", line.job("all-local", workers=1, **words))
     rows = rows_of(store.uri("all-ray"), store.storage)
     assert rows == rows_of(store.uri("all-local"), store.storage)

@@ -6,7 +6,7 @@ from typing import Any
 
 from raydetect.audit.nights import Nights
 from tests.together.conftest import Line
-from tests.together.runs import rows_of, run, run_here, write_job
+from tests.together.runs import rows_of, run_here, run_on, write_job
 
 SHARDS = 6
 
@@ -29,10 +29,10 @@ def words(line: Line, folder: str) -> dict[str, Any]:
     }
 
 
-def test_an_audit_on_ray_equals_one_in_one_process(line: Line, tmp_path: Path) -> None:
+def test_an_audit_on_ray_equals_one_in_one_process(line: Line, cluster: str, tmp_path: Path) -> None:
     """A kill on its way: tests/test_audit.py; on Ray: test_same_rows.py, by the same ledger."""
     run_here("audit", write_job(tmp_path / "here.yaml", words(line, "audits-here")))
-    said = run(tmp_path / "ray", "audit", write_job(tmp_path / "ray.yaml", words(line, "audits-ray"))).text()
+    said = run_on(cluster, "audit", write_job(tmp_path / "ray.yaml", words(line, "audits-ray")))
     here, there = (Nights(line.store.uri(name), line.store.storage) for name in ("audits-here", "audits-ray"))
     assert f"Audit 2026-11-22: {20 * SHARDS} images in {SHARDS} new shards" in said
     expected, found = here.read("summaries", 1), there.read("summaries", 1)

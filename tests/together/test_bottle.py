@@ -15,7 +15,7 @@ from raydetect.sinks.heatmaps import read_map_png
 from raydetect.sinks.ledger import Ledger
 from tests.made.archives import pack
 from tests.objectstore import ObjectStore
-from tests.together.runs import rows_of, run, run_here, write_job
+from tests.together.runs import rows_of, run, run_here, run_on, write_job
 
 
 def packed(folder: Path, store: ObjectStore) -> None:
@@ -32,7 +32,7 @@ def packed(folder: Path, store: ObjectStore) -> None:
 
 
 def test_bottle_is_fitted_and_scored_from_tar_shards_in_a_bucket(
-    object_store: ObjectStore, real_data: Path, real_weights: Path, tmp_path: Path
+    object_store: ObjectStore, cluster: str, real_data: Path, real_weights: Path, tmp_path: Path
 ) -> None:
     store = replace(object_store)
     packed(real_data / "mvtec_bottle_256", store)
@@ -67,7 +67,7 @@ def test_bottle_is_fitted_and_scored_from_tar_shards_in_a_bucket(
     job = write_job(tmp_path / "score.yaml", score)
     assert "ready to score" in run(tmp_path / "check", "check", job).text()
     assert "Shards     5 left of 5" in run(tmp_path / "plan", "plan", job).text()
-    run(tmp_path / "score", "score", job)
+    run_on(cluster, "score", job)
 
     uri, storage = store.uri("results"), store.storage
     rows = rows_of(uri, storage)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.test_evaluate import JOB, data_set
-from tests.together.runs import PATIENCE, run, run_here, start, wait_until, write_job
+from tests.together.runs import PATIENCE, run_here, run_on, start, wait_until, write_job
 
 
 def cells(folder: Path) -> dict[str, Any]:
@@ -13,12 +13,12 @@ def cells(folder: Path) -> dict[str, Any]:
     return {path.name: json.loads(path.read_text())["categories"] for path in (folder / "cells").glob("*.json")}
 
 
-def test_cells_on_ray_are_those_of_one_process_also_after_a_kill(tmp_path: Path) -> None:
+def test_cells_on_ray_are_those_of_one_process_also_after_a_kill(cluster: str, tmp_path: Path) -> None:
     data_set(tmp_path / "data")
     words = {**JOB, "data": {"uri": str(tmp_path / "data"), "layout": "mvtec_ad"}, "output": str(tmp_path / "ray")}
     words["resources"] = {"num_workers": 2, "cpus_per_worker": 1}
     job = write_job(tmp_path / "job.yaml", words)
-    begun = start(tmp_path / "first", "evaluate", job)
+    begun = start(tmp_path / "first", "evaluate", job, "--address", cluster)
 
     def some() -> bool:
         assert begun.process.poll() is None, begun.text()
@@ -26,7 +26,7 @@ def test_cells_on_ray_are_those_of_one_process_also_after_a_kill(tmp_path: Path)
 
     wait_until(some, PATIENCE, "the first cell")
     begun.kill()
-    said = run(tmp_path / "second", "evaluate", job).text()
+    said = run_on(cluster, "evaluate", job)
     assert "cells are finished already" in said and "Judged 36 images in 4 cells." in said
     run_here("evaluate", job, "--set", f"output={tmp_path / 'local-out'}")
     assert cells(tmp_path / "ray") == cells(tmp_path / "local-out") and len(cells(tmp_path / "ray")) == 4

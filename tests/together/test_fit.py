@@ -24,8 +24,8 @@ from tests.together.runs import (
     Run,
     processes_of,
     rows_of,
-    run,
     run_here,
+    run_on,
     start,
     two_nodes,
     wait_until,
@@ -34,7 +34,7 @@ from tests.together.runs import (
 
 PATCHCORE = {"backbone": "resnet18", "weights": "random", "image_size": [96, 96], "coreset_sampling_ratio": 0.05}
 STFPM = {
-    "backbone": "resnet18", "weights": "random", "image_size": [64, 64], "epochs": 24, "batch_size": 16,
+    "backbone": "resnet18", "weights": "random", "image_size": [64, 64], "epochs": 10, "batch_size": 16,
     "learning_rate": 0.02,
 }  # fmt: skip
 
@@ -69,9 +69,9 @@ def same_fit(a: ArtifactRecord, b: ArtifactRecord) -> None:
         assert a.body["coreset"] == b.body["coreset"]
 
 
-def train_workers(pid: int) -> list[int]:
-    """Ray Train's worker processes below `pid`."""
-    return processes_of(b"RayTrainWorker", pid)
+def train_workers() -> list[int]:
+    """Ray Train's worker processes below this one, which started the cluster."""
+    return processes_of(b"RayTrainWorker", os.getpid())
 
 
 def begun(running: Run, phase: str) -> None:
@@ -126,24 +126,25 @@ def test_a_bank_is_extended_and_stopped_by_hand_an_extension_leaves_no_artifact(
     assert body["coreset"]["of"] == alone.body["coreset"]["of"] + 40 * 144
 
 
-def test_a_shard_that_breaks_ends_it_with_one_sentence(line: Line, tmp_path: Path) -> None:
+def test_a_shard_that_breaks_ends_it_with_one_sentence(line: Line, cluster: str, tmp_path: Path) -> None:
     whole = tar_bytes(normal_files(12))
     line.store.storage.write(line.store.uri("broken/part-0.tar"), whole)
     line.store.storage.write(line.store.uri("broken/part-1.tar"), whole[: len(whole) // 2])
     source = {"uri": line.store.uri("broken"), "on_bad_shard": "fail"}
     jobs = {"fit": fit_job(line, "unfitted", 2, source=source), "score": line.job("unscored", source=source)}
-    for ended in [start(tmp_path / kind, kind, job) for kind, job in jobs.items()]:
+    for ended in [start(tmp_path / kind, kind, job, "--address", cluster) for kind, job in jobs.items()]:
         assert ended.wait() == 1, ended.text()
         said = ended.text().splitlines()[-1]
         assert "part-1.tar: broken after" in said and "on_bad_shard: record" in said, ended.text()
         assert "Traceback" not in ended.text() and "Ray" not in ended.text()
 
 
-def test_a_training_goes_on_to_the_same_bits_after_a_kill(line: Line, tmp_path: Path) -> None:
+def test_a_training_goes_on_to_the_same_bits_after_a_kill(line: Line, cluster: str, tmp_path: Path) -> None:
     """One and two workers: tests/test_train.py in float64, test_all_detectors.py in float32 through Ray."""
     words = {"checkpoint_epochs": 2}
     run_here("fit", fit_job(line, "whole", 1, "stfpm", **words))
-    running = start(tmp_path / "killed", "fit", fit_job(line, "trained", 1, "stfpm", **words))
+    job = fit_job(line, "trained", 1, "stfpm", **words)
+    running = start(tmp_path / "killed", "fit", job, "--address", cluster)
     storage, uri = line.store.storage, line.store.uri("trained")
 
     def kept() -> bool:
@@ -151,26 +152,26 @@ def test_a_training_goes_on_to_the_same_bits_after_a_kill(line: Line, tmp_path: 
         return storage.exists(uri) and any("/training-" in file.uri for file in storage.list(uri))
 
     wait_until(kept, PATIENCE, "the first kept state")
-    os.kill(train_workers(running.process.pid)[0], signal.SIGKILL)
+    os.kill(train_workers()[0], signal.SIGKILL)
     assert running.wait() == 0, running.text()
     whole, resumed = (load_artifact(line.store.uri(n), storage) for n in ("whole", "trained"))
     assert resumed.record.body["resumed_epochs"] >= 2 and whole.record.body["resumed_epochs"] == 0
     assert resumed.record.body["losses"] == whole.record.body["losses"]
     assert all(torch.equal(v, whole.detector.tensors()[n]) for n, v in resumed.detector.tensors().items())
     assert len(list(storage.list(uri))) == 2  # the states are gone
-    told = re.findall(r"train epochs: (\d+)/24", (running.folder / "stderr").read_text())
-    assert told and max(map(int, told)) == 24  # what the lost attempt had done is not counted twice
+    told = re.findall(r"train epochs: (\d+)/10", (running.folder / "stderr").read_text())
+    assert told and max(map(int, told)) == 10  # what the lost attempt had done is not counted twice
 
 
-def test_a_fleet_is_fitted_side_by_side_and_routes_what_it_scores(line: Line, tmp_path: Path) -> None:
+def test_a_fleet_is_fitted_side_by_side_and_routes_what_it_scores(line: Line, cluster: str) -> None:
     store = line.store
     files = [(f"{kind}/train/good/{name[-8:]}", data) for kind in ("left", "right") for name, data in normal_files(16)]
     pack(store.uri("pairs"), ".tar", files, 3, store.storage)
     pack(store.uri("night"), ".tar", [*files[:4], ("odd/train/good/x.png", files[0][1]), *files[-4:]], 2, store.storage)
     source = {"uri": store.uri("pairs"), "pattern": "{category}/train/{defect}/{name}.png"}
     words = {"source": source, "per_category": True}
-    ended = run(tmp_path / "ray", "fit", fit_job(line, "fleet2", 2, **words))
-    assert "for each of 2 categories on 24 images by 2 workers" in ended.text()
+    said = run_on(cluster, "fit", fit_job(line, "fleet2", 2, **words))
+    assert "for each of 2 categories on 24 images by 2 workers" in said
     run_here("fit", fit_job(line, "fleet1", 1, **words))
     two, one = (read_records(read_index(store.uri(n), store.storage), store.storage) for n in ("fleet2", "fleet1"))
     assert list(two) == list(one) == ["left", "right"]
@@ -186,7 +187,7 @@ def test_a_fleet_is_fitted_side_by_side_and_routes_what_it_scores(line: Line, tm
 
 
 def test_bottle_has_one_bank_on_one_two_and_four_workers_also_when_one_is_killed(
-    object_store: ObjectStore, real_data: Path, real_weights: Path, tmp_path: Path
+    object_store: ObjectStore, cluster: str, real_data: Path, real_weights: Path, tmp_path: Path
 ) -> None:
     store = replace(object_store)
     with (real_data / "mvtec_bottle_256" / "manifest.csv").open() as file:
@@ -205,12 +206,13 @@ def test_bottle_has_one_bank_on_one_two_and_four_workers_also_when_one_is_killed
             "max_bank_bytes": 1 << 20,
             "resources": {"num_workers": workers, "cpus_per_worker": 1},
         }
-        running = start(tmp_path / str(workers), "fit", write_job(tmp_path / f"{workers}.yaml", values))
-        if workers == 2:
-            begun(running, "collect")
-            os.kill(train_workers(running.process.pid)[0], signal.SIGKILL)
-        assert running.wait() == 0, running.text()
-        said = (running.folder / "stdout").read_text()
+        job = write_job(tmp_path / f"{workers}.yaml", values)
+        if workers == 1:
+            said = run_here("fit", job)
+        elif workers == 2:
+            said = _killed_once(tmp_path, job, cluster)
+        else:
+            said = run_on(cluster, "fit", job)
         by = f" by {workers} workers" if workers > 1 else ""
         assert f"on 188 images{by} in" in said and "Memory bank: " in said and "peak memory" in said
         assert "raylet" not in said
@@ -222,3 +224,12 @@ def test_bottle_has_one_bank_on_one_two_and_four_workers_also_when_one_is_killed
     for record in records:
         same_fit(record, records[0])
         assert set(record.body["seconds"]) == set(record.body["peak_memory_bytes"]) == {"read", "fit", "calibrate"}
+
+
+def _killed_once(folder: Path, job: str, cluster: str) -> str:
+    """Fits and kills a worker on the way; what the command said at its end."""
+    running = start(folder, "fit", job, "--address", cluster)
+    begun(running, "collect")
+    os.kill(train_workers()[0], signal.SIGKILL)
+    assert running.wait() == 0, running.text()
+    return (running.folder / "stdout").read_text()

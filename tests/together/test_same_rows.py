@@ -15,7 +15,7 @@ from tests.together.runs import (
     listening_addresses,
     open_heatmaps,
     rows_of,
-    run,
+    run_on,
     scoring_actors,
     start,
     two_nodes,
@@ -71,32 +71,26 @@ def test_three_workers_give_what_one_process_gives_also_when_one_is_killed(
     assert "Image AUROC over 240 labelled images" in (running.folder / "stdout").read_text()
 
 
-def test_two_nodes_and_a_private_worker_beside_them_give_what_one_process_gives_also_when_a_node_is_killed(
+def test_a_killed_run_goes_on_on_two_nodes_and_the_loss_of_a_node_changes_nothing(
     line: Line, truth: str, tmp_path: Path
 ) -> None:
-    """Without an address a job joins no cluster that runs on the machine."""
+    """The first run has a Ray of its own: without an address a job joins no cluster that runs on the machine."""
     with two_nodes() as (cluster, second):
-        private = begin(line, "ray1", tmp_path, workers=1)
-        assert scoring_actors(private.process.pid) == scoring_actors(os.getpid()) != []
-        assert private.wait() == 0, private.text()
-        run(tmp_path, "score", line.job("nodes"), "--address", cluster.address)
+        running = begin(line, "driver", tmp_path)
+        assert scoring_actors(running.process.pid) == scoring_actors(os.getpid()) != []
+        below = list(descendants(running.process.pid))
+        running.kill()
+        wait_until(lambda: not set(scoring_actors(1)) & set(below), 60, "the end of actors without a driver")
+        end(below)  # Ray's agents take a minute more
+        ledger = Ledger(line.store.uri("driver"), line.store.storage)
+        done = ledger.committed()
+        assert ledger.manifest() is None and 0 < len(done) < 12
+        said = run_on(cluster.address, "score", line.job("driver"))
+        assert f"{len(done)} of 12 shards are committed already" in said
+
         running = begin(line, "node", tmp_path, "--address", cluster.address)
         cluster.remove_node(second, allow_graceful=False)
         if running.wait(120) != 0:
-            run(tmp_path / "again", "score", line.job("node", workers=1), "--address", cluster.address)
-    for results in ("ray1", "nodes", "node"):
+            run_on(cluster.address, "score", line.job("node", workers=1))
+    for results in ("driver", "node"):
         same_as_truth(line, results, truth)
-
-
-def test_a_killed_driver_goes_on_at_the_next_start(line: Line, truth: str, tmp_path: Path) -> None:
-    running = begin(line, "driver", tmp_path)
-    below = list(descendants(running.process.pid))
-    running.kill()
-    wait_until(lambda: not set(scoring_actors(1)) & set(below), 60, "the end of actors without a driver")
-    end(below)  # Ray's agents take a minute more
-    ledger = Ledger(line.store.uri("driver"), line.store.storage)
-    done = ledger.committed()
-    assert ledger.manifest() is None and 0 < len(done) < 12
-    again = run(tmp_path / "again", "score", line.job("driver", workers=1))
-    assert f"{len(done)} of 12 shards are committed already" in again.text()
-    same_as_truth(line, "driver", truth)

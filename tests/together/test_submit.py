@@ -11,10 +11,10 @@ from typing import Any
 import httpx
 import pytest
 
-from raydetect.sinks.ledger import Ledger
 from tests.objectstore import free_port
 from tests.together.conftest import Line
 from tests.together.runs import PATIENCE, descendants, end, run, start, wait_until
+from tests.together.test_same_rows import same_as_truth
 
 TOKEN = "token-of-the-tests-0123456789abcdef0123456789abcdef"
 WITH_TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
@@ -56,14 +56,14 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield address
 
 
-def test_a_submitted_job_is_followed_to_its_exit_code(line: Line, head: str, tmp_path: Path) -> None:
+def test_a_submitted_job_is_followed_to_its_exit_code(line: Line, truth: str, head: str, tmp_path: Path) -> None:
     job = line.job("submitted", workers=1)
     ended = run(tmp_path, "submit", job, "--address", head, **WITH_TOKEN)
     said = ended.text()
     assert "Scored 240 images in 12 shards" in said and "ended with exit code 0" in said
     assert "INFO" not in (ended.folder / "stderr").read_text(), said
     assert line.store.secret not in said.replace("test:tester", "") and TOKEN not in said
-    assert Ledger(line.store.uri("submitted"), line.store.storage).manifest() is not None
+    same_as_truth(line, "submitted", truth)
 
 
 def test_the_exit_code_of_a_failing_job_comes_back(line: Line, head: str, tmp_path: Path) -> None:
