@@ -53,14 +53,10 @@ STARTED: list[Run] = []
 def start(folder: Path, *words: str, **environment: str) -> Run:
     """Starts `raydetect WORDS`."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
+    streams = (folder / "stdout").open("wb"), (folder / "stderr").open("wb")
+    with streams[0] as out, streams[1] as err, _interruptible():
         process = subprocess.Popen(
-            [COMMAND, *words],
-            stdout=out,
-            stderr=err,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, **environment},
-            preexec_fn=_interruptible,
+            [COMMAND, *words], stdout=out, stderr=err, stdin=subprocess.DEVNULL, env={**os.environ, **environment}
         )
     made = Run(process, folder)
     STARTED.append(made)
@@ -77,9 +73,17 @@ def end_started() -> None:
             end(below)
 
 
-def _interruptible() -> None:
-    """A shell's background jobs ignore SIGINT, and so would what they start."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """A shell's background jobs ignore SIGINT, and so would what they start.
+
+    A `preexec_fn` would fork this process while Ray's threads run in it.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def run(folder: Path, *words: str, **environment: str) -> Run:
@@ -96,7 +100,10 @@ def run_here(*words: str) -> str:
 
 
 def run_on(address: str, *words: str) -> str:
-    """Runs `raydetect WORDS` with this process as driver of a job on a cluster; what it said. Exit code 0."""
+    """Runs `raydetect WORDS` with this process as driver of a job on a cluster; what it said. Exit code 0.
+
+    Not for `engine: serve`: the threads of Ray Serve's client outlive the job, and a fork beside them may break.
+    """
     return _invoked(*words, "--address", address)
 
 

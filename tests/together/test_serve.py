@@ -19,7 +19,7 @@ import yaml
 from raydetect.records import OK
 from raydetect.sinks.ledger import Ledger
 from tests.together.conftest import Line
-from tests.together.runs import PATIENCE, processes_of, rows_of, run, run_here, run_on, start, wait_until
+from tests.together.runs import PATIENCE, processes_of, rows_of, run, run_here, start, wait_until
 from tests.together.served import PICTURES, Endpoints, asking, free_port, metrics_of, replicas, told_by
 
 
@@ -80,7 +80,8 @@ def test_a_job_through_warm_replicas_is_killed_and_goes_on_with_equal_rows(
     wait_until(lambda: ledger.committed() or running.process.poll() is not None, PATIENCE, "the first commit")
     running.kill()
     assert ledger.manifest() is None and 0 < len(ledger.committed()) < 12, running.text()
-    assert "of 12 shards are committed already" in run_on(endpoints.address, "score", job)
+    again = run(tmp_path / "again", "score", job, "--address", endpoints.address)
+    assert "of 12 shards are committed already" in again.text()
     assert rows_of(line.store.uri("warm"), line.store.storage) == rows_of(truth, line.store.storage)
 
 
