@@ -19,6 +19,8 @@ TOGETHER, LAWS = "tests/together/", "tests/contracts/"
 LONG = tuple(f"{TOGETHER}test_{name}.py" for name in ("fit", "same_rows", "all_detectors", "bottle"))
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets the other test process starve a job's workers
+for name in ("RAY_USAGE_STATS_ENABLED", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"):
+    os.environ.setdefault(name, "0")  # processes with nothing to do in a cluster of the tests
 for name in ("AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "RAY_ADDRESS"):
     os.environ.pop(name, None)
 

@@ -140,6 +140,21 @@ def test_a_score_job_from_check_to_status(place: Place) -> None:
     assert changed.exit_code == 2 and "flag.alpha: 0.1 -> 0.2" in changed.output
 
 
+@pytest.mark.parametrize("command", ["check", "plan", "status"])
+def test_what_only_reads_records_loads_neither_torch_nor_ray(place: Place, command: str) -> None:
+    assert call("score", place.score, "--local").exit_code == 0
+    words = [command, str(place.folder / "results") if command == "status" else str(place.score)]
+    code = f"""
+import sys
+from raydetect.cli import main
+main({words!r}, standalone_mode=False)
+loaded = sorted({{'torch', 'ray', 'scipy.stats', 'pandas'}} & set(sys.modules))
+print('loaded:', loaded)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.stdout.splitlines()[-1] == "loaded: []", ended.stdout + ended.stderr
+
+
 def test_every_mistake_is_named_before_anything_runs(place: Place) -> None:
     folder = place.folder
     fit = FIT | {"source": {"uri": f"{folder}/normal"}, "artifact": "x"}

@@ -101,9 +101,14 @@ def _one_machine() -> Iterator[None]:
     """Settings of a private local Ray and its child processes.
 
     Ray turns 127.0.0.1 into the machine's own address, and listens on all interfaces, unless clusters are off. Ray
-    Train's watcher of nodes that a cloud is about to take away is a process with nothing to do.
+    Train's watcher of nodes that a cloud is about to take away is a process with nothing to do. What Ray would tell
+    its makers of a cluster's use stays here.
     """
-    names = (ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER")
+    names = (
+        ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR,
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER",
+        "RAY_USAGE_STATS_ENABLED",
+    )
     clusters, environment = ray_constants.ENABLE_RAY_CLUSTER, {name: os.environ.get(name) for name in names}
     ray_constants.ENABLE_RAY_CLUSTER = False
     os.environ.update(dict.fromkeys(names, "0"))
