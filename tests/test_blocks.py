@@ -8,7 +8,7 @@ from scipy.ndimage import gaussian_filter
 from raydetect.blocks.anomaly_map import smooth, smooth_upsampled, unlikely, upsample
 from raydetect.blocks.backbone import Backbone
 from raydetect.blocks.pyramid import patch_embeddings
-from raydetect.blocks.seeding import keyed_generator, keyed_unit, shuffled
+from raydetect.blocks.seeding import keyed_generator, keyed_unit, shuffled, undrawn
 from raydetect.errors import ArtifactError, SpecError
 from tests.plain import reference
 
@@ -125,6 +125,20 @@ def test_backbone_weights_are_keyed_checked_and_named() -> None:
         backbone.load({k: v for k, v in weights.items() if k != "conv1.weight"}, "file")
     with pytest.raises(ArtifactError, match=r"has shape \(1,\)"):
         backbone.load({**weights, "conv1.weight": torch.zeros(1)}, "file")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "timm/resnet18", "mobilenet_v3_small"])
+def test_what_is_built_to_be_loaded_draws_nothing_and_is_whole_once_loaded(name: str) -> None:
+    layers = ("features.1",) if name.startswith("mobile") else ("layer1", "layer2")
+    drawn, before = Backbone(name, layers, 3), torch.random.get_rng_state()
+    with undrawn():
+        built = Backbone(name, layers, 4)
+        assert torch.equal(torch.random.get_rng_state(), before)
+        torch.randn(2)
+    assert not torch.equal(torch.random.get_rng_state(), before)  # only networks go without
+    built.load(drawn.weights(), "the test")
+    state, expected = built.state_dict(), drawn.state_dict()
+    assert state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in state)
 
 
 def test_an_unknown_backbone_or_layer_names_the_nearest() -> None:

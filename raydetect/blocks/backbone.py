@@ -170,7 +170,7 @@ class Backbone(nn.Module):
         if isinstance(self.trunk, fx.GraphModule):
             # the extractor holds a graph per mode; fuse wants one
             folded = copy.deepcopy(self.trunk)
-            self._folded = fuse(fx.GraphModule(folded, folded.graph).eval())
+            self._folded = fuse(fx.GraphModule(folded, folded.graph).eval(), inplace=True, no_trace=True)
         return self.to(memory_format=torch.channels_last)
 
 

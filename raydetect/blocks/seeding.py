@@ -2,10 +2,16 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import init
+from torch.overrides import TorchFunctionMode
+
+DRAWS = {Tensor.normal_, Tensor.uniform_, init.normal_, init.uniform_, init.kaiming_uniform_}
 
 
 def _hash(seed: int, words: Sequence[str | int]) -> int:
@@ -51,3 +57,19 @@ def mixed_hash(values_N: Tensor, seed: int) -> Tensor:
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         mixed_N = (mixed_N ^ ((mixed_N >> shift) & ((1 << (64 - shift)) - 1))) * factor
     return mixed_N ^ ((mixed_N >> 31) & ((1 << 33) - 1))
+
+
+@contextmanager
+def undrawn() -> Iterator[None]:
+    """Networks that are built in the block get no random weights: whatever memory held, until they are loaded.
+
+    Drawing them takes most of the time of building a network.
+    """
+    with _Undrawn():
+        yield
+
+
+class _Undrawn(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return (args[0] if args else kwargs["tensor"]) if func in DRAWS else func(*args, **kwargs)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from raydetect.blocks.backbone import Backbone
+from raydetect.blocks.seeding import undrawn
 from raydetect.detectors._base import Detector, NotFittedError
 from raydetect.detectors._weights import load_backbone
 from raydetect.errors import ArtifactError
@@ -61,7 +62,8 @@ class NetworkDetector(Detector):
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Restores all networks."""
-        self.networks = self.make_networks()
+        with undrawn():
+            self.networks = self.make_networks()
         for name, network in self.networks.items():
             start = f"{name}."
             mine = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}

@@ -15,6 +15,7 @@ import re
 import socket
 import urllib.request
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,6 +27,7 @@ from torch import Tensor
 from torchvision import models
 
 from raydetect.blocks.backbone import Backbone, bare_name, is_timm
+from raydetect.blocks.seeding import undrawn
 from raydetect.config import nearest
 from raydetect.errors import ArtifactError, SpecError, StorageError
 from raydetect.storage import Storage, normalise_uri
@@ -52,7 +54,8 @@ def load_backbone(name: str, layers: tuple[str, ...], weights: str, seed: int) -
         ArtifactError: the weights cannot be had, are damaged, or miss a used tensor.
         SpecError: an unknown name or layer.
     """
-    backbone = Backbone(name, layers, seed)
+    with nullcontext() if weights == RANDOM else undrawn():
+        backbone = Backbone(name, layers, seed)
     if weights == RANDOM:
         return backbone, f"random seed:{seed} sha256:{backbone.digest()}"
     found, said = _imagenet(name) if weights == IMAGENET else (read_weights(weights), weights)
