@@ -9,7 +9,7 @@ import pytest
 
 from tests.made.archives import mixed_files, normal_files, pack
 from tests.objectstore import ObjectStore
-from tests.together.runs import end_started, run_here, write_job
+from tests.together.runs import QUIET_NODE, end_started, run_here, write_job
 
 
 @pytest.fixture(autouse=True)
@@ -18,12 +18,12 @@ def _nothing_left_running() -> Iterator[None]:
     end_started()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def cluster() -> Iterator[str]:
     """The address of a cluster with four CPU slots, for jobs that need no Ray of their own."""
     from ray.cluster_utils import Cluster
 
-    words = {"num_cpus": 4, "object_store_memory": 300 << 20, "include_dashboard": False}
+    words = {**QUIET_NODE, "num_cpus": 4, "object_store_memory": 300 << 20}
     made = Cluster(initialize_head=True, connect=False, head_node_args=words)
     yield made.address
     made.shutdown()

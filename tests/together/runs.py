@@ -23,6 +23,7 @@ from raydetect.storage import Storage
 
 COMMAND = Path(sys.executable).with_name("raydetect")
 PATIENCE = 240  # seconds for a step of a job
+QUIET_NODE = {"include_dashboard": False, "include_log_monitor": False}  # nobody reads them
 POLL_SECONDS = 0.25  # listing a bucket costs the store some 20 ms of processor time
 
 
@@ -227,7 +228,7 @@ def two_nodes() -> Iterator[Any]:
     """A cluster of two nodes with one CPU slot each, on this machine; yields (cluster, its second node)."""
     from ray.cluster_utils import Cluster
 
-    words = {"num_cpus": 1, "object_store_memory": 200 << 20, "include_dashboard": False}
+    words = {**QUIET_NODE, "num_cpus": 1, "object_store_memory": 200 << 20}
     cluster = Cluster(initialize_head=True, connect=False, head_node_args=words)
     try:
         # an address of its own: the command connects to the node that has this machine's, which is the first

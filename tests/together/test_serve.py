@@ -19,7 +19,7 @@ import yaml
 from raydetect.records import OK
 from raydetect.sinks.ledger import Ledger
 from tests.together.conftest import Line
-from tests.together.runs import PATIENCE, processes_of, rows_of, run, run_here, start, wait_until
+from tests.together.runs import PATIENCE, QUIET_NODE, processes_of, rows_of, run, run_here, start, wait_until
 from tests.together.served import PICTURES, Endpoints, asking, free_port, metrics_of, replicas, told_by
 
 
@@ -41,7 +41,7 @@ def endpoints(line: Line, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     }
     (folder / "serve.yaml").write_text(yaml.safe_dump(values))
     os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"
-    words = {"num_cpus": 2, "object_store_memory": 200 << 20, "include_dashboard": False}
+    words = {**QUIET_NODE, "num_cpus": 2, "object_store_memory": 200 << 20}
     cluster = Cluster(initialize_head=True, connect=False, head_node_args=words)
     try:
         said = run(folder, "serve", str(folder / "serve.yaml"), "--address", cluster.address).text()
