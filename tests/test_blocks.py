@@ -8,7 +8,7 @@ from scipy.ndimage import gaussian_filter
 from raydetect.blocks.anomaly_map import smooth, smooth_upsampled, unlikely, upsample
 from raydetect.blocks.backbone import Backbone
 from raydetect.blocks.pyramid import patch_embeddings
-from raydetect.blocks.seeding import keyed_generator, keyed_unit, shuffled, undrawn
+from raydetect.blocks.seeding import Undrawn, keyed_generator, keyed_unit, shuffled
 from raydetect.errors import ArtifactError, SpecError
 from tests.plain import reference
 
@@ -131,7 +131,7 @@ def test_backbone_weights_are_keyed_checked_and_named() -> None:
 def test_what_is_built_to_be_loaded_draws_nothing_and_is_whole_once_loaded(name: str) -> None:
     layers = ("features.1",) if name.startswith("mobile") else ("layer1", "layer2")
     drawn, before = Backbone(name, layers, 3), torch.random.get_rng_state()
-    with undrawn():
+    with Undrawn():
         built = Backbone(name, layers, 4)
         assert torch.equal(torch.random.get_rng_state(), before)
         torch.randn(2)

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
@@ -59,17 +58,13 @@ def mixed_hash(values_N: Tensor, seed: int) -> Tensor:
     return mixed_N ^ ((mixed_N >> 31) & ((1 << 33) - 1))
 
 
-@contextmanager
-def undrawn() -> Iterator[None]:
+class Undrawn(TorchFunctionMode):
     """Networks that are built in the block get no random weights: whatever memory held, until they are loaded.
 
     Drawing them takes most of the time of building a network.
     """
-    with _Undrawn():
-        yield
 
-
-class _Undrawn(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Passes over draws; `torch.nn.init` names its tensor, methods have it first."""
         kwargs = kwargs or {}
         return (args[0] if args else kwargs["tensor"]) if func in DRAWS else func(*args, **kwargs)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from raydetect.blocks.backbone import Backbone
-from raydetect.blocks.seeding import undrawn
+from raydetect.blocks.seeding import Undrawn
 from raydetect.detectors._base import Detector, NotFittedError
 from raydetect.detectors._weights import load_backbone
 from raydetect.errors import ArtifactError
@@ -62,7 +62,7 @@ class NetworkDetector(Detector):
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Restores all networks."""
-        with undrawn():
+        with Undrawn():
             self.networks = self.make_networks()
         for name, network in self.networks.items():
             start = f"{name}."

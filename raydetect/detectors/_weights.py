@@ -27,7 +27,7 @@ from torch import Tensor
 from torchvision import models
 
 from raydetect.blocks.backbone import Backbone, bare_name, is_timm
-from raydetect.blocks.seeding import undrawn
+from raydetect.blocks.seeding import Undrawn
 from raydetect.config import nearest
 from raydetect.errors import ArtifactError, SpecError, StorageError
 from raydetect.storage import Storage, normalise_uri
@@ -54,7 +54,7 @@ def load_backbone(name: str, layers: tuple[str, ...], weights: str, seed: int) -
         ArtifactError: the weights cannot be had, are damaged, or miss a used tensor.
         SpecError: an unknown name or layer.
     """
-    with nullcontext() if weights == RANDOM else undrawn():
+    with nullcontext() if weights == RANDOM else Undrawn():
         backbone = Backbone(name, layers, seed)
     if weights == RANDOM:
         return backbone, f"random seed:{seed} sha256:{backbone.digest()}"

@@ -27,7 +27,7 @@ from raydetect.blocks.backbone import Backbone
 from raydetect.blocks.fusion import MaskDecoder, Memory, MultiScaleFusion, deepest_stage
 from raydetect.blocks.losses import focal_loss
 from raydetect.blocks.rows import FitState
-from raydetect.blocks.seeding import keyed_generator, undrawn
+from raydetect.blocks.seeding import Undrawn, keyed_generator
 from raydetect.blocks.synthesis import blend, foreground, perlin_mask, shuffled_tiles, uniform
 from raydetect.blocks.textures import Textures, adjusted
 from raydetect.blocks.unet import keyed_init
@@ -171,7 +171,7 @@ class MemSeg(NetworkDetector):
         wanted = used if p.deepest_layer is None else (*used, p.deepest_layer)
         whole, said = load_backbone(p.backbone, wanted, p.weights, self.seed)
         weights, start = whole.weights(), f"{p.deepest_layer}."
-        with undrawn():
+        with Undrawn():
             backbone = Backbone(p.backbone, used, self.seed)
         backbone.load(weights, p.weights)
         self._shapes(backbone)

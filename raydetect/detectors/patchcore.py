@@ -24,7 +24,7 @@ from raydetect.blocks.neighbors import BankSearch
 from raydetect.blocks.pyramid import patch_embeddings
 from raydetect.blocks.rows import FitState, KeyedRows
 from raydetect.blocks.search import Search
-from raydetect.blocks.seeding import undrawn
+from raydetect.blocks.seeding import Undrawn
 from raydetect.detectors._base import Batch, Detector, DetectorInfo, NotFittedError, Scores, Tick
 from raydetect.detectors._weights import load_backbone
 from raydetect.errors import ArtifactError
@@ -229,7 +229,7 @@ class PatchCore(Detector):
 
     def load_beside(self, tensors: Mapping[str, Tensor], search: Search) -> None:
         """Restores the backbone; the bank is where `search` has it."""
-        with undrawn():
+        with Undrawn():
             backbone = Backbone(self.params.backbone, self.params.layers, self.seed)
         backbone.load({name.removeprefix(BACKBONE): value for name, value in tensors.items()}, "the artifact")
         self.backbone = backbone.freeze().to(self.device)

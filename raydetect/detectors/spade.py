@@ -26,7 +26,7 @@ from raydetect.blocks.backbone import Backbone
 from raydetect.blocks.correspondence import PyramidGallery, PyramidLayout
 from raydetect.blocks.neighbors import BankSearch
 from raydetect.blocks.rows import FitState
-from raydetect.blocks.seeding import undrawn
+from raydetect.blocks.seeding import Undrawn
 from raydetect.detectors._base import Batch, Detector, DetectorInfo, NotFittedError, Scores, Tick
 from raydetect.detectors._weights import load_backbone
 from raydetect.errors import ArtifactError, SpecError
@@ -220,7 +220,7 @@ class SPADE(Detector):
         for name in (POOLED, GRIDS, *(LEVEL + level for level in self.params.feature_levels)):
             if name not in tensors:
                 raise ArtifactError(f"spade: the artifact has no tensor {name!r}. Fit again.")
-        with undrawn():
+        with Undrawn():
             backbone = Backbone(self.params.backbone, self._layers(), self.seed)
         backbone.load({name.removeprefix(BACKBONE): value for name, value in tensors.items()}, "the artifact")
         self.backbone = backbone.freeze().to(self.device)

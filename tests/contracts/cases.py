@@ -215,9 +215,9 @@ CASES = (
 )
 
 
-def fit(case: Case, place: str, *, images: int = 40, shard_images: int = 20) -> Detector:
-    """Fits a case on loose images under `memory://place`, well enough to find defects, and loads the artifact."""
-    return _fit(case, place, case.sized(), images, shard_images, seed=0)
+def fit(case: Case) -> Detector:
+    """Fits a case on 40 loose images, well enough to find defects, and loads the artifact."""
+    return _fit(case, "shared", case.sized(), images=40, shard_images=20, seed=0)
 
 
 def fit_briefly(case: Case, shard_images: int, seed: int) -> Detector:

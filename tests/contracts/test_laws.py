@@ -42,7 +42,7 @@ def fitted(case: Case) -> Detector:
 @lru_cache(maxsize=1)
 def _fitted(name: str) -> Detector:
     """The laws come case by case, and one fitted detector may hold gigabytes."""
-    return cases.fit(BY_ID[name], "shared")
+    return cases.fit(BY_ID[name])
 
 
 def brief(case: Case) -> Detector:

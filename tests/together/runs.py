@@ -54,8 +54,7 @@ STARTED: list[Run] = []
 def start(folder: Path, *words: str, **environment: str) -> Run:
     """Starts `raydetect WORDS`."""
     folder.mkdir(parents=True, exist_ok=True)
-    streams = (folder / "stdout").open("wb"), (folder / "stderr").open("wb")
-    with streams[0] as out, streams[1] as err, _interruptible():
+    with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err, _interruptible():
         process = subprocess.Popen(
             [COMMAND, *words], stdout=out, stderr=err, stdin=subprocess.DEVNULL, env={**os.environ, **environment}
         )

@@ -88,9 +88,10 @@ def test_a_killed_run_goes_on_on_two_nodes_and_the_loss_of_a_node_changes_nothin
         said = run_on(cluster.address, "score", line.job("driver"))
         assert f"{len(done)} of 12 shards are committed already" in said
 
+        run_on(cluster.address, "score", line.job("nodes"))
         running = begin(line, "node", tmp_path, "--address", cluster.address)
         cluster.remove_node(second, allow_graceful=False)
         if running.wait(120) != 0:
             run_on(cluster.address, "score", line.job("node", workers=1))
-    for results in ("driver", "node"):
+    for results in ("driver", "nodes", "node"):
         same_as_truth(line, results, truth)
