@@ -1,6 +1,8 @@
 """Vision transformers as backbones against timm itself; where pretrained weights come from, and what is refused."""
 
 import hashlib
+import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -253,3 +255,34 @@ def test_a_host_that_cannot_be_reached_is_one_sentence_soon(caches: Path) -> Non
         url_file("https://127.0.0.1:9/resnet18-01234567.pth")
     with within(2), pytest.raises(ArtifactError, match="timm has none"):
         _weights._imagenet("test_vit4")
+
+
+SCORING = """
+import sys, torch
+from raydetect.blocks.rows import FitState
+from raydetect.detectors._base import Batch
+from raydetect.detectors._registry import build_detector
+detector = build_detector("patchcore", {"backbone": "resnet18", "weights": "random", "image_size": [32, 32]})
+detector.load_weights()
+images, state = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), FitState()
+with torch.inference_mode():
+    state.add(["a", "b"], detector.collect(Batch(images, ["a", "b"])))
+    detector.finish(state, lambda *_: None)
+    detector.score(images)
+assert "torch._dynamo" not in sys.modules and "sympy" not in sys.modules
+"""
+ASKING = """
+import sys
+from raydetect.blocks import vision
+kept = sys.modules["torchvision.ops.roi_align"].is_compile_supported
+assert "torch._dynamo" not in sys.modules
+answers = [kept(device) for device in ("cpu", "cuda", "mps")]
+from torch._dynamo.utils import counters, is_compile_supported
+assert kept is not is_compile_supported and answers == [is_compile_supported(d) for d in ("cpu", "cuda", "mps")]
+assert vision._Later(vision.COMPILER).counters is counters
+"""
+
+
+@pytest.mark.parametrize("code", [SCORING, ASKING], ids=["scoring", "asking"])
+def test_torchvision_is_loaded_without_torchs_compiler_until_it_is_asked_for(code: str) -> None:
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -10,11 +10,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
-from torchvision import models
-from torchvision.models.feature_extraction import create_feature_extractor
 
 from raydetect.blocks.seeding import keyed_seed
 from raydetect.blocks.timm_trunk import TimmTrunk
+from raydetect.blocks.vision import create_feature_extractor, models
 from raydetect.config import nearest
 from raydetect.errors import ArtifactError, SpecError
 

@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
 
 from raydetect.blocks.backbone import stage_of
 from raydetect.blocks.product import product
 from raydetect.blocks.unet import UpConvolution
+from raydetect.blocks.vision import BasicBlock
 
 REDUCTION, LEAST_WIDTH = 32, 8
 CLASSES = 2

@@ -14,7 +14,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
-from torchvision.transforms import functional as colour
+
+from raydetect.blocks.vision import transforms
 
 Range = tuple[float, float]
 
@@ -34,12 +35,12 @@ def jittered(image_CHW: Tensor, strength: float, random: Generator) -> Tensor:
     if strength == 0:
         return image_CHW
     steps: list[Callable[[Tensor, float], Tensor]] = [
-        colour.adjust_brightness,
-        colour.adjust_contrast,
-        colour.adjust_saturation,
+        transforms.adjust_brightness,
+        transforms.adjust_contrast,
+        transforms.adjust_saturation,
     ]
     factors = [uniform(random, max(0.0, 1 - strength), 1 + strength) for _ in steps]
-    steps.append(colour.adjust_hue)
+    steps.append(transforms.adjust_hue)
     factors.append(uniform(random, -strength, strength))
     for number in torch.randperm(len(steps), generator=random).tolist():
         image_CHW = steps[number](image_CHW, factors[number])

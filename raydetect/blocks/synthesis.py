@@ -9,8 +9,8 @@ import math
 
 import torch
 from torch import Generator, Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as transforms
+
+from raydetect.blocks.vision import InterpolationMode, transforms
 
 PERLIN_OCTAVES = 6
 PERLIN_THRESHOLD = 0.5

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
-from torchvision.transforms.v2 import functional as transforms
 
 from raydetect.blocks.synthesis import perlin_noise, turned, uniform
+from raydetect.blocks.vision import transforms
 
 CHANGES = 3
 COLOURS = 4

@@ -24,10 +24,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
-from torchvision import models
 
 from raydetect.blocks.backbone import Backbone, bare_name, is_timm
 from raydetect.blocks.seeding import Undrawn
+from raydetect.blocks.vision import models
 from raydetect.config import nearest
 from raydetect.errors import ArtifactError, SpecError, StorageError
 from raydetect.storage import Storage, normalise_uri

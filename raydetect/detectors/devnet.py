@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
-from torchvision.transforms import functional as turning
 
 from raydetect.blocks.anomaly_map import smooth, smooth_upsampled
 from raydetect.blocks.backbone import Backbone
 from raydetect.blocks.seeding import in_rounds, keyed_generator, keyed_seed, keyed_unit
+from raydetect.blocks.vision import transforms
 from raydetect.detectors._base import Batch, Detector, DetectorInfo, Scores, TrainingPlan
 from raydetect.detectors._networks import FineTuned
 from raydetect.errors import SpecError
@@ -178,7 +178,7 @@ class DevNet(FineTuned):
 
     def _turned(self, image_CHW: Tensor, *words: str | int) -> Tensor:
         degrees = self.params.turn_degrees * (2 * keyed_unit(self.seed, "turn", *words) - 1)
-        return turning.rotate(image_CHW, degrees)
+        return transforms.rotate(image_CHW, degrees)
 
     def _backbone(self) -> Backbone:
         backbone = self.networks[BACKBONE]
