@@ -27,7 +27,7 @@ SEED = 3
 
 
 @pytest.fixture(autouse=True)
-def _two_threads() -> Iterator[None]:
+def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -192,16 +192,14 @@ def test_the_fit_does_not_depend_on_batches_or_order(case: Case) -> None:
         assert all(torch.equal(banks[0][name], other[name]) for name in banks[0])
 
 
-def test_the_fit_does_not_depend_on_the_number_of_shards(case: Case) -> None:
+def test_the_fit_is_repeatable_on_any_number_of_shards(case: Case) -> None:
     one, many = brief(case).tensors(), cases.fit_briefly(case, shard_images=3, seed=SEED).tensors()
     assert all(torch.equal(one[name], many[name]) for name in one)
 
 
-def test_the_fit_is_repeatable_and_follows_the_seed(case: Case) -> None:
-    first = brief(case).tensors()
-    again, other = (cases.fit_briefly(case, shard_images=100, seed=s).tensors() for s in (SEED, SEED + 1))
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert any(not torch.equal(first[name], other[name]) for name in first)
+def test_the_fit_follows_the_seed(case: Case) -> None:
+    one, other = brief(case).tensors(), cases.fit_briefly(case, shard_images=100, seed=SEED + 1).tensors()
+    assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_second_fit_forgets_the_first(case: Case) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -50,12 +51,8 @@ class Bottles:
 def read_bottles(folder: Path, split: str, size_px: int) -> Bottles:
     """A split at `size_px` squared, in the manifest's order."""
     root, size = folder / "mvtec_bottle_256", (size_px, size_px)
-    with (root / "manifest.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["split"] == split]
-    images = [
-        np.asarray(Image.open(root / row["path"]).convert("RGB").resize(size, Image.Resampling.BILINEAR))
-        for row in rows
-    ]
+    rows, whole = _decoded(root, split)
+    images = [np.asarray(image.resize(size, Image.Resampling.BILINEAR)) for image in whole]
     masks = np.zeros((len(rows), *size), bool)
     for i, row in enumerate(rows):
         if row["mask"]:
@@ -65,6 +62,14 @@ def read_bottles(folder: Path, split: str, size_px: int) -> Bottles:
     return Bottles(
         [row["path"] for row in rows], np.stack(images), labels, masks, np.array([r["defect"] for r in rows])
     )
+
+
+@lru_cache
+def _decoded(root: Path, split: str) -> tuple[list[dict[str, str]], list[Image.Image]]:
+    """Rows of the manifest and their images as they are stored."""
+    with (root / "manifest.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == split]
+    return rows, [Image.open(root / row["path"]).convert("RGB") for row in rows]
 
 
 def fit_in_memory(detector: Detector, bottles: Bottles, batch_size: int = 16) -> list[float]:

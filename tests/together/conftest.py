@@ -9,6 +9,7 @@ import pytest
 
 from tests.made.archives import mixed_files, normal_files, pack
 from tests.objectstore import ObjectStore
+from tests.together.nursery import running_nursery
 from tests.together.runs import QUIET_NODE, end_started, run_here, write_job
 
 
@@ -16,6 +17,12 @@ from tests.together.runs import QUIET_NODE, end_started, run_here, write_job
 def _nothing_left_running() -> Iterator[None]:
     yield
     end_started()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with running_nursery(tmp_path_factory.mktemp("nursery")):
+        yield
 
 
 @pytest.fixture(scope="package")

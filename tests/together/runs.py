@@ -20,10 +20,15 @@ from click.testing import CliRunner
 from raydetect.cli import main
 from raydetect.sinks.ledger import Ledger
 from raydetect.storage import Storage
+from tests.together import fork_worker
 
 COMMAND = Path(sys.executable).with_name("raydetect")
 PATIENCE = 240  # seconds for a step of a job
-QUIET_NODE = {"include_dashboard": False, "include_log_monitor": False}  # nobody reads them
+QUIET_NODE = {
+    "include_dashboard": False,  # nobody reads it, nor the log
+    "include_log_monitor": False,
+    "setup_worker_path": str(Path(fork_worker.__file__)),  # see nursery.py
+}
 POLL_SECONDS = 0.25  # listing a bucket costs the store some 20 ms of processor time
 
 
@@ -96,7 +101,7 @@ def run(folder: Path, *words: str, **environment: str) -> Run:
 
 def run_here(*words: str) -> str:
     """Runs `raydetect WORDS --local` in this process, which has loaded torch already; what it said. Exit code 0."""
-    return _invoked(*words, "--local")
+    return _invoked(0, *words, "--local")
 
 
 def run_on(address: str, *words: str) -> str:
@@ -104,16 +109,21 @@ def run_on(address: str, *words: str) -> str:
 
     Not for `engine: serve`: the threads of Ray Serve's client outlive the job, and a fork beside them may break.
     """
-    return _invoked(*words, "--address", address)
+    return _invoked(0, *words, "--address", address)
 
 
-def _invoked(*words: str) -> str:
+def refused_on(address: str, *words: str) -> str:
+    """The same of a job that must fail: exit code 1."""
+    return _invoked(1, *words, "--address", address)
+
+
+def _invoked(code: int, *words: str) -> str:
     threads = torch.get_num_threads()
     try:
         ended = CliRunner().invoke(main, words, catch_exceptions=False)
     finally:
         torch.set_num_threads(threads)
-    assert ended.exit_code == 0, f"raydetect {' '.join(words)} ended with {ended.exit_code}:\n{ended.output}"
+    assert ended.exit_code == code, f"raydetect {' '.join(words)} ended with {ended.exit_code}:\n{ended.output}"
     return ended.output
 
 
@@ -231,7 +241,7 @@ def two_nodes() -> Iterator[Any]:
     cluster = Cluster(initialize_head=True, connect=False, head_node_args=words)
     try:
         # an address of its own: the command connects to the node that has this machine's, which is the first
-        second = cluster.add_node(num_cpus=1, object_store_memory=200 << 20, node_ip_address="127.0.0.2")
+        second = cluster.add_node(**words, node_ip_address="127.0.0.2")
         cluster.wait_for_nodes()
         yield cluster, second
     finally:

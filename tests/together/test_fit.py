@@ -23,6 +23,7 @@ from tests.together.runs import (
     PATIENCE,
     Run,
     processes_of,
+    refused_on,
     rows_of,
     run_here,
     run_on,
@@ -106,12 +107,12 @@ def test_the_loss_of_a_node_is_survived(line: Line, alone: ArtifactRecord, tmp_p
 
 
 def test_a_bank_is_extended_and_stopped_by_hand_an_extension_leaves_no_artifact(
-    line: Line, alone: ArtifactRecord, tmp_path: Path
+    line: Line, alone: ArtifactRecord, cluster: str, tmp_path: Path
 ) -> None:
     pack(line.store.uri("judges"), ".tar", normal_files(15, start=700), 2, line.store.storage)
     job = fit_job(line, "more", 2, calibration={"source": {"uri": line.store.uri("judges")}})
     words = ("--extend", line.store.uri("alone"))
-    running = start(tmp_path, "fit", job, *words)
+    running = start(tmp_path, "fit", job, *words, "--address", cluster)
     begun(running, "read")
     running.process.send_signal(signal.SIGINT)
     assert running.wait(90) == 130
@@ -126,17 +127,17 @@ def test_a_bank_is_extended_and_stopped_by_hand_an_extension_leaves_no_artifact(
     assert body["coreset"]["of"] == alone.body["coreset"]["of"] + 40 * 144
 
 
-def test_a_shard_that_breaks_ends_it_with_one_sentence(line: Line, cluster: str, tmp_path: Path) -> None:
+def test_a_shard_that_breaks_ends_it_with_one_sentence(line: Line, cluster: str) -> None:
     whole = tar_bytes(normal_files(12))
     line.store.storage.write(line.store.uri("broken/part-0.tar"), whole)
     line.store.storage.write(line.store.uri("broken/part-1.tar"), whole[: len(whole) // 2])
     source = {"uri": line.store.uri("broken"), "on_bad_shard": "fail"}
     jobs = {"fit": fit_job(line, "unfitted", 2, source=source), "score": line.job("unscored", source=source)}
-    for ended in [start(tmp_path / kind, kind, job, "--address", cluster) for kind, job in jobs.items()]:
-        assert ended.wait() == 1, ended.text()
-        said = ended.text().splitlines()[-1]
-        assert "part-1.tar: broken after" in said and "on_bad_shard: record" in said, ended.text()
-        assert "Traceback" not in ended.text() and "Ray" not in ended.text()
+    for kind, job in jobs.items():
+        said = refused_on(cluster, kind, job)
+        last = said.splitlines()[-1]
+        assert "part-1.tar: broken after" in last and "on_bad_shard: record" in last, said
+        assert "Traceback" not in said and "Ray" not in said
 
 
 def test_a_training_goes_on_to_the_same_bits_after_a_kill(line: Line, cluster: str, tmp_path: Path) -> None:
