@@ -37,8 +37,10 @@ def perlin_noise(size_px: tuple[int, int], cells: tuple[int, int], generator: Ge
     (row_H, y_H), (column_W, x_W) = (_places(size, count) for size, count in zip(size_px, cells, strict=True))
 
     def ramp(below: int, right: int) -> Tensor:
-        place = (row_H + below)[:, None], (column_W + right)[None]
-        return down[place] * (y_H - below)[:, None] + across[place] * (x_W - right)[None]
+        def at(grid: Tensor) -> Tensor:
+            return grid.index_select(0, row_H + below).index_select(1, column_W + right)
+
+        return at(down) * (y_H - below)[:, None] + at(across) * (x_W - right)[None]
 
     fade_y, fade_x = (t * t * t * (t * (t * 6 - 15) + 10) for t in (y_H[:, None], x_W[None]))
     upper = torch.lerp(ramp(0, 0), ramp(0, 1), fade_x)

@@ -10,7 +10,9 @@ import pytest
 from tests.made.archives import mixed_files, normal_files, pack
 from tests.objectstore import ObjectStore
 from tests.together.nursery import running_nursery
-from tests.together.runs import QUIET_NODE, end_started, run_here, write_job
+from tests.together.runs import QUIET_NODE, end_started, run_here, wait_for_slots, write_job
+
+SLOTS = 4
 
 
 @pytest.fixture(autouse=True)
@@ -25,12 +27,18 @@ def _nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def cluster(_cluster: str) -> str:
+    """The address of a cluster with four free CPU slots, for jobs that need no Ray of their own."""
+    wait_for_slots(_cluster, SLOTS)
+    return _cluster
+
+
 @pytest.fixture(scope="package")
-def cluster() -> Iterator[str]:
-    """The address of a cluster with four CPU slots, for jobs that need no Ray of their own."""
+def _cluster() -> Iterator[str]:
     from ray.cluster_utils import Cluster
 
-    words = {**QUIET_NODE, "num_cpus": 4, "object_store_memory": 300 << 20}
+    words = {**QUIET_NODE, "num_cpus": SLOTS, "object_store_memory": 300 << 20}
     made = Cluster(initialize_head=True, connect=False, head_node_args=words)
     yield made.address
     made.shutdown()

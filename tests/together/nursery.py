@@ -27,7 +27,6 @@ LOADED = (  # not Ray, which reads the environment of a worker while it is loade
     "fastapi",
     "jsonschema",
     "pandas",
-    "psutil",
     "pyarrow.dataset",
     "pyarrow.parquet",
     "requests",

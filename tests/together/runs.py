@@ -1,5 +1,6 @@
 """Whole jobs through the command line, in processes of their own that tests may kill."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 
 import fsspec
 import pyarrow.parquet as pq
+import ray
 import torch
 import yaml
 from click.testing import CliRunner
@@ -194,6 +196,15 @@ def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
             return value
         time.sleep(POLL_SECONDS)
     raise AssertionError(f"{what} did not happen in {seconds} s")
+
+
+def wait_for_slots(address: str, wanted: int) -> None:
+    """Waits until the slots of jobs before are free: Ray takes them back a moment late, and a fit begins on fewer."""
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        wait_until(lambda: ray.available_resources().get("CPU", 0) >= wanted, PATIENCE, f"{wanted} free slots")
+    finally:
+        ray.shutdown()
 
 
 def rows_of(uri: str, storage: Storage) -> list[dict[str, Any]]:

@@ -29,6 +29,7 @@ from tests.together.runs import (
     run_on,
     start,
     two_nodes,
+    wait_for_slots,
     wait_until,
     write_job,
 )
@@ -213,6 +214,7 @@ def test_bottle_has_one_bank_on_one_two_and_four_workers_also_when_one_is_killed
         elif workers == 2:
             said = _killed_once(tmp_path, job, cluster)
         else:
+            wait_for_slots(cluster, workers)
             said = run_on(cluster, "fit", job)
         by = f" by {workers} workers" if workers > 1 else ""
         assert f"on 188 images{by} in" in said and "Memory bank: " in said and "peak memory" in said
