@@ -137,7 +137,7 @@ CASES = (
     ),
     Case(
         "memseg",
-        {**RANDOM, "epochs": 50},
+        {**RANDOM, "epochs": 30},
         floor=0.8,
         pixel_floor=0.65,
         bad={

@@ -198,12 +198,16 @@ def test_its_other_name_means_it_and_epochs_below_the_warm_up_are_refused() -> N
 
 
 def test_it_finds_the_broken_bottles(real_data: Path, real_weights: Path) -> None:
-    """The paper's settings but for backbone, levels, image size, passes and a learning rate to go with so few."""
+    """The paper's settings but for backbone, levels, image size, passes and a learning rate to go with so few.
+
+    Every second training and every third test image.
+    """
     params = {"backbone": "resnet18", "weights": str(real_weights), "layers": ["layer2", "layer3"]}
     few = {"image_size": [96, 96], "epochs": 2, "sub_epochs": 1, "warm_up_epochs": 0, "learning_rate": 1e-3}
     detector = build_detector("cflow", {**params, **few})
     detector.load_weights()
-    losses = fit_in_memory(detector, read_bottles(real_data, "train", 96))
+    train = read_bottles(real_data, "train", 96)
+    losses = fit_in_memory(detector, train.only(np.arange(0, len(train.names), 2)))
     test = read_bottles(real_data, "test", 96)
     image_auroc, pixel_auroc = aurocs(detector, test.only(np.arange(0, len(test.names), 3)))
     print(f"image AUROC {image_auroc:.4f}, pixel AUROC {pixel_auroc:.4f}, losses {losses}")
