@@ -22,15 +22,24 @@ class _Later(ModuleType):
     @staticmethod
     def is_compile_supported(device_type: str) -> bool:
         """torch's own answer."""
-        found: bool = importlib.import_module(COMPILER).is_compile_supported(device_type)
+        found: bool = _compiler().is_compile_supported(device_type)
         return found
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # the import system asks for such
             raise AttributeError(name)
-        if sys.modules.get(COMPILER) is self:
-            del sys.modules[COMPILER]
-        return getattr(importlib.import_module(COMPILER), name)
+        return getattr(_compiler(), name)
+
+
+def _compiler() -> ModuleType:
+    """torch's own module, whatever stands for it."""
+    _make_way()
+    return importlib.import_module(COMPILER)
+
+
+def _make_way() -> None:
+    if isinstance(sys.modules.get(COMPILER), _Later):
+        del sys.modules[COMPILER]
 
 
 @contextmanager
@@ -38,12 +47,11 @@ def _without_the_compiler() -> Iterator[None]:
     if COMPILER in sys.modules:
         yield
         return
-    stand_in = sys.modules[COMPILER] = _Later(COMPILER)
+    sys.modules[COMPILER] = _Later(COMPILER)
     try:
         yield
     finally:
-        if sys.modules.get(COMPILER) is stand_in:
-            del sys.modules[COMPILER]
+        _make_way()
 
 
 with _without_the_compiler():

@@ -199,7 +199,7 @@ def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
 
 
 def wait_for_slots(address: str, wanted: int) -> None:
-    """Waits until the slots of jobs before are free: Ray takes them back a moment late, and a fit begins on fewer."""
+    """Waits until no job before holds the slots: a fit begins on those that it finds."""
     ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     try:
         wait_until(lambda: ray.available_resources().get("CPU", 0) >= wanted, PATIENCE, f"{wanted} free slots")
