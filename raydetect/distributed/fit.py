@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 IMAGES, CALIBRATION = "images", "calibration"
 POLL_SECONDS = 0.3
 TICK_SECONDS = 0.2
+GIVE_UP_SECONDS = 10.0
 RESIZE_SECONDS = 600.0  # a fit that began on fewer workers than asked for starts again on a grown cluster, not sooner
 
 
@@ -101,7 +102,7 @@ def _dataset(spec: FitSpec, source: SourceSpec) -> Dataset:
     return chunk_dataset(reading, tuple(reading.archive.shards()))
 
 
-def _trainer(spec: FitSpec, datasets: dict[str, Dataset], board: ActorHandle) -> TorchTrainer:
+def _trainer(spec: FitSpec, datasets: dict[str, Dataset], board: ActorHandle) -> "_Trainer":
     resources = spec.resources
     gpus = resources.gpus_per_worker
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
@@ -181,7 +182,7 @@ class _Said:
         self._sent = time.monotonic()
 
 
-def _followed(trainer: TorchTrainer, board: ActorHandle, tick: "Tick") -> FitReport:
+def _followed(trainer: "_Trainer", board: ActorHandle, tick: "Tick") -> FitReport:
     """Runs the trainer while a thread passes on what its workers say.
 
     The thread ends before this does, also on Ctrl-C: a thread that asks Ray after a session's end ends the process.
@@ -192,6 +193,9 @@ def _followed(trainer: TorchTrainer, board: ActorHandle, tick: "Tick") -> FitRep
     failed: Exception | None = None
     try:
         trainer.fit()
+    except KeyboardInterrupt:
+        trainer.give_up()
+        raise
     except Exception as error:
         failed = error
     finally:
@@ -218,5 +222,13 @@ def _listen(board: ActorHandle, tick: "Tick", over: threading.Event) -> None:
 class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray gives no types
     """Ctrl-C is a KeyboardInterrupt here, as in every command; Ray Train's own handler exits with 0 or 1."""
 
+    _controller: ActorHandle | None = None
+
     def _register_sigint_handler(self, controller: ActorHandle) -> None:
         """Leaves Python's handler in place; the run ends with the session."""
+        self._controller = controller
+
+    def give_up(self) -> None:
+        """Has Ray Train take back what it reserved for the run; else a fit that begins soon finds fewer slots."""
+        if self._controller is not None:
+            ray.wait([self._controller.abort.remote()], timeout=GIVE_UP_SECONDS)

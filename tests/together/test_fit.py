@@ -108,12 +108,13 @@ def test_the_loss_of_a_node_is_survived(line: Line, alone: ArtifactRecord, tmp_p
 
 
 def test_a_bank_is_extended_and_stopped_by_hand_an_extension_leaves_no_artifact(
-    line: Line, alone: ArtifactRecord, tmp_path: Path
+    line: Line, alone: ArtifactRecord, cluster: str, tmp_path: Path
 ) -> None:
+    """Its slots are free at once: the fit of four workers below follows it on the same cluster."""
     pack(line.store.uri("judges"), ".tar", normal_files(15, start=700), 2, line.store.storage)
     job = fit_job(line, "more", 2, calibration={"source": {"uri": line.store.uri("judges")}})
     words = ("--extend", line.store.uri("alone"))
-    running = start(tmp_path, "fit", job, *words)
+    running = start(tmp_path, "fit", job, *words, "--address", cluster)
     begun(running, "read")
     running.process.send_signal(signal.SIGINT)
     assert running.wait(90) == 130
