@@ -156,12 +156,16 @@ def score(job: Path, overrides: tuple[str, ...], address: str | None, in_process
 
 
 def _summary(plan: "ScorePlan", manifest: dict[str, Any]) -> None:
+    from raydetect.left_out import left_out_of, left_out_text
     from raydetect.sinks.results import fdr_text, labelled_auroc
     from raydetect.storage import join_uri
 
     uri = plan.ledger.uri
     kinds = ", ".join(f"{count:,} {status}" for status, count in manifest["statuses"].items())
     click.echo(f"Scored {manifest['rows']:,} images in {manifest['shards']:,} shards ({kinds or 'none'}).")
+    left_out = left_out_text(left_out_of(manifest["left_out"]))
+    if left_out:
+        click.echo(f"Left out: {left_out}.")
     click.echo(f"Flagged {manifest['flagged']:,}; heatmaps {manifest['heatmaps']:,}.")
     if "fdr" in manifest:
         click.echo(f"False discoveries: {fdr_text(manifest['fdr'])}")

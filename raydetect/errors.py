@@ -19,6 +19,29 @@ class StorageError(RaydetectError):
     """A file, folder or bucket cannot be reached, read or written."""
 
 
+class MissingError(StorageError):
+    """Nothing is at the URI that a job names."""
+
+    exit_code = 2
+
+
+class UnreadableError(StorageError):
+    """One object cannot be read for good: it is archived, not there, or not for this key. Others may be.
+
+    Args:
+        message: one sentence.
+        is_denied: the storage refused, which may as well concern all objects.
+    """
+
+    def __init__(self, message: str, is_denied: bool = False) -> None:
+        super().__init__(message)
+        self.is_denied = is_denied
+
+
+class ChangedError(StorageError):
+    """A file is another one than was listed."""
+
+
 class ArtifactError(RaydetectError):
     """A fitted detector on disk is missing, damaged or of a newer format."""
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from raydetect.archives.base import cut_chunks
 from raydetect.archives.open import open_archive
 from raydetect.blocks.group import Group
 from raydetect.errors import SpecError
@@ -17,7 +16,7 @@ from raydetect.worker.artifact import StoredDetectors
 from raydetect.worker.bank import sharded_search
 from raydetect.worker.fit import fit_worker
 from raydetect.worker.one_fit import Tick
-from raydetect.worker.read import read_members
+from raydetect.worker.read import read_chunks
 from raydetect.worker.recalibrate import Recalibrated, recalibrate
 from raydetect.worker.score import Scorer
 
@@ -40,7 +39,7 @@ def fit(spec: FitSpec, tick: Tick) -> FitReport:
 def _chunks(spec: FitSpec | CalibrateSpec, source: SourceSpec) -> Iterator[Chunk]:
     archive = open_archive(source, Storage(source_storage(spec, source)))
     for shard in archive.shards():
-        yield from cut_chunks(shard, read_members(archive, shard, source), FIT_CHUNK_IMAGES, FIT_CHUNK_BYTES)
+        yield from read_chunks(archive, shard, source, FIT_CHUNK_IMAGES, FIT_CHUNK_BYTES)
 
 
 def score(plan: ScorePlan, on_part: Callable[[Part, Receipt | None], None]) -> dict[str, Any]:
@@ -63,8 +62,7 @@ def score(plan: ScorePlan, on_part: Callable[[Part, Receipt | None], None]) -> d
         scorer = Scorer(StoredDetectors(plan.artifact, storage, search), spec, str(device))
         committer = Committer(plan)
         for shard in plan.todo:
-            members = read_members(plan.archive, shard, spec.source)
-            for chunk in cut_chunks(shard, members, spec.chunk_images, spec.chunk_bytes):
+            for chunk in read_chunks(plan.archive, shard, spec.source, spec.chunk_images, spec.chunk_bytes):
                 result = scorer.score_chunk(chunk)
                 part = plan.sink.write(chunk, result.rows, result.pictures, result.clipped_pixels)
                 on_part(part, committer.add(part))

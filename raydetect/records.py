@@ -18,9 +18,17 @@ BAD_STATUSES = frozenset(
         "unsupported_mode",  # decoded, but to pixels without a stated conversion (float TIFF)
         "unknown_category",  # the fleet has no detector for the image's category, or the image has none
         "not_finite",  # the detector returned NaN or infinity
-        "unreadable",  # the URI of a request could not be read
+        "unreadable",  # an object that the storage does not give: archived, not there, or not for this key
     }
 )
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Files that are no rows, for one reason: how many, and the names of the first."""
+
+    count: int
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +44,8 @@ class Shard:
         span: byte range [start, stop) of the container that this shard covers; None = all of it.
             A member belongs to the span in which its data (zip: header; parquet: row group) starts.
         listing: packed member names of a prefix shard, else empty.
+        left_out: files beside the shards that the listing left out, by reason; on the first shard alone.
+        index_uri: of the index by which a tar is read in parts, else "".
     """
 
     index: int
@@ -45,6 +55,8 @@ class Shard:
     fingerprint: str
     span: tuple[int, int] | None = None
     listing: bytes = b""
+    left_out: Mapping[str, LeftOut] = field(default_factory=dict)
+    index_uri: str = ""
 
     @property
     def name(self) -> str:
@@ -67,6 +79,8 @@ class Member:
         defect: defect type, None unknown.
         mask_uri: fsspec URL of the ground-truth mask, None when there is none.
         meta: the sidecar's JSON text, or "".
+        label_said: the value that `label` was read from, such as "good", or "" when there was none.
+        notes: what was passed over in reading it, such as "label_not_read: maybe".
     """
 
     key: str
@@ -79,16 +93,22 @@ class Member:
     defect: str | None = None
     mask_uri: str | None = None
     meta: str = ""
+    label_said: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """At most `chunk_images` consecutive members of one shard: a pure function of the archive."""
+    """At most `chunk_images` consecutive members of one shard: a pure function of the archive.
+
+    The last chunk of a shard holds what was left out of the whole shard.
+    """
 
     shard: int
     number: int
     last: bool
     members: tuple[Member, ...]
+    left_out: Mapping[str, LeftOut] = field(default_factory=dict)
 
     @property
     def id(self) -> str:
@@ -157,6 +177,7 @@ class Part:
     heatmap_path: str = ""
     clipped_pixels: int = 0
     p_counts: Mapping[float, int] = field(default_factory=dict)
+    left_out: Mapping[str, LeftOut] = field(default_factory=dict)
     seconds: float = 0.0
     host: str = ""
 

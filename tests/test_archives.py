@@ -153,7 +153,7 @@ def test_sidecars_fill_columns() -> None:
     assert [m.label for m in found] == [1, 0, None, None]
     assert found[0].category == "nut" and json.loads(found[0].meta)["line"] == 4
     assert found[0].mask_uri == "tar://a.b.mask.png::memory:///s/a.tar"
-    assert json.loads(found[2].meta) == {"unreadable": "d.json"}
+    assert found[2].meta == "" and found[2].notes[0].startswith("sidecar_not_read: d.json")
 
 
 def test_parquet_columns_and_the_layout_of_hugging_face() -> None:
@@ -220,10 +220,11 @@ def test_links_and_devices_in_a_tar_are_never_followed() -> None:
 
 @pytest.mark.parametrize("suffix", [".tar", ".zip"])
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_a_second_member_of_a_name_is_no_image(suffix: str) -> None:
+def test_of_two_members_of_a_name_the_last_is_the_file(suffix: str) -> None:
     Storage().write(f"memory://d/a{suffix}", PACKERS[suffix]([("a.png", b"1"), ("b.png", b"2"), ("./a.png", b"3")]))
     found = members_of(SourceSpec(uri=f"memory://d/a{suffix}"))
-    assert [(m.status, m.data) for m in found] == [("ok", b"1"), ("ok", b"2"), ("duplicate_key", b"")]
+    assert [(m.status, m.data) for m in found] == [("duplicate_key", b""), ("ok", b"2"), ("ok", b"3")]
+    assert names(found) == ["a.png@1", "b.png", "a.png"]
 
 
 @settings(max_examples=60, deadline=None)

@@ -68,7 +68,7 @@ def test_what_is_written_is_read_and_listed(kind: str, tmp_path: Path, request: 
         storage.write(join_uri(root, name), DATA + name.encode())
     assert storage.read(join_uri(root, "b/2.bin")) == DATA + b"b/2.bin"
     assert [relative_to(f.uri, root) for f in storage.list(root)] == ["a/1.bin", "a/x.txt", "b/2.bin"]
-    assert [relative_to(f.uri, root) for f in storage.list(join_uri(root, "*/*.bin"))] == ["a/1.bin", "b/2.bin"]
+    assert [relative_to(f.uri, root) for f in storage.glob(join_uri(root, "*/*.bin"))] == ["a/1.bin", "b/2.bin"]
     with storage.open(join_uri(root, "a/1.bin")) as handle:
         handle.seek(1000)
         assert handle.read(10) == DATA[1000:1010]

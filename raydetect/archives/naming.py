@@ -3,6 +3,8 @@
 import re
 from dataclasses import dataclass
 
+from raydetect.archives.base import composed
+from raydetect.archives.labels import folded
 from raydetect.errors import SpecError
 from raydetect.spec import SourceSpec
 
@@ -12,12 +14,13 @@ FIELDS = ("category", "split", "defect", "label", "name")
 
 @dataclass(frozen=True, slots=True)
 class PathFacts:
-    """What a member's path says."""
+    """What a member's path says; `label_said` is the word that the label was read from."""
 
     category: str | None = None
     defect: str | None = None
     label: int | None = None
     mask_name: str | None = None
+    label_said: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +28,14 @@ class Naming:
     """Compiled patterns of one source.
 
     A pattern matches whole path segments at the end of a member's name, so `{category}/test/{defect}/{name}.png`
-    also matches `data/bottle/test/good/000.png`. Every field matches inside one segment.
+    also matches `data/bottle/test/good/000.png`. Every field matches inside one segment. Names are compared composed
+    (Unicode's NFC).
     """
 
     pattern: re.Pattern[str] | None
     mask_pattern: re.Pattern[str] | None
     mask_template: str
-    normal_names: tuple[str, ...]
+    normal_names: frozenset[str]
 
     @classmethod
     def of(cls, source: SourceSpec) -> "Naming":
@@ -40,40 +44,46 @@ class Naming:
         Raises:
             SpecError: an unknown field, a field twice, or a mask pattern with fields the pattern lacks.
         """
-        template = source.mask_pattern or ""
+        template = composed(source.mask_pattern or "")
         if template and source.pattern is None:
             raise SpecError("source.mask_pattern needs source.pattern, whose fields it uses. Add pattern.")
-        pattern = None if source.pattern is None else _compile(source.pattern, "source.pattern")
+        pattern = None if source.pattern is None else _compile(composed(source.pattern), "source.pattern")
         mask = _compile(template, "source.mask_pattern") if template else None
         missing = sorted(set(FIELD.findall(template)) - set(FIELD.findall(source.pattern or "")))
         if missing:
             raise SpecError(f"source.mask_pattern: source.pattern has no field {{{missing[0]}}}. Add it there.")
-        return cls(pattern, mask, template, tuple(name.lower() for name in source.normal_names))
+        return cls(pattern, mask, template, frozenset(folded(name) for name in source.normal_names))
 
     def read(self, name: str) -> PathFacts | None:
         """Facts of an image's path; None when it is a mask or not one of this source's images."""
         if self.pattern is None:
             return PathFacts()
-        if self.mask_pattern is not None and self.mask_pattern.search(name):
+        name = composed(name)
+        if self.is_mask(name):
             return None
         match = self.pattern.search(name)
         if match is None:
             return None
         fields = match.groupdict()
         defect = fields.get("defect")
-        label = self._label(fields.get("label") or defect)
+        said = fields.get("label") or defect
+        label = self._label(said)
         mask = None
         if self.mask_template and label == 1:
             filled = FIELD.sub(lambda found: fields[found.group(1)], self.mask_template)
             mask = name[: match.start("whole")] + filled
-        return PathFacts(fields.get("category"), defect, label, mask)
+        return PathFacts(fields.get("category"), defect, label, mask, said or "")
+
+    def is_mask(self, name: str) -> bool:
+        """Whether a path is that of a mask."""
+        return self.mask_pattern is not None and self.mask_pattern.search(composed(name)) is not None
 
     def _label(self, word: str | None) -> int | None:
         if word is None:
             return None
         if word in ("0", "1"):
             return int(word)
-        return 0 if word.lower() in self.normal_names else 1
+        return 0 if folded(word) in self.normal_names else 1
 
 
 def _compile(template: str, where: str) -> re.Pattern[str]:

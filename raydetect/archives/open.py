@@ -1,26 +1,33 @@
 """Opens a source, whatever its formats: lists its shards on the driver, reads one in a worker."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
-from raydetect.archives import parquet, tar
+from raydetect.archives import parquet, tar, tar_index
 from raydetect.archives import zip as zip_format
-from raydetect.archives.base import Archive, is_image_name
+from raydetect.archives.base import Archive, Listing, is_hidden, is_unsafe, readable
 from raydetect.archives.naming import Naming
 from raydetect.archives.prefix import group_files, read_prefix
-from raydetect.errors import SpecError, StorageError
+from raydetect.archives.samples import left_out_reason
+from raydetect.archives.unreadable import beside, is_alone
+from raydetect.errors import ArchiveError, SpecError, StorageError, UnreadableError
+from raydetect.left_out import LeftOutCount, left_out_text
 from raydetect.records import Member, Shard
 from raydetect.spec import SourceSpec
-from raydetect.storage import FileInfo, Storage, normalise_uri
+from raydetect.storage import FileInfo, Storage, normalise_uri, relative_to
 
 CONTAINERS = {"tar": tar.SUFFIXES, "zip": zip_format.SUFFIXES, "parquet": parquet.SUFFIXES}
-READERS = {
-    "tar": tar.read_tar,
-    "zip": zip_format.read_zip,
-    "parquet": parquet.read_parquet,
-    "prefix": read_prefix,
-}
+Reader = Callable[[Shard, SourceSpec, Storage, Naming, LeftOutCount], Iterator[Member]]
+
+
+@dataclass(slots=True)
+class _Found:
+    """What listing one source came upon."""
+
+    shards: list[Shard] = field(default_factory=list)
+    left_out: LeftOutCount = field(default_factory=LeftOutCount)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,56 +38,112 @@ class MixedArchive(Archive):
     storage: Storage
     naming: Naming
 
-    def shards(self) -> Iterator[Shard]:
+    def listing(self) -> Listing:
         """Lists every URI of the source, in the order given, each sorted."""
-        found = [shard for uri in self.source.uris() for shard in self._list(normalise_uri(uri))]
-        if not found:
+        found = _Found()
+        for uri in self.source.uris():
+            self._list(uri, found)
+        if not found.shards:
+            told = left_out_text(found.left_out.found)
             raise SpecError(
-                f"{', '.join(self.source.uris())}: holds nothing of format {self.source.format}. "
-                "Check source.uri, source.format and source.pattern."
+                f"{', '.join(self.source.uris())}: holds nothing of format {self.source.format}"
+                f"{f'; left out are {told}' if told else ''}. Check source.uri, source.format and source.pattern."
             )
-        containers = [(shard.uri, shard.span) for shard in found if shard.format != "prefix"]
-        if len(set(containers)) != len(containers):
-            raise SpecError("source.uri: names the same file twice. Name each archive once.")
-        yield from (replace(shard, index=index) for index, shard in enumerate(found))
+        _refuse_doubles(found.shards)
+        numbered = [replace(shard, index=index) for index, shard in enumerate(found.shards)]
+        numbered[0] = replace(numbered[0], left_out=dict(found.left_out.found))
+        return Listing(tuple(numbered), tuple(found.notes))
 
-    def read(self, shard: Shard) -> Iterator[Member]:
+    def read(self, shard: Shard, left_out: LeftOutCount | None = None) -> Iterator[Member]:
         """Streams a shard with the reader of its format."""
-        return READERS[shard.format](shard, self.source, self.storage, self.naming)
+        left_out = LeftOutCount() if left_out is None else left_out
+        begun = False
+        try:
+            for member in READERS[shard.format](shard, self.source, self.storage, self.naming, left_out):
+                begun = True
+                yield member
+        except UnreadableError as error:
+            if begun or not is_alone(error, self.storage, beside(shard.uri, self.storage)):
+                raise StorageError(str(error)) from error
+            yield Member(f"{shard.uri}#", shard.uri, status="unreadable", error=str(error))
 
-    def _list(self, uri: str) -> Iterator[Shard]:
-        single = None if _is_glob(uri) else self.storage.info(uri)
+    def _list(self, given: str, found: _Found) -> None:
+        uri, is_pattern = self._is_pattern(given)
+        single = None if is_pattern else self.storage.info(uri)
         if single is not None:
-            yield from self._single(single)
+            self._add_single(single, found)
             return
-        files = list(self.storage.list(uri)) if self.source.format != "prefix" else None
-        if files is None:
-            yield from group_files(_root(uri), self.storage.list(uri), self.source)
-            return
-        names = {file.uri for file in files}
-        kinds = {file.uri: self._kind(file.uri) for file in files}
-        for file in files:
-            kind = kinds[file.uri]
-            if kind is not None:
-                yield from split_container(file, kind, self.source, names)
-        if self.source.format == "auto":
-            loose = [file for file in files if kinds[file.uri] is None]
-            yield from group_files(_root(uri), loose, self.source)
+        files = list(self.storage.glob(uri) if is_pattern else self.storage.list(uri))
+        root = _root(uri) if is_pattern else uri
+        loose = [file for file in files if not self._add_container(file, root, files, found)]
+        if self.source.format in ("auto", "prefix"):
+            found.shards += group_files(root, loose, self.source, found.left_out)
+        else:
+            for file in loose:
+                name = relative_to(file.uri, root)
+                found.left_out.add(_reason_beside_containers(name), readable(name))
+        found.notes += _twice(files, root, found.shards)
 
-    def _single(self, file: FileInfo) -> Iterator[Shard]:
+    def _is_pattern(self, given: str) -> tuple[str, bool]:
+        """The URI, and whether it is a pattern: a path that is there is that path, whatever its letters."""
+        uri = normalise_uri(given)
+        has_wildcard = any(letter in uri for letter in "*?[")
+        return uri, has_wildcard and not self.storage.exists(uri)
+
+    def _add_single(self, file: FileInfo, found: _Found) -> None:
+        if not file.is_regular:
+            raise SpecError(f"{file.uri}: is a pipe, socket or device. Name a file or a folder.")
         kind = self._kind(file.uri)
         if kind is None and self.source.format in CONTAINERS:
             kind = self.source.format
         if kind is not None:
-            beside = {file.uri}
+            index = None
             if kind == "tar" and file.size_bytes > self.source.split_bytes and file.uri.endswith(".tar"):
-                beside |= {tar.index_uri(file.uri)} if self.storage.exists(tar.index_uri(file.uri)) else set()
-            yield from split_container(file, kind, self.source, beside)
-        elif is_image_name(file.uri):
-            yield from group_files(file.uri.rpartition("/")[0], [file], self.source)
-        else:
+                index = self.storage.info(tar_index.index_uri(file.uri))
+            found.shards += self._split(file, kind, index, found.notes)
+            return
+        loose = list(group_files(file.uri.rpartition("/")[0], [file], self.source, found.left_out))
+        if not loose:
             known = ", ".join(suffix for suffixes in CONTAINERS.values() for suffix in suffixes)
             raise SpecError(f"{file.uri}: is no archive or image by its name. Known: {known}; or set source.format.")
+        found.shards += loose
+
+    def _add_container(self, file: FileInfo, root: str, files: list[FileInfo], found: _Found) -> bool:
+        """Takes a file that is a container, or the index of one; False when it is neither."""
+        kind, name = self._kind(file.uri), relative_to(file.uri, root)
+        if self._is_index(file, files):
+            found.left_out.add("index", readable(name))
+            return True
+        if kind is None or is_hidden(name) or not file.is_regular:
+            return False
+        index = None
+        if kind == "tar" and file.uri.endswith(".tar"):
+            index = next((other for other in files if other.uri == tar_index.index_uri(file.uri)), None)
+        found.shards += self._split(file, kind, index, found.notes)
+        return True
+
+    def _is_index(self, file: FileInfo, files: list[FileInfo]) -> bool:
+        tar_uri = file.uri.removesuffix(tar_index.INDEX_SUFFIX) + ".tar"
+        return file.uri.endswith(tar_index.INDEX_SUFFIX) and any(other.uri == tar_uri for other in files)
+
+    def _split(self, file: FileInfo, kind: str, index: FileInfo | None, notes: list[str]) -> Iterator[Shard]:
+        """One shard, or byte ranges of a container that is larger than `split_bytes` and can be read in parts."""
+        if is_unsafe(file.uri.partition("://")[2]) or readable(file.uri) != file.uri:
+            yield Shard(0, readable(file.uri), "unnamable", file.size_bytes, file.fingerprint)
+            return
+        whole = Shard(0, file.uri, kind, file.size_bytes, file.fingerprint)
+        count = max(1, -(-file.size_bytes // self.source.split_bytes))
+        if kind == "tar" and count > 1:
+            why_not = "" if index is None else tar_index.why_not_used(file, index, self.storage)
+            notes += [why_not] if why_not else []
+            count = 1 if index is None or why_not else count
+            whole = replace(whole, index_uri=tar_index.index_uri(file.uri) if count > 1 else "")
+        if count == 1:
+            yield whole
+            return
+        edges = [file.size_bytes * i // count for i in range(count + 1)]
+        for start, stop in pairwise(edges):
+            yield replace(whole, span=(start, stop), size_bytes=stop - start)
 
     def _kind(self, uri: str) -> str | None:
         formats = CONTAINERS if self.source.format == "auto" else {}
@@ -103,30 +166,50 @@ def open_archive(source: SourceSpec, storage: Storage) -> Archive:
     return MixedArchive(source, storage, Naming.of(source))
 
 
-def split_container(file: FileInfo, kind: str, source: SourceSpec, names: set[str]) -> Iterator[Shard]:
-    """One shard, or byte ranges of a container that is larger than `split_bytes` and can be read in parts."""
-    whole = Shard(0, file.uri, kind, file.size_bytes, file.fingerprint)
-    random_access = kind in ("zip", "parquet") or (file.uri.endswith(".tar") and tar.index_uri(file.uri) in names)
-    count = -(-file.size_bytes // source.split_bytes) if random_access else 1
-    if count <= 1:
-        yield whole
-        return
-    edges = [file.size_bytes * i // count for i in range(count + 1)]
-    for start, stop in pairwise(edges):
-        yield replace(whole, span=(start, stop), size_bytes=stop - start)
+def _read_unnamable(
+    shard: Shard, source: SourceSpec, storage: Storage, naming: Naming, left_out: LeftOutCount
+) -> Iterator[Member]:
+    raise ArchiveError(f"{shard.uri}: its name holds `..`, `::` or letters that no URI can. Rename it.")
+    yield  # a generator, as the other readers
 
 
-def _is_glob(uri: str) -> bool:
-    return any(letter in uri for letter in "*?[")
+READERS: dict[str, Reader] = {
+    "tar": tar.read_tar,
+    "zip": zip_format.read_zip,
+    "parquet": parquet.read_parquet,
+    "prefix": read_prefix,
+    "unnamable": _read_unnamable,
+}
+
+
+def _reason_beside_containers(name: str) -> str:
+    reason = left_out_reason(name)
+    return reason if reason in ("hidden", "unknown_container") else "other_format"
+
+
+def _refuse_doubles(shards: list[Shard]) -> None:
+    containers = [(shard.uri, shard.span) for shard in shards if shard.format != "prefix"]
+    if len(set(containers)) != len(containers):
+        raise SpecError("source.uri: names the same file twice. Name each archive once.")
+
+
+def _twice(files: list[FileInfo], root: str, shards: list[Shard]) -> list[str]:
+    """A sentence for each container beside a folder of its name, which most likely holds the same files."""
+    folders = {file.uri.rpartition("/")[0] for file in files}
+    notes = []
+    for uri in sorted({shard.uri for shard in shards if shard.format in CONTAINERS}):
+        stem = next(uri[: -len(end)] for ends in CONTAINERS.values() for end in ends if uri.lower().endswith(end))
+        folder = next((name for name in folders if name == stem or name.startswith(f"{stem}/")), None)
+        if folder is not None:
+            notes.append(f"{uri}: stands beside a folder of its name, {stem}. If both hold the same images, name one.")
+    return notes
 
 
 def _root(uri: str) -> str:
     """The folder that names are relative to: what stands before the first wildcard."""
-    if not _is_glob(uri):
-        return uri
     fixed = []
     for part in uri.split("/"):
-        if _is_glob(part):
+        if any(letter in part for letter in "*?["):
             break
         fixed.append(part)
     root = "/".join(fixed)

@@ -1,46 +1,58 @@
 """Parquet with a column of encoded images; row groups are the parts a large file is split into.
 
 `parquetrow://COLUMN/ROW::URL` is the fsspec URL of one cell; the small filesystem below opens it.
+
+Rows of a table are no files, so their names need not differ. Names come from the first column of NAME_COLUMNS, or the
+`path` beside the bytes, in which every name is usable and stands once. Where there is no such column, a row whose name
+is unusable, or stands twice, is named by its number (`row-17`), and its own name stands in `meta`.
 """
 
 import io
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.archive import AbstractArchiveFileSystem
 
-from raydetect.archives.base import safe_name
+from raydetect.archives.base import composed, key_of, readable, safe_name
+from raydetect.archives.directory import too_many_bytes, with_facts, with_words
 from raydetect.archives.naming import Naming
-from raydetect.archives.samples import key_of
-from raydetect.archives.tar import REPAIR
-from raydetect.errors import ArchiveError, MemberError, SpecError
-from raydetect.records import OK, Member, Shard
+from raydetect.archives.zip import REPAIR
+from raydetect.errors import ArchiveError, MemberError, RaydetectError, SpecError
+from raydetect.left_out import LeftOutCount
+from raydetect.records import Member, Shard
 from raydetect.spec import SourceSpec
-from raydetect.storage import Storage
+from raydetect.storage import FileInfo, Storage
 
 SUFFIXES = (".parquet", ".pq")
 NAME_COLUMNS = ("key", "path", "name", "file_name")
 ROWS_AT_ONCE = 16
 
 
-def read_parquet(shard: Shard, source: SourceSpec, storage: Storage, naming: Naming) -> Iterator[Member]:
+def read_parquet(
+    shard: Shard, source: SourceSpec, storage: Storage, naming: Naming, left_out: LeftOutCount
+) -> Iterator[Member]:
     """Members of a Parquet shard, row by row.
 
     Raises:
         ArchiveError: not a Parquet file, or damaged.
         SpecError: no column, or several, could hold the images.
+        StorageError: the storage failed.
     """
-    with storage.open(shard.uri) as handle:
+    with storage.open(shard.uri, FileInfo.listed(shard.uri, shard.fingerprint)) as handle:
         try:
             file = pq.ParquetFile(handle)
             image = image_column(file.schema_arrow, source, shard.uri)
-            seen: set[str] = set()
+            rows = RowReader(shard.uri, image, source, naming, left_out, row_names(file, image), _classes(file))
             for first_row, group in _groups(file, shard):
-                yield from _group_members(file, group, first_row, image, shard, source, naming, seen)
-        except (pa.ArrowInvalid, OSError) as error:
+                yield from _group_members(file, group, first_row, rows)
+        except RaydetectError:
+            raise
+        except Exception as error:  # whatever hostile bytes make the library raise
             reason = " ".join(str(error).split())[:200]
             raise ArchiveError(f"{shard.uri}: not a readable Parquet file ({reason}). {REPAIR}") from None
 
@@ -70,7 +82,72 @@ def image_column(schema: pa.Schema, source: SourceSpec, uri: str) -> str:
 def _holds_images(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0 and _holds_images(kind.field("bytes").type)
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
+
+
+@dataclass(frozen=True, slots=True)
+class RowNames:
+    """Names of all rows of a file, also of those that other shards read.
+
+    Attributes:
+        names: as the column has them, None where there is none.
+        keys: the name of every row in its key.
+    """
+
+    names: Sequence[str | None]
+    keys: Sequence[str]
+
+
+def row_names(file: pq.ParquetFile, image: str) -> RowNames:
+    """Names of the rows, from one pass over the columns that may hold them."""
+    count = file.metadata.num_rows
+    first: list[str | None] | None = None
+    for values in _name_columns(file, image):
+        names = [value if isinstance(value, str) and value else None for value in values]
+        unique = len(set(names)) == count
+        if unique and all(name is not None and _is_usable(name, row) for row, name in enumerate(names)):
+            return RowNames(names, [str(name) for name in names])
+        first = first or names
+    chosen = first or [None] * count
+    often = Counter(name for name in chosen if name is not None)
+    keys = [
+        name if name is not None and often[name] == 1 and _is_usable(name, row) else f"row-{row}"
+        for row, name in enumerate(chosen)
+    ]
+    return RowNames(chosen, keys)
+
+
+def _name_columns(file: pq.ParquetFile, image: str) -> Iterator[list[Any]]:
+    for name in NAME_COLUMNS:
+        if name in file.schema_arrow.names and name != image:
+            yield file.read(columns=[name]).column(0).to_pylist()
+    kind = file.schema_arrow.field(image).type
+    if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0:
+        cells = file.read(columns=[f"{image}.path"]).column(0).to_pylist()
+        yield [cell and cell.get("path") for cell in cells]
+
+
+def _is_usable(name: str, row: int) -> bool:
+    if name.startswith("row-") and name != f"row-{row}":
+        return False
+    try:
+        return bool(safe_name(name)) and "://" not in name
+    except MemberError:
+        return False
+
+
+def _classes(file: pq.ParquetFile) -> dict[str, list[str]]:
+    """Names of the classes that numbers of a column stand for, as Hugging Face writes them into the schema."""
+    try:
+        told = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
+        features = told["info"]["features"]
+        return {
+            name: [str(word) for word in feature["names"]]
+            for name, feature in features.items()
+            if isinstance(feature, dict) and isinstance(feature.get("names"), list)
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}  # written by something else under the same key
 
 
 def _groups(file: pq.ParquetFile, shard: Shard) -> Iterator[tuple[int, int]]:
@@ -81,68 +158,70 @@ def _groups(file: pq.ParquetFile, shard: Shard) -> Iterator[tuple[int, int]]:
         entry = file.metadata.row_group(group)
         column = entry.column(0)
         offset = column.dictionary_page_offset or column.data_page_offset
-        if start <= offset < stop:
+        if shard.span is None or start <= offset < stop:
             yield row, group
         row += entry.num_rows
 
 
-def _group_members(
-    file: pq.ParquetFile,
-    group: int,
-    first_row: int,
-    image: str,
-    shard: Shard,
-    source: SourceSpec,
-    naming: Naming,
-    seen: set[str],
-) -> Iterator[Member]:
-    known = (image, "mask", "label", "category", "defect", *NAME_COLUMNS)
+def _group_members(file: pq.ParquetFile, group: int, first_row: int, rows: "RowReader") -> Iterator[Member]:
+    known = (rows.image, "mask", "label", "category", "defect")
     columns = [name for name in known if name in file.schema_arrow.names]
     row = first_row
     for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=columns):
         for words in batch.to_pylist():
-            member = _member(words, row, image, shard.uri, source, naming)
+            member = rows.member(words, row)
             if member is not None:
-                yield _without_duplicate(member, seen)
+                yield member
             row += 1
 
 
-def _without_duplicate(member: Member, seen: set[str]) -> Member:
-    if member.key in seen:
-        message = f"{member.key}: a second row of this name. Rename one of them."
-        return Member(member.key, member.image_uri, status="duplicate_key", error=message)
-    seen.add(member.key)
-    return member
+@dataclass(frozen=True, slots=True)
+class RowReader:
+    """Turns the rows of one file into members."""
+
+    uri: str
+    image: str
+    source: SourceSpec
+    naming: Naming
+    left_out: LeftOutCount
+    names: RowNames
+    classes: Mapping[str, Sequence[str]]
+
+    def member(self, words: dict[str, Any], row: int) -> Member | None:
+        """One row as a member; None when the pattern leaves it out."""
+        name, key_name = self.names.names[row], self.names.keys[row]
+        facts = self.naming.read(_path(name or key_name))
+        if facts is None:
+            is_mask = self.naming.is_mask(_path(name or key_name))
+            self.left_out.add("mask" if is_mask else "pattern", readable(name or key_name))
+            return None
+        beside = {} if name is None or name == key_name else {"name": readable(name)}
+        member = Member(
+            key_of(self.uri, key_name),
+            f"parquetrow://{self.image}/{row}::{self.uri}",
+            mask_uri=f"parquetrow://mask/{row}::{self.uri}" if words.get("mask") is not None else None,
+            meta=json.dumps({"row": row, **beside}),
+        )
+        member = with_words(with_facts(member, facts), self._words(words), self.naming, self.classes.get("label", ()))
+        cell = words[self.image]
+        data = (cell.get("bytes") if isinstance(cell, dict) else cell) or b""
+        if len(data) > self.source.max_image_bytes:
+            return too_many_bytes(member, len(data), self.source.max_image_bytes)
+        return replace(member, data=data)
+
+    def _words(self, words: dict[str, Any]) -> dict[str, Any]:
+        """What columns say, with names in place of the numbers of classes."""
+        found = {name: words.get(name) for name in ("label", "category", "defect")}
+        for name in ("category", "defect"):
+            number, classes = found[name], self.classes.get(name, ())
+            if isinstance(number, int) and 0 <= number < len(classes):
+                found[name] = classes[number]
+        return found
 
 
-def _member(words: dict[str, Any], row: int, image: str, uri: str, source: SourceSpec, naming: Naming) -> Member | None:
-    cell = words[image]
-    path = cell.get("path") if isinstance(cell, dict) else None
-    data = (cell.get("bytes") if isinstance(cell, dict) else cell) or b""
-    given = next((words[n] for n in NAME_COLUMNS if isinstance(words.get(n), str)), path)
-    name = given or f"row-{row}"
-    image_uri = f"parquetrow://{image}/{row}::{uri}"
-    key = key_of(uri, name)
-    try:
-        facts = naming.read(safe_name(name))
-    except MemberError as error:
-        return Member(key, image_uri, status=error.status, error=f"{uri}: {error}")
-    if facts is None:
-        return None
-    label, category, defect = words.get("label"), words.get("category"), words.get("defect")
-    too_big = len(data) > source.max_image_bytes
-    return Member(
-        key,
-        image_uri,
-        data=b"" if too_big else data,
-        status="too_many_bytes" if too_big else OK,
-        error=f"{key}: {len(data):,} bytes are more than source.max_image_bytes." if too_big else "",
-        label=facts.label if label is None else min(int(label), 1),
-        category=facts.category if category is None else str(category),
-        defect=facts.defect if defect is None else str(defect),
-        mask_uri=f"parquetrow://mask/{row}::{uri}" if words.get("mask") is not None else None,
-        meta=json.dumps({"row": row}),
-    )
+def _path(name: str) -> str:
+    """A name as patterns see it: with `/` between folders, whatever wrote it."""
+    return composed(name.replace("\\", "/"))
 
 
 class ParquetRowFileSystem(AbstractArchiveFileSystem):  # type: ignore[misc]

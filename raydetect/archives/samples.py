@@ -1,161 +1,136 @@
-"""Entries of a container to members: which are images, their sidecars, labels, duplicates and unsafe names."""
+"""Which files of a container are images, and which sidecars belong to which image; from names alone.
 
-import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any
+An image `a/000.left.png` takes `a/000.left.json`, else `a/000.json`: names without their suffix, then up to each dot
+before it, as WebDataset's samples have it. Sidecars may stand anywhere in the container.
+"""
 
-from raydetect.archives.base import is_image_name, safe_name
-from raydetect.archives.naming import Naming
-from raydetect.errors import MemberError
-from raydetect.records import OK, Member
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from raydetect.archives.base import composed, has_suffix, is_hidden, is_image_name
 
 SIDECARS = (".mask.png", ".json", ".cls")
 MAX_SIDECAR_BYTES = 1 << 20
+CONTAINER_SUFFIXES = (
+    ".tar", ".gz", ".tgz", ".zst", ".bz2", ".xz", ".lz4", ".7z", ".rar", ".zip", ".parquet", ".pq", ".tfrecord",
+    ".h5", ".hdf5", ".mdb", ".beton", ".arrow", ".feather", ".npz",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One file of a container, in order.
+    """One file of a container.
 
     Attributes:
-        name: as the container has it.
-        data: its bytes; empty when `status` is not ok.
-        status: "ok" or the reason why it could not be read.
-        error: one sentence when not ok.
+        name: its path, with `/` between folders.
+        place: where it begins, for its order and the span that it belongs to.
+        size: bytes.
+        raw: its name as the container has it.
+        status: "ok", or the reason why it cannot be read.
+        error: one sentence when not ok, without the name of the file.
     """
 
     name: str
-    data: bytes = b""
-    status: str = OK
+    place: int
+    size: int
+    raw: str
+    status: str = "ok"
     error: str = ""
 
 
-@dataclass(slots=True)
-class _Sample:
-    """Consecutive entries of one stem."""
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """An image and its sidecars by suffix.
 
-    stem: str
-    images: list[Entry] = field(default_factory=list)
+    Attributes:
+        copy: 0, or for a file that a later one of its name replaces, which copy of the name it is.
+    """
+
+    entry: Entry
     sidecars: dict[str, Entry] = field(default_factory=dict)
+    copy: int = 0
 
 
-def is_wanted(name: str) -> bool:
-    """Whether an entry's bytes are needed: an image or a sidecar."""
-    return is_image_name(name) or name.lower().endswith(SIDECARS)
+@dataclass(slots=True)
+class Arrangement:
+    """The files of a container by what they are; `by_name` holds the files that count, by composed name."""
+
+    samples: list[Sample] = field(default_factory=list)
+    left_out: list[tuple[Entry, str]] = field(default_factory=list)
+    by_name: dict[str, Entry] = field(default_factory=dict)
 
 
-def assemble(
-    container_uri: str, scheme: str, entries: Iterable[Entry], naming: Naming, seen: set[str] | None = None
-) -> Iterator[Member]:
-    """Members of a container.
+def arrange(entries: Sequence[Entry]) -> Arrangement:
+    """Tells images, sidecars and all else apart. Of several files of one name the last is the file.
 
     Args:
-        container_uri: URI of the container.
-        scheme: fsspec scheme that opens a member of it ("tar", "tarzst", "zip").
-        entries: wanted entries in order.
-        naming: the source's patterns.
-        seen: safe names that came earlier in the container, for a shard that covers a later part.
+        entries: all files of a container, in order of their places.
     """
-    names = set() if seen is None else set(seen)
-    for sample in _samples(entries):
-        for entry in sample.images:
-            member = _member(container_uri, scheme, entry, sample, naming)
-            if member is None:
-                continue
-            if member.key in names:
-                message = f"{member.key}: a second member of this name. Rename one of them."
-                member = replace(member, data=b"", status="duplicate_key", error=message)
-            names.add(member.key)
-            yield member
-
-
-def key_of(container_uri: str, name: str) -> str:
-    """The key of a member; an unsafe name is kept as it is, for people."""
-    try:
-        return f"{container_uri}#{safe_name(name)}"
-    except MemberError:
-        return f"{container_uri}#{name.encode('unicode_escape').decode('ascii')}"
-
-
-def _samples(entries: Iterable[Entry]) -> Iterator[_Sample]:
-    sample: _Sample | None = None
-    for entry in entries:
-        stem, sidecar = _stem(entry.name)
-        if sample is None or sample.stem != stem:
-            if sample is not None:
-                yield sample
-            sample = _Sample(stem)
-        if sidecar:
-            sample.sidecars[sidecar] = entry
+    found, last = Arrangement(), {tidy(entry.name): i for i, entry in enumerate(entries)}
+    copies: dict[str, int] = {}
+    images: list[Sample] = []
+    sidecars: dict[str, Entry] = {}
+    for i, entry in enumerate(entries):
+        name = tidy(entry.name)
+        is_last = last[name] == i
+        reason = left_out_reason(name)
+        if not reason and is_last:
+            found.by_name[composed(name)] = entry
+        if reason or (is_sidecar(name) and not is_last):
+            found.left_out.append((entry, reason or "replaced"))
+        elif is_sidecar(name):
+            sidecars[_lower_suffix(composed(name))] = entry
         else:
-            sample.images.append(entry)
-    if sample is not None:
-        yield sample
+            copies[name] = copies.get(name, 0) + (not is_last)
+            images.append(Sample(entry, copy=0 if is_last else copies[name]))
+    used: set[int] = set()
+    for image in images:
+        found.samples.append(Sample(image.entry, dict(_sidecars_of(image.entry, sidecars, used)), image.copy))
+    for entry in sidecars.values():
+        found.left_out.append((entry, "sidecar" if entry.place in used else "sidecar_without_image"))
+    return found
 
 
-def _stem(name: str) -> tuple[str, str]:
-    lower = name.lower()
-    for sidecar in SIDECARS:
-        if lower.endswith(sidecar):
-            return name[: -len(sidecar)], sidecar
-    return name.rpartition(".")[0], ""
+def left_out_reason(name: str) -> str:
+    """Why a file is neither an image nor a sidecar by its name; "" when it may be one."""
+    if is_hidden(name):
+        return "hidden"
+    if is_sidecar(name) or is_image_name(name) or not has_suffix(name):
+        return ""
+    return "unknown_container" if name.lower().endswith(CONTAINER_SUFFIXES) else "other_suffix"
 
 
-def _member(container_uri: str, scheme: str, entry: Entry, sample: _Sample, naming: Naming) -> Member | None:
-    key = key_of(container_uri, entry.name)
-    try:
-        name = safe_name(entry.name)
-    except MemberError as error:
-        return Member(key, container_uri, status=error.status, error=f"{container_uri}: {error}")
-    facts = naming.read(name)
-    if facts is None:
-        return None
-    dots = entry.name.removesuffix(name)  # the `./` that some packers write
-    member = Member(
-        key,
-        f"{scheme}://{entry.name}::{container_uri}",
-        data=entry.data,
-        status=entry.status,
-        error=entry.error,
-        label=facts.label,
-        category=facts.category,
-        defect=facts.defect,
-        mask_uri=None if facts.mask_name is None else f"{scheme}://{dots}{facts.mask_name}::{container_uri}",
-    )
-    return _with_sidecars(member, sample, scheme, container_uri)
+def is_sidecar(name: str) -> bool:
+    """Whether a file's name is that of a sidecar."""
+    return name.lower().endswith(SIDECARS)
 
 
-def _with_sidecars(member: Member, sample: _Sample, scheme: str, container_uri: str) -> Member:
-    mask = sample.sidecars.get(".mask.png")
-    if mask is not None:
-        member = replace(member, mask_uri=f"{scheme}://{mask.name}::{container_uri}")
-    words = _json_words(sample.sidecars.get(".json"))
-    label = _cls_label(sample.sidecars.get(".cls"))
-    if "label" in words and words["label"] in (0, 1):
-        label = int(words["label"])
-    return replace(
-        member,
-        label=member.label if label is None else label,
-        category=str(words["category"]) if "category" in words else member.category,
-        defect=str(words["defect"]) if "defect" in words else member.defect,
-        meta=json.dumps(words, sort_keys=True) if words else "",
-    )
+def tidy(name: str) -> str:
+    """A name without the `./` that some packers write before it."""
+    while name.startswith("./"):
+        name = name[2:]
+    return name
 
 
-def _json_words(entry: Entry | None) -> dict[str, Any]:
-    """The sidecar's mapping; anything else is kept under `unreadable`, so that no label is invented."""
-    if entry is None:
-        return {}
-    try:
-        words = json.loads(entry.data)
-    except ValueError:
-        return {"unreadable": entry.name}
-    return words if isinstance(words, dict) else {"value": words}
+def stems(name: str) -> Iterator[str]:
+    """The names under which sidecars of an image are looked for, the most specific first."""
+    folder, slash, base = name.rpartition("/")
+    stem = base.rpartition(".")[0] if has_suffix(base) else base
+    while stem:
+        yield f"{folder}{slash}{stem}"
+        stem = stem.rpartition(".")[0]
 
 
-def _cls_label(entry: Entry | None) -> int | None:
-    if entry is None:
-        return None
-    text = entry.data.strip()
-    return None if not text.isdigit() else min(int(text), 1)
+def _sidecars_of(image: Entry, sidecars: dict[str, Entry], used: set[int]) -> Iterator[tuple[str, Entry]]:
+    for suffix in SIDECARS:
+        for stem in stems(composed(tidy(image.name))):
+            entry = sidecars.get(stem + suffix)
+            if entry is not None:
+                used.add(entry.place)
+                yield suffix, entry
+                break
+
+
+def _lower_suffix(name: str) -> str:
+    suffix = next(suffix for suffix in SIDECARS if name.lower().endswith(suffix))
+    return name[: -len(suffix)] + suffix

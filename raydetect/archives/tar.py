@@ -1,206 +1,196 @@
-"""tar, tar.gz and tar.zst, streamed from front to back; an uncompressed tar with an index can be read in parts.
+"""tar, tar.gz and tar.zst: one pass over the headers tells what is there, a second one reads the images.
 
-The index is the one of NVIDIA DALI's wds2idx: a text file `day.idx` beside `day.tar`.
+Of several members of one name the last is the file, and a sidecar may stand anywhere, so all names are needed before
+the first image. A local tar is sought through, which reads its headers alone. One on another storage is first copied to
+a temporary file of at most SPOOL_BYTES, so that it crosses the network once; a larger one, and the parts of one with an
+index, cross it twice.
 """
 
-import gzip
 import io
+import shutil
 import tarfile
-import zlib
+import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import IO, Any
+from contextlib import contextmanager
+from typing import IO
 
-import zstandard
-
-from raydetect.archives.base import is_image_name
+from raydetect.archives.directory import Directory, MemberReader
 from raydetect.archives.naming import Naming
-from raydetect.archives.samples import MAX_SIDECAR_BYTES, Entry, assemble, is_wanted, key_of
-from raydetect.errors import ArchiveError
+from raydetect.archives.samples import MAX_SIDECAR_BYTES, Entry, is_sidecar
+from raydetect.archives.tar_headers import TarHeaders, read_headers
+from raydetect.archives.tar_index import compare, read_index, region_of
+from raydetect.archives.unpacking import is_compressed, unpacked
+from raydetect.archives.zip import REPAIR
+from raydetect.errors import ArchiveError, MemberError, RaydetectError, StorageError
+from raydetect.left_out import LeftOutCount
 from raydetect.records import Member, Shard
 from raydetect.spec import SourceSpec
-from raydetect.storage import Storage
+from raydetect.storage import FileInfo, Storage, StoredFile
 
-SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst")
-INDEX_SUFFIX = ".idx"
-BLOCK = 512
-DRAIN_BYTES = 1 << 20
-FEED_BYTES = 4096  # of a zstd frame at a time; they become 128 MB at most
-BROKEN = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError, UnicodeDecodeError)
-REPAIR = "Re-upload the shard or set source.on_bad_shard: record."
+SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst")
+COPY_BYTES = 1 << 20
+SPOOL_BYTES = 2 << 30
+KEPT_SIDECAR_BYTES = 64 << 20
+SEEKABLE = ("file://", "memory://")
 
 
-class _StrictTarInfo(tarfile.TarInfo):
-    """The standard library takes a damaged header, or none, after a member for the end; here it is an error.
-
-    A tar ends with blocks of zeros, so one that was cut between two members is told from a whole one.
-    """
-
-    @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> "_StrictTarInfo":
-        try:
-            return super().fromtarfile(tar)
-        except (tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError) as error:  # type: ignore[attr-defined]
-            raise tarfile.ReadError(f"damaged member header ({error})") from None
-        except tarfile.EmptyHeaderError:  # type: ignore[attr-defined]
-            raise tarfile.ReadError("cut between two members: it has no end-of-archive block") from None
-
-
-def read_tar(shard: Shard, source: SourceSpec, storage: Storage, naming: Naming) -> Iterator[Member]:
+def read_tar(
+    shard: Shard, source: SourceSpec, storage: Storage, naming: Naming, left_out: LeftOutCount
+) -> Iterator[Member]:
     """Members of a tar shard.
 
     Raises:
-        ArchiveError: the tar or its index is broken.
+        ArchiveError: the tar is broken, or its index does not fit it.
+        StorageError: the storage failed.
     """
-    if shard.span is None:
-        scheme = "tarzst" if shard.uri.endswith(".zst") else "tar"
-        return assemble(shard.uri, scheme, _stream(shard, source, storage), naming)
-    components = read_index(shard.uri, storage)
-    first = shard.span[0]
-    seen = {key_of(shard.uri, c.name) for c in components if c.offset < first and is_image_name(c.name)}
-    return assemble(shard.uri, "tar", _indexed(shard, components, source, storage), naming, seen)
+    with storage.open(shard.uri, FileInfo.listed(shard.uri, shard.fingerprint)) as stored:
+        if shard.span is not None:
+            directory = _part(shard, shard.span, stored, storage)
+            yield from MemberReader(directory, source, naming, left_out).members(shard.span)
+            return
+        with _at_hand(stored) as handle:
+            directory = tar_directory(handle, shard.uri)
+            yield from MemberReader(directory, source, naming, left_out).members(None)
 
 
-def _stream(shard: Shard, source: SourceSpec, storage: Storage) -> Iterator[Entry]:
-    last = "its start"
-    with storage.open(shard.uri) as raw:
+def tar_directory(handle: IO[bytes], uri: str) -> Directory:
+    """The files of a tar, compressed or not as its first bytes say.
+
+    Args:
+        handle: at its first byte, seekable.
+        uri: of the tar.
+    """
+    start = handle.read(4)
+    handle.seek(0)
+    return CompressedTar(handle, uri, start) if is_compressed(start) else PlainTar(handle, uri)
+
+
+@contextmanager
+def _at_hand(stored: StoredFile) -> Iterator[IO[bytes]]:
+    """The file itself where seeking in it is cheap, or when it is very large; else a copy on this machine's disk."""
+    size = stored.size_bytes
+    if stored.uri.startswith(SEEKABLE) or (size is not None and size > SPOOL_BYTES):
+        yield stored  # type: ignore[misc]
+        return
+    with tempfile.TemporaryFile(prefix="raydetect-tar-") as copy:
         try:
-            with _decompressed(raw, shard.uri) as plain:
-                with tarfile.open(fileobj=plain, mode="r|", tarinfo=_StrictTarInfo) as tar:
-                    for info in tar:
-                        entry = _entry(tar, info, source, shard.uri)
-                        if entry is not None:
-                            yield entry
-                        last = info.name
-                while plain.read(DRAIN_BYTES):  # a compressed stream checks its own sum at its end
-                    pass
-        except BROKEN as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ArchiveError(f"{shard.uri}: broken after {last!r} ({reason}). {REPAIR}") from None
+            shutil.copyfileobj(stored, copy, COPY_BYTES)
+        except OSError as error:  # of the disk: those of the storage are none
+            place = tempfile.gettempdir()
+            said = f"{place}: cannot hold a copy of {stored.uri} ({error.strerror}). Free some space, or set TMPDIR."
+            raise StorageError(said) from None
+        copy.seek(0)
+        yield copy
 
 
-def _decompressed(raw: IO[bytes], uri: str) -> Any:
-    if uri.endswith((".gz", ".tgz")):
-        return gzip.GzipFile(fileobj=raw)
-    if uri.endswith(".zst"):
-        return io.BufferedReader(_ZstdFrames(raw), DRAIN_BYTES)
-    return raw
+class PlainTar(Directory):
+    """A tar whose members lie in the file as they are."""
+
+    def __init__(self, handle: IO[bytes], uri: str, headers: TarHeaders | None = None) -> None:
+        """Reads the headers, unless they were read already."""
+        headers = headers or read_headers(handle, uri, "r:")
+        self.uri, self.entries = uri, headers.entries
+        self.scheme = "tar" if uri.endswith(".tar") and not headers.is_several else ""
+        self._handle, self._headers = handle, headers
+
+    def read(self, entry: Entry) -> bytes:
+        """The bytes of a member.
+
+        Raises:
+            ArchiveError: the tar was cut inside it.
+            StorageError: the storage failed.
+        """
+        self._handle.seek(entry.place)
+        data = self._handle.read(entry.size)
+        if len(data) != entry.size:
+            where = f"{self.uri}#{entry.name}"
+            raise ArchiveError(f"{where}: truncated after {len(data):,} of {entry.size:,} bytes. {REPAIR}")
+        return data
+
+    def finish(self, left_out: LeftOutCount) -> None:
+        """Counts what follows the tar.
+
+        Raises:
+            ArchiveError: it breaks after its last member.
+        """
+        self._headers.finish(left_out)
 
 
-class _ZstdFrames(io.RawIOBase):
-    """What zstd frames hold; a frame that ends early is an error, which zstandard's own reader takes for the end."""
+class CompressedTar(Directory):
+    """A compressed tar: unpacked once for its headers, and once more for the images, in bounded memory.
 
-    def __init__(self, raw: IO[bytes]) -> None:
-        self._raw, self._packed, self._plain = raw, b"", memoryview(b"")
-        self._frame: Any = None
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._plain:
-            self._packed = self._packed or self._raw.read(FEED_BYTES)
-            if not self._packed:
-                if self._frame is not None:
-                    raise EOFError("a zstd frame ends early")
-                return 0
-            self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
-            self._plain = memoryview(self._frame.decompress(self._packed))
-            self._packed = self._frame.unused_data
-            if self._frame.eof:
-                self._frame = None
-        count = min(len(buffer), len(self._plain))
-        buffer[:count], self._plain = self._plain[:count], self._plain[count:]
-        return count
-
-
-def _entry(tar: tarfile.TarFile, info: tarfile.TarInfo, source: SourceSpec, uri: str) -> Entry | None:
-    if info.isdir() or not is_wanted(info.name):
-        return None
-    where = f"{uri}#{info.name}"
-    if not info.isreg():
-        if not is_image_name(info.name):
-            return None
-        return Entry(info.name, status="unsafe_name", error=f"{where}: is a link or device, not a file. Pack the file.")
-    limit = source.max_image_bytes if is_image_name(info.name) else MAX_SIDECAR_BYTES
-    if info.size > limit:
-        return too_many_bytes(info.name, where, info.size, limit)
-    handle = tar.extractfile(info)
-    assert handle is not None
-    data = handle.read()
-    if len(data) != info.size:
-        raise tarfile.ReadError(f"{info.name!r} has {len(data):,} of {info.size:,} bytes")
-    return Entry(info.name, data)
-
-
-def too_many_bytes(name: str, where: str, size: int, limit: int) -> Entry:
-    """The entry of a member that is larger than allowed."""
-    message = f"{where}: {size:,} bytes are more than the limit of {limit:,}. Raise source.max_image_bytes."
-    return Entry(name, status="too_many_bytes", error=message)
-
-
-@dataclass(frozen=True, slots=True)
-class Component:
-    """One line item of an index: where a member's data lies."""
-
-    name: str
-    offset: int
-    size: int
-
-
-def index_uri(tar_uri: str) -> str:
-    """The index that belongs to a tar."""
-    return tar_uri[: -len(".tar")] + INDEX_SUFFIX
-
-
-def read_index(tar_uri: str, storage: Storage) -> list[Component]:
-    """Components of a wds2idx index in order of offset.
-
-    Raises:
-        ArchiveError: it is not such an index.
+    Sidecars are kept from the first pass, up to KEPT_SIDECAR_BYTES in all, because they may stand behind their image.
     """
-    place = index_uri(tar_uri)
-    try:
-        lines = storage.read(place).decode().splitlines()
-        version, count = lines[0].split()
-        if not version.startswith("v1.") or int(count) != len(lines) - 1:
-            raise ValueError(f"first line {lines[0]!r} does not fit {len(lines) - 1} samples")
-        found = [component for line in lines[1:] for component in _components(line, version)]
-    except (ValueError, IndexError) as error:
-        raise ArchiveError(f"{place}: not a wds2idx index ({error}). Build it again or remove it.") from None
-    return sorted(found, key=lambda component: component.offset)
+
+    def __init__(self, handle: IO[bytes], uri: str, start: bytes) -> None:
+        """Reads the headers."""
+        self._kept: dict[int, bytes] = {}
+        self._kept_bytes = 0
+        self._headers = read_headers(unpacked(handle, start), uri, "r|", keep=self._keep)
+        self.uri, self.entries = uri, self._headers.entries
+        self.scheme = "tar" if uri.endswith(".tar.gz") and not self._headers.is_several else ""
+        handle.seek(0)
+        self._plain, self._at, self._last = unpacked(handle, start), 0, -1
+        self._last_data = b""
+
+    def read(self, entry: Entry) -> bytes:
+        """The bytes of a member.
+
+        Raises:
+            MemberError: a sidecar that was not kept.
+            ArchiveError: the tar is broken here.
+            StorageError: the storage failed.
+        """
+        if entry.place in self._kept:
+            return self._kept[entry.place]
+        if entry.place == self._last:
+            return self._last_data
+        if entry.place < self._at or is_sidecar(entry.name):
+            said = f"the sidecars of this tar are more than {KEPT_SIDECAR_BYTES >> 20} MiB, so not all could be kept"
+            raise MemberError("too_many_bytes", said)
+        try:
+            self._skip(entry.place - self._at)
+            self._last_data, self._last = self._plain.read(entry.size), entry.place
+        except RaydetectError:
+            raise
+        except Exception as error:  # whatever hostile bytes make a decompressor raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ArchiveError(f"{self.uri}: broken at {entry.name!r} ({reason}). {REPAIR}") from None
+        self._at = entry.place + len(self._last_data)
+        if len(self._last_data) != entry.size:
+            raise ArchiveError(f"{self.uri}: broken at {entry.name!r} (it ends early). {REPAIR}")
+        return self._last_data
+
+    def finish(self, left_out: LeftOutCount) -> None:
+        """Counts what follows the tar.
+
+        Raises:
+            ArchiveError: it breaks after its last member.
+        """
+        self._headers.finish(left_out)
+
+    def _skip(self, count: int) -> None:
+        while count:
+            passed = len(self._plain.read(min(count, COPY_BYTES)))
+            if not passed:
+                raise EOFError("it ends early")
+            count -= passed
+
+    def _keep(self, tar: tarfile.TarFile, info: tarfile.TarInfo) -> None:
+        room = KEPT_SIDECAR_BYTES - self._kept_bytes
+        if info.isreg() and is_sidecar(info.name) and info.size <= min(MAX_SIDECAR_BYTES, room):
+            self._kept[info.offset_data] = (tar.extractfile(info) or io.BytesIO()).read()
+            self._kept_bytes += info.size
 
 
-def _components(line: str, version: str) -> Iterator[Component]:
-    words = line.split(" ")
-    if version != "v1.2" or len(words) % 4:
-        raise ValueError(f"line {line[:80]!r} is not `ext offset size name` items of v1.2")
-    for i in range(0, len(words), 4):
-        yield Component(words[i + 3], int(words[i + 1]), int(words[i + 2]))
-
-
-def _indexed(shard: Shard, components: list[Component], source: SourceSpec, storage: Storage) -> Iterator[Entry]:
-    assert shard.span is not None
-    start, stop = shard.span
-    with storage.open(shard.uri) as handle:
-        for component in components:
-            if start <= component.offset < stop and is_wanted(component.name):
-                yield _read_component(handle, component, source, shard.uri)
-
-
-def _read_component(handle: IO[bytes], component: Component, source: SourceSpec, uri: str) -> Entry:
-    where = f"{uri}#{component.name}"
-    handle.seek(component.offset - BLOCK)
-    try:
-        header = tarfile.TarInfo.frombuf(handle.read(BLOCK), "utf-8", "surrogateescape")
-        fits = header.size == component.size and header.isreg()
-    except tarfile.HeaderError:
-        fits = False
-    if not fits:
-        raise ArchiveError(f"{where}: {index_uri(uri)} does not fit this tar. Build the index again.")
-    if component.size > source.max_image_bytes:
-        return too_many_bytes(component.name, where, component.size, source.max_image_bytes)
-    data = handle.read(component.size)
-    if len(data) != component.size:
-        raise ArchiveError(f"{where}: truncated after {len(data):,} of {component.size:,} bytes. {REPAIR}")
-    return Entry(component.name, data)
+def _part(shard: Shard, span: tuple[int, int], handle: StoredFile, storage: Storage) -> Directory:
+    """All files of a tar by its index, proven for the stretch of this part."""
+    components = read_index(shard.index_uri, storage)
+    region = region_of(components, span)
+    headers = TarHeaders()
+    if region.begin != region.stop:
+        handle.seek(int(region.begin))
+        headers = read_headers(handle, shard.uri, "r:", region.stop)  # type: ignore[arg-type]
+    if not headers.broken:
+        headers.entries = compare(region, components, headers.entries, shard.uri, shard.index_uri)
+    return PlainTar(handle, shard.uri, headers)  # type: ignore[arg-type]

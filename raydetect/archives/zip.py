@@ -1,59 +1,89 @@
 """zip: the directory at the end names every member, so a large one can be read in parts."""
 
 import zipfile
-import zlib
 from collections.abc import Iterator
 
-from raydetect.archives.base import is_image_name
+from raydetect.archives.directory import Directory, MemberReader
 from raydetect.archives.naming import Naming
-from raydetect.archives.samples import MAX_SIDECAR_BYTES, Entry, assemble, is_wanted, key_of
-from raydetect.archives.tar import REPAIR, too_many_bytes
-from raydetect.errors import ArchiveError
+from raydetect.archives.samples import Entry
+from raydetect.errors import ArchiveError, MemberError, RaydetectError
+from raydetect.left_out import LeftOutCount
 from raydetect.records import Member, Shard
 from raydetect.spec import SourceSpec
-from raydetect.storage import Storage
+from raydetect.storage import FileInfo, Storage, StoredFile
 
 SUFFIXES = (".zip",)
-BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError, ValueError)
+REPAIR = "Re-upload the shard or set source.on_bad_shard: record."
+ENCRYPTED = 0x1
+WINDOWS = (0, 10)  # DOS and NTFS: packers that write backslashes between folders
 
 
-def read_zip(shard: Shard, source: SourceSpec, storage: Storage, naming: Naming) -> Iterator[Member]:
+def read_zip(
+    shard: Shard, source: SourceSpec, storage: Storage, naming: Naming, left_out: LeftOutCount
+) -> Iterator[Member]:
     """Members of a zip shard, in order of their place in the file.
 
     Raises:
         ArchiveError: the directory cannot be read.
+        StorageError: the storage failed.
     """
-    with storage.open(shard.uri) as handle:
+    with storage.open(shard.uri, FileInfo.listed(shard.uri, shard.fingerprint)) as handle:
+        directory = ZipDirectory(handle, shard.uri)
+        yield from MemberReader(directory, source, naming, left_out).members(shard.span)
+
+
+class ZipDirectory(Directory):
+    """The files of a zip."""
+
+    scheme = "zip"
+
+    def __init__(self, handle: StoredFile, uri: str) -> None:
+        """Reads the directory at the end.
+
+        Raises:
+            ArchiveError: it is damaged, or not there.
+        """
+        self.uri = uri
         try:
-            opened = zipfile.ZipFile(handle)
-        except BROKEN as error:
-            raise ArchiveError(f"{shard.uri}: not a zip with a readable directory ({error}). {REPAIR}") from None
-        with opened:
-            infos = sorted(opened.infolist(), key=lambda info: info.header_offset)
-            infos = [info for info in infos if not info.is_dir() and is_wanted(info.filename)]
-            start, stop = shard.span or (0, shard.size_bytes)
-            seen = {
-                key_of(shard.uri, info.filename)
-                for info in infos
-                if info.header_offset < start and is_image_name(info.filename)
-            }
-            mine = [info for info in infos if start <= info.header_offset < stop]
-            entries = (_entry(opened, info, source, shard.uri) for info in mine)
-            yield from assemble(shard.uri, "zip", entries, naming, seen)
+            self._opened = zipfile.ZipFile(handle)
+        except RaydetectError:
+            raise
+        except Exception as error:  # whatever hostile bytes make the library raise
+            raise ArchiveError(f"{uri}: not a zip with a readable directory ({error}). {REPAIR}") from None
+        infos = sorted(self._opened.infolist(), key=lambda info: info.header_offset)
+        self._infos = {info.header_offset: info for info in infos}
+        self.entries = [_entry(info) for info in infos if not _is_folder(info)]
+
+    def read(self, entry: Entry) -> bytes:
+        """The bytes of a member.
+
+        Raises:
+            MemberError: it is damaged, or larger than its directory says.
+            StorageError: the storage failed.
+        """
+        try:
+            with self._opened.open(self._infos[entry.place]) as member:
+                data = member.read(entry.size + 1)
+        except RaydetectError:
+            raise
+        except Exception as error:  # whatever hostile bytes make the library raise
+            raise MemberError("corrupt", f"cannot be unpacked ({error}). Pack it again.") from None
+        if len(data) != entry.size:
+            raise MemberError("corrupt", f"is not of the {entry.size:,} bytes that its directory says. Pack it again.")
+        return data
+
+    def finish(self, left_out: LeftOutCount) -> None:
+        """A zip ends with its directory."""
 
 
-def _entry(opened: zipfile.ZipFile, info: zipfile.ZipInfo, source: SourceSpec, uri: str) -> Entry:
-    where = f"{uri}#{info.filename}"
-    limit = source.max_image_bytes if is_image_name(info.filename) else MAX_SIDECAR_BYTES
-    if info.file_size > limit:
-        return too_many_bytes(info.filename, where, info.file_size, limit)
-    if info.flag_bits & 0x1:
-        return Entry(info.filename, status="corrupt", error=f"{where}: is encrypted. Pack it without a password.")
-    try:
-        with opened.open(info) as member:
-            data = member.read(limit + 1)
-    except BROKEN as error:
-        return Entry(info.filename, status="corrupt", error=f"{where}: cannot be unpacked ({error}). Pack it again.")
-    if len(data) > limit:
-        return too_many_bytes(info.filename, where, len(data), limit)
-    return Entry(info.filename, data)
+def _entry(info: zipfile.ZipInfo) -> Entry:
+    name = info.filename.replace("\\", "/") if info.create_system in WINDOWS else info.filename
+    if info.flag_bits & ENCRYPTED:
+        error = "is encrypted. Pack it without a password."
+        return Entry(name, info.header_offset, info.file_size, info.filename, "corrupt", error)
+    return Entry(name, info.header_offset, info.file_size, info.filename)
+
+
+def _is_folder(info: zipfile.ZipInfo) -> bool:
+    name = info.filename.replace("\\", "/") if info.create_system in WINDOWS else info.filename
+    return name.endswith("/")

@@ -15,7 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from raydetect.config import to_plain
 from raydetect.errors import ResumeError, StorageError
+from raydetect.left_out import left_out_of
 from raydetect.records import Shard
 from raydetect.storage import Storage, join_uri
 
@@ -141,6 +143,8 @@ def _plain(shard: Shard) -> dict[str, Any]:
         "fingerprint": shard.fingerprint,
         "span": None if shard.span is None else list(shard.span),
         "listing": base64.b64encode(shard.listing).decode(),
+        "left_out": to_plain(shard.left_out),
+        "index_uri": shard.index_uri,
     }
 
 
@@ -154,4 +158,6 @@ def _shard(place: int, words: Mapping[str, Any]) -> Shard:
         str(words["fingerprint"]),
         None if span is None else (int(span[0]), int(span[1])),
         base64.b64decode(words["listing"]),
+        left_out_of(words.get("left_out", {})),
+        str(words.get("index_uri", "")),
     )

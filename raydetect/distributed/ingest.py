@@ -6,6 +6,7 @@ likes; a chunk is never cut.
 
 import dataclasses
 import io
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,15 +14,17 @@ import pyarrow as pa
 import ray
 from ray.data import DataContext, Dataset, ExecutionResources, TaskPoolStrategy
 
-from raydetect.archives.base import Archive, cut_chunks
+from raydetect.archives.base import Archive
+from raydetect.config import to_plain
 from raydetect.errors import ArchiveError, RaydetectError, StorageError, error_of, error_text
-from raydetect.records import Chunk, Member, Shard
+from raydetect.left_out import left_out_of
+from raydetect.records import Chunk, LeftOut, Member, Shard
 from raydetect.spec import SourceSpec
-from raydetect.worker.read import read_members
+from raydetect.worker.read import read_chunks
 
 MAX_BLOCKS = 2000
 CHUNKS_HELD_PER_WORKER = 6  # being read, waiting and being scored
-BYTES_TYPES = {"data": pa.large_binary(), "label": pa.int8()}
+BYTES_TYPES = {"data": pa.large_binary(), "label": pa.int8(), "notes": pa.list_(pa.string())}
 MEMBERS = pa.schema([(f.name, BYTES_TYPES.get(f.name, pa.string())) for f in dataclasses.fields(Member)])
 
 
@@ -49,9 +52,8 @@ class Reading:
         """One table of one row for every chunk of the shards in `table`; runs in a Ray task."""
         for row in table.to_pylist():
             shard = row_shard(row)
-            members = read_members(self.archive, shard, self.source)
             try:
-                for chunk in cut_chunks(shard, members, self.chunk_images, self.chunk_bytes):
+                for chunk in read_chunks(self.archive, shard, self.source, self.chunk_images, self.chunk_bytes):
                     yield pack_chunk(chunk)
             except (ArchiveError, StorageError) as error:
                 yield pack_chunk(Chunk(shard.index, 0, False, ()), error)
@@ -95,14 +97,20 @@ def shard_row(shard: Shard) -> dict[str, object]:
         "start": start,
         "stop": stop,
         "listing": shard.listing,
+        "left_out": json.dumps(to_plain(shard.left_out)),
+        "index_uri": shard.index_uri,
     }
 
 
 def row_shard(row: dict[str, object]) -> Shard:
     """The shard of `shard_row`."""
     words = dict(row)
-    start, stop = words.pop("start"), words.pop("stop")
-    return Shard(**words, span=None if start == -1 else (start, stop))  # type: ignore[arg-type]
+    start, stop, left_out = words.pop("start"), words.pop("stop"), _left_out(words.pop("left_out"))
+    return Shard(**words, left_out=left_out, span=None if start == -1 else (start, stop))  # type: ignore[arg-type]
+
+
+def _left_out(text: object) -> dict[str, LeftOut]:
+    return left_out_of(json.loads(str(text)))
 
 
 def pack_chunk(chunk: Chunk, error: RaydetectError | None = None) -> pa.Table:
@@ -118,6 +126,7 @@ def pack_chunk(chunk: Chunk, error: RaydetectError | None = None) -> pa.Table:
             "number": [chunk.number],
             "last": [chunk.last],
             "members": pa.array([buffer.getvalue()], pa.large_binary()),
+            "left_out": [json.dumps(to_plain(chunk.left_out))],
             "error": ["" if error is None else error_text(error)],
         }
     )
@@ -134,5 +143,8 @@ def unpack_chunks(table: pa.Table) -> Iterator[Chunk]:
         if table["error"][i].as_py():
             raise error_of(table["error"][i].as_py())
         with pa.ipc.open_stream(table["members"][i].as_buffer()) as reader:
-            members = tuple(Member(**words) for words in reader.read_all().to_pylist())
-        yield Chunk(table["shard"][i].as_py(), table["number"][i].as_py(), table["last"][i].as_py(), members)
+            members = tuple(
+                Member(**{**words, "notes": tuple(words["notes"])}) for words in reader.read_all().to_pylist()
+            )
+        numbers = (table["shard"][i].as_py(), table["number"][i].as_py(), table["last"][i].as_py())
+        yield Chunk(*numbers, members, _left_out(table["left_out"][i].as_py()))

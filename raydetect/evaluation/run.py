@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from raydetect.archives.base import cut_chunks
 from raydetect.archives.layouts import Labelled
 from raydetect.archives.open import open_archive
 from raydetect.blocks.group import Group
@@ -21,7 +20,7 @@ from raydetect.worker.artifact import load_artifact, package_versions
 from raydetect.worker.evaluate import Judged, judge_images, member_chunks, peak_memory_bytes
 from raydetect.worker.fit import fit_worker
 from raydetect.worker.one_fit import Tick
-from raydetect.worker.read import read_members
+from raydetect.worker.read import read_chunks
 
 
 class EvaluationError(RaydetectError):
@@ -136,7 +135,7 @@ def _chunks(evaluation: Evaluation, cell: Cell, split: str) -> Iterator[Chunk]:
         return
     archive = open_archive(source, storage)
     for shard in archive.shards():
-        yield from cut_chunks(shard, read_members(archive, shard, source), FIT_CHUNK_IMAGES, FIT_CHUNK_BYTES)
+        yield from read_chunks(archive, shard, source, FIT_CHUNK_IMAGES, FIT_CHUNK_BYTES)
 
 
 def _member(image: Labelled, root: str, storage: Storage) -> Member:

@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from raydetect.archives.base import cut_chunks
 from raydetect.plan import ScorePlan
 from raydetect.records import Chunk, Part, Shard
-from raydetect.worker.read import read_members
+from raydetect.worker.read import read_chunks
 
 POLL_SECONDS = 0.2
 
@@ -83,8 +82,7 @@ class Stream:
         spec = self.plan.spec
         try:
             for shard in shards:
-                members = read_members(self.plan.archive, shard, spec.source)
-                for chunk in cut_chunks(shard, members, spec.chunk_images, spec.chunk_bytes):
+                for chunk in read_chunks(self.plan.archive, shard, spec.source, spec.chunk_images, spec.chunk_bytes):
                     self._put(chunk)
         finally:
             with self._lock:

@@ -10,6 +10,7 @@ from typing import Any
 
 from raydetect.config import differences, to_plain, validate
 from raydetect.errors import ResumeError, SpecError, StorageError
+from raydetect.left_out import LeftOutCount
 from raydetect.records import Receipt
 from raydetect.storage import Storage, join_uri
 
@@ -161,6 +162,11 @@ def _short(changed: list[str]) -> str:
     return "; ".join(shown[:MAX_DIFFERENCES]) + (f"; and {more:,} more" if more > 0 else "")
 
 
+def _is_unreadable(receipt: Receipt) -> bool:
+    """A shard of which nothing could be read counts as a bad one."""
+    return 0 < receipt.rows == receipt.statuses.get("unreadable", 0)
+
+
 @dataclass(slots=True)
 class Totals:
     """Sums over receipts; adding is associative and does not depend on order."""
@@ -175,6 +181,7 @@ class Totals:
     bad_shards: int = 0
     statuses: Counter[str] = field(default_factory=Counter)
     p_counts: Counter[float] = field(default_factory=Counter)
+    left_out: LeftOutCount = field(default_factory=LeftOutCount)
     first_unix: float = float("inf")
     last_unix: float = 0.0
 
@@ -183,7 +190,7 @@ class Totals:
         self.shards += 1
         self.rows += receipt.rows
         self.statuses.update(receipt.statuses)
-        self.bad_shards += bool(receipt.statuses.get("bad_shard"))
+        self.bad_shards += bool(receipt.statuses.get("bad_shard")) or _is_unreadable(receipt)
         for part in receipt.parts:
             self.parts += 1
             self.flagged += part.flagged
@@ -191,6 +198,7 @@ class Totals:
             self.heatmaps += part.heatmaps
             self.clipped_pixels += part.clipped_pixels
             self.p_counts.update(part.p_counts)
+            self.left_out.add_all(part.left_out)
         self.first_unix = min(self.first_unix, receipt.committed_unix)
         self.last_unix = max(self.last_unix, receipt.committed_unix)
 
@@ -211,4 +219,5 @@ class Totals:
             "parts": self.parts,
             "clipped_pixels": self.clipped_pixels,
             "statuses": dict(sorted(self.statuses.items())),
+            "left_out": to_plain(dict(sorted(self.left_out.found.items()))),
         }

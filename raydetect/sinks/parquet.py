@@ -71,6 +71,7 @@ class ResultsSink(Sink):
             heatmaps=len(pictures),
             heatmap_path=heatmap_path,
             clipped_pixels=clipped_pixels,
+            left_out=chunk.left_out,
             p_counts=Counter(row.p_value for row in rows if row.p_value is not None and row.flagged is None),
         )
 

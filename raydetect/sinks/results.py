@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raydetect.errors import StorageError
+from raydetect.left_out import LeftOutCount, left_out_text
 from raydetect.metrics.roc import auroc
 from raydetect.sinks.ledger import Ledger, Totals
 
@@ -57,6 +58,8 @@ class RunProgress:
             f"Flagged    {'when all shards are committed (flag.fdr)' if self.flagged is None else f'{self.flagged:,}'}",
             f"Heatmaps   {totals.heatmaps:,}",
         ]
+        if totals.left_out.found:
+            lines.append(f"Left out   {left_out_text(totals.left_out.found)}")
         if self.num_categories:
             lines.insert(1, f"Fleet      of {self.num_categories:,} categories")
         if self.fdr is not None:
@@ -95,7 +98,8 @@ class Followed:
                 self._totals.add(receipt)
             self._seen = committed
             categories = len(run["result"].get("categories", {}))
-            totals = replace(self._totals, statuses=Counter(self._totals.statuses))
+            left_out = LeftOutCount(dict(self._totals.left_out.found))
+            totals = replace(self._totals, statuses=Counter(self._totals.statuses), left_out=left_out)
             waits = manifest is None and run["result"]["spec"].get("flag", {}).get("fdr") is not None
             fdr = None if manifest is None else manifest.get("fdr")
             shards = int(run["num_shards"])

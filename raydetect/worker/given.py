@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from raydetect.archives.samples import key_of
+from raydetect.archives.base import key_of
 from raydetect.errors import MemberError, RaydetectError, SpecError, StorageError
 from raydetect.records import OK, Member
 from raydetect.spec import FIT_CHUNK_IMAGES, SourceSpec

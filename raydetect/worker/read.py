@@ -2,13 +2,30 @@
 
 from collections.abc import Iterator
 
-from raydetect.archives.base import Archive
+from raydetect.archives.base import Archive, cut_chunks
 from raydetect.errors import ArchiveError
-from raydetect.records import OK, Member, Shard
+from raydetect.left_out import LeftOutCount
+from raydetect.records import OK, Chunk, Member, Shard
 from raydetect.spec import SourceSpec
 
 
-def read_members(archive: Archive, shard: Shard, source: SourceSpec) -> Iterator[Member]:
+def read_chunks(
+    archive: Archive, shard: Shard, source: SourceSpec, chunk_images: int, chunk_bytes: int
+) -> Iterator[Chunk]:
+    """The members of a shard in chunks; the last one holds what was left out of it.
+
+    Raises:
+        ArchiveError: a bad shard or member, and the source says `fail`.
+        StorageError: the storage failed; the job stops and can be started again.
+    """
+    left_out = LeftOutCount(dict(shard.left_out))
+    members = read_members(archive, shard, source, left_out)
+    yield from cut_chunks(shard, members, chunk_images, chunk_bytes, left_out)
+
+
+def read_members(
+    archive: Archive, shard: Shard, source: SourceSpec, left_out: LeftOutCount | None = None
+) -> Iterator[Member]:
     """Streams the members of a shard; a shard that breaks ends with a `bad_shard` member when recorded.
 
     Raises:
@@ -16,7 +33,9 @@ def read_members(archive: Archive, shard: Shard, source: SourceSpec) -> Iterator
         StorageError: the storage failed; the job stops and can be started again.
     """
     try:
-        for member in archive.read(shard):
+        for member in archive.read(shard, left_out):
+            if member.key == f"{shard.uri}#" and source.on_bad_shard == "fail":
+                raise ArchiveError(f"{member.error} Or set source.on_bad_shard: record.")
             refuse_bad_member(member.status, member.error, source)
             yield member
     except ArchiveError as error:

@@ -1,0 +1,264 @@
+"""A container as a directory of files that can be opened one by one, and the members that it holds."""
+
+import abc
+import json
+import math
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+from urllib.parse import quote
+
+from raydetect.archives.base import begins_as_image, composed, has_suffix, key_of, readable, safe_name
+from raydetect.archives.labels import read_label
+from raydetect.archives.naming import Naming, PathFacts
+from raydetect.archives.samples import MAX_SIDECAR_BYTES, Arrangement, Entry, Sample, arrange
+from raydetect.errors import MemberError, RaydetectError
+from raydetect.left_out import LeftOutCount
+from raydetect.records import OK, Member
+from raydetect.spec import SourceSpec
+
+ESCAPED = "member"  # scheme of raydetect.archives.filesystem
+PLAIN_LETTERS = frozenset("/-_.,+=@() ")
+
+
+class Directory(abc.ABC):
+    """The files of one container.
+
+    Attributes:
+        uri: of the container.
+        scheme: of fsspec's own filesystem for it, "" where that cannot read it.
+        entries: every file, in order of places.
+    """
+
+    uri: str
+    scheme: str
+    entries: Sequence[Entry]
+
+    @abc.abstractmethod
+    def read(self, entry: Entry) -> bytes:
+        """The bytes of a file; files are read in order of places.
+
+        Raises:
+            MemberError: this file is damaged.
+            ArchiveError: the container is broken here.
+            StorageError: the storage failed.
+        """
+
+    @abc.abstractmethod
+    def finish(self, left_out: LeftOutCount) -> None:
+        """After the last file: counts what follows it.
+
+        Raises:
+            ArchiveError: the container breaks after its last file.
+        """
+
+    def key_of(self, entry: Entry) -> str:
+        """The key of a file."""
+        return key_of(self.uri, entry.name)
+
+    def safe_name(self, entry: Entry) -> str:
+        """The name of a file as patterns see it.
+
+        Raises:
+            MemberError: unsafe_name.
+        """
+        return safe_name(entry.name)
+
+    def uri_of(self, entry: Entry) -> str:
+        """The fsspec URL that opens a file: of fsspec's own scheme, or of ours where a name must be escaped."""
+        if self.scheme and is_plain(entry.raw):
+            return f"{self.scheme}://{entry.raw}::{self.uri}"
+        return f"{ESCAPED}://{escaped(entry.raw)}::{self.uri}"
+
+
+def is_plain(name: str) -> bool:
+    """Whether every fsspec filesystem opens a name as it is."""
+    doubled = "//" in name or name != name.strip()
+    return not doubled and readable(name) == name and all(c.isalnum() or c in PLAIN_LETTERS for c in name)
+
+
+def escaped(name: str) -> str:
+    """A name of any bytes as text for a URL."""
+    return quote(name.encode("utf-8", "surrogateescape"), safe="/")
+
+
+@dataclass(frozen=True, slots=True)
+class MemberReader:
+    """Turns the files of one container into members."""
+
+    directory: Directory
+    source: SourceSpec
+    naming: Naming
+    left_out: LeftOutCount
+
+    def members(self, span: tuple[int, int] | None) -> Iterator[Member]:
+        """The members that begin inside a span; None = all."""
+        start, stop = span or (0, math.inf)
+        arranged = arrange(self.directory.entries)
+        for entry, reason in arranged.left_out:
+            if start <= entry.place < stop:
+                self.left_out.add(reason, readable(entry.name))
+        for sample in arranged.samples:
+            if start <= sample.entry.place < stop:
+                member = self.member(sample, arranged)
+                if member is not None:
+                    yield member
+        self.directory.finish(self.left_out)
+
+    def member(self, sample: Sample, arranged: Arrangement) -> Member | None:
+        """One image as a member; None when it is left out. Whatever goes wrong with it concerns it alone."""
+        entry = sample.entry
+        key = self._key(sample, arranged)
+        try:
+            return self._described(sample, arranged, key)
+        except MemberError as error:
+            uri = readable(self.directory.uri)
+            return Member(key, uri, status=error.status, error=f"{uri}#{readable(entry.name)}: {error}")
+        except RaydetectError:
+            raise
+        except Exception as error:  # what hostile bytes make a parser raise
+            said = f"{key}: cannot be read ({type(error).__name__}: {readable(str(error))[:160]}). Pack it again."
+            return Member(key, readable(self.directory.uri), status="corrupt", error=said)
+
+    def _key(self, sample: Sample, arranged: Arrangement) -> str:
+        key, copy = self.directory.key_of(sample.entry), sample.copy
+        if not copy:
+            return key
+        while composed(f"{sample.entry.name}@{copy}") in arranged.by_name:
+            copy += 1
+        return f"{key}@{copy}"
+
+    def _described(self, sample: Sample, arranged: Arrangement, key: str) -> Member | None:
+        entry = sample.entry
+        if not has_suffix(entry.name) and not self._is_image(entry):
+            self.left_out.add("no_suffix", readable(entry.name))
+            return None
+        name = self.directory.safe_name(entry)
+        facts = self.naming.read(name)
+        if facts is None:
+            self.left_out.add("mask" if self.naming.is_mask(name) else "pattern", readable(entry.name))
+            return None
+        member = with_facts(Member(key, self.directory.uri_of(entry)), facts)
+        member = replace(member, mask_uri=self._mask_uri(name, facts, entry, arranged))
+        if sample.copy:
+            said = f"{key}: a later member has this name, and is the one that unpacking leaves. Rename one of them."
+            return replace(member, status="duplicate_key", error=said)
+        return self._with_sidecars(self._with_data(member, entry), sample)
+
+    def _is_image(self, entry: Entry) -> bool:
+        if entry.status != OK or not 0 < entry.size <= self.source.max_image_bytes:
+            return False
+        return begins_as_image(self.directory.read(entry)[:16])
+
+    def _with_data(self, member: Member, entry: Entry) -> Member:
+        if entry.status != OK:
+            return replace(member, status=entry.status, error=f"{member.key}: {entry.error}")
+        limit = self.source.max_image_bytes
+        if entry.size > limit:
+            return too_many_bytes(member, entry.size, limit)
+        try:
+            return replace(member, data=self.directory.read(entry))
+        except MemberError as error:
+            return replace(member, status=error.status, error=f"{member.key}: {error}")
+
+    def _mask_uri(self, name: str, facts: PathFacts, entry: Entry, arranged: Arrangement) -> str | None:
+        if facts.mask_name is None:
+            return None
+        mask = arranged.by_name.get(composed(facts.mask_name))
+        if mask is None:  # whoever needs it says that it is not there
+            is_decomposed = composed(name) != name
+            mask_name = unicodedata.normalize("NFD", facts.mask_name) if is_decomposed else facts.mask_name
+            mask = replace(entry, raw=entry.raw.removesuffix(name) + mask_name)
+        return self.directory.uri_of(mask)
+
+    def _with_sidecars(self, member: Member, sample: Sample) -> Member:
+        mask = sample.sidecars.get(".mask.png")
+        if mask is not None:
+            member = replace(member, mask_uri=self.directory.uri_of(mask))
+        for suffix, apply in ((".json", with_json), (".cls", with_cls)):
+            entry = sample.sidecars.get(suffix)
+            if entry is None:
+                continue
+            try:
+                if entry.size > MAX_SIDECAR_BYTES:
+                    raise MemberError("too_many_bytes", f"more than {MAX_SIDECAR_BYTES:,} bytes")
+                if entry.status != OK:
+                    raise MemberError(entry.status, entry.error)
+                member = apply(member, self.directory.read(entry), self.naming)
+            except (MemberError, ValueError, RecursionError, OverflowError) as error:
+                said = f"sidecar_not_read: {readable(entry.name)} ({readable(str(error))[:80]})"
+                member = replace(member, notes=(*member.notes, said))
+        return member
+
+
+def too_many_bytes(member: Member, size: int, limit: int) -> Member:
+    """A member whose encoded bytes are more than allowed."""
+    said = f"{member.key}: {size:,} bytes are more than the limit of {limit:,}. Raise source.max_image_bytes."
+    return replace(member, data=b"", status="too_many_bytes", error=said)
+
+
+def with_facts(member: Member, facts: PathFacts) -> Member:
+    """A member with what its path says; the mask is the archive's own to find."""
+    return replace(
+        member,
+        label=facts.label,
+        label_said=facts.label_said,
+        category=None if facts.category is None else readable(facts.category),
+        defect=None if facts.defect is None else readable(facts.defect),
+    )
+
+
+def with_json(member: Member, data: bytes, naming: Naming) -> Member:
+    """What a JSON sidecar says of its image.
+
+    Raises:
+        ValueError, RecursionError: it is no JSON.
+    """
+    words = json.loads(data)
+    if not isinstance(words, dict):
+        words = {"value": words}
+    member = with_words(member, words, naming)
+    return replace(member, meta=json.dumps(_plain(words), sort_keys=True, allow_nan=False))
+
+
+def with_words(member: Member, words: dict[str, Any], naming: Naming, class_names: Any = ()) -> Member:
+    """What a mapping says under `label`, `category` and `defect`; null says nothing."""
+    reading = read_label(words.get("label"), naming.normal_names, class_names)
+    notes = list(filter(None, [reading.note]))
+    texts: dict[str, str] = {}
+    for name in ("category", "defect"):
+        value = words.get(name)
+        if isinstance(value, str | int) and not isinstance(value, bool):
+            texts[name] = composed(readable(str(value)))
+        elif value is not None and value == value:  # NaN is null
+            notes.append(f"{name}_not_read: of type {type(value).__name__}")
+    said = reading.label is not None or bool(reading.note)
+    return replace(
+        member,
+        label=reading.label if said else member.label,
+        label_said=reading.said if said else member.label_said,
+        category=texts.get("category", member.category),
+        defect=texts.get("defect", member.defect),
+        notes=(*member.notes, *notes),
+    )
+
+
+def with_cls(member: Member, data: bytes, naming: Naming) -> Member:
+    """What a `.cls` sidecar, a number or word alone, says of its image.
+
+    Raises:
+        ValueError: it is no text.
+    """
+    return with_words(member, {"label": data.decode("utf-8-sig").strip()}, naming)
+
+
+def _plain(value: Any) -> Any:
+    """JSON that every reader takes: without NaN, infinity and half surrogates."""
+    if isinstance(value, dict):
+        return {readable(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return readable(value) if isinstance(value, str) else value

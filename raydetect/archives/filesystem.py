@@ -1,0 +1,100 @@
+"""`member://NAME::URL` is the fsspec URL of a file in a container that fsspec's own filesystems cannot open.
+
+NAME is percent-encoded, so it may hold any bytes. The container is a tar however it is compressed, several tars one
+behind the other, a zip, or a local folder whose file names are no UTF-8. Of several files of one name the last is
+opened. `tarzst://` is the same by its older name, whose rows hold names as they are.
+"""
+
+import io
+import logging
+import os
+import shutil
+import tempfile
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+import fsspec
+from fsspec.archive import AbstractArchiveFileSystem
+
+from raydetect.archives.directory import Directory
+from raydetect.archives.samples import Entry, tidy
+from raydetect.archives.tar import COPY_BYTES, PlainTar
+from raydetect.archives.unpacking import is_compressed, unpacked
+from raydetect.archives.zip import ZipDirectory
+from raydetect.errors import RaydetectError
+
+log = logging.getLogger("raydetect.archives")
+ZIP = b"PK"
+IN_MEMORY_BYTES = 64 << 20
+
+
+class MemberFileSystem(AbstractArchiveFileSystem):  # type: ignore[misc]
+    """Read-only filesystem of the files in a container."""
+
+    root_marker = ""
+    protocol = ("member", "tarzst")
+    cachable = False
+
+    def __init__(
+        self,
+        fo: Any,
+        target_protocol: str | None = None,
+        target_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Opens the container at `fo`, a path or URL (fsspec's chaining passes it)."""
+        super().__init__(**kwargs)
+        self._folder = fo if target_protocol in (None, "file") and isinstance(fo, str) and os.path.isdir(fo) else None
+        self._entries: dict[str, Entry] = {}
+        self._directory: Directory | None = None
+        if self._folder is None:
+            self._file = fsspec.open(fo, protocol=target_protocol, **(target_options or {})).open()
+            self._directory = _directory(self._file, str(fo))
+            self._entries = {tidy(entry.raw): entry for entry in self._directory.entries}
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> str:
+        text = str(path)
+        for protocol in cls.protocol:
+            text = text.removeprefix(f"{protocol}://")
+        return text
+
+    def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
+        """The bytes of a file.
+
+        Raises:
+            FileNotFoundError: there is none of that name.
+            OSError: it cannot be read.
+        """
+        raw = self._strip_protocol(path)
+        if self._folder is not None:
+            return open(os.path.join(os.fsencode(self._folder), unquote_to_bytes(raw)), "rb")
+        names = (unquote_to_bytes(raw).decode("utf-8", "surrogateescape"), raw)
+        entry = next((self._entries[tidy(name)] for name in names if tidy(name) in self._entries), None)
+        if mode != "rb" or entry is None or self._directory is None:
+            raise FileNotFoundError(path)
+        try:
+            return io.BytesIO(self._directory.read(entry))
+        except RaydetectError as error:
+            raise OSError(f"{path}: {error}") from error
+
+    def _get_dirs(self) -> None:
+        """Files are opened by name and never listed."""
+        self.dir_cache: dict[str, Any] = {}
+
+
+def _directory(file: Any, uri: str) -> Directory:
+    """The files of a container. A compressed tar is unpacked first, so that files can be opened in any order."""
+    start = file.read(4)
+    file.seek(0)
+    if start.startswith(ZIP):
+        return ZipDirectory(file, uri)
+    if not is_compressed(start):
+        return PlainTar(file, uri)
+    plain = tempfile.SpooledTemporaryFile(IN_MEMORY_BYTES, prefix="raydetect-")  # noqa: SIM115 (the directory keeps it)
+    try:
+        shutil.copyfileobj(unpacked(file, start), plain, COPY_BYTES)
+    except Exception:  # of a damaged one what comes before the damage can be opened
+        log.warning("%s: breaks; only what comes before can be opened", uri)
+    plain.seek(0)
+    return PlainTar(plain, uri)

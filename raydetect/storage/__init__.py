@@ -1,0 +1,18 @@
+"""Files on any storage behind one URL: local, S3 and what else fsspec opens, with errors people can act on."""
+
+from raydetect.storage.files import RANGE_BYTES, FileInfo, Storage
+from raydetect.storage.stored_file import StoredFile
+from raydetect.storage.troubles import translate
+from raydetect.storage.uris import SCHEMES, join_uri, normalise_uri, relative_to
+
+__all__ = [
+    "RANGE_BYTES",
+    "SCHEMES",
+    "FileInfo",
+    "Storage",
+    "StoredFile",
+    "join_uri",
+    "normalise_uri",
+    "relative_to",
+    "translate",
+]
