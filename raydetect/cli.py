@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,7 @@ def check(job: Path, overrides: tuple[str, ...]) -> None:
     """Find every mistake in a job file; touches no cluster."""
     with errors(BAD_JOB):
         from raydetect.check import find_problems
+        from raydetect.check.reading import source_lines
 
         spec = load(job, overrides)
         problems = find_problems(spec)
@@ -64,6 +66,8 @@ def check(job: Path, overrides: tuple[str, ...]) -> None:
         for sentence in problems:
             click.echo(f"{job}: {sentence}", err=True)
         sys.exit(BAD_JOB)
+    for line in source_lines(spec):
+        click.echo(line)
     click.echo(f"{job}: ready to {spec.kind}.")
 
 
@@ -115,12 +119,32 @@ def _print_fit(spec: "FitSpec", report: "FitReport") -> None:
     for measured in facts.get("members", [facts]):
         if "coreset" in measured:
             click.echo(_coreset_text(measured["coreset"]))
+    _print_labels(facts)
     click.echo(f"Weights: {facts['weights']}")
     if "random seed:" in str(facts["weights"]):
         click.echo("Note: random weights find coarse defects only; give `weights:` a file for real use.")
     left_out = f"{images['bad']} bad and {images['labelled_anomalous_left_out']} labelled anomalous left out"
     click.echo(f"Calibrated on {images['held_out']} held-out normal images; {left_out}.")
     click.echo(f"Artifact: {report.uri} (sha256 {report.digest[:16]})")
+
+
+def _print_labels(facts: Mapping[str, Any]) -> None:
+    """How labels were read, and whether that may be the wrong way round."""
+    from raydetect.archives.labels import labels_text
+    from raydetect.left_out import left_out_of, left_out_text
+
+    counts = [(label, said, count) for label, said, count in facts["labels"]]
+    normal, anomalous = (sum(count for label, _, count in counts if label == wanted) for wanted in (0, 1))
+    if normal or anomalous:
+        click.echo(f"label: {labels_text(counts)}")
+    if normal < anomalous:
+        click.echo(
+            f"Note: only {normal:,} of {normal + anomalous:,} labelled images are normal. If labels are read the wrong "
+            "way round, set source.normal_names."
+        )
+    left_out = left_out_text(left_out_of(facts["left_out"]))
+    if left_out:
+        click.echo(f"Left out: {left_out}.")
 
 
 def _coreset_text(coreset: dict[str, Any]) -> str:
@@ -150,6 +174,8 @@ def score(job: Path, overrides: tuple[str, ...], address: str | None, in_process
     done = len(plan.shards) - len(plan.todo)
     if done:
         click.echo(f"{done} of {len(plan.shards)} shards are committed already; going on with the rest.", err=True)
+    for note in plan.notes:
+        click.echo(f"Note: {note}", err=True)
     with errors():
         manifest = run_score(plan, address, in_process)
     _summary(plan, manifest)

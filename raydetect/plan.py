@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from raydetect.archives.base import Archive, archive_fingerprint
+from raydetect.archives.base import Archive, Listing, archive_fingerprint
 from raydetect.archives.open import open_archive
 from raydetect.artifact_record import ArtifactRecord
 from raydetect.config import to_plain
 from raydetect.errors import SpecError, TooManyBadRows
 from raydetect.fleet_record import ArtifactIndex, read_index, read_records
+from raydetect.left_out import left_out_of, left_out_text
 from raydetect.metrics.conformal import ROUNDING, threshold_for
 from raydetect.metrics.discovery import discover
 from raydetect.records import OK, Part, Receipt, Shard
@@ -36,6 +37,7 @@ class ScorePlan:
         records: the record of every detector by category; one under None when there is no fleet.
         ledger: of the results directory.
         run: what `run.json` holds.
+        notes: sentences about the source that a person should read.
     """
 
     spec: ScoreSpec
@@ -46,6 +48,7 @@ class ScorePlan:
     records: Mapping[str | None, ArtifactRecord]
     ledger: Ledger
     run: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
     @property
     def sink(self) -> ResultsSink:
@@ -81,13 +84,14 @@ def plan_score(spec: ScoreSpec, chosen: tuple[Shard, ...] | None = None) -> Scor
     check_flag(records, spec.flag)
     ledger = Ledger(normalise_uri(spec.sink.uri), Storage(sink_storage(spec)))
     archive = open_archive(spec.source, Storage(source_storage(spec, spec.source)))
-    shards = tuple(archive.shards()) if chosen is None else chosen
+    listing = archive.listing() if chosen is None else Listing(chosen)
+    shards = listing.shards
     refuse_without_categories(spec.source, artifact, shards)
     run = describe_run(spec, artifact, records, shards)
     ledger.compare(run)
     committed = ledger.committed()
     todo = tuple(shard for shard in shards if shard.index not in committed)
-    return ScorePlan(spec, archive, shards, todo, artifact, records, ledger, run)
+    return ScorePlan(spec, archive, shards, todo, artifact, records, ledger, run, listing.notes)
 
 
 def check_flag(records: Mapping[str | None, ArtifactRecord], flag: FlagSpec) -> None:
@@ -244,8 +248,12 @@ def judge_bad_rows(manifest: Mapping[str, Any], limit: float, uri: str) -> None:
     """Refuses a finished run with too many bad rows or shards.
 
     Raises:
+        SpecError: it has no row at all.
         TooManyBadRows: it has.
     """
+    if manifest["shards"] and not manifest["rows"]:
+        told = left_out_text(left_out_of(manifest["left_out"])) or "nothing"
+        raise SpecError(f"{uri}: the source gave no image; left out: {told}. Check source.uri, format and pattern.")
     rows, bad = manifest["rows"], manifest["bad_rows"]
     shards, bad_shards = manifest["shards"], manifest["bad_shards"]
     if bad > limit * rows or bad_shards > limit * shards:

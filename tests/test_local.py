@@ -125,9 +125,9 @@ def test_a_second_start_goes_on_and_opens_no_finished_shard(monkeypatch: pytest.
     opened: list[str] = []
     plain_open = Storage.open
 
-    def watched(self: Storage, uri: str) -> Any:
+    def watched(self: Storage, uri: str, *words: Any) -> Any:
         opened.append(uri)
-        return plain_open(self, uri)
+        return plain_open(self, uri, *words)
 
     monkeypatch.setattr(Storage, "open", watched)
     plan = plan_score(spec_of(SCORE))
@@ -189,10 +189,11 @@ def test_bad_images_are_rows_with_a_status_and_no_score() -> None:
 
 
 @pytest.mark.usefixtures("data")
-def test_an_archive_of_nothing_but_text_scores_nothing() -> None:
+def test_an_archive_of_nothing_but_text_is_refused_with_what_it_holds() -> None:
     Storage().write("memory://data/none/a.tar", tar_bytes([("notes.txt", b"x")]))
-    plan, manifest = run("source.uri=memory://data/none")
-    assert manifest["rows"] == 0 and rows(plan) == []
+    with pytest.raises(SpecError, match=r"gave no image; left out: 1 other_suffix \(notes.txt\)") as caught:
+        run("source.uri=memory://data/none")
+    assert caught.value.exit_code == 2
 
 
 @pytest.mark.usefixtures("data")
@@ -204,7 +205,7 @@ def test_a_score_that_is_not_finite_is_a_status() -> None:
     artifact.detector.load_tensors(tensors)
     scorer = local.Scorer(artifact, plan.spec)
     shard = plan.shards[0]
-    chunk = next(local.cut_chunks(shard, plan.archive.read(shard), 4, 1 << 30))
+    chunk = next(local.read_chunks(plan.archive, shard, plan.spec.source, 4, 1 << 30))
     result = scorer.score_chunk(chunk)
     assert {row.status for row in result.rows} == {"not_finite"} and not result.pictures
     assert all(row.image_score is None and row.flagged is None for row in result.rows)

@@ -44,10 +44,10 @@ class MixedArchive(Archive):
         for uri in self.source.uris():
             self._list(uri, found)
         if not found.shards:
-            told = left_out_text(found.left_out.found)
+            told = left_out_text(found.left_out.found) or "nothing"
             raise SpecError(
-                f"{', '.join(self.source.uris())}: holds nothing of format {self.source.format}"
-                f"{f'; left out are {told}' if told else ''}. Check source.uri, source.format and source.pattern."
+                f"{', '.join(self.source.uris())}: holds nothing of format {self.source.format}; left out: {told}. "
+                "Check source.uri, source.format and source.pattern."
             )
         _refuse_doubles(found.shards)
         numbered = [replace(shard, index=index) for index, shard in enumerate(found.shards)]

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from raydetect.archives.open import open_archive
@@ -60,7 +60,10 @@ class Audit:
         if known is not None:
             return [claim for claim in begun_before if claim.number < known.number] + [known]
         archive = open_archive(self.spec.source, Storage(source_storage(self.spec, self.spec.source)))
-        new = unclaimed(list(archive.shards()), claims)
+        shards = list(archive.shards())
+        new = unclaimed(shards, claims)
+        if new:  # what the listing left out is told by the night
+            new[0] = replace(new[0], left_out=shards[0].left_out)
         if not new and self.spec.night is None and claims:
             return begun_before or [claims[-1]]
         number = claims[-1].number + 1 if claims else 1

@@ -4,16 +4,21 @@ import copy
 import json
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
+from raydetect.archives.labels import labels_text
 from raydetect.blocks.group import Group
+from raydetect.config import to_plain
 from raydetect.detectors._base import Batch
 from raydetect.errors import SpecError, TooManyBadRows
-from raydetect.records import OK, Chunk, Member
+from raydetect.left_out import LeftOutCount, left_out_of, left_out_text
+from raydetect.records import OK, Chunk, LeftOut, Member
 from raydetect.spec import SourceSpec
 from raydetect.worker.preprocess import DecodeRules, Pixels, decode_all
 from raydetect.worker.read import refuse_bad_member
@@ -98,33 +103,80 @@ class ImageCache:
                 self.add(image, pixels_HWC)
 
 
+@dataclass(frozen=True, slots=True)
+class ReadFacts:
+    """What reading a source gave on all workers.
+
+    Attributes:
+        bad: images that could not be used.
+        labels: (label, value that it was read from, images).
+        left_out: files that are no images, by reason.
+    """
+
+    bad: int = 0
+    labels: tuple[tuple[int | None, str, int], ...] = ()
+    left_out: Mapping[str, LeftOut] = field(default_factory=dict)
+
+    def plain(self) -> dict[str, Any]:
+        """For the artifact's record."""
+        return {"labels": to_plain(self.labels), "left_out": to_plain(self.left_out)}
+
+    @property
+    def labels_text(self) -> str:
+        """` (label: 0 = good (209), 1 = broken (63))`, for messages; "" where no image has a label."""
+        has_labels = any(label is not None for label, _, _ in self.labels)
+        return f" (label: {labels_text(self.labels)})" if has_labels else ""
+
+
 @dataclass(slots=True)
-class BadImages:
-    """How many images could not be used, and why the first of them."""
+class ReadImages:
+    """How many images of this worker could be used, how they were labelled, and why the first others could not."""
 
     good: int = 0
     bad: int = 0
     reasons: list[str] = field(default_factory=list)
+    labels: Counter[tuple[int | None, str]] = field(default_factory=Counter)
+    left_out: LeftOutCount = field(default_factory=LeftOutCount)
 
-    def judge(self, group: Group, limit: float, where: str) -> int:
-        """How many are bad on all workers.
+    def note_good(self, member: Member) -> None:
+        """One more that can be used."""
+        self.good += 1
+        self.labels[member.label, member.label_said] += 1
+
+    def note_bad(self, reason: str) -> None:
+        """One more that cannot."""
+        self.bad += 1
+        self.reasons = [*self.reasons, reason][:REASONS]
+
+    def judge(self, group: Group, limit: float, where: str) -> ReadFacts:
+        """What all workers read.
 
         Raises:
             SpecError: there is no image at all.
             TooManyBadRows: more than the share `limit` is bad.
         """
-        texts = group.gather_bytes(json.dumps([self.good, self.bad, self.reasons]).encode())
-        found = [json.loads(text) for text in texts]
-        bad = sum(words[1] for words in found)
-        total = bad + sum(words[0] for words in found)
+        labels = [[*key, count] for key, count in self.labels.items()]
+        words = [self.good, self.bad, self.reasons, labels, to_plain(self.left_out.found)]
+        everyone = ReadImages()
+        for text in group.gather_bytes(json.dumps(words).encode()):
+            everyone._add(json.loads(text))
+        bad, total = everyone.bad, everyone.bad + everyone.good
         if total == 0:
-            raise SpecError(f"{where}: holds no image. Check source.uri, format and pattern.")
+            told = left_out_text(everyone.left_out.found) or "nothing"
+            raise SpecError(f"{where}: holds no image; left out: {told}. Check source.uri, format and pattern.")
         if bad > limit * total:
-            reasons = "; ".join([reason for words in found for reason in words[2]][:REASONS])
+            reasons = "; ".join(everyone.reasons[:REASONS])
             raise TooManyBadRows(
                 f"{bad} of {total} images cannot be used, more than max_bad_fraction = {limit}. First: {reasons}"
             )
-        return bad
+        counts = tuple((label, said, count) for (label, said), count in everyone.labels.items())
+        return ReadFacts(bad, counts, everyone.left_out.found)
+
+    def _add(self, words: list[Any]) -> None:
+        good, bad, reasons, labels, left_out = words
+        self.good, self.bad, self.reasons = self.good + good, self.bad + bad, self.reasons + reasons
+        self.labels.update({(label, said): count for label, said, count in labels})
+        self.left_out.add_all(left_out_of(left_out))
 
 
 def read_images(
@@ -133,7 +185,7 @@ def read_images(
     image_size: tuple[int, int],
     threads: int,
     tick: Callable[[int], None],
-) -> tuple[ImageCache, BadImages]:
+) -> tuple[ImageCache, ReadImages]:
     """Decodes every image of the chunks once.
 
     Args:
@@ -146,16 +198,21 @@ def read_images(
     Raises:
         BadMemberError: a bad image and `on_bad_member: fail`.
     """
-    cache, found = ImageCache(image_size), BadImages()
-    for member, pixels in _decoded(chunks, source, image_size, threads, tick):
+    cache, found = ImageCache(image_size), ReadImages()
+    for member, pixels in _decoded(_counted(chunks, found.left_out), source, image_size, threads, tick):
         refuse_bad_member(pixels.status, pixels.error, source)
         if pixels.image_HWC is not None and pixels.status == OK:
             cache.add(CachedImage(member.key, member.label, member.category), pixels.image_HWC)
-            found.good += 1
+            found.note_good(member)
         else:
-            found.bad += 1
-            found.reasons = [*found.reasons, pixels.error][:REASONS]
+            found.note_bad(pixels.error)
     return cache, found
+
+
+def _counted(chunks: Iterable[Chunk], left_out: LeftOutCount) -> Iterator[Chunk]:
+    for chunk in chunks:
+        left_out.add_all(chunk.left_out)
+        yield chunk
 
 
 def _decoded(

@@ -17,7 +17,7 @@ from raydetect.detectors._registry import build_from
 from raydetect.errors import SpecError
 from raydetect.spec import FitSpec, StorageOptions
 from raydetect.storage import Storage
-from raydetect.worker.cache import CachedImage, ImageCache
+from raydetect.worker.cache import CachedImage, ImageCache, ReadFacts
 from raydetect.worker.given import BadImagesError, GivenImage, decode_given
 from raydetect.worker.one_fit import Fitted, OneFit, Tick
 from raydetect.worker.phases import Phases
@@ -72,7 +72,7 @@ def fit_given(spec: FitSpec, given: list[GivenImage], device: torch.device, tick
             assert pixels.image_HWC is not None
             cache.add(CachedImage(image.key, image.label, None), pixels.image_HWC)
             tick("read", 1, len(given))
-    return OneFit(spec, None, Group(), cache, None, tick, device, WHERE, phases).fit(0)
+    return OneFit(spec, None, Group(), cache, None, tick, device, WHERE, phases).fit(ReadFacts())
 
 
 def score_given(

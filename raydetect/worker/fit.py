@@ -9,7 +9,7 @@ from raydetect.detectors._registry import build_from
 from raydetect.records import Chunk, FitReport
 from raydetect.spec import FitSpec, SourceSpec
 from raydetect.storage import normalise_uri
-from raydetect.worker.cache import ImageCache, read_images
+from raydetect.worker.cache import ImageCache, ReadFacts, read_images
 from raydetect.worker.fleet import fit_fleet
 from raydetect.worker.holdout import drop_doubles
 from raydetect.worker.one_fit import OneFit, Tick
@@ -45,23 +45,23 @@ def fit_worker(
     torch.set_num_threads(spec.resources.cpus_per_worker)
     phases = Phases()
     with phases.phase("read"):
-        cache, bad = _read(spec, spec.source, chunks, group, tick, "read")
+        cache, read = _read(spec, spec.source, chunks, group, tick, "read")
         judged = None
         if calibration is not None:
             assert spec.calibration.source is not None
             judged, _ = _read(spec, spec.calibration.source, calibration, group, tick, "read calibration")
-    where = ", ".join(spec.source.uris())
+    where = ", ".join(spec.source.uris()) + read.labels_text
     work = OneFit(spec, normalise_uri(spec.artifact), group, cache, judged, tick, device, where, phases)
-    return fit_fleet(work, bad) if spec.per_category else work.run(bad)
+    return fit_fleet(work, read) if spec.per_category else work.run(read)
 
 
 def _read(
     spec: FitSpec, source: SourceSpec, chunks: Iterable[Chunk], group: Group, tick: Tick, phase: str
-) -> tuple[ImageCache, int]:
+) -> tuple[ImageCache, ReadFacts]:
     params = build_from(spec.detector, spec.seed).params
     threads = spec.resources.cpus_per_worker
     with shared_errors(group):
         cache, found = read_images(chunks, source, params.image_size, threads, lambda done: tick(phase, done, None))
-    bad = found.judge(group, spec.max_bad_fraction, ", ".join(source.uris()))
+    read = found.judge(group, spec.max_bad_fraction, ", ".join(source.uris()))
     drop_doubles(cache, group)
-    return cache, bad
+    return cache, read

@@ -13,20 +13,20 @@ from raydetect.records import FitReport
 from raydetect.spec import public_spec
 from raydetect.storage import Storage
 from raydetect.worker.artifact import package_versions
-from raydetect.worker.cache import CachedImage
+from raydetect.worker.cache import CachedImage, ReadFacts
 from raydetect.worker.one_fit import OneFit
 from raydetect.worker.phases import Phases
 from raydetect.worker.shared_errors import shared_errors
 
 
-def fit_fleet(work: OneFit, bad: int) -> FitReport | None:
+def fit_fleet(work: OneFit, read: ReadFacts) -> FitReport | None:
     """Fits one detector for each category and commits the fleet.
 
     Each member equals the artifact of a job on the images of its category alone.
 
     Args:
         work: with the images that this worker has read.
-        bad: images that could not be used, for the record.
+        read: what reading the source gave, for the record.
 
     Returns:
         On the first worker, what was made.
@@ -50,7 +50,7 @@ def fit_fleet(work: OneFit, bad: int) -> FitReport | None:
         for category in sorted(name for name, owner in owners.items() if owner == group.rank):
             reports[category] = _fit_category(work, category)
             work.tick("categories", 1, len(owners))
-    return _commit(work, reports, bad)
+    return _commit(work, reports, read)
 
 
 def share_out(counts: Mapping[str, int], size: int) -> dict[str, int]:
@@ -92,14 +92,14 @@ def _fit_category(work: OneFit, category: str) -> FitReport:
         tick=lambda *_: None,
     )
     try:
-        report = alone.run(0)
+        report = alone.run(ReadFacts())
     except RaydetectError as error:
         raise type(error)(f"category {category!r}: {error}") from None
     assert report is not None
     return report
 
 
-def _commit(work: OneFit, reports: Mapping[str, FitReport], bad: int) -> FitReport | None:
+def _commit(work: OneFit, reports: Mapping[str, FitReport], read: ReadFacts) -> FitReport | None:
     here = {name: [report.digest, report.facts["images"], report.facts["weights"]] for name, report in reports.items()}
     texts = work.group.gather_bytes(json.dumps(here).encode())
     measured = work.phases.over(work.group)
@@ -114,7 +114,8 @@ def _commit(work: OneFit, reports: Mapping[str, FitReport], bad: int) -> FitRepo
         "spec": public_spec(work.spec),
         "packages": package_versions(),
         "weights": next(weights for _, _, weights in found.values()),
-        "images": {**images, "bad": bad},
+        "images": {**images, "bad": read.bad},
+        **read.plain(),
         "workers": work.group.size,
         **measured,
     }

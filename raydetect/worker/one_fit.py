@@ -22,7 +22,7 @@ from raydetect.records import FitReport
 from raydetect.spec import FitSpec, public_spec, result_words
 from raydetect.storage import Storage, join_uri, normalise_uri
 from raydetect.worker.artifact import load_artifact, save_artifact
-from raydetect.worker.cache import ImageCache
+from raydetect.worker.cache import ImageCache, ReadFacts
 from raydetect.worker.calibrate import calibrate
 from raydetect.worker.checkpoints import Checkpoints
 from raydetect.worker.collect import collect
@@ -80,11 +80,11 @@ class OneFit:
     phases: Phases
     shared: bool = False
 
-    def run(self, bad: int) -> FitReport | None:
+    def run(self, read: ReadFacts) -> FitReport | None:
         """Fits, and on the first worker writes the artifact.
 
         Args:
-            bad: images that could not be used, for the record.
+            read: what reading the source gave, for the record.
 
         Returns:
             On the first worker, what was made.
@@ -93,7 +93,7 @@ class OneFit:
             SpecError: too few images, or the detector cannot do what the job asks.
         """
         assert self.uri is not None
-        fitted = self.fit(bad)
+        fitted = self.fit(read)
         if self.group.rank:
             return None
         storage, name = Storage(self.spec.storage), self.spec.detector.name
@@ -102,7 +102,7 @@ class OneFit:
             checkpoints.clear()
         return FitReport(self.uri, made, fitted.facts)
 
-    def fit(self, bad: int) -> Fitted:
+    def fit(self, read: ReadFacts) -> Fitted:
         """Fits, on every worker, and writes nothing but states of a training.
 
         Raises:
@@ -124,10 +124,11 @@ class OneFit:
         with self.phases.phase("calibrate"):
             tick = self._ticker("calibrate", self._count(len(held_out)))
             calibration = calibrate(detector, self._judged(), held_out, self.spec.batch_size, self.group, tick)
-        counts |= {"held_out": len(calibration.scores), "bad": bad}
+        counts |= {"held_out": len(calibration.scores), "bad": read.bad}
         words |= {
             **merged_facts(detector.facts(), trained),
             **measured_facts(self.spec, self.phases, self.group, counts),
+            **read.plain(),
         }
         return Fitted(detector, calibration, words, tuple(kept))
 

@@ -19,7 +19,7 @@ from raydetect.records import OK, Chunk, Member
 from raydetect.spec import CalibrateSpec, public_spec
 from raydetect.storage import Storage, join_uri, normalise_uri
 from raydetect.worker.artifact import load_artifact, package_versions
-from raydetect.worker.cache import REASONS, BadImages, CachedImage, ImageCache
+from raydetect.worker.cache import CachedImage, ImageCache, ReadImages
 from raydetect.worker.calibrate import calibrate
 from raydetect.worker.holdout import normal_keys
 from raydetect.worker.one_fit import Tick
@@ -52,7 +52,7 @@ class _Images:
     """Decoded images by category, each at the size of its detector."""
 
     caches: dict[str | None, ImageCache]
-    found: BadImages = field(default_factory=BadImages)
+    found: ReadImages = field(default_factory=ReadImages)
 
 
 def recalibrate(spec: CalibrateSpec, chunks: Iterable[Chunk], tick: Tick, device: torch.device) -> Recalibrated:
@@ -70,7 +70,7 @@ def recalibrate(spec: CalibrateSpec, chunks: Iterable[Chunk], tick: Tick, device
     records = read_records(index, storage)
     refuse_fitted(spec, records.values())
     images = _read(spec, index, records, chunks, tick)
-    bad = images.found.judge(Group(), spec.max_bad_fraction, ", ".join(spec.source.uris()))
+    bad = images.found.judge(Group(), spec.max_bad_fraction, ", ".join(spec.source.uris())).bad
     made = {name: _new_calibration(spec, record, images.caches[name], tick, device) for name, record in records.items()}
     written = {
         name: _write(spec, record, made[name], uri if name is None else member_uri(uri, name), bad)
@@ -110,34 +110,30 @@ def _read(
 ) -> _Images:
     images = _Images({name: ImageCache(record.image_size) for name, record in records.items()})
     for chunk in chunks:
+        images.found.left_out.add_all(chunk.left_out)
         groups: dict[str | None, list[Member]] = {}
         for member in chunk.members:
             name = member.category if index.categories else None
             if name in images.caches:
                 groups.setdefault(name, []).append(member)
             else:
-                _note_bad(images.found, f"{member.key}: the fleet has no detector for category {name!r}.")
+                images.found.note_bad(f"{member.key}: the fleet has no detector for category {name!r}.")
         for name, members in groups.items():
             _decode(spec, members, images.caches[name], images.found)
         tick("read", len(chunk.members), None)
     return images
 
 
-def _decode(spec: CalibrateSpec, members: list[Member], cache: ImageCache, found: BadImages) -> None:
+def _decode(spec: CalibrateSpec, members: list[Member], cache: ImageCache, found: ReadImages) -> None:
     size = (cache.shape[0], cache.shape[1])
     decoded = decode_all(members, DecodeRules.of(spec.source), size, spec.resources.cpus_per_worker)
     for member, pixels in zip(members, decoded, strict=True):
         refuse_bad_member(pixels.status, pixels.error, spec.source)
         if pixels.image_HWC is not None and pixels.status == OK:
             cache.add(CachedImage(member.key, member.label, member.category), pixels.image_HWC)
-            found.good += 1
+            found.note_good(member)
         else:
-            _note_bad(found, pixels.error)
-
-
-def _note_bad(found: BadImages, reason: str) -> None:
-    found.bad += 1
-    found.reasons = [*found.reasons, reason][:REASONS]
+            found.note_bad(pixels.error)
 
 
 def _new_calibration(

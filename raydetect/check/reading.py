@@ -1,0 +1,55 @@
+"""What a job will make of its source, said before it runs: labels, what is left out, and notes on the listing."""
+
+from collections import Counter
+from collections.abc import Iterator
+from itertools import chain, islice
+
+from raydetect.archives.base import Archive, Listing
+from raydetect.archives.labels import labels_text
+from raydetect.archives.open import open_archive
+from raydetect.left_out import LeftOutCount, left_out_text
+from raydetect.records import Member
+from raydetect.spec import AuditSpec, CalibrateSpec, FitSpec, JobSpec, ScoreSpec, source_storage
+from raydetect.storage import Storage
+
+MAX_IMAGES, MAX_BYTES = 1000, 128 << 20
+
+
+def source_lines(spec: JobSpec) -> list[str]:
+    """One line for each fact; reads the first images, at most MAX_IMAGES of them and MAX_BYTES.
+
+    Raises:
+        RaydetectError: the source cannot be read.
+    """
+    if not isinstance(spec, FitSpec | ScoreSpec | AuditSpec | CalibrateSpec):
+        return []
+    archive = open_archive(spec.source, Storage(source_storage(spec, spec.source)))
+    listing, left_out = archive.listing(), LeftOutCount()
+    counts: Counter[tuple[int | None, str]] = Counter()
+    is_all = False
+    for member in _first_members(archive, listing, left_out):
+        if member is None:
+            is_all = True
+        else:
+            counts[member.label, member.label_said] += 1
+    of = "" if is_all else f", of the first {counts.total():,} images"
+    lines = [f"Note: {note}" for note in listing.notes]
+    if any(label is not None for label, _ in counts):
+        lines.append(f"label: {labels_text([(*key, count) for key, count in counts.items()])}{of}")
+    if left_out.found:
+        lines.append(f"Left out{of}: {left_out_text(left_out.found)}")
+    return lines
+
+
+def _first_members(archive: Archive, listing: Listing, left_out: LeftOutCount) -> Iterator[Member | None]:
+    """The first members, and None behind the last when there are no more."""
+    left_out.add_all(listing.shards[0].left_out)
+    held = 0
+    members = chain.from_iterable(archive.read(shard, left_out) for shard in listing.shards)
+    for member in islice(members, MAX_IMAGES):
+        yield member
+        held += len(member.data)
+        if held > MAX_BYTES:
+            return
+    if next(members, None) is None:
+        yield None
