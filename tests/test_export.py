@@ -140,12 +140,13 @@ def test_a_large_blob_with_a_hole() -> None:
 
 def test_file_names_are_flat_and_differ() -> None:
     members = (*HOSTILE, "a/b.png", "a-b.png", "../../etc/x.JPG", "", "\u00e9.png")
-    names = {file_name(f"s3://b/a.tar#{member}") for member in members}
+    names = {file_name(f"s3://b/a.tar#{member}", "tar://x::s3://b/a.tar") for member in members}
     assert len(names) == len(members)
     for name in names:
         assert all(letter.isascii() and (letter.isalnum() or letter in "-_.") for letter in name)
         assert name.count(".") <= 1 and not name.startswith((".", "-"))
-    assert file_name("s3://b/a.tar#bolt/x.JPG").startswith("bolt-x-") and file_name("k#x.JPG").endswith(".jpg")
+    assert file_name("s3://b/a#1.tar#bolt/x.JPG", "tar://x::s3://b/a#1.tar").startswith("bolt-x-")
+    assert file_name("k#x.JPG", "k/x.JPG").endswith(".jpg")
 
 
 @pytest.mark.parametrize("polygons", [False, True])

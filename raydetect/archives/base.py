@@ -153,6 +153,22 @@ def key_of(container_uri: str, name: str) -> str:
         return f"{readable(container_uri)}#{readable(name).encode('unicode_escape').decode('ascii')}"
 
 
+def split_key(key: str, image_uri: str) -> tuple[str, str]:
+    """(container or folder, name of the member in it) of a row; either may hold `#` itself.
+
+    Args:
+        key: of the row.
+        image_uri: of the row.
+    """
+    places = [place for place, letter in enumerate(key) if letter == "#"]
+    for place in places:
+        container, name = key[:place], key[place + 1 :]
+        if image_uri.endswith(f"::{container}") or image_uri in (container, f"{container}/{name}"):
+            return container, name
+    container, _, name = key.partition("#")
+    return container, name
+
+
 def cut_chunks(
     shard: Shard,
     members: Iterable[Member],

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
 
-from raydetect.archives.base import begins_as_image, composed, has_suffix, key_of, readable, safe_name
+from raydetect.archives.base import begins_as_image, composed, has_suffix, is_unsafe, key_of, readable, safe_name
 from raydetect.archives.labels import read_label
 from raydetect.archives.naming import Naming, PathFacts
 from raydetect.archives.samples import MAX_SIDECAR_BYTES, Arrangement, Entry, Sample, arrange
@@ -147,7 +147,8 @@ class MemberReader:
         return self._with_sidecars(self._with_data(member, entry), sample)
 
     def _is_image(self, entry: Entry) -> bool:
-        if entry.status != OK or not 0 < entry.size <= self.source.max_image_bytes:
+        """Whether a file without a suffix is an image, by its content; one whose name cannot be opened is none."""
+        if entry.status != OK or not 0 < entry.size <= self.source.max_image_bytes or is_unsafe(entry.name):
             return False
         return begins_as_image(self.directory.read(entry)[:16])
 

@@ -111,7 +111,7 @@ def _info(pictures: Pictures, threshold: float | None, polygons: bool) -> dict[s
 def _image(number: int, row: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "id": number,
-        "file_name": file_name(row["key"]),
+        "file_name": file_name(row["key"], row["image_uri"]),
         "width": row["width"],
         "height": row["height"],
         "key": row["key"],

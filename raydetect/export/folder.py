@@ -41,7 +41,7 @@ def write_folder(pictures: Pictures, output: Path) -> tuple[int, list[str]]:
 
 def _copy(row: dict[str, Any], pictures: Pictures, output: Path, missing: list[str]) -> tuple[str, str]:
     """Relative paths of the image and its overlay, each "" when there is none."""
-    name, image, overlay = file_name(row["key"]), "", ""
+    name, image, overlay = file_name(row["key"], row["image_uri"]), "", ""
     picture = None
     try:
         data = pictures.encoded(row["image_uri"])

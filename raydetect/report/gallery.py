@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image
 
+from raydetect.archives.base import split_key
 from raydetect.errors import MemberError, RaydetectError
 from raydetect.report.pictures import Pictures, why_not
 
@@ -64,7 +65,7 @@ def _card(place: int, row: Mapping[str, Any], pictures: Pictures) -> Card:
         overlay = pictures.overlay(row, image)
     except RaydetectError as error:
         notes.append(f"No heatmap: {why_not(error)}")
-    shard, _, name = row["key"].partition("#")
+    shard, name = split_key(row["key"], row["image_uri"])
     size = f"{row['width']} x {row['height']} px" if row["width"] else ""
     return Card(
         place=place,

@@ -15,10 +15,10 @@ from raydetect.errors import MemberError, RaydetectError, SpecError, StorageErro
 from raydetect.sinks.heatmaps import overlay_png, read_map_png
 from raydetect.sinks.ledger import Ledger
 from raydetect.spec import StorageOptions
-from raydetect.storage import Storage, join_uri, normalise_uri, translate
+from raydetect.storage import Storage, check_uri, join_uri, translate
 from raydetect.worker.preprocess import DecodeRules, decode_image
 
-CONTAINERS = ("tar", "tarzst", "zip", "parquetrow")
+CONTAINERS = ("tar", "zip", "parquetrow", "member", "tarzst")
 HEATMAP = re.compile(r"zip://(\d{6,}\.png)::.*/heatmaps/(\d{5,}-\d{4,}\.zip)")
 
 
@@ -59,12 +59,13 @@ class Pictures:
         if not self.allows(container if chained else image_uri):
             raise StorageError(f"{image_uri}: images are not read from there.")
         if not chained:
-            return self.storage.read(normalise_uri(image_uri))
+            return self.storage.read(image_uri)
         scheme, _, path = inner.partition("://")
         if scheme not in CONTAINERS:
             raise SpecError(f"{image_uri}: {scheme!r} is no container of raydetect. Known: {', '.join(CONTAINERS)}.")
+        check_uri(container)
         try:
-            data: bytes = self._archive(scheme, normalise_uri(container)).cat_file(path)
+            data: bytes = self._archive(scheme, container).cat_file(path)
         except RaydetectError:
             raise
         except Exception as error:

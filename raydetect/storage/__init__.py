@@ -3,7 +3,7 @@
 from raydetect.storage.files import RANGE_BYTES, FileInfo, Storage
 from raydetect.storage.stored_file import StoredFile
 from raydetect.storage.troubles import translate
-from raydetect.storage.uris import SCHEMES, join_uri, normalise_uri, relative_to
+from raydetect.storage.uris import SCHEMES, check_uri, join_uri, normalise_uri, relative_to
 
 __all__ = [
     "RANGE_BYTES",
@@ -11,6 +11,7 @@ __all__ = [
     "FileInfo",
     "Storage",
     "StoredFile",
+    "check_uri",
     "join_uri",
     "normalise_uri",
     "relative_to",
