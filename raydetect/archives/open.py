@@ -10,7 +10,7 @@ from raydetect.archives.base import Archive, Listing, is_hidden, is_unsafe, read
 from raydetect.archives.naming import Naming
 from raydetect.archives.prefix import group_files, read_prefix
 from raydetect.archives.samples import left_out_reason
-from raydetect.archives.unreadable import beside, is_alone
+from raydetect.archives.unreadable import is_alone, others_of
 from raydetect.errors import ArchiveError, SpecError, StorageError, UnreadableError
 from raydetect.left_out import LeftOutCount, left_out_text
 from raydetect.records import Member, Shard
@@ -63,7 +63,7 @@ class MixedArchive(Archive):
                 begun = True
                 yield member
         except UnreadableError as error:
-            if begun or not is_alone(error, self.storage, beside(shard.uri, self.storage)):
+            if begun or not is_alone(error, self.storage, others_of(shard.uri, self._files())):
                 raise StorageError(str(error)) from error
             yield Member(f"{shard.uri}#", shard.uri, status="unreadable", error=str(error))
 
@@ -83,6 +83,15 @@ class MixedArchive(Archive):
                 name = relative_to(file.uri, root)
                 found.left_out.add(_reason_beside_containers(name), readable(name))
         found.notes += _twice(files, root, found.shards)
+
+    def _files(self) -> Iterator[FileInfo]:
+        for given in self.source.uris():
+            uri, is_pattern = self._is_pattern(given)
+            single = None if is_pattern else self.storage.info(uri)
+            if single is not None:
+                yield single
+            else:
+                yield from self.storage.glob(uri) if is_pattern else self.storage.list(uri)
 
     def _is_pattern(self, given: str) -> tuple[str, bool]:
         """The URI, and whether it is a pattern: a path that is there is that path, whatever its letters."""

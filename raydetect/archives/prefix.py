@@ -10,7 +10,7 @@ from raydetect.archives.base import is_unsafe, readable, unsafe_name
 from raydetect.archives.directory import ESCAPED, Directory, MemberReader, escaped
 from raydetect.archives.naming import Naming
 from raydetect.archives.samples import Arrangement, Entry, Sample, arrange
-from raydetect.archives.unreadable import beside, is_alone
+from raydetect.archives.unreadable import is_alone, others_of
 from raydetect.errors import MemberError, StorageError, UnreadableError
 from raydetect.left_out import LeftOutCount
 from raydetect.records import Member, Shard
@@ -180,4 +180,4 @@ class Folder(Directory):
         mine = [other.name for other in self.entries if other.name != entry.name and other.size]
         yield from (join_uri(self.uri, name) for name in mine)
         if not mine:
-            yield from beside(join_uri(self.uri, entry.name), self._storage)
+            yield from others_of(join_uri(self.uri, entry.name), self._storage.list(self.uri))

@@ -1,10 +1,10 @@
 """An object that the storage refuses: is it this one alone, or would it refuse all?"""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 from raydetect.errors import StorageError, UnreadableError
-from raydetect.storage import Storage
+from raydetect.storage import FileInfo, Storage
 
 WITNESSES = 3
 
@@ -22,12 +22,12 @@ def is_alone(error: UnreadableError, storage: Storage, others: Iterable[str]) ->
     return not error.is_denied or any(_is_read(storage, uri) for uri in islice(others, WITNESSES))
 
 
-def beside(uri: str, storage: Storage) -> list[str]:
-    """Other files in the folder of one; none when it cannot be listed."""
+def others_of(uri: str, files: Iterable[FileInfo]) -> Iterator[str]:
+    """Files of a listing that are not empty, but for one; none when it cannot be listed."""
     try:
-        return [file.uri for file in storage.list(uri.rpartition("/")[0]) if file.uri != uri and file.size_bytes]
+        yield from (file.uri for file in files if file.uri != uri and file.size_bytes)
     except StorageError:
-        return []
+        return
 
 
 def _is_read(storage: Storage, uri: str) -> bool:

@@ -139,7 +139,7 @@ class Storage:
 
         Args:
             uri: of the file.
-            listed: the file that is meant, as for `open`.
+            listed: the file that is meant. On S3 the request names its ETag; elsewhere it is looked up again after.
 
         Raises:
             ChangedError, UnreadableError, StorageError: as for `open`.
@@ -153,7 +153,7 @@ class Storage:
                 raise found from error
             self.refuse_changed(listed)
             data = self.read(uri)
-        if listed is not None and (len(data) != listed.size_bytes or uri.startswith("file://")):
+        if listed is not None and (len(data) != listed.size_bytes or not uri.startswith("s3://")):
             self.refuse_changed(listed)
             if len(data) != listed.size_bytes:
                 raise StorageError(f"{uri}: the storage sent {len(data):,} of {listed.size_bytes:,} bytes. Try again.")

@@ -15,9 +15,15 @@ from urllib.parse import urlsplit
 from tests.objectstore import ObjectStore
 
 FAULTS = ("slow_down", "drop", "truncate", "slow")
-SLOW_DOWN = (
-    b'<?xml version="1.0"?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>'
-)
+REFUSALS = {
+    "slow_down": ("503 Slow Down", "SlowDown", "Please reduce your request rate."),
+    "internal_error": ("500 Internal Server Error", "InternalError", "We encountered an internal error."),
+    "forbidden": ("403 Forbidden", "AccessDenied", "Access Denied."),
+    "expired": ("400 Bad Request", "ExpiredToken", "The provided token has expired."),
+    "archived": ("403 Forbidden", "InvalidObjectState", "The operation is not valid for the object's storage class."),
+}
+# Bodies that are not what their head says: shorter than stated, shorter with a length to match, shorter without one.
+SHORT_BODIES = ("truncate", "shorter", "shorter_without_length")
 HEAD_END = b"\r\n\r\n"
 
 
@@ -26,11 +32,15 @@ class FaultPlan:
     """What goes wrong next, and what went wrong so far."""
 
     waiting: deque[str] = field(default_factory=deque)
+    always: str | None = None
     matches: Callable[[str, str], bool] = lambda method, path: True
     injected: Counter[str] = field(default_factory=Counter)
 
     def take(self, method: str, path: str) -> str | None:
-        """The fault for this request, if any."""
+        """The fault for this request, if any; `always` is that of every one that matches."""
+        if self.always is not None and self.matches(method, path):
+            self.injected[self.always] += 1
+            return self.always
         if self.waiting and self.matches(method, path):
             fault = self.waiting.popleft()
             self.injected[fault] += 1
@@ -85,9 +95,8 @@ async def _handle(
         fault = plan.take(method, path)
         if fault == "drop":
             return
-        if fault == "slow_down":
-            size = f"Content-Length: {len(SLOW_DOWN)}\r\nConnection: close".encode()
-            writer.write(b"HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\n" + size + HEAD_END + SLOW_DOWN)
+        if fault in REFUSALS:
+            writer.write(_refusal(*REFUSALS[fault], is_head=method == "HEAD"))
             await writer.drain()
             return
         await _forward(writer, _closing(head), body, target, fault)
@@ -106,8 +115,12 @@ async def _forward(
         await back_writer.drain()
         answer_head = await back_reader.readuntil(HEAD_END)
         answer = b"" if head.startswith(b"HEAD ") else await back_reader.read()
-        if fault == "truncate":
+        if fault in SHORT_BODIES:
             answer = answer[: len(answer) // 2]
+        if fault == "shorter":
+            answer_head = _without_length(answer_head, f"Content-Length: {len(answer)}")
+        if fault in ("without_length", "shorter_without_length"):
+            answer_head = _without_length(answer_head)
         writer.write(_closing(answer_head))
         if fault == "slow":
             for start in range(0, len(answer), max(1, len(answer) // 8)):
@@ -133,6 +146,18 @@ async def _body(reader: asyncio.StreamReader, head: bytes) -> bytes:
                 parts.append(line_of := await reader.readuntil(b"\r\n"))
             return b"".join([*parts, await reader.readuntil(b"\r\n")])
     return b""
+
+
+def _refusal(status: str, code: str, message: str, is_head: bool) -> bytes:
+    body = f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>{message}</Message></Error>'.encode()
+    length = f"Content-Length: {len(body)}\r\nConnection: close"
+    head = f"HTTP/1.1 {status}\r\nContent-Type: application/xml\r\n{length}".encode() + HEAD_END
+    return head if is_head else head + body
+
+
+def _without_length(head: bytes, *instead: str) -> bytes:
+    lines = [line for line in head[: -len(HEAD_END)].split(b"\r\n") if not line.lower().startswith(b"content-length:")]
+    return b"\r\n".join([*lines, *(line.encode() for line in instead)]) + HEAD_END
 
 
 def _closing(head: bytes) -> bytes:
