@@ -24,6 +24,7 @@ from tests.objectstore.fault_proxy import REFUSALS, SHORT_BODIES, FaultPlan, fau
 
 ANSWERS = ("internal_error", "slow_down", "forbidden", "expired", "drop", *SHORT_BODIES)
 FILES = [(f"{i:02d}.png", PNG + random.Random(i).randbytes(5000)) for i in range(6)]
+LARGE = [(f"{i:02d}.png", PNG + random.Random(i).randbytes(40_000)) for i in range(8)]
 SUFFIXES = [*PACKERS, ""]
 
 
@@ -70,7 +71,7 @@ def test_trouble_in_the_middle_of_a_container_is_no_damage(
 ) -> None:
     for place in ("raydetect.storage.files.READ_BLOCK_BYTES", "raydetect.archives.tar.COPY_BYTES"):
         monkeypatch.setattr(place, 4096)  # so that one container takes many requests
-    pack(object_store.uri("mid"), suffix, FILES, 1, object_store.storage)
+    pack(object_store.uri("mid"), suffix, LARGE, 1, object_store.storage)
     whole = read(object_store, object_store.uri("mid"))
     requests = 0
 
