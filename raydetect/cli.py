@@ -156,13 +156,15 @@ def score(job: Path, overrides: tuple[str, ...], address: str | None, in_process
 
 
 def _summary(plan: "ScorePlan", manifest: dict[str, Any]) -> None:
-    from raydetect.sinks.results import fdr_text, labelled_auroc
+    from raydetect.sinks.results import fdr_text, labelled_auroc, notes_text
     from raydetect.storage import join_uri
 
     uri = plan.ledger.uri
     kinds = ", ".join(f"{count:,} {status}" for status, count in manifest["statuses"].items())
     click.echo(f"Scored {manifest['rows']:,} images in {manifest['shards']:,} shards ({kinds or 'none'}).")
     click.echo(f"Flagged {manifest['flagged']:,}; heatmaps {manifest['heatmaps']:,}.")
+    if manifest.get("notes"):  # none in manifests of older versions
+        click.echo(f"Notes: {notes_text(manifest['notes'])}.")
     if "fdr" in manifest:
         click.echo(f"False discoveries: {fdr_text(manifest['fdr'])}")
     quality = labelled_auroc(plan.ledger)

@@ -46,6 +46,7 @@ GOLDEN = [
     "defect: string",
     "mask_uri: string",
     "meta: string not null",
+    "note: string not null",
 ]
 
 

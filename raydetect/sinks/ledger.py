@@ -175,6 +175,7 @@ class Totals:
     bad_shards: int = 0
     statuses: Counter[str] = field(default_factory=Counter)
     p_counts: Counter[float] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
     first_unix: float = float("inf")
     last_unix: float = 0.0
 
@@ -191,6 +192,7 @@ class Totals:
             self.heatmaps += part.heatmaps
             self.clipped_pixels += part.clipped_pixels
             self.p_counts.update(part.p_counts)
+            self.notes.update(part.notes)
         self.first_unix = min(self.first_unix, receipt.committed_unix)
         self.last_unix = max(self.last_unix, receipt.committed_unix)
 
@@ -211,4 +213,5 @@ class Totals:
             "parts": self.parts,
             "clipped_pixels": self.clipped_pixels,
             "statuses": dict(sorted(self.statuses.items())),
+            "notes": dict(sorted(self.notes.items())),
         }

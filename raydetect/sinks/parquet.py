@@ -26,7 +26,7 @@ TYPES = {
     "flagged": pa.bool_(),
     "label": pa.int8(),
 }
-REQUIRED = ("key", "image_uri", "chunk", "status", "error", "artifact", "meta")
+REQUIRED = ("key", "image_uri", "chunk", "status", "error", "artifact", "meta", "note")
 SCHEMA = pa.schema(
     [pa.field(f.name, TYPES.get(f.name, pa.string()), nullable=f.name not in REQUIRED) for f in dataclasses.fields(Row)]
 )
@@ -72,6 +72,7 @@ class ResultsSink(Sink):
             heatmap_path=heatmap_path,
             clipped_pixels=clipped_pixels,
             p_counts=Counter(row.p_value for row in rows if row.p_value is not None and row.flagged is None),
+            notes=dict(sorted(Counter(kind for row in rows for kind in row.note_kinds).items())),
         )
 
     def commit(self, receipt: Receipt) -> None:

@@ -61,6 +61,8 @@ class RunProgress:
             lines.insert(1, f"Fleet      of {self.num_categories:,} categories")
         if self.fdr is not None:
             lines.append(f"FDR        {fdr_text(self.fdr)}")
+        if totals.notes:
+            lines.append(f"Notes      {notes_text(totals.notes)}")
         spent = totals.last_unix - totals.first_unix
         if totals.shards > 1 and spent > 0:
             lines.append(f"Pace       {totals.shards / spent * 60:.1f} shards/min between first and last commit")
@@ -95,7 +97,7 @@ class Followed:
                 self._totals.add(receipt)
             self._seen = committed
             categories = len(run["result"].get("categories", {}))
-            totals = replace(self._totals, statuses=Counter(self._totals.statuses))
+            totals = replace(self._totals, statuses=Counter(self._totals.statuses), notes=Counter(self._totals.notes))
             waits = manifest is None and run["result"]["spec"].get("flag", {}).get("fdr") is not None
             fdr = None if manifest is None else manifest.get("fdr")
             shards = int(run["num_shards"])
@@ -109,6 +111,11 @@ def progress(ledger: Ledger) -> RunProgress:
         StorageError: it is no results directory, or a record is damaged.
     """
     return Followed(ledger).progress()
+
+
+def notes_text(notes: Mapping[str, int]) -> str:
+    """`3 exif_ignored, 2 pages_not_read`: rows with a note, by kind."""
+    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(notes.items()))
 
 
 def fdr_text(fdr: Mapping[str, Any]) -> str:
