@@ -19,7 +19,7 @@ from raydetect.errors import MemberError
 
 COLOURS = {"RGB": ("RGB", 3), "L": ("GRAY", 1), "CMYK": ("CMYK", 4)}
 END = b"\xff\xd9"
-SOI, EOI, SOS, DHT, APP0, APP14 = 0xD8, 0xD9, 0xDA, 0xC4, 0xE0, 0xEE
+SOI, EOI, SOS, DHT, APP0, APP1, APP14 = 0xD8, 0xD9, 0xDA, 0xC4, 0xE0, 0xE1, 0xEE
 BARE = {0x01, SOI, EOI, *range(0xD0, 0xD8)}  # markers without a body
 FRAMES = {*range(0xC0, 0xD0)} - {DHT, 0xC8, 0xCC}
 PROGRESSIVE, HUFFMAN = {0xC2, 0xC6}, {0xC0, 0xC1, 0xC2}
@@ -28,6 +28,7 @@ MAX_SEGMENTS = 10_000
 MAX_ATTEMPTS = 4
 ZERO_RUN, SECTOR = bytes(64), bytes(512)
 MAX_PADDING = 32  # bytes before the end marker; cameras pad there
+MAX_LAST_ZEROS = 2  # a scan itself may end in so many
 FETCHED = 8  # bytes that the decoder may have taken into its bit buffer before it counts what is left over
 EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
 
@@ -48,7 +49,7 @@ def decode_jpeg(data: bytes, size: tuple[int, int], mode: str) -> np.ndarray:
         MemberError: corrupt: libjpeg fails or warns, or parts of the scan are missing.
         NotByTurboError: it must be decoded otherwise.
     """
-    whole = data if data.endswith(END) else data + END
+    whole = ended(data)
     check_scans(whole)
     pixels, heard = _attempt(whole, size, mode)
     for mend in (_mended, *(_without_padding,) * MAX_ATTEMPTS):
@@ -62,6 +63,17 @@ def decode_jpeg(data: bytes, size: tuple[int, int], mode: str) -> np.ndarray:
     if pixels is None:
         raise _damaged(heard)
     return pixels
+
+
+def ended(data: bytes) -> bytes:
+    """The file with an end marker at its end; libjpeg warns of a scan that is cut, not of one that is whole.
+
+    Zeros there are what a disk filled up with, not data: where no marker follows nothing says otherwise.
+    """
+    if data.endswith(END):
+        return data
+    bare = data.rstrip(b"\0")
+    return (data if len(data) - len(bare) <= MAX_LAST_ZEROS else bare) + END
 
 
 def check_scans(data: bytes) -> None:
@@ -98,6 +110,24 @@ def segments(data: bytes) -> Iterator[tuple[int, int, int]]:
                 return
         yield marker, start, stop
         place = stop
+
+
+def without_exif(data: bytes) -> bytes:
+    """The same JPEG without its EXIF blocks."""
+    parts, place = [], 0
+    for marker, start, stop in segments(data):
+        if marker == SOS:
+            break
+        if marker == APP1 and data[start + 4 : start + 8] == b"Exif":
+            parts.append(data[place:start])
+            place = stop
+    return b"".join((*parts, data[place:]))
+
+
+def sample_bits(data: bytes) -> int | None:
+    """Bits per sample that its frame header says, None when it has none."""
+    frame = next((start for marker, start, _ in segments(data) if marker in FRAMES), None)
+    return None if frame is None else data[frame + 4]
 
 
 def _one_scan(data: bytes) -> bool:

@@ -35,11 +35,11 @@ from raydetect.spec import SourceSpec
 from raydetect.worker import tiff
 from raydetect.worker.depth import GreyDepth, eight_bits, significant_bits
 from raydetect.worker.exif import SIDEWAYS, orientation_of, turned
-from raydetect.worker.jpeg import END, NotByTurboError, decode_jpeg
+from raydetect.worker.jpeg import NotByTurboError, decode_jpeg, ended, sample_bits, without_exif
 from raydetect.worker.pages import pages_of
 
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "GIF", *(("AVIF",) if features.check("avif") else ()))
-JPEGS = ("JPEG", "MPO")
+JPEGS, JPEG_START = ("JPEG", "MPO"), b"\xff\xd8"
 SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 FULL_DEPTH = GreyDepth()
 EXIF_IGNORED, PAGES_NOT_READ = "exif_ignored", "pages_not_read"
@@ -264,16 +264,26 @@ def _open(data: bytes, max_pixels: int) -> _Opened:
 
 
 def _opened(data: bytes) -> _Opened:
-    if data.startswith(b"\xff\xd8") and not data.endswith(END):
-        data += END  # a whole scan without it is fine; of one that is cut libjpeg warns
+    data = ended(data) if data.startswith(JPEG_START) else data
     try:
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
-    except UnidentifiedImageError:
-        if data[8:12] not in (b"avif", b"avis"):
+    except Image.DecompressionBombError:
+        raise
+    except Exception:
+        bare = _without_exif(data)
+        if bare == data:
             raise
-        # Pillow does not open an AVIF whose EXIF is damaged: the same with the item under an unknown name
-        return _Opened(Image.open(io.BytesIO(data.replace(b"Exif", b"none")), formats=FORMATS), data, exif_removed=True)
+        return _Opened(Image.open(io.BytesIO(bare), formats=FORMATS), bare, exif_removed=True)
     return _Opened(picture, data, GreyDepth(maybe_bits=significant_bits(data)))
+
+
+def _without_exif(data: bytes) -> bytes:
+    """The same image without the EXIF for which Pillow may not open it; formats that it opens anyway as they are."""
+    if data.startswith(JPEG_START):
+        return without_exif(data)
+    if data[8:12] in (b"avif", b"avis"):
+        return data.replace(b"Exif", b"none")  # the item under a name that nobody reads
+    return data
 
 
 def _opened_tiff(data: bytes) -> _Opened:
@@ -292,6 +302,9 @@ def _opened_tiff(data: bytes) -> _Opened:
 def _unidentified(data: bytes) -> MemberError:
     if tiff.is_tiff(data):
         return tiff.refusal(data)
+    bits = sample_bits(data) if data.startswith(JPEG_START) else None
+    if bits not in (None, 8):
+        return MemberError("unsupported_mode", f"JPEG with {bits} bits per sample: is not read. Convert it to 8 bits.")
     return MemberError("not_an_image", f"no image format begins with the bytes {data[:8].hex(' ')}.")
 
 
