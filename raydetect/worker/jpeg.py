@@ -2,7 +2,8 @@
 
 TurboJPEG decodes (through `simplejpeg`), with the accurate DCT and upsampling of libjpeg: the pixels are Pillow's.
 Where TurboJPEG refuses a file that is no worse for it (unusual subsampling, mostly), the caller decodes with Pillow and
-hears nothing of libjpeg; the checks of this module that need no decoding are made anyway.
+hears nothing of libjpeg: a hole in such a file is not noticed, and without its end marker it counts as cut. The checks
+of this module that need no decoding are made anyway.
 
 JPEG has no checksum. What is noticed: a scan that ends too early, holds too much, breaks its code or its restart
 markers; scans of a progressive or non-interleaved image that are missing; long runs of zero bytes that no encoder

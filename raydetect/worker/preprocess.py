@@ -35,7 +35,7 @@ from raydetect.spec import SourceSpec
 from raydetect.worker import tiff
 from raydetect.worker.depth import GreyDepth, eight_bits, significant_bits
 from raydetect.worker.exif import SIDEWAYS, orientation_of, turned
-from raydetect.worker.jpeg import NotByTurboError, decode_jpeg, ended, sample_bits, without_exif
+from raydetect.worker.jpeg import NotByTurboError, decode_jpeg, sample_bits, without_exif
 from raydetect.worker.pages import pages_of
 
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "GIF", *(("AVIF",) if features.check("avif") else ()))
@@ -264,7 +264,6 @@ def _open(data: bytes, max_pixels: int) -> _Opened:
 
 
 def _opened(data: bytes) -> _Opened:
-    data = ended(data) if data.startswith(JPEG_START) else data
     try:
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
@@ -324,6 +323,15 @@ def _with_pixels(opened: _Opened) -> Image.Image:
     picture.load()
     # a TIFF that is not turned still has the size of the turned one
     return picture if picture.im.size == picture.size else picture.copy()
+
+
+def depth_of(picture: Image.Image) -> GreyDepth:
+    """How grey of 16 bits is meant in a picture that Pillow opened; what it does not keep (sBIT) is not known."""
+    tags: Any = getattr(picture, "tag_v2", None)
+    bits = None if tags is None else tags.get(tiff.BITS)
+    if bits not in ((12,), (16,)):
+        return FULL_DEPTH
+    return GreyDepth(bits[0], tags.get(tiff.PHOTOMETRIC) == 0)
 
 
 def to_rgb(picture: Image.Image, depth: GreyDepth = FULL_DEPTH) -> Image.Image:
