@@ -487,6 +487,23 @@ def test_no_exif_makes_an_image_bad(noise: bytes, place: int, kind: str) -> None
     assert decoded(data).status == OK
 
 
+def test_other_tags_of_exif_do_not_matter() -> None:
+    tags = [(0x010F, 1, 9999, 1 << 20), (0x0112, 3, 1, 6), (0x02BC, 1, 5000, 1 << 30), (0xEA1C, 99, 7, 7)]
+    block = b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    for end in (b"", bytes(4)):
+        found = decoded(encoded(NOISY, "JPEG", exif=b"Exif\0\0" + block + end))
+        assert (found.status, found.orientation, found.notes) == (OK, 6, ())
+    assert decoded(encoded(NOISY, "JPEG", exif=b"Exif\0\0" + block[:-20])).notes == ("exif_ignored",)
+
+
+def test_smaller_copies_of_a_page_are_no_pages() -> None:
+    whole = tiff(8, 1, GREY.tobytes())
+    copy = struct.pack("<H", 1) + struct.pack("<HHII", 254, 4, 1, 1) + bytes(4)
+    assert tiff_pages(whole[:-4] + struct.pack("<I", len(whole)) + copy) == 1
+    page = struct.pack("<H", 1) + struct.pack("<HHII", 254, 4, 1, 2) + bytes(4)
+    assert tiff_pages(whole[:-4] + struct.pack("<I", len(whole)) + page) == 2
+
+
 def test_pages_that_are_not_read_are_counted() -> None:
     frames = [Image.fromarray(np.roll(COLOUR, i, 0)) for i in range(4)]
     many = {"save_all": True, "append_images": frames[1:]}

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from raydetect.errors import MemberError
 
 MAX_PAGES = 10_000
-MAX_TAGS = 4096
+MAX_TAGS, FIRST_TAGS = 4096, 8  # of a directory; of one that is only counted: tags are sorted, and what counts is first
 MAX_VALUES = 8  # of one tag; more samples in a pixel change nothing here
 UNSIGNED = {1: "B", 3: "H", 4: "L", 13: "L", 16: "Q"}  # TIFF type: struct code
 SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC = 254, 256, 257, 258, 259, 262
 ORIENTATION, SAMPLES, SAMPLE_FORMAT = 274, 277, 339
+READ = {SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, ORIENTATION, SAMPLES, SAMPLE_FORMAT}
 SAMPLE_FORMATS = {1: "unsigned integers", 2: "signed integers", 3: "floating point", 4: "undefined"}
 COMPRESSIONS = {
     1: "none", 2: "CCITT RLE", 3: "CCITT G3", 4: "CCITT G4", 5: "LZW", 6: "old JPEG", 7: "JPEG", 8: "deflate",
@@ -34,7 +35,7 @@ class Directory:
     """One image file directory.
 
     Attributes:
-        values: by tag, of tags that hold unsigned integers; at most `MAX_VALUES` of each.
+        values: by tag, of those in `READ` that hold unsigned integers; at most `MAX_VALUES` of each.
         places: by tag, where its value or the offset of its values lies, in bytes from the start.
         following: offset of the next directory, 0 = none.
     """
@@ -67,8 +68,8 @@ class Reader:
         self.big = magic == 43
         (self.start,) = self._unpack("Q", 8) if self.big else self._unpack("L", 4)
 
-    def directory(self, offset: int) -> Directory:
-        """The directory there.
+    def directory(self, offset: int, max_tags: int = MAX_TAGS) -> Directory:
+        """The directory there. What is wrong with tags that nobody asks for does not matter.
 
         Raises:
             DamagedError: it breaks off, or values lie outside of the file.
@@ -76,12 +77,12 @@ class Reader:
         count, entries, step = self._extent(offset)
         values: dict[int, tuple[int, ...]] = {}
         places: dict[int, int] = {}
-        for i in range(min(count, MAX_TAGS)):
+        for i in range(min(count, max_tags)):
             place = entries + i * step
             tag, kind, number = self._unpack("HHQ" if self.big else "HHL", place)
             inline = place + (12 if self.big else 8)
             places.setdefault(tag, inline)
-            if kind in UNSIGNED and number:
+            if tag in READ and kind in UNSIGNED and number:
                 values.setdefault(tag, self._values(kind, number, inline))
         return Directory(values, places, self._following(entries + count * step))
 
@@ -183,6 +184,6 @@ def pages(data: bytes) -> int:
 
 def _is_page(reader: Reader, offset: int) -> bool:
     try:
-        return not reader.directory(offset).first(SUBFILE, 0) & 1
+        return not reader.directory(offset, FIRST_TAGS).first(SUBFILE, 0) & 1
     except DamagedError:
         return True
