@@ -19,7 +19,7 @@ from raydetect.storage import Storage
 from raydetect.worker import preprocess
 from raydetect.worker.depth import scale_table, significant_bits
 from raydetect.worker.given import GivenImage
-from raydetect.worker.jpeg import check_scans, decode_jpeg, segments
+from raydetect.worker.jpeg import NotByTurboError, check_scans, decode_jpeg, sample_bits, segments, without_exif
 from raydetect.worker.pages import gif_frames
 from raydetect.worker.preprocess import (
     FORMATS,
@@ -321,6 +321,20 @@ def test_a_jpeg_cannot_name_another_size_to_the_decoder_than_to_the_judge() -> N
     frame = data.index(b"\xff\xc0")
     deep = data[: frame + 4] + b"\x0c" + data[frame + 5 :]
     assert (decoded(deep).status, "12 bits" in decoded(deep).error) == ("unsupported_mode", True)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 1 << 16), st.binary(max_size=12), st.integers(0, 40), st.booleans())
+def test_headers_of_a_jpeg_are_read_without_other_errors(place: int, new: bytes, gone: int, progressive: bool) -> None:
+    data = encoded(Image.fromarray(COLOUR), "JPEG", progressive=progressive)
+    place %= len(data)
+    data = data[: max(2, place)] + new + data[place + gone :]
+    sample_bits(data)
+    without_exif(data)
+    try:
+        decode_jpeg(data, (30, 20), "RGB")
+    except (MemberError, NotByTurboError) as error:
+        assert str(error)
 
 
 def test_threads_hear_the_warnings_of_their_own_image_alone() -> None:

@@ -128,7 +128,11 @@ def without_exif(data: bytes) -> bytes:
 def sample_bits(data: bytes) -> int | None:
     """Bits per sample that its frame header says, None when it has none."""
     frame = next((start for marker, start, _ in segments(data) if marker in FRAMES), None)
-    return None if frame is None else data[frame + 4]
+    return None if frame is None else _byte(data, frame + 4)
+
+
+def _byte(data: bytes, place: int) -> int:
+    return data[place] if place < len(data) else 0
 
 
 def _one_scan(data: bytes) -> bool:
@@ -138,9 +142,9 @@ def _one_scan(data: bytes) -> bool:
         if marker in FRAMES:
             if marker in PROGRESSIVE:
                 return False
-            components = data[start + 9] if start + 9 < len(data) else 0
+            components = _byte(data, start + 9)
         if marker == SOS:
-            return data[start + 4] >= components
+            return _byte(data, start + 4) >= components
     return True
 
 
@@ -173,7 +177,7 @@ class _Scans:
             return True
         if not self.progressive:
             return False
-        return not self.detailed or any(len(self.there[component]) < 64 for component in self.detailed)
+        return not self.detailed or any(len(self.there.get(component, ())) < 64 for component in self.detailed)
 
     def scan(self, body: bytes) -> bytes | None:
         """Notes a scan; the run of zeros that can only be damage in it, None when any may be right.
