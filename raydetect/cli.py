@@ -183,7 +183,7 @@ def score(job: Path, overrides: tuple[str, ...], address: str | None, in_process
 
 def _summary(plan: "ScorePlan", manifest: dict[str, Any]) -> None:
     from raydetect.left_out import left_out_of, left_out_text
-    from raydetect.sinks.results import fdr_text, labelled_auroc
+    from raydetect.sinks.results import fdr_text, labelled_auroc, notes_text
     from raydetect.storage import join_uri
 
     uri = plan.ledger.uri
@@ -193,6 +193,8 @@ def _summary(plan: "ScorePlan", manifest: dict[str, Any]) -> None:
     if left_out:
         click.echo(f"Left out: {left_out}.")
     click.echo(f"Flagged {manifest['flagged']:,}; heatmaps {manifest['heatmaps']:,}.")
+    if manifest.get("notes"):  # none in manifests of older versions
+        click.echo(f"Notes: {notes_text(manifest['notes'])}.")
     if "fdr" in manifest:
         click.echo(f"False discoveries: {fdr_text(manifest['fdr'])}")
     quality = labelled_auroc(plan.ledger)

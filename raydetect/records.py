@@ -123,7 +123,9 @@ class Row:
     `image_score` is raw (never clamped or normalised), None unless `status` is "ok"; so are the columns after it
     up to `heatmap_uri`. `p_value` is None when the artifact has no calibration; `threshold` and `flagged` are None
     too when flags are left to the whole archive (`flag.fdr`). `brightness` and `sharpness` describe the picture
-    itself, so that a change of camera or light is told from a change of parts.
+    itself, so that a change of camera or light is told from a change of parts. `note` tells what does not make an image
+    bad: notes such as "exif_ignored" and "pages_not_read: 3", joined by "; ". `sha256` is
+    that of the encoded bytes that were scored, hex; "" where they could not be read.
     """
 
     key: str
@@ -146,6 +148,13 @@ class Row:
     defect: str | None = None
     mask_uri: str | None = None
     meta: str = ""
+    note: str = ""
+    sha256: str = ""
+
+    @property
+    def note_kinds(self) -> list[str]:
+        """What `note` tells, without numbers."""
+        return [text.partition(":")[0] for text in self.note.split("; ") if text]
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +169,8 @@ class Answer:
 class Part:
     """What one chunk left in the results directory; paths are relative to it.
 
-    `p_counts` tells how many rows have which p-value, when flags are left to the whole archive.
+    `p_counts` tells how many rows have which p-value, when flags are left to the whole archive; `notes` how many rows
+    have a note of which kind.
     """
 
     chunk: str
@@ -178,6 +188,7 @@ class Part:
     clipped_pixels: int = 0
     p_counts: Mapping[float, int] = field(default_factory=dict)
     left_out: Mapping[str, LeftOut] = field(default_factory=dict)
+    notes: Mapping[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     host: str = ""
 

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner, Result
+from PIL import Image
 
 from raydetect import comparison
 from raydetect.cli import main
 from raydetect.detectors._registry import list_models
 from tests.made.archives import mixed_files, normal_files, pack, tar_bytes
+from tests.made.images import normal_image
 from tests.together.runs import COMMAND
 
 FIT: dict[str, Any] = {
@@ -199,6 +201,17 @@ def test_too_many_bad_rows_end_with_exit_code_3_and_all_rows(place: Place, tmp_p
         "score", place.score, *words, "--set", f"sink.uri={tmp_path}/other", "--set", "source.on_bad_member=fail"
     )
     assert stopped.exit_code == 1 and "zero bytes" in stopped.output
+
+
+def test_notes_are_said_at_the_end_and_in_the_status(place: Place, tmp_path: Path) -> None:
+    (tmp_path / "noted").mkdir()
+    picture = Image.fromarray(normal_image(1))
+    picture.save(tmp_path / "noted" / "a.tif", save_all=True, append_images=[picture])
+    picture.save(tmp_path / "noted" / "b.png", exif=b"Exif\0\0no TIFF header")
+    words = (f"source={{uri: {tmp_path}/noted}}", f"sink.uri={tmp_path}/out")
+    ended = call("score", place.score, "--local", *(part for word in words for part in ("--set", word)))
+    assert ended.exit_code == 0 and "Notes: 1 exif_ignored, 1 pages_not_read.\n" in ended.output
+    assert "Notes      1 exif_ignored, 1 pages_not_read\n" in call("status", f"{tmp_path}/out").output
 
 
 def test_status_of_nothing_says_so(tmp_path: Path) -> None:

@@ -84,6 +84,9 @@ def test_scores_are_those_of_a_job_and_heatmaps_come_inline_or_by_uri(place: Pat
 
 def test_a_bad_image_among_good_ones_is_an_entry_and_all_bad_is_422(place: Path) -> None:
     good = [encode(normal_image(i)) for i in range(9)]
+    noted = io.BytesIO()
+    Image.open(io.BytesIO(good[0])).save(noted, "PNG", exif=b"Exif\0\0no TIFF header")
+    good[0] = noted.getvalue()
     broken = good[0][: len(good[0]) // 2]
     bomb = io.BytesIO()
     Image.new("1", (3000, 3000)).save(bomb, "PNG")
@@ -97,6 +100,7 @@ def test_a_bad_image_among_good_ones_is_an_entry_and_all_bad_is_422(place: Path)
     mixed, bad = run(work())
     assert mixed.status_code == 200
     assert [entry["status"] for entry in mixed.json()["results"]] == ["ok"] * 9 + ["corrupt"]
+    assert [entry["note"] for entry in mixed.json()["results"]] == ["exif_ignored"] + [""] * 9
     last = mixed.json()["results"][-1]
     assert last["image_score"] is None and last["flagged"] is None and "decoded" in last["error"]
     assert bad.status_code == 422 and "none of 4 images" in bad.json()["detail"]

@@ -1,5 +1,6 @@
 """The whole job in one process: fit, score, resume, bad input, forecast."""
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from raydetect import local
 from raydetect.artifact_record import read_record
@@ -296,3 +298,21 @@ def test_training_in_bfloat16_is_close_to_float32_and_not_the_same() -> None:
     whole, half = fit(*words).facts["losses"], fit(*words, "precision=bfloat16").facts["losses"]
     assert half != whole
     assert half == pytest.approx(whole, rel=0.02)
+
+
+@pytest.mark.usefixtures("data")
+def test_notes_reach_rows_receipts_and_the_manifest() -> None:
+    pages, turned = io.BytesIO(), io.BytesIO()
+    first, second = (Image.fromarray(normal_image(i)) for i in (1, 2))
+    first.save(pages, "TIFF", save_all=True, append_images=[second])
+    first.save(turned, "PNG", exif=b"Exif\0\0no TIFF header")
+    files = [("a.tif", pages.getvalue()), ("b.png", turned.getvalue()), ("c.png", encode(normal_image(3)))]
+    pack("memory://data/noted", ".tar", files, 1)
+    plan, manifest = run(
+        "source.uri=memory://data/noted",
+        "source.pattern=null",
+        "source.mask_pattern=null",
+        "sink.uri=memory://data/noted-results",
+    )
+    assert [row["note"] for row in rows(plan)] == ["pages_not_read: 1", "exif_ignored", ""]
+    assert manifest["notes"] == {"exif_ignored": 1, "pages_not_read": 1} and manifest["bad_rows"] == 0

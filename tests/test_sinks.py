@@ -18,11 +18,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from raydetect.errors import ResumeError, StorageError
+from raydetect.export.table import write_csv
 from raydetect.records import Chunk, Receipt, Row
 from raydetect.sinks.heatmaps import map_png, overlay_png, ramp_colours, read_map_png
 from raydetect.sinks.ledger import Ledger
 from raydetect.sinks.parquet import SCHEMA, ResultsSink, encode_rows, zip_pictures
 from raydetect.sinks.results import labelled_auroc, progress
+from raydetect.sinks.rows import read_part, read_rows
 from raydetect.storage import Storage
 
 GOLDEN = [
@@ -46,6 +48,7 @@ GOLDEN = [
     "defect: string",
     "mask_uri: string",
     "meta: string not null",
+    "note: string not null",
 ]
 
 
@@ -110,6 +113,45 @@ def test_every_reader_opens_the_scores_as_they_are(tmp_path: Path) -> None:
     uri = frame.loc[frame["heatmap_uri"].notna(), "heatmap_uri"].iloc[1]
     with fsspec.open(uri) as handle:
         assert handle.read() == b"png4"
+
+
+def test_notes_are_counted_and_told(tmp_path: Path) -> None:
+    sink, chunk = ResultsSink(f"file://{tmp_path}", Storage()), Chunk(0, 0, True, ())
+    made = rows(chunk, 2)
+    noted = [
+        replace(row, note=note)
+        for row, note in zip(made, ("exif_ignored; pages_not_read: 3", "", "exif_ignored"), strict=True)
+    ]
+    part = sink.write(chunk, noted, {})
+    assert part.notes == {"exif_ignored": 2, "pages_not_read": 1}
+    ledger = Ledger(f"file://{tmp_path}", Storage())
+    ledger.begin({"result": {"spec": {}}, "num_shards": 1})
+    ledger.write_receipt(
+        Receipt(shard=0, uri="u", fingerprint="f", rows=3, statuses=part.statuses, parts=(part,), committed_unix=1.0)
+    )
+    found = progress(ledger)
+    assert "Notes      2 exif_ignored, 1 pages_not_read" in found.lines() and found.plain()["notes"] == part.notes
+    assert ledger.finish({})["notes"] == {"exif_ignored": 2, "pages_not_read": 1}
+    table = read_part(ledger, part, ("key", "note"))
+    assert table["note"].to_pylist() == [row.note for row in noted]
+
+
+@pytest.mark.parametrize("columns", [None, ("key", "status"), ("note", "key")])
+def test_parts_of_before_there_were_notes_are_read(tmp_path: Path, columns: tuple[str, ...] | None) -> None:
+    ledger = write_run(f"file://{tmp_path}")
+    for path in (tmp_path / "scores").rglob("*.parquet"):
+        pq.write_table(pq.ParquetFile(path).read().drop_columns("note"), path)
+    for path in (tmp_path / "ledger").glob("*.json"):
+        record = json.loads(path.read_text())
+        for part in record["parts"]:
+            del part["notes"]
+        path.write_text(json.dumps(record))
+    tables = [table for _, _, table in read_rows(ledger, columns)]
+    assert all(table.column_names == list(columns or SCHEMA.names) for table in tables)
+    if columns is None:
+        assert tables[0].schema.equals(SCHEMA) and set(tables[0]["note"].to_pylist()) == {""}
+    assert progress(ledger).totals.notes == {}
+    assert write_csv(ledger, tmp_path / "rows.csv") == 36
 
 
 def test_writing_a_chunk_twice_changes_nothing(tmp_path: Path) -> None:

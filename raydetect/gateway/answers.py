@@ -96,6 +96,7 @@ def score_of(answer: Answer, heatmaps_uri: str | None, storage: Storage) -> Scor
         category=row.category,
         heatmap_png=inline,
         heatmap_uri=stored,
+        note=row.note,
     )
 
 

@@ -50,6 +50,7 @@ class Score(BaseModel):
     category: str | None
     heatmap_png: Annotated[str | None, Field(description="the overlay as base64 of a PNG, when it was asked for")]
     heatmap_uri: Annotated[str | None, Field(description="where the overlay is stored, when that was asked for")]
+    note: Annotated[str, Field(description="what does not make an image bad: exif_ignored, pages_not_read: 3")] = ""
 
 
 class ScoreAnswer(BaseModel):

@@ -18,12 +18,14 @@ SCORED: Body = {
     "category": None,
     "heatmap_png": None,
     "heatmap_uri": f"s3://results/heatmaps/{VERSION[:16]}/5b1d0c.png",
+    "note": "",
 }
 UNREAD: Body = {
     **dict.fromkeys(SCORED),
     "name": "0008.png",
     "status": "corrupt",
     "error": "cannot be decoded.",
+    "note": "",
     "artifact": VERSION,
 }
 DETECTOR: Body = {

@@ -182,6 +182,7 @@ class Totals:
     statuses: Counter[str] = field(default_factory=Counter)
     p_counts: Counter[float] = field(default_factory=Counter)
     left_out: LeftOutCount = field(default_factory=LeftOutCount)
+    notes: Counter[str] = field(default_factory=Counter)
     first_unix: float = float("inf")
     last_unix: float = 0.0
 
@@ -199,6 +200,7 @@ class Totals:
             self.clipped_pixels += part.clipped_pixels
             self.p_counts.update(part.p_counts)
             self.left_out.add_all(part.left_out)
+            self.notes.update(part.notes)
         self.first_unix = min(self.first_unix, receipt.committed_unix)
         self.last_unix = max(self.last_unix, receipt.committed_unix)
 
@@ -220,4 +222,5 @@ class Totals:
             "clipped_pixels": self.clipped_pixels,
             "statuses": dict(sorted(self.statuses.items())),
             "left_out": to_plain(dict(sorted(self.left_out.found.items()))),
+            "notes": dict(sorted(self.notes.items())),
         }

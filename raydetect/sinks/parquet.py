@@ -26,7 +26,7 @@ TYPES = {
     "flagged": pa.bool_(),
     "label": pa.int8(),
 }
-REQUIRED = ("key", "image_uri", "chunk", "status", "error", "artifact", "meta")
+REQUIRED = ("key", "image_uri", "chunk", "status", "error", "artifact", "meta", "note", "sha256")
 SCHEMA = pa.schema(
     [pa.field(f.name, TYPES.get(f.name, pa.string()), nullable=f.name not in REQUIRED) for f in dataclasses.fields(Row)]
 )
@@ -73,6 +73,7 @@ class ResultsSink(Sink):
             clipped_pixels=clipped_pixels,
             left_out=chunk.left_out,
             p_counts=Counter(row.p_value for row in rows if row.p_value is not None and row.flagged is None),
+            notes=dict(sorted(Counter(kind for row in rows for kind in row.note_kinds).items())),
         )
 
     def commit(self, receipt: Receipt) -> None:

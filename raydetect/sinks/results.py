@@ -1,9 +1,9 @@
 """Reading a results directory: progress from the ledger, and how well scores rank labelled images."""
 
+import copy
 import threading
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raydetect.errors import StorageError
-from raydetect.left_out import LeftOutCount, left_out_text
+from raydetect.left_out import left_out_text
 from raydetect.metrics.roc import auroc
 from raydetect.sinks.ledger import Ledger, Totals
 
@@ -64,6 +64,8 @@ class RunProgress:
             lines.insert(1, f"Fleet      of {self.num_categories:,} categories")
         if self.fdr is not None:
             lines.append(f"FDR        {fdr_text(self.fdr)}")
+        if totals.notes:
+            lines.append(f"Notes      {notes_text(totals.notes)}")
         spent = totals.last_unix - totals.first_unix
         if totals.shards > 1 and spent > 0:
             lines.append(f"Pace       {totals.shards / spent * 60:.1f} shards/min between first and last commit")
@@ -98,8 +100,7 @@ class Followed:
                 self._totals.add(receipt)
             self._seen = committed
             categories = len(run["result"].get("categories", {}))
-            left_out = LeftOutCount(dict(self._totals.left_out.found))
-            totals = replace(self._totals, statuses=Counter(self._totals.statuses), left_out=left_out)
+            totals = copy.deepcopy(self._totals)
             waits = manifest is None and run["result"]["spec"].get("flag", {}).get("fdr") is not None
             fdr = None if manifest is None else manifest.get("fdr")
             shards = int(run["num_shards"])
@@ -113,6 +114,11 @@ def progress(ledger: Ledger) -> RunProgress:
         StorageError: it is no results directory, or a record is damaged.
     """
     return Followed(ledger).progress()
+
+
+def notes_text(notes: Mapping[str, int]) -> str:
+    """`3 exif_ignored, 2 pages_not_read`: rows with a note, by kind."""
+    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(notes.items()))
 
 
 def fdr_text(fdr: Mapping[str, Any]) -> str:

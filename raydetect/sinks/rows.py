@@ -65,9 +65,15 @@ def read_part(ledger: Ledger, part: Part, columns: Sequence[str] | None = None) 
     # from memory: Arrow's threads may hold a Python file until after the interpreter has ended, which aborts
     data = pa.BufferReader(ledger.storage.read(place))
     try:
-        return pq.ParquetFile(data).read(columns=None if columns is None else list(columns))
+        table = pq.ParquetFile(data).read(columns=None if columns is None else list(columns))
     except (pa.ArrowException, OSError) as error:
         raise StorageError(
             f"{place}: is no whole Parquet part ({' '.join(str(error).split())[:160]}). Remove the ledger record of "
             f"shard {part.shard} to score it anew."
         ) from None
+    if "note" in table.column_names or (columns is not None and "note" not in columns):
+        return table
+    empty = pa.array([""] * table.num_rows, pa.string())
+    # a part of an older version: the last column of all, or where it was asked for
+    table = table.append_column(pa.field("note", pa.string(), nullable=False), empty)
+    return table if columns is None else table.select(list(columns))

@@ -1,11 +1,11 @@
 """One cell of an evaluation: fits a detector, or takes one that is there, and judges labelled images by it.
 
 Maps stay where they are made: every image goes into mergeable summaries (`metrics/quality.py`) at once. Maps and masks
-are compared at the detector's input size; masks are resized by nearest neighbour. An anomalous image without a mask, or
-whose mask has no pixel left at that size, is judged as an image and left out of the pixel figures.
+are compared at the detector's input size; masks are read by the rules of `masks.py` and resized by nearest neighbour.
+An anomalous image without a mask, or whose mask has no pixel left at that size, is judged as an image and left out of
+the pixel figures.
 """
 
-import io
 import resource
 import time
 from collections.abc import Iterable, Iterator
@@ -18,11 +18,12 @@ import torch
 from PIL import Image
 
 from raydetect.detectors._base import Detector
-from raydetect.errors import RaydetectError, StorageError
+from raydetect.errors import MemberError, RaydetectError, StorageError
 from raydetect.metrics.quality import Group, Quality
 from raydetect.records import Chunk, Member
 from raydetect.spec import SourceSpec
 from raydetect.storage import Storage, translate
+from raydetect.worker.masks import decode_mask
 from raydetect.worker.preprocess import DecodeRules, Pixels, decode_all
 from raydetect.worker.score import score_batches
 
@@ -55,8 +56,14 @@ class Judged:
 class Masks:
     """Reads masks by URI; an archive is opened once for masks that follow each other."""
 
-    def __init__(self, storage: Storage) -> None:
-        """Opens nothing yet."""
+    def __init__(self, storage: Storage, rules: DecodeRules) -> None:
+        """Opens nothing yet.
+
+        Args:
+            storage: reaches the masks.
+            rules: of the images, which are those of their masks.
+        """
+        self.rules = rules
         self._storage, self._container = storage, ""
         self._archive: Any = None
 
@@ -98,7 +105,8 @@ def judge_images(
         ValueError: a score or map is not finite.
     """
     found, begun = Judged(Quality()), time.perf_counter()
-    size, rules, masks = detector.params.image_size, DecodeRules.of(source), Masks(storage)
+    size, rules = detector.params.image_size, DecodeRules.of(source)
+    masks = Masks(storage, rules)
     for chunk in chunks:
         pixels = list(decode_all(chunk.members, rules, size, threads))
         found.bad += sum(item.image_HWC is None for item in pixels)
@@ -128,6 +136,8 @@ def _judge_chunk(
 def read_mask(member: Member, shape: tuple[int, ...], pixels: Pixels, masks: Masks) -> np.ndarray | None:
     """The mask of an image at a map's size, bool (H, W); all False for a normal image, None when it is not known.
 
+    `masks.py` tells which of its levels are a defect, and how it is turned.
+
     Raises:
         MaskError: it cannot be read, or has another shape than the image.
     """
@@ -136,9 +146,8 @@ def read_mask(member: Member, shape: tuple[int, ...], pixels: Pixels, masks: Mas
     if member.mask_uri is None:
         return None
     try:
-        picture = Image.open(io.BytesIO(masks.read(member.mask_uri)))
-        values = np.asarray(picture.convert("L")) != 0
-    except (StorageError, OSError) as error:
+        values = decode_mask(masks.read(member.mask_uri), pixels, masks.rules)
+    except (StorageError, MemberError) as error:
         said = f"{member.key}: its mask {member.mask_uri} cannot be read ({error}). Mend or remove it."
         raise MaskError(said) from None
     if values.shape != (pixels.height, pixels.width):

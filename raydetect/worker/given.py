@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from raydetect.archives.base import key_of
 from raydetect.errors import MemberError, RaydetectError, SpecError, StorageError
 from raydetect.records import OK, Member
 from raydetect.spec import FIT_CHUNK_IMAGES, SourceSpec
 from raydetect.storage import Storage, normalise_uri
-from raydetect.worker.preprocess import DecodeRules, Pixels, decode_all, to_rgb
+from raydetect.worker.exif import upright
+from raydetect.worker.preprocess import DecodeRules, Pixels, decode_all, depth_of, to_rgb
 
 KINDS = "an array (N, H, W, 3) or (N, H, W) of uint8, or a list of such images, of paths, URIs or PIL pictures"
 NAMED = 10
@@ -75,7 +76,7 @@ class GivenImage:
         if isinstance(self.content, np.ndarray):
             return _ppm(self.content)
         try:
-            return _ppm(np.asarray(to_rgb(ImageOps.exif_transpose(self.content)), dtype=np.uint8))
+            return _ppm(np.asarray(to_rgb(upright(self.content), depth_of(self.content)), dtype=np.uint8))
         except MemberError:
             raise
         except Exception as error:  # a picture opened from a file is decoded here

@@ -209,8 +209,9 @@ class Scorer:
     def _undecoded(self, member: Member) -> Pixels:
         """Why a member was not even decoded: it could not be read, or no detector is there for it."""
         if member.status != OK:
-            return Pixels(None, status=member.status, error=member.error)
-        return Pixels(None, status="unknown_category", error=f"{member.key}: {self._unknown(member.category)}")
+            return Pixels(None, status=member.status, error=member.error, notes=member.notes)
+        said = f"{member.key}: {self._unknown(member.category)}"
+        return Pixels(None, status="unknown_category", error=said, notes=member.notes)
 
     def _unknown(self, category: str | None) -> str:
         if category is None:
