@@ -124,8 +124,8 @@ class Row:
     up to `heatmap_uri`. `p_value` is None when the artifact has no calibration; `threshold` and `flagged` are None
     too when flags are left to the whole archive (`flag.fdr`). `brightness` and `sharpness` describe the picture
     itself, so that a change of camera or light is told from a change of parts. `note` tells what does not make an image
-    bad: notes such as "exif_ignored" and "pages_not_read: 3", joined by "; ". `sha256` is
-    that of the encoded bytes that were scored, hex; "" where they could not be read.
+    bad: notes such as "exif_ignored" and "pages_not_read: 3", joined by "; ". `sha256` is that of the encoded bytes
+    that were scored, hex; "" where they could not be read.
     """
 
     key: str

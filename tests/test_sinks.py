@@ -49,6 +49,7 @@ GOLDEN = [
     "mask_uri: string",
     "meta: string not null",
     "note: string not null",
+    "sha256: string not null",
 ]
 
 
@@ -140,7 +141,7 @@ def test_notes_are_counted_and_told(tmp_path: Path) -> None:
 def test_parts_of_before_there_were_notes_are_read(tmp_path: Path, columns: tuple[str, ...] | None) -> None:
     ledger = write_run(f"file://{tmp_path}")
     for path in (tmp_path / "scores").rglob("*.parquet"):
-        pq.write_table(pq.ParquetFile(path).read().drop_columns("note"), path)
+        pq.write_table(pq.ParquetFile(path).read().drop_columns(["note", "sha256"]), path)
     for path in (tmp_path / "ledger").glob("*.json"):
         record = json.loads(path.read_text())
         for part in record["parts"]:

@@ -14,6 +14,7 @@ from raydetect.sinks.ledger import Ledger
 from raydetect.storage import join_uri
 
 READERS, AHEAD = 8, 16
+LATER = ("note", "sha256")  # columns that parts of older versions have not
 
 
 def read_rows(ledger: Ledger, columns: Sequence[str] | None = None) -> Iterator[tuple[Receipt, Part, pa.Table]]:
@@ -71,9 +72,13 @@ def read_part(ledger: Ledger, part: Part, columns: Sequence[str] | None = None) 
             f"{place}: is no whole Parquet part ({' '.join(str(error).split())[:160]}). Remove the ledger record of "
             f"shard {part.shard} to score it anew."
         ) from None
-    if "note" in table.column_names or (columns is not None and "note" not in columns):
-        return table
-    empty = pa.array([""] * table.num_rows, pa.string())
-    # a part of an older version: the last column of all, or where it was asked for
-    table = table.append_column(pa.field("note", pa.string(), nullable=False), empty)
-    return table if columns is None else table.select(list(columns))
+    return _completed(table, columns)
+
+
+def _completed(table: pa.Table, columns: Sequence[str] | None) -> pa.Table:
+    """A part of an older version, with the columns that came since; they are texts, and the last ones."""
+    lacking = [name for name in LATER if name not in table.column_names and (columns is None or name in columns)]
+    for name in lacking:
+        empty = pa.array([""] * table.num_rows, pa.string())
+        table = table.append_column(pa.field(name, pa.string(), nullable=False), empty)
+    return table if columns is None or not lacking else table.select(list(columns))
