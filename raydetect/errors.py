@@ -19,6 +19,16 @@ class StorageError(RaydetectError):
     """A file, folder or bucket cannot be reached, read or written."""
 
 
+class MissingError(StorageError):
+    """Nothing is at the URI that a job names."""
+
+    exit_code = 2
+
+
+class DamagedError(StorageError):
+    """A file of a results directory is there, and is not what was written."""
+
+
 class ArtifactError(RaydetectError):
     """A fitted detector on disk is missing, damaged or of a newer format."""
 

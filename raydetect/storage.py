@@ -15,7 +15,7 @@ from typing import IO, Any
 import fsspec
 from fsspec.spec import AbstractFileSystem
 
-from raydetect.errors import SpecError, StorageError
+from raydetect.errors import MissingError, SpecError, StorageError
 from raydetect.spec import StorageOptions
 
 SCHEMES = ("file", "s3", "memory", "gs", "az", "abfs", "http", "https")
@@ -206,7 +206,7 @@ class Storage:
         except Exception as error:
             raise translate(uri, "list", error) from error
         if not found and not is_glob and not self.exists(uri):
-            raise StorageError(f"{uri}: nothing is there. Check the bucket and the path.")
+            raise MissingError(f"{uri}: nothing is there. Check the bucket and the path.")
         for name in sorted(found):
             if found[name]["type"] != "directory":
                 yield _file_info(f"{scheme}://{name}", found[name])
@@ -237,7 +237,7 @@ def translate(uri: str, verb: str, error: Exception) -> StorageError:
     code = _error_code(error, text)
     if code in ("NoSuchBucket",):
         bucket = "/".join(uri.split("/")[:3])
-        return StorageError(f"{uri}: the bucket {bucket} does not exist. Create it or mend the URI.")
+        return MissingError(f"{uri}: the bucket {bucket} does not exist. Create it or mend the URI.")
     if code in ("AccessDenied", "403", "InvalidAccessKeyId", "SignatureDoesNotMatch", "Forbidden"):
         return StorageError(f"{uri}: the storage refused to {verb} it ({text}). Check key, secret, profile.")
     if "credentials" in text.lower():
@@ -245,7 +245,7 @@ def translate(uri: str, verb: str, error: Exception) -> StorageError:
             f"{uri}: no credentials found. Set storage.key and storage.secret, a profile, or anon: true."
         )
     if isinstance(error, FileNotFoundError):
-        return StorageError(f"{uri}: not found. Check the path.")
+        return MissingError(f"{uri}: not found. Check the path.")
     if "connect" in type(error).__name__.lower() or "Could not connect" in text:
         return StorageError(f"{uri}: the storage cannot be reached ({text}). Check storage.endpoint_url.")
     return StorageError(f"{uri}: cannot {verb} it ({type(error).__name__}: {text}).")

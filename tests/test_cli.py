@@ -201,6 +201,48 @@ def test_too_many_bad_rows_end_with_exit_code_3_and_all_rows(place: Place, tmp_p
     assert stopped.exit_code == 1 and "zero bytes" in stopped.output
 
 
+def test_an_outage_is_no_mistake_of_the_job_and_a_wrong_path_is(place: Place, tmp_path: Path) -> None:
+    """Exit code 1 says start it again, 2 says mend the job file."""
+    down = {"endpoint_url": "http://127.0.0.1:9", "key": "k", "secret": "hush-hush"}
+    source = place.job("down", place.score_words(source={"uri": "s3://away/x", "storage": down}))
+    artifact = place.job("downer", place.score_words(artifact="s3://away/artifact", storage=down))
+    for command, job in (("check", source), ("score", source), ("plan", artifact)):
+        ended = call(command, job, *(["--local"] if command == "score" else []))
+        assert ended.exit_code == 1 and "cannot be reached" in ended.output, ended.output
+        assert "hush" not in ended.output
+    ended = call("status", "s3://away/results", "--endpoint-url", "http://127.0.0.1:9")
+    assert ended.exit_code == 1 and ("cannot be reached" in ended.output or "credentials" in ended.output)
+    missing = {"source": {"uri": f"{tmp_path}/nowhere"}}, {"artifact": f"{tmp_path}/nowhere"}
+    for change in missing:
+        job = place.job("missing", place.score_words(**change))
+        for command in ("check", "plan", "score"):
+            ended = call(command, job, *(["--local"] if command == "score" else []))
+            assert ended.exit_code == 2 and "nowhere" in ended.output, ended.output
+    mixed = place.score_words(source={"uri": "s3://away/x", "storage": down}, artifact=f"{tmp_path}/nowhere")
+    ended = call("check", place.job("mixed", mixed))
+    assert ended.exit_code == 2 and "cannot be reached" in ended.output and "no artifact" in ended.output
+
+
+def test_a_file_that_vanished_after_planning_is_no_mistake_of_the_job(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from raydetect import plan
+
+    pack(f"file://{tmp_path}/mixed", ".tar", mixed_files(2, 0), 2)
+    planned = plan.plan_score
+
+    def then_gone(*words: Any) -> Any:
+        made = planned(*words)
+        (tmp_path / "mixed" / "part-1.tar").unlink()
+        return made
+
+    monkeypatch.setattr(plan, "plan_score", then_gone)
+    words = [f"source={{uri: {tmp_path}/mixed}}", f"sink.uri={tmp_path}/results"]
+    ended = call("score", place.score, "--local", *(w for word in words for w in ("--set", word)))
+    assert ended.exit_code == 1 and "part-1.tar: not found" in ended.output, ended.output
+    assert "start the same job again" in ended.output
+
+
 def test_status_of_nothing_says_so(tmp_path: Path) -> None:
     ended = call("status", str(tmp_path))
     assert ended.exit_code == 2

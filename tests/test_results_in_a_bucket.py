@@ -48,4 +48,4 @@ def test_status_report_and_exports_reach_it(results: list[str], tmp_path: Path, 
 def test_without_the_endpoint_it_is_one_sentence(results: list[str], tmp_path: Path) -> None:
     for words in (["report", results[0], "-o", str(tmp_path / "r.html")], ["export", results[0], "--as", "csv"]):
         ended = CliRunner().invoke(main, [*words, "--endpoint-url", "http://127.0.0.1:9"])
-        assert ended.exit_code == 2 and "cannot be reached" in ended.output and "Traceback" not in ended.output
+        assert ended.exit_code == 1 and "cannot be reached" in ended.output and "Traceback" not in ended.output

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from raydetect.errors import MissingError, StorageError
+
 if TYPE_CHECKING:
     from raydetect.plan import ScorePlan
 
@@ -17,6 +19,13 @@ def run_score(plan: "ScorePlan", address: str | None, in_process: bool) -> dict[
     Raises:
         RaydetectError: the run failed, or is complete and too much of it is bad.
     """
+    try:
+        return _run_score(plan, address, in_process)
+    except MissingError as error:  # it was there when the job was planned, so the job file is not wrong
+        raise StorageError(f"{error} It was there when the run began; start the same job again.") from error
+
+
+def _run_score(plan: "ScorePlan", address: str | None, in_process: bool) -> dict[str, Any]:
     from raydetect.console import ScoreDisplay
     from raydetect.records import Part, Receipt
 

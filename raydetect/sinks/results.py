@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from raydetect.errors import StorageError
+from raydetect.errors import MissingError
 from raydetect.metrics.roc import auroc
 from raydetect.sinks.ledger import Ledger, Totals
 
@@ -86,7 +86,7 @@ class Followed:
         with self._lock:
             run = self._ledger.run()
             if run is None:
-                raise StorageError(f"{self._ledger.uri}: holds no run.json, so no run was begun there. Check the URI.")
+                raise MissingError(f"{self._ledger.uri}: holds no run.json, so no run was begun there. Check the URI.")
             manifest = self._ledger.manifest()  # before the listing, which then holds all that is said
             committed = self._ledger.committed()
             if not self._seen <= committed:  # another run began there
