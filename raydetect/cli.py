@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,13 +147,24 @@ def score(job: Path, overrides: tuple[str, ...], address: str | None, in_process
         from raydetect.plan import plan_score
 
         plan = plan_score(spec)
-        plan.ledger.begin(plan.run)
+        plan.begin()
     done = len(plan.shards) - len(plan.todo)
+    if plan.before is not None:
+        click.echo(_changed_text(plan.before, plan), err=True)
     if done:
         click.echo(f"{done} of {len(plan.shards)} shards are committed already; going on with the rest.", err=True)
     with errors():
         manifest = run_score(plan, address, in_process)
     _summary(plan, manifest)
+
+
+def _changed_text(before: Mapping[str, Any], plan: "ScorePlan") -> str:
+    then, now, left = int(before["num_shards"]), len(plan.shards), len(plan.todo)
+    added = f", {now - then:,} more" if now > then else ""
+    return (
+        f"The archive has changed since the run was begun: it had {then:,} shards and has {now:,} now{added}. "
+        f"The {now - left:,} committed ones are the same; the other {left:,} are scored as they are now."
+    )
 
 
 def _summary(plan: "ScorePlan", manifest: dict[str, Any]) -> None:

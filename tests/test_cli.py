@@ -201,6 +201,18 @@ def test_too_many_bad_rows_end_with_exit_code_3_and_all_rows(place: Place, tmp_p
     assert stopped.exit_code == 1 and "zero bytes" in stopped.output
 
 
+def test_a_run_whose_archive_grew_says_so_and_goes_on(place: Place, tmp_path: Path) -> None:
+    pack(f"file://{tmp_path}/mixed", ".tar", mixed_files(2, 0), 2)
+    words = ["--local", "--set", f"source.uri={tmp_path}/mixed", "--set", f"sink.uri={tmp_path}/results"]
+    assert call("score", place.score, *words).exit_code == 0
+    (tmp_path / "mixed" / "part-9.tar").write_bytes(tar_bytes(mixed_files(3, 0)))
+    assert "Shards     1 left of 3" in call("plan", place.score, *words[1:]).output
+    ended = call("score", place.score, *words)
+    assert ended.exit_code == 0 and "Scored 5 images in 3 shards (5 ok)." in ended.stdout
+    assert "it had 2 shards and has 3 now, 1 more. The 2 committed ones are the same" in ended.stderr
+    assert "archive has changed" not in call("score", place.score, *words).output
+
+
 def test_an_outage_is_no_mistake_of_the_job_and_a_wrong_path_is(place: Place, tmp_path: Path) -> None:
     """Exit code 1 says start it again, 2 says mend the job file."""
     down = {"endpoint_url": "http://127.0.0.1:9", "key": "k", "secret": "hush-hush"}

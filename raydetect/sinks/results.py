@@ -20,8 +20,9 @@ from raydetect.sinks.ledger import Ledger, Totals
 class RunProgress:
     """How far a run is, from `run.json` and the ledger; `num_categories` is 0 without a fleet.
 
-    `flags_wait` says that the whole archive decides what is flagged (`flag.fdr`), and the run is not finished; `fdr` is
-    the manifest's entry once it is.
+    `finished` is a run whose manifest is there and whose shards all have their record; `lost` counts the records that
+    are missing beside a manifest. `flags_wait` says that the whole archive decides what is flagged (`flag.fdr`), and
+    the run is not finished; `fdr` is the manifest's entry once it is.
     """
 
     uri: str
@@ -31,6 +32,7 @@ class RunProgress:
     num_categories: int = 0
     flags_wait: bool = False
     fdr: Mapping[str, Any] | None = None
+    lost: int = 0
 
     @property
     def flagged(self) -> int | None:
@@ -41,13 +43,16 @@ class RunProgress:
 
     def plain(self) -> dict[str, Any]:
         """For machines."""
-        run = {"uri": self.uri, "num_shards": self.num_shards, "num_categories": self.num_categories}
-        return {**run, "finished": self.finished, **self.totals.plain(), "flagged": self.flagged, "fdr": self.fdr}
+        run: dict[str, Any] = {"uri": self.uri, "num_shards": self.num_shards, "num_categories": self.num_categories}
+        run |= {"finished": self.finished, "lost_records": self.lost}
+        return {**run, **self.totals.plain(), "flagged": self.flagged, "fdr": self.fdr}
 
     def lines(self) -> list[str]:
         """For people."""
         totals = self.totals
         state = "finished" if self.finished else "not finished"
+        if self.lost:
+            state += f": manifest.json is there, but the records of {self.lost:,} shards are missing"
         share = 100.0 * totals.shards / max(1, self.num_shards)
         kinds = ", ".join(f"{count:,} {status}" for status, count in sorted(totals.statuses.items()))
         lines = [
@@ -96,10 +101,13 @@ class Followed:
             self._seen = committed
             categories = len(run["result"].get("categories", {}))
             totals = replace(self._totals, statuses=Counter(self._totals.statuses))
-            waits = manifest is None and run["result"]["spec"].get("flag", {}).get("fdr") is not None
-            fdr = None if manifest is None else manifest.get("fdr")
             shards = int(run["num_shards"])
-            return RunProgress(self._ledger.uri, shards, totals, manifest is not None, categories, waits, fdr)
+            missing = shards - sum(index < shards for index in committed)
+            finished = manifest is not None and not missing
+            waits = not finished and run["result"]["spec"].get("flag", {}).get("fdr") is not None
+            fdr = manifest.get("fdr") if manifest is not None and finished else None
+            lost = 0 if manifest is None else missing
+            return RunProgress(self._ledger.uri, shards, totals, finished, categories, waits, fdr, lost)
 
 
 def progress(ledger: Ledger) -> RunProgress:
