@@ -31,6 +31,7 @@ from raydetect.commands.evaluate import evaluate
 from raydetect.commands.export import export
 from raydetect.commands.report import report
 from raydetect.commands.scoring import run_score
+from raydetect.commands.verify import verify
 from raydetect.errors import SpecError
 
 if TYPE_CHECKING:
@@ -350,5 +351,5 @@ def _print_detector(kind: Any, name: str) -> None:
         click.echo(f"      {field.doc}")
 
 
-for command in (audit, calibrate, evaluate, export, report):
+for command in (audit, calibrate, evaluate, export, report, verify):
     main.add_command(command)

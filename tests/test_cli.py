@@ -86,7 +86,7 @@ def test_help_is_instant_and_loads_neither_torch_nor_ray() -> None:
         subprocess.run([COMMAND, "--help"], capture_output=True, check=True)
         times.append(time.perf_counter() - begun)
     assert min(times) < 0.5
-    for word in ("check", "detectors", "export", "fit", "plan", "report", "score", "serve", "status", "submit"):
+    for word in ("check", "detectors", "export", "fit", "plan", "report", "score", "serve", "status", "submit", "verify"):
         assert f"  {word} " in ended.stdout
 
 
