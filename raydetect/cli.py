@@ -30,7 +30,7 @@ from raydetect.commands.door import (
 from raydetect.commands.evaluate import evaluate
 from raydetect.commands.export import export
 from raydetect.commands.report import report
-from raydetect.commands.scoring import run_score
+from raydetect.commands.scoring import run_score, with_unreadable
 from raydetect.commands.verify import verify
 from raydetect.errors import SpecError
 
@@ -139,7 +139,8 @@ def _coreset_text(coreset: dict[str, Any]) -> str:
 @overrides
 @cluster
 @click.option("--local", "in_process", is_flag=True, help="Run in this process, without Ray.")
-def score(job: Path, overrides: tuple[str, ...], address: str | None, in_process: bool) -> None:
+@click.option("--retry-unreadable", is_flag=True, help="Score shards anew that hold images which could not be read.")
+def score(job: Path, overrides: tuple[str, ...], address: str | None, in_process: bool, retry_unreadable: bool) -> None:
     """Score an archive; started again, it goes on where it stopped."""
     with errors(BAD_JOB):
         spec = expect(load(job, overrides), "score", job)
@@ -149,6 +150,8 @@ def score(job: Path, overrides: tuple[str, ...], address: str | None, in_process
 
         plan = plan_score(spec)
         plan.begin()
+        if retry_unreadable:
+            plan = with_unreadable(plan)
     done = len(plan.shards) - len(plan.todo)
     if plan.before is not None:
         click.echo(_changed_text(plan.before, plan), err=True)

@@ -15,7 +15,10 @@ from click.testing import CliRunner, Result
 from raydetect import comparison
 from raydetect.cli import main
 from raydetect.detectors._registry import list_models
+from raydetect.sinks.ledger import Ledger
+from raydetect.storage import Storage
 from tests.made.archives import mixed_files, normal_files, pack, tar_bytes
+from tests.made.ledgers import rewrite_record
 from tests.together.runs import COMMAND
 
 FIT: dict[str, Any] = {
@@ -86,7 +89,19 @@ def test_help_is_instant_and_loads_neither_torch_nor_ray() -> None:
         subprocess.run([COMMAND, "--help"], capture_output=True, check=True)
         times.append(time.perf_counter() - begun)
     assert min(times) < 0.5
-    for word in ("check", "detectors", "export", "fit", "plan", "report", "score", "serve", "status", "submit", "verify"):
+    for word in (
+        "check",
+        "detectors",
+        "export",
+        "fit",
+        "plan",
+        "report",
+        "score",
+        "serve",
+        "status",
+        "submit",
+        "verify",
+    ):
         assert f"  {word} " in ended.stdout
 
 
@@ -211,6 +226,26 @@ def test_a_run_whose_archive_grew_says_so_and_goes_on(place: Place, tmp_path: Pa
     assert ended.exit_code == 0 and "Scored 5 images in 3 shards (5 ok)." in ended.stdout
     assert "it had 2 shards and has 3 now, 1 more. The 2 committed ones are the same" in ended.stderr
     assert "archive has changed" not in call("score", place.score, *words).output
+
+
+def test_unreadable_images_are_tried_again_on_demand(place: Place, tmp_path: Path) -> None:
+    pack(f"file://{tmp_path}/mixed", ".tar", mixed_files(6, 0), 3)
+    words = ["--local", "--set", f"source.uri={tmp_path}/mixed", "--set", f"sink.uri={tmp_path}/results"]
+    assert call("score", place.score, *words).exit_code == 0
+    none = call("score", place.score, *words, "--retry-unreadable")
+    assert none.exit_code == 0 and "No committed shard holds an image that could not be read." in none.stderr
+    assert "3 of 3 shards are committed already" in none.stderr
+    ledger = Ledger(f"file://{tmp_path}/results", Storage())
+    times = {receipt.shard: receipt.committed_unix for receipt in ledger.receipts()}
+    rewrite_record(ledger, 1, lambda body: body.update(statuses={"ok": 1, "unreadable": 1}))
+    again = call("score", place.score, *words)  # without the flag they stay as they are
+    assert again.exit_code == 3 and "1 unreadable" in again.output
+    retried = call("score", place.score, *words, "--retry-unreadable")
+    assert retried.exit_code == 0 and "Scored 6 images in 3 shards (6 ok)." in retried.stdout, retried.output
+    assert "Trying 1 unreadable images again: 1 shards are scored anew." in retried.stderr
+    assert "2 of 3 shards are committed already" in retried.stderr
+    anew = {receipt.shard for receipt in ledger.receipts() if receipt.committed_unix != times[receipt.shard]}
+    assert anew == {1}
 
 
 def test_an_outage_is_no_mistake_of_the_job_and_a_wrong_path_is(place: Place, tmp_path: Path) -> None:
