@@ -26,7 +26,7 @@ class MissingError(StorageError):
 
 
 class DamagedError(StorageError):
-    """A file of a results directory is there, and is not what was written."""
+    """A file that raydetect wrote is there, and is not what was written."""
 
 
 class ArtifactError(RaydetectError):
@@ -68,6 +68,11 @@ class AlarmRaised(RaydetectError):
     """The audit is finished, and a rule raised an alarm."""
 
     exit_code = 4
+
+
+def is_outage(error: RaydetectError) -> bool:
+    """Whether the storage failed, so that the same job may run later as it is."""
+    return isinstance(error, StorageError) and not isinstance(error, MissingError | DamagedError)
 
 
 def error_text(error: RaydetectError) -> str:

@@ -4,7 +4,7 @@ Only what a kind of job needs is loaded: the checks of jobs that score are over 
 """
 
 from raydetect.check.places import Check
-from raydetect.errors import MissingError, RaydetectError, StorageError
+from raydetect.errors import RaydetectError, is_outage
 from raydetect.spec import AuditSpec, CalibrateSpec, EvaluateSpec, FitSpec, JobSpec, ScoreSpec, ServeSpec
 
 
@@ -19,7 +19,7 @@ def find_problems(spec: JobSpec) -> list[str]:
         from raydetect.plan import plan_score
 
         found = [error for error in [_error(lambda: plan_score(spec))] if error]
-    if found and all(isinstance(error, StorageError) and not isinstance(error, MissingError) for error in found):
+    if found and all(is_outage(error) for error in found):
         raise found[0]
     return list(dict.fromkeys(str(error) for error in found))
 

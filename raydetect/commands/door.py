@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from raydetect.errors import MissingError, RaydetectError, SpecError, StorageError
+from raydetect.errors import RaydetectError, SpecError, is_outage
 
 if TYPE_CHECKING:
     from raydetect.sinks.ledger import Ledger
@@ -103,8 +103,7 @@ def errors(code: int | None = None) -> Iterator[None]:
     try:
         yield
     except RaydetectError as error:
-        outage = isinstance(error, StorageError) and not isinstance(error, MissingError)
-        fail(str(error), error.exit_code if outage or code is None else code)
+        fail(str(error), error.exit_code if code is None or is_outage(error) else code)
     except KeyboardInterrupt:
         fail("Stopped. What is committed stays; the same command goes on from there.", INTERRUPTED)
 
