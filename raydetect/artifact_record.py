@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raydetect import __version__
-from raydetect.errors import ArtifactError, SpecError, StorageError
+from raydetect.errors import ArtifactError, MissingError, SpecError
 from raydetect.storage import Storage, join_uri
 
 FORMAT_VERSION = 1
@@ -113,11 +113,12 @@ def read_body(uri: str, storage: Storage) -> tuple[str, dict[str, Any]]:
 
     Raises:
         ArtifactError: it is missing, damaged, of an unknown kind or of a newer format.
+        StorageError: the storage failed.
     """
     place = join_uri(uri, RECORD)
     try:
         text = storage.read(place)
-    except StorageError as error:
+    except MissingError as error:
         raise ArtifactError(f"no artifact: {error} Run `raydetect fit` first or mend `artifact`.") from None
     try:
         body = json.loads(text)

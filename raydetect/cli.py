@@ -30,7 +30,8 @@ from raydetect.commands.door import (
 from raydetect.commands.evaluate import evaluate
 from raydetect.commands.export import export
 from raydetect.commands.report import report
-from raydetect.commands.scoring import run_score
+from raydetect.commands.scoring import run_score, with_unreadable
+from raydetect.commands.verify import verify
 from raydetect.errors import SpecError
 
 if TYPE_CHECKING:
@@ -161,7 +162,8 @@ def _coreset_text(coreset: dict[str, Any]) -> str:
 @overrides
 @cluster
 @click.option("--local", "in_process", is_flag=True, help="Run in this process, without Ray.")
-def score(job: Path, overrides: tuple[str, ...], address: str | None, in_process: bool) -> None:
+@click.option("--retry-unreadable", is_flag=True, help="Score shards anew that hold images which could not be read.")
+def score(job: Path, overrides: tuple[str, ...], address: str | None, in_process: bool, retry_unreadable: bool) -> None:
     """Score an archive; started again, it goes on where it stopped."""
     with errors(BAD_JOB):
         spec = expect(load(job, overrides), "score", job)
@@ -170,8 +172,12 @@ def score(job: Path, overrides: tuple[str, ...], address: str | None, in_process
         from raydetect.plan import plan_score
 
         plan = plan_score(spec)
-        plan.ledger.begin(plan.run)
+        plan.begin()
+        if retry_unreadable:
+            plan = with_unreadable(plan)
     done = len(plan.shards) - len(plan.todo)
+    if plan.before is not None:
+        click.echo(_changed_text(plan.before, plan), err=True)
     if done:
         click.echo(f"{done} of {len(plan.shards)} shards are committed already; going on with the rest.", err=True)
     for note in plan.notes:
@@ -179,6 +185,15 @@ def score(job: Path, overrides: tuple[str, ...], address: str | None, in_process
     with errors():
         manifest = run_score(plan, address, in_process)
     _summary(plan, manifest)
+
+
+def _changed_text(before: Mapping[str, Any], plan: "ScorePlan") -> str:
+    then, now, left = int(before["num_shards"]), len(plan.shards), len(plan.todo)
+    added = f", {now - then:,} more" if now > then else ""
+    return (
+        f"The archive has changed since the run was begun: it had {then:,} shards and has {now:,} now{added}. "
+        f"The {now - left:,} committed ones are the same; the other {left:,} are scored as they are now."
+    )
 
 
 def _summary(plan: "ScorePlan", manifest: dict[str, Any]) -> None:
@@ -370,5 +385,5 @@ def _print_detector(kind: Any, name: str) -> None:
         click.echo(f"      {field.doc}")
 
 
-for command in (audit, calibrate, evaluate, export, report):
+for command in (audit, calibrate, evaluate, export, report, verify):
     main.add_command(command)

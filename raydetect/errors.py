@@ -42,6 +42,10 @@ class ChangedError(StorageError):
     """A file is another one than was listed."""
 
 
+class DamagedError(StorageError):
+    """A file that raydetect wrote is there, and is not what was written."""
+
+
 class ArtifactError(RaydetectError):
     """A fitted detector on disk is missing, damaged or of a newer format."""
 
@@ -81,6 +85,11 @@ class AlarmRaised(RaydetectError):
     """The audit is finished, and a rule raised an alarm."""
 
     exit_code = 4
+
+
+def is_outage(error: RaydetectError) -> bool:
+    """Whether the storage failed, so that the same job may run later as it is."""
+    return isinstance(error, StorageError) and not isinstance(error, MissingError | DamagedError)
 
 
 def error_text(error: RaydetectError) -> str:

@@ -51,7 +51,7 @@ def score(plan: ScorePlan, on_part: Callable[[Part, Receipt | None], None]) -> d
     """
     spec = plan.spec
     torch.set_num_threads(spec.resources.cpus_per_worker)
-    plan.ledger.begin(plan.run)
+    plan.begin()
     if plan.todo:
         storage, device = Storage(spec.storage), _device(spec.resources.gpus_per_worker)
         search = None

@@ -18,6 +18,7 @@ from raydetect.left_out import left_out_of, left_out_text
 from raydetect.metrics.conformal import ROUNDING, threshold_for
 from raydetect.metrics.discovery import discover
 from raydetect.records import OK, Part, Receipt, Shard
+from raydetect.sinks.agreement import complete, refuse_other_shards, refuse_taken, rows_digest
 from raydetect.sinks.ledger import Ledger, Totals
 from raydetect.sinks.parquet import ResultsSink
 from raydetect.spec import FlagSpec, ScoreSpec, SourceSpec, public_spec, result_words, sink_storage, source_storage
@@ -37,6 +38,8 @@ class ScorePlan:
         records: the record of every detector by category; one under None when there is no fleet.
         ledger: of the results directory.
         run: what `run.json` holds.
+        before: the `run.json` that is there, begun with another listing of the archive in which every committed shard
+            is the same; None when none is, or it is of this listing.
         notes: sentences about the source that a person should read.
     """
 
@@ -48,7 +51,20 @@ class ScorePlan:
     records: Mapping[str | None, ArtifactRecord]
     ledger: Ledger
     run: Mapping[str, Any]
+    before: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
+
+    def begin(self) -> None:
+        """Writes `run.json` where there is none, or one of another listing; takes the manifest of fewer shards away.
+
+        Raises:
+            ResumeError: another job has begun there.
+        """
+        if self.ledger.begin(self.run, self.before):
+            known = {shard.index for shard in self.shards} - {shard.index for shard in self.todo}
+            refuse_taken(self.ledger, self.ledger.committed() - known, self.shards, rows_digest(self.run))
+        if self.todo:
+            self.ledger.withdraw()
 
     @property
     def sink(self) -> ResultsSink:
@@ -88,10 +104,14 @@ def plan_score(spec: ScoreSpec, chosen: tuple[Shard, ...] | None = None) -> Scor
     shards = listing.shards
     refuse_without_categories(spec.source, artifact, shards)
     run = describe_run(spec, artifact, records, shards)
-    ledger.compare(run)
+    before = ledger.compare(run)
     committed = ledger.committed()
+    if before is None or before["result"] != to_plain(run["result"]):
+        refuse_other_shards(ledger, committed, shards, rows_digest(run))
+    else:
+        before = None
     todo = tuple(shard for shard in shards if shard.index not in committed)
-    return ScorePlan(spec, archive, shards, todo, artifact, records, ledger, run, listing.notes)
+    return ScorePlan(spec, archive, shards, todo, artifact, records, ledger, run, before, listing.notes)
 
 
 def check_flag(records: Mapping[str | None, ArtifactRecord], flag: FlagSpec) -> None:
@@ -175,9 +195,18 @@ class Committer:
     totals: Totals = field(default_factory=Totals)
     bytes_done: int = 0
     _open: dict[int, dict[int, Part]] = field(default_factory=dict)
+    _run: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._run = rows_digest(self.plan.run)
 
     def add(self, part: Part) -> Receipt | None:
-        """Takes a part; commits its shard and returns the receipt when this was the last one missing."""
+        """Takes a part; commits its shard and returns the receipt when this was the last one missing.
+
+        Raises:
+            ResumeError: another job has taken the results directory over.
+            StorageError: `run.json` was removed, or the record cannot be written.
+        """
         parts = self._open.setdefault(part.shard, {})
         parts[part.number] = part
         final = next((p.number for p in parts.values() if p.last), None)
@@ -195,11 +224,14 @@ class Committer:
             shard=shard.index,
             uri=shard.uri,
             fingerprint=shard.fingerprint,
+            span=shard.span,
+            run=self._run,
             rows=sum(part.rows for part in parts),
             statuses=dict(sorted(statuses.items())),
             parts=tuple(parts),
             committed_unix=time.time(),
         )
+        self.plan.ledger.require_own(self.plan.run)  # two drivers may have begun in one directory
         self.plan.sink.commit(receipt)
         self.totals.add(receipt)
         self.bytes_done += shard.size_bytes
@@ -210,11 +242,15 @@ def finish(plan: ScorePlan) -> dict[str, Any]:
     """Writes the manifest of a complete run, and judges its bad rows.
 
     Raises:
+        StorageError: records or files of planned shards are missing; no manifest is written.
+        ResumeError: another job has taken the results directory over.
         TooManyBadRows: more bad rows or shards than the job allows; everything is written all the same.
     """
     facts = {key: plan.run[key] for key in ("kind", "result", "num_bytes", "heatmap_scale")}
     facts["heatmap_style"] = plan.spec.sink.style
-    manifest = plan.ledger.finish(facts, partial(decide, plan))
+    whole = partial(complete, plan.ledger, shards=plan.shards, run=rows_digest(plan.run))
+    plan.ledger.require_own(plan.run)
+    manifest = plan.ledger.finish(facts, partial(decide, plan), whole)
     judge_bad_rows(manifest, plan.spec.max_bad_fraction, plan.ledger.uri)
     return manifest
 

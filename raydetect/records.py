@@ -170,7 +170,8 @@ class Part:
     """What one chunk left in the results directory; paths are relative to it.
 
     `p_counts` tells how many rows have which p-value, when flags are left to the whole archive; `notes` how many rows
-    have a note of which kind.
+    have a note of which kind, and `left_out` which files of the shard are no rows. `bytes` and `heatmap_bytes` are the
+    sizes of the two files, 0 where an older raydetect wrote them.
     """
 
     chunk: str
@@ -185,6 +186,9 @@ class Part:
     labelled: int = 0
     heatmaps: int = 0
     heatmap_path: str = ""
+    heatmap_sha256: str = ""
+    bytes: int = 0
+    heatmap_bytes: int = 0
     clipped_pixels: int = 0
     p_counts: Mapping[float, int] = field(default_factory=dict)
     left_out: Mapping[str, LeftOut] = field(default_factory=dict)
@@ -195,11 +199,19 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
-    """The ledger record of a shard. Writing it commits the shard."""
+    """The ledger record of a shard. Writing it commits the shard.
+
+    Attributes:
+        uri: of the shard, as are `fingerprint` and `span`.
+        run: digest of what decides the rows of the job, less the archive; "" where an older raydetect wrote it, which
+            did not write `span` either.
+    """
 
     shard: int
     uri: str
     fingerprint: str
+    span: tuple[int, int] | None = None
+    run: str = ""
     rows: int
     statuses: Mapping[str, int]
     parts: tuple[Part, ...]

@@ -16,8 +16,11 @@ from PIL import Image
 from raydetect import comparison
 from raydetect.cli import main
 from raydetect.detectors._registry import list_models
+from raydetect.sinks.ledger import Ledger
+from raydetect.storage import Storage
 from tests.made.archives import mixed_files, normal_files, pack, tar_bytes
 from tests.made.images import normal_image
+from tests.made.ledgers import rewrite_record
 from tests.together.runs import COMMAND
 
 FIT: dict[str, Any] = {
@@ -88,7 +91,19 @@ def test_help_is_instant_and_loads_neither_torch_nor_ray() -> None:
         subprocess.run([COMMAND, "--help"], capture_output=True, check=True)
         times.append(time.perf_counter() - begun)
     assert min(times) < 0.5
-    for word in ("check", "detectors", "export", "fit", "plan", "report", "score", "serve", "status", "submit"):
+    for word in (
+        "check",
+        "detectors",
+        "export",
+        "fit",
+        "plan",
+        "report",
+        "score",
+        "serve",
+        "status",
+        "submit",
+        "verify",
+    ):
         assert f"  {word} " in ended.stdout
 
 
@@ -212,6 +227,79 @@ def test_notes_are_said_at_the_end_and_in_the_status(place: Place, tmp_path: Pat
     ended = call("score", place.score, "--local", *(part for word in words for part in ("--set", word)))
     assert ended.exit_code == 0 and "Notes: 1 exif_ignored, 1 pages_not_read.\n" in ended.output
     assert "Notes      1 exif_ignored, 1 pages_not_read\n" in call("status", f"{tmp_path}/out").output
+
+
+def test_a_run_whose_archive_grew_says_so_and_goes_on(place: Place, tmp_path: Path) -> None:
+    pack(f"file://{tmp_path}/mixed", ".tar", mixed_files(2, 0), 2)
+    words = ["--local", "--set", f"source.uri={tmp_path}/mixed", "--set", f"sink.uri={tmp_path}/results"]
+    assert call("score", place.score, *words).exit_code == 0
+    (tmp_path / "mixed" / "part-9.tar").write_bytes(tar_bytes(mixed_files(3, 0)))
+    assert "Shards     1 left of 3" in call("plan", place.score, *words[1:]).output
+    ended = call("score", place.score, *words)
+    assert ended.exit_code == 0 and "Scored 5 images in 3 shards (5 ok)." in ended.stdout
+    assert "it had 2 shards and has 3 now, 1 more. The 2 committed ones are the same" in ended.stderr
+    assert "archive has changed" not in call("score", place.score, *words).output
+
+
+def test_unreadable_images_are_tried_again_on_demand(place: Place, tmp_path: Path) -> None:
+    pack(f"file://{tmp_path}/mixed", ".tar", mixed_files(6, 0), 3)
+    words = ["--local", "--set", f"source.uri={tmp_path}/mixed", "--set", f"sink.uri={tmp_path}/results"]
+    assert call("score", place.score, *words).exit_code == 0
+    none = call("score", place.score, *words, "--retry-unreadable")
+    assert none.exit_code == 0 and "No committed shard holds an image that could not be read." in none.stderr
+    assert "3 of 3 shards are committed already" in none.stderr
+    ledger = Ledger(f"file://{tmp_path}/results", Storage())
+    times = {receipt.shard: receipt.committed_unix for receipt in ledger.receipts()}
+    rewrite_record(ledger, 1, lambda body: body.update(statuses={"ok": 1, "unreadable": 1}))
+    again = call("score", place.score, *words)  # without the flag they stay as they are
+    assert again.exit_code == 3 and "1 unreadable" in again.output
+    retried = call("score", place.score, *words, "--retry-unreadable")
+    assert retried.exit_code == 0 and "Scored 6 images in 3 shards (6 ok)." in retried.stdout, retried.output
+    assert "Trying 1 unreadable images again: 1 shards are scored anew." in retried.stderr
+    assert "2 of 3 shards are committed already" in retried.stderr
+    anew = {receipt.shard for receipt in ledger.receipts() if receipt.committed_unix != times[receipt.shard]}
+    assert anew == {1}
+
+
+def test_an_outage_is_no_mistake_of_the_job_and_a_wrong_path_is(place: Place, tmp_path: Path) -> None:
+    """Exit code 1 says start it again, 2 says mend the job file."""
+    down = {"endpoint_url": "http://127.0.0.1:9", "key": "k", "secret": "hush-hush"}
+    source = place.job("down", place.score_words(source={"uri": "s3://away/x", "storage": down}))
+    artifact = place.job("downer", place.score_words(artifact="s3://away/artifact", storage=down))
+    for command, job in (("check", source), ("score", source), ("plan", artifact)):
+        ended = call(command, job, *(["--local"] if command == "score" else []))
+        assert ended.exit_code == 1 and "cannot be reached" in ended.output, ended.output
+        assert "hush" not in ended.output
+    ended = call("status", "s3://away/results", "--endpoint-url", "http://127.0.0.1:9")
+    assert ended.exit_code == 1 and ("cannot be reached" in ended.output or "credentials" in ended.output)
+    missing = {"source": {"uri": f"{tmp_path}/nowhere"}}, {"artifact": f"{tmp_path}/nowhere"}
+    for change in missing:
+        job = place.job("missing", place.score_words(**change))
+        for command in ("check", "plan", "score"):
+            ended = call(command, job, *(["--local"] if command == "score" else []))
+            assert ended.exit_code == 2 and "nowhere" in ended.output, ended.output
+    mixed = place.score_words(source={"uri": "s3://away/x", "storage": down}, artifact=f"{tmp_path}/nowhere")
+    ended = call("check", place.job("mixed", mixed))
+    assert ended.exit_code == 2 and "cannot be reached" in ended.output and "no artifact" in ended.output
+
+
+def test_a_file_that_vanished_after_planning_is_no_mistake_of_the_job(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from raydetect import plan
+
+    pack(f"file://{tmp_path}/mixed", ".tar", mixed_files(2, 0), 2)
+    planned = plan.plan_score
+
+    def then_gone(*words: Any) -> Any:
+        made = planned(*words)
+        (tmp_path / "mixed" / "part-1.tar").unlink()
+        return made
+
+    monkeypatch.setattr(plan, "plan_score", then_gone)
+    words = [f"source={{uri: {tmp_path}/mixed}}", f"sink.uri={tmp_path}/results"]
+    ended = call("score", place.score, "--local", *(w for word in words for w in ("--set", word)))
+    assert ended.exit_code == 3 and "1 of 2 rows and 1 of 2 shards are bad (1 unreadable)" in ended.output, ended.output
 
 
 def test_status_of_nothing_says_so(tmp_path: Path) -> None:

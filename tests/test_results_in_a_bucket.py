@@ -45,7 +45,22 @@ def test_status_report_and_exports_reach_it(results: list[str], tmp_path: Path, 
     assert rows and all((tmp_path / "flagged" / row["image"]).stat().st_size for row in rows)
 
 
+def test_what_is_damaged_in_a_bucket_is_found_and_its_records_are_taken_away(
+    results: list[str], object_store: ObjectStore
+) -> None:
+    assert "3 shards, 3 parts, 3 heatmap zips: all whole." in told("verify", *results)
+    object_store.storage.delete(f"{results[0]}/scores/shard=00001/part-0000.parquet")
+    object_store.storage.write(f"{results[0]}/heatmaps/00002-0000.zip", b"PK")
+    ended = CliRunner().invoke(main, ["verify", *results, "--repair"], catch_exceptions=False)
+    assert ended.exit_code == 1 and "(scores/shard=00001/part-0000.parquet)" in ended.output
+    assert "(heatmaps/00002-0000.zip)" in ended.output
+    assert "not finished" in told("status", *results) and "1 of 3 committed" in told("status", *results)
+    assert "1 shards, 1 parts, 1 heatmap zips: all whole." in told("verify", *results)
+    missing = CliRunner().invoke(main, ["verify", f"{results[0]}/nowhere", *results[1:]])
+    assert missing.exit_code == 2 and "holds no run.json" in missing.output
+
+
 def test_without_the_endpoint_it_is_one_sentence(results: list[str], tmp_path: Path) -> None:
     for words in (["report", results[0], "-o", str(tmp_path / "r.html")], ["export", results[0], "--as", "csv"]):
         ended = CliRunner().invoke(main, [*words, "--endpoint-url", "http://127.0.0.1:9"])
-        assert ended.exit_code == 2 and "cannot be reached" in ended.output and "Traceback" not in ended.output
+        assert ended.exit_code == 1 and "cannot be reached" in ended.output and "Traceback" not in ended.output

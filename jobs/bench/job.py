@@ -149,7 +149,7 @@ def seconds_to_plan_a_resume(folder: Path) -> dict[str, float]:
     plain = to_plain(spec) | {"source": {"uri": str(day)}}
     spec = parse_job(plain, "resume")
     plan = plan_score(spec)  # type: ignore[arg-type]
-    plan.ledger.begin(plan.run)
+    plan.begin()
     ledger = folder / "resume" / "ledger"
     ledger.mkdir()
     for i in range(COMMITTED):

@@ -85,7 +85,7 @@ class Audit:
         results = self.nights.results_uri(claim.number)
         if old is None:
             plan = plan_score(night_score(self.spec, results), claim.shards)
-            plan.ledger.begin(plan.run)
+            plan.begin()
             score(plan)
         ledger = Ledger(results, self.nights.storage)
         run = begun(ledger)

@@ -4,18 +4,24 @@ Only what a kind of job needs is loaded: the checks of jobs that score are over 
 """
 
 from raydetect.check.places import Check
-from raydetect.errors import RaydetectError
+from raydetect.errors import RaydetectError, is_outage
 from raydetect.spec import AuditSpec, CalibrateSpec, EvaluateSpec, FitSpec, JobSpec, ScoreSpec, ServeSpec
 
 
 def find_problems(spec: JobSpec) -> list[str]:
-    """One sentence for each mistake; empty when the job can run."""
-    found = [sentence for check in _checks(spec) if (sentence := _sentence(check))]
+    """One sentence for each mistake; empty when the job can run.
+
+    Raises:
+        StorageError: a storage failed, and nothing else is wrong, so the job may be right.
+    """
+    found = [error for check in _checks(spec) if (error := _error(check))]
     if not found and isinstance(spec, ScoreSpec):
         from raydetect.plan import plan_score
 
-        found = [sentence for sentence in [_sentence(lambda: plan_score(spec))] if sentence]
-    return list(dict.fromkeys(found))
+        found = [error for error in [_error(lambda: plan_score(spec))] if error]
+    if found and all(is_outage(error) for error in found):
+        raise found[0]
+    return list(dict.fromkeys(str(error) for error in found))
 
 
 def _checks(spec: JobSpec) -> list[Check]:
@@ -34,9 +40,9 @@ def _checks(spec: JobSpec) -> list[Check]:
     return score.score_checks(spec) + (score.audit_checks(spec) if isinstance(spec, AuditSpec) else [])
 
 
-def _sentence(check: Check) -> str | None:
+def _error(check: Check) -> RaydetectError | None:
     try:
         check()
     except RaydetectError as error:
-        return str(error)
+        return error
     return None

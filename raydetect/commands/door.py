@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from raydetect.errors import RaydetectError, SpecError
+from raydetect.errors import RaydetectError, SpecError, is_outage
 
 if TYPE_CHECKING:
     from raydetect.sinks.ledger import Ledger
@@ -96,11 +96,14 @@ def expect(spec: "JobSpec", kind: str, job: Path) -> Any:
 
 @contextmanager
 def errors(code: int | None = None) -> Iterator[None]:
-    """Deliberate errors become one line and an exit code: `code`, or the error's own."""
+    """Deliberate errors become one line and an exit code: `code`, or the error's own.
+
+    A storage that fails is no mistake of a job, wherever it is met: that error keeps its code.
+    """
     try:
         yield
     except RaydetectError as error:
-        fail(str(error), code or error.exit_code)
+        fail(str(error), error.exit_code if code is None or is_outage(error) else code)
     except KeyboardInterrupt:
         fail("Stopped. What is committed stays; the same command goes on from there.", INTERRUPTED)
 

@@ -87,7 +87,7 @@ def score(plan: ScorePlan, address: str | None, on_part: Callable[[Part, Receipt
         TooManyBadRows: the run is complete and too much of it is bad.
     """
     refuse_memory_uris([plan.ledger.uri, plan.artifact.uri, *(shard.uri for shard in plan.shards[:1])])
-    plan.ledger.begin(plan.run)
+    plan.begin()
     if plan.todo:
         with session(address, plan.spec.resources), bank_actors(plan, address) as bank:
             committer = Committer(plan)

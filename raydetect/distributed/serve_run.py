@@ -78,7 +78,7 @@ def score_through(
         RaydetectError: as for any scoring job.
     """
     refuse_memory_uris([plan.ledger.uri, plan.artifact.uri, *(shard.uri for shard in plan.shards[:1])])
-    plan.ledger.begin(plan.run)
+    plan.begin()
     if plan.todo:
         with session(address, plan.spec.resources):
             try:

@@ -11,7 +11,7 @@ from raydetect.archives.layouts import Labelled, read_layout
 from raydetect.archives.open import open_archive
 from raydetect.config import digest, to_plain
 from raydetect.detectors._registry import build_from
-from raydetect.errors import SpecError, StorageError
+from raydetect.errors import DamagedError, SpecError
 from raydetect.spec import DetectorSpec, EvaluateSpec, public_spec, result_words, source_storage
 from raydetect.storage import Storage, join_uri, normalise_uri
 
@@ -59,7 +59,7 @@ class Evaluation:
         """What a finished cell holds; None when it is left to do.
 
         Raises:
-            StorageError: its file is damaged.
+            DamagedError: its file is damaged.
         """
         place, storage = self._place(cell), Storage(self.spec.storage)
         if not storage.exists(place):
@@ -69,8 +69,8 @@ class Evaluation:
             if body["digest"] == cell.digest:
                 return body
         except (ValueError, KeyError, TypeError):
-            raise StorageError(f"{place}: is damaged. Remove it, and the cell is evaluated anew.") from None
-        raise StorageError(f"{place}: is of another cell. Remove it, and the cell is evaluated anew.")
+            raise DamagedError(f"{place}: is damaged. Remove it, and the cell is evaluated anew.") from None
+        raise DamagedError(f"{place}: is of another cell. Remove it, and the cell is evaluated anew.")
 
     def commit(self, cell: Cell, body: Mapping[str, Any]) -> None:
         """Writes a finished cell."""

@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raydetect.errors import StorageError
+from raydetect.errors import MissingError
 from raydetect.evaluation.run import EvaluationError, figures_of
 from raydetect.metrics.quality import Group, Quality
 from raydetect.sinks.ledger import Ledger
@@ -27,7 +27,7 @@ def judge_results(spec: EvaluateSpec, uri: str) -> Mapping[str, Any]:
     ledger = Ledger(place, Storage(spec.storage))
     run = ledger.run()
     if run is None:
-        raise StorageError(f"{place}: holds no run.json, so no run was begun there. Check results.")
+        raise MissingError(f"{place}: holds no run.json, so no run was begun there. Check results.")
     quality, images = Quality(), 0
     for part in (part for receipt in ledger.receipts() for part in receipt.parts if part.labelled):
         # from memory: Arrow's threads may hold a Python file until after the interpreter has ended, which aborts

@@ -59,7 +59,7 @@ class Runner:
             state = self._note(RunState(uri, "running"))
         try:
             plan = plan_score(spec)
-            plan.ledger.begin(plan.run)
+            plan.begin()
         except BaseException:
             with self._lock:
                 del self._stops[uri], self._specs[uri], self._states[uri]

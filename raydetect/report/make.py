@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from raydetect.errors import RaydetectError, StorageError
+from raydetect.errors import MissingError, RaydetectError
 from raydetect.fleet_record import ArtifactIndex, read_index
 from raydetect.report.page import Extra, render
 from raydetect.report.pictures import Pictures, Reach, reach_of
@@ -22,7 +22,7 @@ def begun(ledger: Ledger) -> dict[str, Any]:
     """
     run = ledger.run()
     if run is None:
-        raise StorageError(f"{ledger.uri}: holds no run.json, so no run was begun there. Check the URI.")
+        raise MissingError(f"{ledger.uri}: holds no run.json, so no run was begun there. Check the URI.")
     return run
 
 

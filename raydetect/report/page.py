@@ -98,7 +98,7 @@ def render(
         statuses=[(status, count) for status, count in sorted(found.totals.statuses.items()) if status != "ok"],
         bad=found.bad,
         most_bad=MAX_BAD_PER_STATUS,
-        box=_box(ledger, run),
+        box=_box(ledger, run, found, manifest),
         spec=yaml.safe_dump(run["spec"], sort_keys=False, allow_unicode=True)[:SPEC_LETTERS],
         packages=sorted(run.get("packages", {}).items()),
         version=__version__,
@@ -158,14 +158,17 @@ def _scored(run: Mapping[str, Any], detector: str) -> list[tuple[str, str]]:
     ]
 
 
-def _box(ledger: Ledger, run: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _box(
+    ledger: Ledger, run: Mapping[str, Any], found: Tally, manifest: Mapping[str, Any] | None
+) -> list[tuple[str, str]]:
     result = run["result"]
+    finished = manifest is not None and found.totals.shards >= int(run["num_shards"])
     return [
         ("Results", ledger.uri),
         ("Artifact", str(result["artifact"])),
         ("Archive fingerprint", str(result["archive"])),
         ("Bytes of the archive", f"{int(run['num_bytes']):,}"),
-        ("Finished", "yes" if ledger.manifest() is not None else "no"),
+        ("Finished", "yes" if finished else "no"),
     ]
 
 

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from raydetect.config import differences, to_plain, validate
-from raydetect.errors import ResumeError, SpecError, StorageError
+from raydetect.errors import DamagedError, MissingError, ResumeError, SpecError, StorageError
 from raydetect.left_out import LeftOutCount
 from raydetect.records import Receipt
 from raydetect.storage import Storage, join_uri
@@ -32,34 +32,85 @@ class Ledger:
     uri: str
     storage: Storage
 
-    def begin(self, run: Mapping[str, Any]) -> None:
-        """Writes `run.json`, or checks that the one there asks for the same rows.
+    def begin(self, run: Mapping[str, Any], replaces: Mapping[str, Any] | None = None) -> bool:
+        """Writes `run.json` and reads it back, or checks that the one there asks for the same rows.
 
         Args:
             run: must hold `result`: what decides the rows.
+            replaces: a `run.json` that may be written over, because it differs in the archive alone and every
+                committed shard is in the new one too.
+
+        Returns:
+            Whether it was written now.
 
         Raises:
             ResumeError: the directory belongs to another spec, artifact or archive; says what differs.
         """
-        self.compare(run)
-        if self.run() is None:
-            self._write("run.json", {"format_version": FORMAT_VERSION, **run})
+        old = self.run()
+        if old is not None and old["result"] == to_plain(run["result"]):
+            return False
+        if old is not None and (replaces is None or old["result"] != replaces["result"]):
+            self._refuse(differences(old["result"], to_plain(run["result"])))
+        self.withdraw()
+        self._write("run.json", {"format_version": FORMAT_VERSION, **run})
+        self.require_own(run)
+        return True
 
-    def compare(self, run: Mapping[str, Any]) -> None:
-        """Refuses a run that would mix other rows into this directory.
+    def forget(self) -> None:
+        """Takes `run.json` away, so that the job whose records are there may begin again."""
+        self.storage.delete(join_uri(self.uri, "run.json"))
+
+    def compare(self, run: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Refuses a run that would mix other rows into this directory; a difference in the archive is left open.
+
+        Returns:
+            The `run.json` that is there.
 
         Raises:
             ResumeError: it would; says what differs.
         """
         old = self.run()
-        if old is None:
-            return
-        changed = differences(old["result"], to_plain(run["result"]))
+        if old is not None:
+            changed = differences(old["result"], to_plain(run["result"]))
+            if any(not line.startswith("archive: ") for line in changed):
+                self._refuse(changed)
+        return old
+
+    def _refuse(self, changed: list[str]) -> NoReturn:
+        raise ResumeError(
+            f"{self.uri}: holds the results of another job; these differ (there -> here): "
+            f"{_short(changed)}. Use another sink.uri, or the job it was begun with."
+        )
+
+    def require_own(self, run: Mapping[str, Any]) -> None:
+        """`run.json` must be there and ask for the rows of this run; one small request.
+
+        Raises:
+            StorageError: it was removed.
+            ResumeError: it is of another job, or of the same one with another listing of the archive.
+        """
+        found = self.run()
+        if found is None:
+            raise StorageError(
+                f"{join_uri(self.uri, 'run.json')}: was removed while the run went on. Start the same job again; it "
+                "scores what is missing."
+            )
+        changed = differences(found["result"], to_plain(run["result"]))
         if changed:
             raise ResumeError(
-                f"{self.uri}: holds the results of another job; these differ (there -> here): "
-                f"{_short(changed)}. Use another sink.uri, or the job it was begun with."
+                f"{self.uri}: another job took the results directory over while this one ran; these differ (there -> "
+                f"here): {_short(changed)}. This job has stopped. Give each job a sink.uri of its own."
             )
+
+    def withdraw(self, shards: Iterable[int] = ()) -> None:
+        """Takes the manifest away, then the records of shards, so that the same job scores them again.
+
+        Parts and heatmaps stay; they are written over.
+        """
+        if self.storage.info(join_uri(self.uri, "manifest.json")) is not None:
+            self.storage.delete(join_uri(self.uri, "manifest.json"))
+        for shard in shards:
+            self.storage.delete(join_uri(self.uri, f"ledger/{shard:05d}.json"))
 
     def run(self) -> dict[str, Any] | None:
         """`run.json`, None when the run was never begun."""
@@ -97,26 +148,40 @@ class Ledger:
         """The receipt of one committed shard.
 
         Raises:
-            StorageError: it is missing or damaged.
+            MissingError: it is not there.
+            DamagedError: it is no record, or that of another shard.
         """
         name = f"ledger/{shard:05d}.json"
+        place = join_uri(self.uri, name)
         body = self._read(name)
+        if body is None:
+            raise MissingError(f"{place}: the ledger record is missing. Start the same job again to score the shard.")
         try:
-            return validate(Receipt, body or {}, join_uri(self.uri, name))
+            found = validate(Receipt, body, place)
         except SpecError as error:
-            raise StorageError(f"the ledger record is damaged: {error} Remove it to score the shard anew.") from None
+            raise DamagedError(f"the ledger record is damaged: {error} Remove it to score the shard anew.") from None
+        if found.shard != shard:
+            raise DamagedError(
+                f"{place}: the ledger record is damaged: it is that of shard {found.shard:05d}. Remove it to score "
+                "the shard anew."
+            )
+        return found
 
     def finish(
-        self, facts: Mapping[str, Any], decide: "Callable[[Totals], Mapping[str, Any]]" = lambda totals: {}
+        self,
+        facts: Mapping[str, Any],
+        decide: "Callable[[Totals], Mapping[str, Any]]" = lambda totals: {},
+        checked: Callable[[Iterable[Receipt]], Iterable[Receipt]] = lambda receipts: receipts,
     ) -> dict[str, Any]:
         """Writes `manifest.json` from all receipts, and returns it.
 
         Args:
             facts: of the run.
             decide: what the sums of all receipts decide; its entries replace those of the sums.
+            checked: passes receipts on, and raises when they do not make a whole run.
         """
         totals = Totals()
-        for receipt in self.receipts():
+        for receipt in checked(self.receipts()):
             totals.add(receipt)
         body = {"format_version": FORMAT_VERSION, **facts, **totals.plain(), **decide(totals)}
         self._write("manifest.json", body)
@@ -132,14 +197,14 @@ class Ledger:
 
     def _read(self, name: str) -> dict[str, Any] | None:
         place = join_uri(self.uri, name)
-        if not self.storage.exists(place):
-            return None
         try:
             body = json.loads(self.storage.read(place))
+        except MissingError:
+            return None
         except ValueError as error:
-            raise StorageError(f"{place}: is damaged ({error}). Restore it or use another sink.uri.") from None
+            raise DamagedError(f"{place}: is damaged ({error}). Restore it or use another sink.uri.") from None
         if not isinstance(body, dict):
-            raise StorageError(f"{place}: is damaged (no JSON object). Restore it or use another sink.uri.")
+            raise DamagedError(f"{place}: is damaged (no JSON object). Restore it or use another sink.uri.")
         return body
 
     def _read_versioned(self, name: str) -> dict[str, Any] | None:

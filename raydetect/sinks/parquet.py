@@ -48,8 +48,9 @@ class ResultsSink(Sink):
     def write(self, chunk: Chunk, rows: Sequence[Row], pictures: Mapping[int, bytes], clipped_pixels: int = 0) -> Part:
         """Heatmaps first, then the Parquet part; file names are functions of the chunk's id."""
         heatmap_path = f"heatmaps/{chunk.id}.zip" if pictures else ""
+        zipped = zip_pictures(pictures) if pictures else b""
         if pictures:
-            self.storage.write(join_uri(self.uri, heatmap_path), zip_pictures(pictures))
+            self.storage.write(join_uri(self.uri, heatmap_path), zipped)
         placed = [
             dataclasses.replace(row, heatmap_uri=self.heatmap_uri(chunk.id, i)) if i in pictures else row
             for i, row in enumerate(rows)
@@ -70,6 +71,9 @@ class ResultsSink(Sink):
             labelled=sum(row.label is not None and row.image_score is not None for row in rows),
             heatmaps=len(pictures),
             heatmap_path=heatmap_path,
+            heatmap_sha256=hashlib.sha256(zipped).hexdigest() if pictures else "",
+            bytes=len(data),
+            heatmap_bytes=len(zipped),
             clipped_pixels=clipped_pixels,
             left_out=chunk.left_out,
             p_counts=Counter(row.p_value for row in rows if row.p_value is not None and row.flagged is None),

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from raydetect.errors import StorageError
+from raydetect.errors import MissingError
 from raydetect.left_out import left_out_text
 from raydetect.metrics.roc import auroc
 from raydetect.sinks.ledger import Ledger, Totals
@@ -21,8 +21,9 @@ from raydetect.sinks.ledger import Ledger, Totals
 class RunProgress:
     """How far a run is, from `run.json` and the ledger; `num_categories` is 0 without a fleet.
 
-    `flags_wait` says that the whole archive decides what is flagged (`flag.fdr`), and the run is not finished; `fdr` is
-    the manifest's entry once it is.
+    `finished` is a run whose manifest is there and whose shards all have their record; `lost` counts the records that
+    are missing beside a manifest. `flags_wait` says that the whole archive decides what is flagged (`flag.fdr`), and
+    the run is not finished; `fdr` is the manifest's entry once it is.
     """
 
     uri: str
@@ -32,6 +33,7 @@ class RunProgress:
     num_categories: int = 0
     flags_wait: bool = False
     fdr: Mapping[str, Any] | None = None
+    lost: int = 0
 
     @property
     def flagged(self) -> int | None:
@@ -42,13 +44,16 @@ class RunProgress:
 
     def plain(self) -> dict[str, Any]:
         """For machines."""
-        run = {"uri": self.uri, "num_shards": self.num_shards, "num_categories": self.num_categories}
-        return {**run, "finished": self.finished, **self.totals.plain(), "flagged": self.flagged, "fdr": self.fdr}
+        run: dict[str, Any] = {"uri": self.uri, "num_shards": self.num_shards, "num_categories": self.num_categories}
+        run |= {"finished": self.finished, "lost_records": self.lost}
+        return {**run, **self.totals.plain(), "flagged": self.flagged, "fdr": self.fdr}
 
     def lines(self) -> list[str]:
         """For people."""
         totals = self.totals
         state = "finished" if self.finished else "not finished"
+        if self.lost:
+            state += f": manifest.json is there, but the records of {self.lost:,} shards are missing"
         share = 100.0 * totals.shards / max(1, self.num_shards)
         kinds = ", ".join(f"{count:,} {status}" for status, count in sorted(totals.statuses.items()))
         lines = [
@@ -91,7 +96,7 @@ class Followed:
         with self._lock:
             run = self._ledger.run()
             if run is None:
-                raise StorageError(f"{self._ledger.uri}: holds no run.json, so no run was begun there. Check the URI.")
+                raise MissingError(f"{self._ledger.uri}: holds no run.json, so no run was begun there. Check the URI.")
             manifest = self._ledger.manifest()  # before the listing, which then holds all that is said
             committed = self._ledger.committed()
             if not self._seen <= committed:  # another run began there
@@ -101,10 +106,13 @@ class Followed:
             self._seen = committed
             categories = len(run["result"].get("categories", {}))
             totals = copy.deepcopy(self._totals)
-            waits = manifest is None and run["result"]["spec"].get("flag", {}).get("fdr") is not None
-            fdr = None if manifest is None else manifest.get("fdr")
             shards = int(run["num_shards"])
-            return RunProgress(self._ledger.uri, shards, totals, manifest is not None, categories, waits, fdr)
+            missing = shards - sum(index < shards for index in committed)
+            finished = manifest is not None and not missing
+            waits = not finished and run["result"]["spec"].get("flag", {}).get("fdr") is not None
+            fdr = manifest.get("fdr") if manifest is not None and finished else None
+            lost = 0 if manifest is None else missing
+            return RunProgress(self._ledger.uri, shards, totals, finished, categories, waits, fdr, lost)
 
 
 def progress(ledger: Ledger) -> RunProgress:

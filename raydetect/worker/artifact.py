@@ -15,7 +15,7 @@ from raydetect.blocks.search import Search
 from raydetect.config import to_plain
 from raydetect.detectors._base import Detector
 from raydetect.detectors._registry import build_detector
-from raydetect.errors import ArtifactError, SpecError, StorageError
+from raydetect.errors import ArtifactError, MissingError, SpecError
 from raydetect.fleet_record import ArtifactIndex, ArtifactRef
 from raydetect.storage import Storage, join_uri
 from raydetect.worker.tensor_file import TensorFile, tensors_uri
@@ -154,7 +154,7 @@ def _read_tensors(uri: str, storage: Storage, entry: Mapping[str, Any]) -> dict[
     place = tensors_uri(uri, entry)
     try:
         data = storage.read(place)
-    except StorageError as error:
+    except MissingError as error:
         raise ArtifactError(f"the artifact is incomplete: {error} Fit again.") from None
     if hashlib.sha256(data).hexdigest() != entry["sha256"]:
         raise ArtifactError(f"{place}: its sha256 is not the record's. Fit again or copy it anew.")

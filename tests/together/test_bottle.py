@@ -113,5 +113,5 @@ def test_an_unreachable_store_is_one_sentence(endpoint: str, tmp_path: Path) -> 
         "storage": {"endpoint_url": endpoint, "key": "k", "secret": "hush-hush"},
     }
     ended = start(tmp_path, "check", write_job(tmp_path / "job.yaml", job))
-    assert ended.wait() == 2
+    assert ended.wait() == 1
     assert "cannot be reached" in ended.text() and "hush" not in ended.text() and "Traceback" not in ended.text()

@@ -1,0 +1,43 @@
+"""`raydetect verify`: whether a results directory is what was written, and which shards are to be scored again."""
+
+import json
+import sys
+
+import click
+
+from raydetect.commands.door import BAD_JOB, errors, ledger_of, storage_words
+
+DAMAGED = 1
+SHOWN_AFTER_SECONDS = 2.0
+
+
+@click.command()
+@click.argument("results")
+@storage_words
+@click.option("--repair", is_flag=True, help="Take the ledger records of damaged shards away.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def verify(
+    results: str, endpoint_url: str | None, profile: str | None, anon: bool, repair: bool, as_json: bool
+) -> None:
+    """Read every part and heatmap of a results directory and compare them with its ledger.
+
+    Exit code 0: all is whole; 1: something is damaged, also when --repair took the records of damaged shards away: the
+    same job then scores these again.
+    """
+    with errors(BAD_JOB):
+        from raydetect.console import shown
+        from raydetect.sinks.verify import verify as verify_results
+
+        ledger = ledger_of(results, endpoint_url, profile, anon)
+        with shown(True, SHOWN_AFTER_SECONDS) as tick:
+            found = verify_results(ledger, tick)
+        repaired = repair and not found.whole
+        if repaired:
+            ledger.withdraw(sorted(found.damaged))
+    if as_json:
+        click.echo(json.dumps({**found.plain(), "repaired": repaired}, indent=1, sort_keys=True))
+    else:
+        for line in found.lines(repaired):
+            click.echo(line)
+    if not found.whole:
+        sys.exit(DAMAGED)

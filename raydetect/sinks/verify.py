@@ -1,0 +1,363 @@
+"""Reads a results directory whole, once, and says what in it is not what was written.
+
+Memory: 16 bytes for every row with a score (a digest of its key), the names of all files below `scores/` and
+`heatmaps/`, and the bytes of at most `READERS` chunks with their heatmaps.
+"""
+
+import hashlib
+import io
+import zipfile
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raydetect.errors import DamagedError, MissingError, SpecError
+from raydetect.records import OK, Part, Receipt
+from raydetect.sinks.agreement import NAMED, listed_files, mend, named, rows_digest
+from raydetect.sinks.flags import archive_flags
+from raydetect.sinks.ledger import Ledger, Totals
+from raydetect.storage import join_uri
+
+READERS, AHEAD = 8, 16
+DIGEST_BYTES = 16
+COLUMNS = ["key", "status", "flagged"]
+KINDS = {
+    "run": "run.json is missing, so the job is not known",
+    "missing_records": "ledger records missing beside a manifest",
+    "damaged_records": "ledger records that are damaged",
+    "foreign_records": "ledger records of another job",
+    "missing_files": "files that are missing",
+    "changed_files": "files whose sha256 is not that of their record",
+    "broken_files": "files that are no whole Parquet part or zip",
+    "counts": "files that hold other counts than their record",
+    "keys": "keys that more than one scored row has",
+    "manifest": "sums of manifest.json that differ from those of the records",
+}
+Tick = Callable[[str, int, int | None], None]
+Damage = tuple[str, str]  # its kind, and the name of what is damaged
+
+
+@dataclass(slots=True)
+class Found:
+    """Damage of one kind: how much, and the first names."""
+
+    count: int = 0
+    names: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Verification:
+    """What a results directory is like.
+
+    Attributes:
+        uri: of it.
+        num_shards: of the job; 0 when run.json is missing.
+        finished: a manifest is there, and a record of every shard.
+        shards: ledger records that were read.
+        unnamed: files that no record names: of runs that were killed, or of one that goes on.
+        damage: by kind; empty when all is whole.
+        damaged: indexes of shards whose record must go, so that they are scored again.
+    """
+
+    uri: str
+    num_shards: int = 0
+    finished: bool = False
+    shards: int = 0
+    parts: int = 0
+    heatmap_zips: int = 0
+    rows: int = 0
+    unnamed: int = 0
+    damage: dict[str, Found] = field(default_factory=dict)
+    damaged: set[int] = field(default_factory=set)
+
+    @property
+    def whole(self) -> bool:
+        """Whether everything that is there is what was written."""
+        return not self.damage
+
+    def add(self, kind: str, name: str, shard: int | None = None) -> None:
+        """Notes damage, and the shard that is to be scored again."""
+        found = self.damage.setdefault(kind, Found())
+        found.count += 1
+        if found.count <= NAMED:
+            found.names.append(name)
+        if shard is not None:
+            self.damaged.add(shard)
+
+    def plain(self) -> dict[str, Any]:
+        """For machines."""
+        return {
+            "uri": self.uri,
+            "whole": self.whole,
+            "finished": self.finished,
+            "num_shards": self.num_shards,
+            "shards": self.shards,
+            "parts": self.parts,
+            "heatmap_zips": self.heatmap_zips,
+            "rows": self.rows,
+            "unnamed_files": self.unnamed,
+            "damage": {kind: {"count": found.count, "first": found.names} for kind, found in self.damage.items()},
+            "damaged_shards": sorted(self.damaged),
+        }
+
+    def lines(self, repaired: bool = False) -> list[str]:
+        """For people.
+
+        Args:
+            repaired: the records of damaged shards were taken away.
+        """
+        lines = [
+            f"{KINDS[kind]}: {found.count:,} ({named(found.names, found.count)})" if kind != "run" else KINDS[kind]
+            for kind, found in self.damage.items()
+        ]
+        if self.unnamed:
+            lines.append(f"files that no record names: {self.unnamed:,} (of killed runs; they count for nothing)")
+        if self.num_shards and not self.finished:
+            lines.append(f"The run is not finished: {self.shards:,} of {self.num_shards:,} shards are committed.")
+        what = f"{self.shards:,} shards, {self.parts:,} parts, {self.heatmap_zips:,} heatmap zips"
+        if self.whole:
+            return [*lines, f"{what}: all whole."]
+        if repaired:
+            taken = f"manifest.json and the ledger records of {len(self.damaged):,} shards are taken away"
+            return [*lines, f"{what}: {taken}. Start the same job again; it scores these shards."]
+        if not self.damaged:
+            return [*lines, f"{what}: not all whole. Start the same job again; it writes what is missing."]
+        return [*lines, f"{what}: {len(self.damaged):,} shards are damaged. {mend(self.uri)}"]
+
+
+def verify(ledger: Ledger, tick: Tick) -> Verification:
+    """Reads every record, part and heatmap zip, and compares each with what was noted when it was written.
+
+    Args:
+        ledger: of the results directory.
+        tick: told of every shard.
+
+    Raises:
+        MissingError: no run was begun there.
+        StorageError: the storage failed, or run.json is damaged.
+    """
+    run, committed = ledger.run(), sorted(ledger.committed())
+    if run is None and not committed:
+        raise MissingError(f"{ledger.uri}: holds no run.json, so no run was begun there. Check the URI.")
+    found = Verification(ledger.uri)
+    manifest = _manifest(ledger, found)
+    found.finished = manifest is not None
+    _judge_run(run, committed, found)
+    files, keys, totals = listed_files(ledger), bytearray(), Totals()
+    flags = archive_flags(manifest)
+    for shard in _read_ahead(ledger, committed):
+        tick("verified shards", 1, len(committed))
+        for kind, name in shard.damage:
+            found.add(kind, name, shard.index)
+        if shard.receipt is None:
+            continue
+        keys += shard.keys
+        _judge_record(shard.receipt, run, found)
+        totals.add(shard.receipt if flags is None else flags.receipt(shard.receipt))
+        for part in shard.receipt.parts:
+            files.pop(part.path, None)
+            files.pop(part.heatmap_path, None)
+    found.unnamed = len(files)
+    _judge_keys(ledger, committed, keys, found)
+    _judge_sums(run, manifest, totals, found)
+    found.shards, found.parts, found.rows = totals.shards, totals.parts, totals.rows
+    return found
+
+
+def _manifest(ledger: Ledger, found: Verification) -> dict[str, Any] | None:
+    try:
+        return ledger.manifest()
+    except DamagedError:
+        found.add("manifest", "it is no JSON object")
+        return None
+
+
+def _judge_run(run: Mapping[str, Any] | None, committed: Iterable[int], found: Verification) -> None:
+    """Whether the job is known, and has a record of each shard when it says that it is finished."""
+    if run is None:
+        found.add("run", "run.json")
+        return
+    found.num_shards = int(run["num_shards"])
+    there = set(committed)
+    if found.finished:
+        for index in range(found.num_shards):
+            if index not in there:
+                found.add("missing_records", _record(index))
+        found.finished = "missing_records" not in found.damage
+    for index in sorted(there):
+        if index >= found.num_shards:
+            found.add("foreign_records", _record(index), index)
+
+
+def _judge_record(receipt: Receipt, run: Mapping[str, Any] | None, found: Verification) -> None:
+    """Whether a record is of the job, and its parts make a whole shard."""
+    name = _record(receipt.shard)
+    if run is not None and receipt.run not in ("", rows_digest(run)):
+        found.add("foreign_records", name, receipt.shard)
+    statuses: Counter[str] = Counter()
+    for part in receipt.parts:
+        statuses.update(part.statuses)
+    numbers = [(part.shard, part.number, part.last) for part in receipt.parts]
+    last = len(numbers) - 1
+    expected = [(receipt.shard, number, number == last) for number in range(len(numbers))]
+    rows = sum(part.rows for part in receipt.parts)
+    if not numbers or numbers != expected or rows != receipt.rows or statuses != Counter(receipt.statuses):
+        found.add("damaged_records", name, receipt.shard)
+    found.heatmap_zips += sum(bool(part.heatmap_path) for part in receipt.parts)
+
+
+def _record(index: int) -> str:
+    return f"ledger/{index:05d}.json"
+
+
+@dataclass(slots=True)
+class _Shard:
+    """What was read of a shard; `keys` are digests of the keys of its scored rows."""
+
+    index: int
+    receipt: Receipt | None = None
+    keys: bytearray = field(default_factory=bytearray)
+    damage: list[Damage] = field(default_factory=list)
+
+
+def _read_ahead(ledger: Ledger, committed: Iterable[int]) -> Iterator[_Shard]:
+    """Every committed shard in order, read by threads that are at most `AHEAD` shards ahead."""
+    with ThreadPoolExecutor(READERS) as pool:
+        coming: deque[Future[_Shard]] = deque()
+        try:
+            for index in committed:
+                coming.append(pool.submit(_read_shard, ledger, index))
+                if len(coming) == AHEAD:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
+        finally:
+            for future in coming:
+                future.cancel()
+
+
+def _read_shard(ledger: Ledger, index: int) -> _Shard:
+    shard = _Shard(index)
+    try:
+        shard.receipt = ledger.receipt(index)
+    except (DamagedError, MissingError):
+        shard.damage.append(("damaged_records", _record(index)))
+        return shard
+    for part in shard.receipt.parts:
+        data = _whole(ledger, part.path, part.sha256, shard.damage)
+        if data is not None:
+            shard.damage += _judge_rows(part, data, shard.keys)
+        if part.heatmap_path:
+            shard.damage += _judge_heatmaps(ledger, part)
+        elif part.heatmaps:
+            shard.damage.append(("counts", part.path))
+    return shard
+
+
+def _whole(ledger: Ledger, path: str, sha256: str, damage: list[Damage]) -> bytes | None:
+    """The bytes of a file; None when it is not there or not what was written, which is noted."""
+    try:
+        data = ledger.storage.read(join_uri(ledger.uri, path))
+    except (MissingError, SpecError):  # a record that was tampered with may name what is no path
+        damage.append(("missing_files", path))
+        return None
+    if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+        damage.append(("changed_files", path))
+        return None
+    return data
+
+
+def _judge_rows(part: Part, data: bytes, keys: bytearray) -> list[Damage]:
+    """Compares the rows of a part with its record, and notes their keys."""
+    table = _table(data)
+    if table is None:
+        return [("broken_files", part.path)]
+    statuses = Counter(table["status"].to_pylist())
+    flagged = sum(value is True for value in table["flagged"].to_pylist())
+    keys += b"".join(_digest(key) for key in _scored_keys(table))
+    same = (table.num_rows, statuses, flagged) == (part.rows, Counter(part.statuses), part.flagged)
+    return [] if same else [("counts", part.path)]
+
+
+def _judge_heatmaps(ledger: Ledger, part: Part) -> list[Damage]:
+    """Compares a zip with its record; what an older raydetect wrote has no sha256 and is opened."""
+    damage: list[Damage] = []
+    data = _whole(ledger, part.heatmap_path, part.heatmap_sha256, damage)
+    if data is None:
+        return damage
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as pictures:
+            broken = not part.heatmap_sha256 and pictures.testzip() is not None
+            count = len(pictures.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError):
+        return [("broken_files", part.heatmap_path)]
+    if broken:
+        return [("broken_files", part.heatmap_path)]
+    return [] if count == part.heatmaps else [("counts", part.heatmap_path)]
+
+
+def _table(data: bytes) -> pa.Table | None:
+    # from memory: Arrow's threads may hold a Python file until after the interpreter has ended, which aborts
+    try:
+        return pq.ParquetFile(pa.BufferReader(data)).read(columns=COLUMNS)
+    except (pa.ArrowException, OSError, KeyError):
+        return None
+
+
+def _scored_keys(table: pa.Table) -> Iterator[str]:
+    """Keys of rows with a score: others may repeat one, such as those of status `duplicate_key`."""
+    pairs = zip(table["key"].to_pylist(), table["status"].to_pylist(), strict=True)
+    return (key for key, status in pairs if status == OK)
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()
+
+
+def _judge_keys(ledger: Ledger, committed: Sequence[int], keys: bytearray, found: Verification) -> None:
+    """Notes keys that came twice; only then are the parts read a second time, to name them."""
+    keys_N = np.frombuffer(keys, dtype=f"S{DIGEST_BYTES}")
+    keys_N.sort()
+    repeated = {_padded(key) for key in np.unique(keys_N[1:][keys_N[1:] == keys_N[:-1]]).tolist()}
+    if not repeated:
+        return
+    places: dict[bytes, list[tuple[str, int]]] = {}
+    for index in committed:
+        for part in _parts(ledger, index):
+            table = _table(_whole(ledger, part.path, part.sha256, []) or b"")
+            for key in () if table is None else _scored_keys(table):
+                if (digest := _digest(key)) in repeated:
+                    places.setdefault(digest, []).append((key, index))
+    for rows in places.values():
+        found.add("keys", rows[0][0])
+        found.damaged |= {index for _, index in rows}
+
+
+def _padded(digest: bytes) -> bytes:
+    return digest.ljust(DIGEST_BYTES, b"\0")  # numpy drops zeros at the end of bytes
+
+
+def _parts(ledger: Ledger, index: int) -> tuple[Part, ...]:
+    try:
+        return ledger.receipt(index).parts
+    except (DamagedError, MissingError):
+        return ()
+
+
+def _judge_sums(
+    run: Mapping[str, Any] | None, manifest: Mapping[str, Any] | None, totals: Totals, found: Verification
+) -> None:
+    """Compares the manifest with the sums of the records, unless other damage explains a difference."""
+    if manifest is None or run is None or {"missing_records", "damaged_records", "foreign_records"} & set(found.damage):
+        return
+    if manifest.get("result") not in (None, run["result"]):
+        found.add("manifest", "result is that of another job")
+    for name, value in totals.plain().items():
+        if manifest.get(name) != value:
+            found.add("manifest", f"{name} {manifest.get(name)} there, {value} in the records")
