@@ -19,12 +19,6 @@ class StorageError(RaydetectError):
     """A file, folder or bucket cannot be reached, read or written."""
 
 
-class MissingError(StorageError):
-    """Nothing is at the URI that a job names."""
-
-    exit_code = 2
-
-
 class UnreadableError(StorageError):
     """One object cannot be read for good: it is archived, not there, or not for this key. Others may be.
 
@@ -36,6 +30,12 @@ class UnreadableError(StorageError):
     def __init__(self, message: str, is_denied: bool = False) -> None:
         super().__init__(message)
         self.is_denied = is_denied
+
+
+class MissingError(UnreadableError):
+    """Nothing is at the URI."""
+
+    exit_code = 2
 
 
 class ChangedError(StorageError):

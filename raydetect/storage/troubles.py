@@ -18,8 +18,7 @@ def translate(uri: str, verb: str, error: Exception) -> RaydetectError:
 
     Returns:
         ChangedError: the object is another one than was listed.
-        UnreadableError: this object cannot be read, while others may be.
-        MissingError: the bucket is not there.
+        UnreadableError: this object cannot be read, while others may be; a MissingError when it is not there.
         StorageError: anything else, which concerns the whole storage or may pass.
     """
     if isinstance(error, RaydetectError):
@@ -42,7 +41,7 @@ def _of_object(uri: str, verb: str, error: Exception, code: str, text: str) -> S
             is_denied=True,
         )
     if code in ABSENT or (not code and isinstance(error, FileNotFoundError)):
-        return UnreadableError(f"{uri}: not found. Check the path.")
+        return MissingError(f"{uri}: not found. Check the path.")
     if isinstance(error, IsADirectoryError | NotADirectoryError):
         return UnreadableError(f"{uri}: is no file ({type(error).__name__}). Check the path.")
     return None
@@ -51,7 +50,7 @@ def _of_object(uri: str, verb: str, error: Exception, code: str, text: str) -> S
 def _of_storage(uri: str, verb: str, error: Exception, code: str, text: str) -> StorageError:
     if code == "NoSuchBucket":
         bucket = "/".join(uri.split("/")[:3])
-        return MissingError(f"{uri}: the bucket {bucket} does not exist. Create it or mend the URI.")
+        return MissingError(f"{uri}: the bucket {bucket} does not exist. Create it or mend the URI.", is_denied=True)
     if code in DENIED or code in REFUSED_KEYS:
         return StorageError(f"{uri}: the storage refused to {verb} it ({text}). Check key, secret, token, profile.")
     if "credentials" in text.lower():
