@@ -7,6 +7,7 @@ from typing import Any
 from raydetect.records import LeftOut
 
 NAMED = 5
+WITHDRAWN = "withdrawn"  # also the format of such a shard
 REASONS = {
     "sidecar": "labels and masks that belong to an image",
     "sidecar_without_image": "labels and masks of no image",
@@ -21,6 +22,7 @@ REASONS = {
     "not_a_file": "a pipe, socket or device",
     "replaced": "labels and masks that a later file of the same name replaces",
     "bytes_after_end": "bytes after the end of a tar",
+    WITHDRAWN: "shards that were deleted or overwritten before their night was scored",
 }
 
 

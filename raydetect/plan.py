@@ -14,7 +14,7 @@ from raydetect.artifact_record import ArtifactRecord
 from raydetect.config import to_plain
 from raydetect.errors import SpecError, TooManyBadRows
 from raydetect.fleet_record import ArtifactIndex, read_index, read_records
-from raydetect.left_out import left_out_of, left_out_text
+from raydetect.left_out import WITHDRAWN, left_out_of, left_out_text
 from raydetect.metrics.conformal import ROUNDING, threshold_for
 from raydetect.metrics.discovery import discover
 from raydetect.records import OK, Part, Receipt, Shard
@@ -287,7 +287,8 @@ def judge_bad_rows(manifest: Mapping[str, Any], limit: float, uri: str) -> None:
         SpecError: it has no row at all.
         TooManyBadRows: it has.
     """
-    if manifest["shards"] and not manifest["rows"]:
+    withdrawn = manifest["left_out"].get(WITHDRAWN, {"count": 0})["count"]
+    if manifest["shards"] > withdrawn and not manifest["rows"]:
         told = left_out_text(left_out_of(manifest["left_out"])) or "nothing"
         raise SpecError(f"{uri}: the source gave no image; left out: {told}. Check source.uri, format and pattern.")
     rows, bad = manifest["rows"], manifest["bad_rows"]

@@ -3,12 +3,14 @@
 import hashlib
 import hmac
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from click.testing import CliRunner, Result
@@ -181,6 +183,43 @@ def test_a_killed_audit_goes_on_with_its_own_shards(place: Path) -> None:
     again = Audit.of(spec_of(place, chunk_images=1))
     assert [again.run(claim, rest)["night"] for claim in again.pending()] == ["night-00001", "night-00002"]
     assert seen == [["a-1.tar"], ["b-0.tar", "b-1.tar"]]
+
+
+@pytest.mark.parametrize("what", ["overwritten", "deleted"])
+def test_a_shard_that_changed_before_its_night_was_scored_is_of_the_next_night(place: Path, what: str) -> None:
+    add_night(place, "a", "normal", 0, count=6)
+    made = Audit.of(spec_of(place))
+
+    def first_shard(plan: ScorePlan) -> object:
+        def on_part(part: Any, receipt: Any) -> None:
+            if receipt is not None:
+                raise InterruptedError
+
+        return local.score(plan, on_part)
+
+    (claim,) = made.pending()
+    with pytest.raises(InterruptedError):
+        made.run(claim, first_shard)
+    second = place / "archive" / "a-1.tar"
+    if what == "deleted":
+        second.unlink()
+    else:
+        shutil.copy(place / "archive" / "a-0.tar", second)
+    for _ in range(2):
+        assert call("audit", job(place), "--local").exit_code == 0
+    first = summary(place, 1)
+    assert first["images"] == 3
+    if what == "overwritten":
+        assert summary(place, 2)["images"] == 3
+    keys = [
+        row["key"]
+        for number in range(1, 4)
+        for part in sorted((place / f"audits/nights/{number:05d}/results/scores").rglob("*.parquet"))
+        for row in pq.ParquetFile(part).read(columns=["key"]).to_pylist()
+    ]
+    assert len(keys) == len(set(keys)) == (6 if what == "overwritten" else 3)
+    told = json.loads((place / "audits/nights/00001/results/manifest.json").read_text())["left_out"]
+    assert told["withdrawn"]["count"] == 1 and told["withdrawn"]["names"][0].endswith("a-1.tar")
 
 
 def test_loose_images_and_other_artifacts(place: Path) -> None:

@@ -12,7 +12,7 @@ from raydetect.archives.prefix import group_files, read_prefix
 from raydetect.archives.samples import left_out_reason
 from raydetect.archives.unreadable import is_alone, others_of
 from raydetect.errors import ArchiveError, SpecError, StorageError, UnreadableError
-from raydetect.left_out import LeftOutCount, left_out_text
+from raydetect.left_out import WITHDRAWN, LeftOutCount, left_out_text
 from raydetect.records import Member, Shard
 from raydetect.spec import SourceSpec
 from raydetect.storage import FileInfo, Storage, normalise_uri, relative_to
@@ -182,12 +182,19 @@ def _read_unnamable(
     yield  # a generator, as the other readers
 
 
+def _read_withdrawn(
+    shard: Shard, source: SourceSpec, storage: Storage, naming: Naming, left_out: LeftOutCount
+) -> Iterator[Member]:
+    yield from ()
+
+
 READERS: dict[str, Reader] = {
     "tar": tar.read_tar,
     "zip": zip_format.read_zip,
     "parquet": parquet.read_parquet,
     "prefix": read_prefix,
     "unnamable": _read_unnamable,
+    WITHDRAWN: _read_withdrawn,
 }
 
 

@@ -17,8 +17,9 @@ from typing import Any
 
 from raydetect.config import to_plain
 from raydetect.errors import ResumeError, StorageError
-from raydetect.left_out import left_out_of
-from raydetect.records import Shard
+from raydetect.left_out import WITHDRAWN, left_out_of
+from raydetect.records import LeftOut, Shard
+from raydetect.sinks.ledger import Ledger
 from raydetect.storage import Storage, join_uri
 
 FORMAT_VERSION = 1
@@ -70,6 +71,23 @@ class Nights:
         body = {"number": number, "night": night, "shards": [_plain(shard) for shard in made.shards]}
         self.write("claims", number, body)
         return made
+
+    def without_changed(self, claim: Claim, listed: Sequence[Shard]) -> Claim:
+        """The claim of a night that is not finished, less what was deleted or overwritten before it was scored.
+
+        Such a shard keeps its place, which names files, and gives no row; what is there now is for the next night.
+
+        Args:
+            claim: of the night.
+            listed: what the archive holds now.
+        """
+        committed = Ledger(self.results_uri(claim.number), self.storage).committed()
+        there = {shard_key(shard) for shard in listed}
+        kept = [
+            shard if shard.index in committed or shard_key(shard) in there else _withdrawn(shard)
+            for shard in claim.shards
+        ]
+        return claim if tuple(kept) == claim.shards else self.claim(claim.night, kept, claim.number)
 
     def results_uri(self, number: int) -> str:
         """The results directory of a night."""
@@ -133,6 +151,11 @@ def unclaimed(shards: Sequence[Shard], claims: Sequence[Claim]) -> list[Shard]:
     """The shards of a listing that no night covers."""
     taken = {shard_key(shard) for claim in claims for shard in claim.shards}
     return [shard for shard in shards if shard_key(shard) not in taken]
+
+
+def _withdrawn(shard: Shard) -> Shard:
+    left_out = {**shard.left_out, WITHDRAWN: LeftOut(1, (shard.uri,))}
+    return Shard(shard.index, shard.uri, WITHDRAWN, 0, WITHDRAWN, left_out=left_out)
 
 
 def _plain(shard: Shard) -> dict[str, Any]:

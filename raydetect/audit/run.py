@@ -55,12 +55,17 @@ class Audit:
         """
         claims = self.nights.claims()
         done = set(self.nights.numbers("summaries"))
-        known = next((claim for claim in claims if claim.night == self.spec.night), None)
-        begun_before = [claim for claim in claims if claim.number not in done]
-        if known is not None:
-            return [claim for claim in begun_before if claim.number < known.number] + [known]
+        if self.spec.night is not None and all(claim.number in done for claim in claims):
+            known = [claim for claim in claims if claim.night == self.spec.night]
+            if known:
+                return known
         archive = open_archive(self.spec.source, Storage(source_storage(self.spec, self.spec.source)))
         shards = list(archive.shards())
+        claims = [claim if claim.number in done else self.nights.without_changed(claim, shards) for claim in claims]
+        begun_before = [claim for claim in claims if claim.number not in done]
+        for claim in claims:
+            if claim.night == self.spec.night:
+                return [other for other in begun_before if other.number < claim.number] + [claim]
         new = unclaimed(shards, claims)
         if new:  # what the listing left out is told by the night
             new[0] = replace(new[0], left_out=shards[0].left_out)

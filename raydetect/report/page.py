@@ -15,12 +15,13 @@ import yaml
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from raydetect import __version__
+from raydetect.left_out import REASONS
 from raydetect.report.gallery import cards
 from raydetect.report.pictures import Pictures
 from raydetect.report.run_charts import Figure, distribution_figure, p_limit, timeline_figure
 from raydetect.report.tally import MAX_BAD_PER_STATUS, CategorySums, Tally
 from raydetect.sinks.ledger import Ledger
-from raydetect.sinks.results import labelled_auroc
+from raydetect.sinks.results import labelled_auroc, notes_text
 
 MAX_LABELLED = 1_000_000  # above it the AUROC, which needs all labelled scores at once, is left out
 MAX_CATEGORY_ROWS = 300
@@ -98,6 +99,8 @@ def render(
         statuses=[(status, count) for status, count in sorted(found.totals.statuses.items()) if status != "ok"],
         bad=found.bad,
         most_bad=MAX_BAD_PER_STATUS,
+        left_out=[(REASONS.get(why, why), entry) for why, entry in sorted(found.totals.left_out.found.items())],
+        notes=notes_text(found.totals.notes),
         box=_box(ledger, run, found, manifest),
         spec=yaml.safe_dump(run["spec"], sort_keys=False, allow_unicode=True)[:SPEC_LETTERS],
         packages=sorted(run.get("packages", {}).items()),
