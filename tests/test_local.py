@@ -14,8 +14,9 @@ from PIL import Image
 from raydetect import local
 from raydetect.artifact_record import read_record
 from raydetect.config import apply_overrides
-from raydetect.errors import ArtifactError, ResumeError, SpecError, TooManyBadRows
+from raydetect.errors import ArtifactError, ChangedError, ResumeError, SpecError, TooManyBadRows
 from raydetect.plan import ScorePlan, forecast, plan_score
+from raydetect.records import Part, Receipt
 from raydetect.spec import FitSpec, ScoreSpec, parse_job
 from raydetect.storage import Storage, join_uri
 from raydetect.worker.artifact import load_artifact
@@ -315,3 +316,28 @@ def test_notes_reach_rows_receipts_and_the_manifest() -> None:
     )
     assert [row["note"] for row in rows(plan)] == ["pages_not_read: 1", "exif_ignored", ""]
     assert manifest["notes"] == {"exif_ignored": 1, "pages_not_read": 1} and manifest["bad_rows"] == 0
+
+
+@pytest.mark.usefixtures("data")
+def test_a_shard_that_changed_while_a_run_was_stopped_leaves_no_row_of_before() -> None:
+    """What was listed is what is scored, and of an interrupted start over other content nothing stays."""
+    files = [(f"{i}.png", encode(normal_image(i))) for i in range(9)]
+    Storage().write("memory://data/grown/a.tar", tar_bytes(files[:1]))
+    Storage().write("memory://data/grown/b.tar", tar_bytes(files))
+    words = ("source={uri: memory://data/grown}", "chunk_images=2", "sink.uri=memory://data/grown-results")
+    plan = plan_score(spec_of(SCORE, *words))
+
+    def stop(part: Part, receipt: Receipt | None) -> None:
+        if part.shard == 1 and part.number == 3:
+            raise InterruptedError
+
+    plan.begin()
+    with pytest.raises(InterruptedError):
+        local.score(plan, stop)
+    Storage().write("memory://data/grown/b.tar", tar_bytes(files[5:8]))
+    with pytest.raises(ChangedError, match=r"b\.tar: was changed since it was listed"):
+        local.score(plan, lambda *_: None)
+    again, manifest = run(*words)
+    assert manifest["rows"] == 4 and manifest["shards"] == 2
+    written = [file.uri for file in Storage().list("memory://data/grown-results/scores")]
+    assert len(written) == sum(len(receipt.parts) for receipt in again.ledger.receipts()) == 3

@@ -1,5 +1,7 @@
 """Whether committed shards are those of a job and of a listing, and whether their files are there."""
 
+import logging
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +13,9 @@ from raydetect.records import Part, Receipt, Shard
 from raydetect.sinks.ledger import Ledger
 from raydetect.storage import join_uri, normalise_uri
 
+log = logging.getLogger("raydetect.sinks")
 NAMED = 3
+WRITTEN = re.compile(r"scores/shard=\d{5,}/part-\d{4,}\.parquet|heatmaps/\d{5,}-\d{4,}\.zip")
 ASKED_BY_NAME = 100  # what a listing lacks is asked for by itself, as listings of some stores lag; no more than these
 
 
@@ -101,6 +105,8 @@ def refuse_taken(ledger: Ledger, news: Iterable[int], shards: Sequence[Shard], r
 def complete(ledger: Ledger, receipts: Iterable[Receipt], shards: Sequence[Shard], run: str) -> Iterator[Receipt]:
     """Passes the receipts of a run on, and ends well only when they are those of all its shards with all their files.
 
+    Parts and heatmaps that no receipt names are then removed.
+
     Args:
         ledger: of the results directory.
         receipts: all that are listed.
@@ -123,6 +129,16 @@ def complete(ledger: Ledger, receipts: Iterable[Receipt], shards: Sequence[Shard
         yield receipt
     _refuse_incomplete(ledger, [shards[index] for index in sorted(left)], len(shards), foreign)
     gaps.refuse()
+    _remove_orphans(ledger, files.keys() - gaps.seen)
+
+
+def _remove_orphans(ledger: Ledger, names: Iterable[str]) -> None:
+    """Parts of an interrupted start over what a shard held before; whoever reads `scores/` whole would count them."""
+    orphans = sorted(name for name in names if WRITTEN.fullmatch(name))
+    for name in orphans:
+        ledger.storage.delete(join_uri(ledger.uri, name))
+    if orphans:
+        log.warning("%s: removed %d files that no ledger record names (%s)", ledger.uri, len(orphans), named(orphans))
 
 
 def _with_unlisted(ledger: Ledger, receipts: Iterable[Receipt], left: set[int]) -> Iterator[Receipt]:
@@ -173,6 +189,7 @@ class Gaps:
     files: Mapping[str, int]
     count: int = 0
     names: list[str] = field(default_factory=list)
+    seen: set[str] = field(default_factory=set)
     _asked: int = 0
 
     def add(self, part: Part) -> None:
@@ -182,6 +199,7 @@ class Gaps:
             self._look(part.heatmap_path, part.heatmap_bytes)
 
     def _look(self, path: str, size: int) -> None:
+        self.seen.add(path)
         found = self.files.get(path)
         if found is None and self._asked < ASKED_BY_NAME:
             self._asked += 1
