@@ -2,19 +2,34 @@
 doubled, and a row's URI opens the bytes that it is of."""
 
 import gzip
+import io
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from raydetect.archives.base import (
+    begins_as_image,
+    has_suffix,
+    is_hidden,
+    is_image_name,
+    key_of,
+    readable,
+    safe_name,
+)
+from raydetect.archives.directory import escaped
+from raydetect.archives.naming import Naming
 from raydetect.archives.open import open_archive
-from raydetect.errors import SpecError
+from raydetect.archives.samples import left_out_reason, stems, tidy
+from raydetect.errors import MemberError, SpecError
 from raydetect.left_out import LeftOutCount
 from raydetect.records import BAD_STATUSES, OK, Member
 from raydetect.spec import SourceSpec
@@ -122,3 +137,37 @@ def test_the_last_of_one_name_is_the_file(suffix: str, tmp_path: Path) -> None:
         ("b.png", "ok", b"2", None),
         ("a.png", "ok", b"3", 1),
     ]
+
+
+@QUICK
+@given(name=st.text(max_size=30) | st.text("./\\:#%\udcfc\ud83da\n\0", max_size=30))
+def test_no_name_raises_anything_but_what_is_said(name: str) -> None:
+    """Every function that meets a name of a stranger."""
+    readable(name).encode()
+    key_of("memory:///a.tar", name).encode()
+    is_hidden(name), has_suffix(name), is_image_name(name), list(stems(name)), left_out_reason(name), tidy(name)
+    quoted = escaped(readable(name))
+    assert quoted.isascii() and "::" not in quoted
+    Naming.of(SourceSpec(uri="", pattern="{category}/{defect}/{name}.png")).read(name)
+    try:
+        assert ".." not in safe_name(name).split("/")
+    except MemberError as error:
+        assert error.status == "unsafe_name"
+
+
+@QUICK
+@given(st.binary(max_size=40))
+def test_no_first_bytes_raise(start: bytes) -> None:
+    begins_as_image(start)
+
+
+@QUICK
+@given(cells=st.lists(st.none() | st.binary(max_size=20), min_size=1, max_size=6), label=st.integers(-300, 300))
+def test_no_cell_of_a_table_raises(cells: list[bytes | None], label: int) -> None:
+    columns = {"image": pa.array(cells, pa.binary()), "label": [label] * len(cells), "category": [[label]] * len(cells)}
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns), buffer)
+    Storage().write("memory://laws/a.parquet", buffer.getvalue())
+    members, left_out = read_all(SourceSpec(uri="memory://laws/a.parquet"))
+    assert len(members) == len(cells) and left_out == 0
+    assert all(member.notes[-1].startswith("category_not_read") for member in members)

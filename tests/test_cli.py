@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from click.testing import CliRunner, Result
@@ -314,3 +316,40 @@ def test_no_command_prints_a_traceback_or_a_secret(place: Place) -> None:
     for command in ("check", "score", "plan"):
         ended = call(command, place.job("secret", values))
         assert ended.exit_code == 2 and secret not in ended.output and "Traceback" not in ended.output
+
+
+def test_what_labels_were_read_as_is_said_by_check_and_fit(place: Place, tmp_path: Path) -> None:
+    """Classes in alphabetical order, as Hugging Face numbers them: the normal ones are not number 0."""
+    images = [data for _, data in normal_files(12)]
+    table = pa.table({"image": pa.array(images, pa.binary()), "label": [0] * 8 + [1] * 3 + [-1]})
+    features = {"label": {"names": ["broken", "good"], "_type": "ClassLabel"}}
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    (tmp_path / "in").mkdir()
+    pq.write_table(table, tmp_path / "in" / "a.parquet")
+    (tmp_path / "in" / "notes.txt").write_text("x")
+    job = place.job("classes", FIT | {"source": {"uri": f"{tmp_path}/in"}, "artifact": f"{tmp_path}/artifact"})
+    reading = "label: 0 = good (3), 1 = broken (8), none (1)\n"
+    checked, fitted = call("check", job), call("fit", job, "--local")
+    assert checked.exit_code == fitted.exit_code == 0
+    for ended in (checked, fitted):
+        assert reading in ended.stdout and "1 other_suffix (notes.txt)" in ended.stdout
+    assert "8 labelled anomalous left out" in fitted.stdout
+    assert "Note: only 3 of 11 labelled images are normal." in fitted.stdout
+    assert "source.normal_names" in fitted.stdout
+    inverted = call("fit", job, "--local", "--set", "source.normal_names=[nothing]")
+    assert inverted.exit_code == 0 and "label:" not in inverted.stdout  # no class is normal, so no label is read
+
+
+@pytest.mark.parametrize("command", ["fit", "score", "audit"])
+def test_a_source_without_an_image_is_exit_code_2_with_what_is_there(
+    place: Place, tmp_path: Path, command: str
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.tar").write_bytes(tar_bytes([("notes.txt", b"x"), ("._a.png", b"x")]))
+    words = FIT | {"artifact": f"{tmp_path}/artifact"} if command == "fit" else place.score_words(kind=command)
+    words = words | {"source": {"uri": f"{tmp_path}/in"}}
+    if command != "fit":
+        words["sink"] = {"uri": f"{tmp_path}/out"}
+    ended = call(command, place.job("empty", words), "--local")
+    assert ended.exit_code == 2, ended.output
+    assert "1 hidden (._a.png), 1 other_suffix (notes.txt)" in ended.output
