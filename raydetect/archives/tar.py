@@ -31,6 +31,7 @@ SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst")
 COPY_BYTES = 1 << 20
 SPOOL_BYTES = 2 << 30
 KEPT_SIDECAR_BYTES = 64 << 20
+ITS_START = "its start"
 SEEKABLE = ("file://", "memory://")
 
 
@@ -91,7 +92,7 @@ class PlainTar(Directory):
         headers = headers or read_headers(handle, uri, "r:")
         self.uri, self.entries = uri, headers.entries
         self.scheme = "tar" if uri.endswith(".tar") and not headers.is_several else ""
-        self._handle, self._headers = handle, headers
+        self._handle, self._headers, self._good = handle, headers, ITS_START
 
     def read(self, entry: Entry) -> bytes:
         """The bytes of a member.
@@ -103,8 +104,8 @@ class PlainTar(Directory):
         self._handle.seek(entry.place)
         data = self._handle.read(entry.size)
         if len(data) != entry.size:
-            where = f"{self.uri}#{entry.name}"
-            raise ArchiveError(f"{where}: truncated after {len(data):,} of {entry.size:,} bytes. {REPAIR}")
+            raise _broken(self.uri, self._good, f"{entry.name!r} has {len(data):,} of {entry.size:,} bytes")
+        self._good = repr(entry.name)
         return data
 
     def finish(self, left_out: LeftOutCount) -> None:
@@ -131,7 +132,7 @@ class CompressedTar(Directory):
         self.scheme = "tar" if uri.endswith(".tar.gz") and not self._headers.is_several else ""
         handle.seek(0)
         self._plain, self._at, self._last = unpacked(handle, start), 0, -1
-        self._last_data = b""
+        self._last_data, self._good = b"", ITS_START
 
     def read(self, entry: Entry) -> bytes:
         """The bytes of a member.
@@ -155,10 +156,11 @@ class CompressedTar(Directory):
             raise
         except Exception as error:  # whatever hostile bytes make a decompressor raise
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise ArchiveError(f"{self.uri}: broken at {entry.name!r} ({reason}). {REPAIR}") from None
+            raise _broken(self.uri, self._good, reason) from None
         self._at = entry.place + len(self._last_data)
         if len(self._last_data) != entry.size:
-            raise ArchiveError(f"{self.uri}: broken at {entry.name!r} (it ends early). {REPAIR}")
+            raise _broken(self.uri, self._good, "it ends early")
+        self._good = repr(entry.name)
         return self._last_data
 
     def finish(self, left_out: LeftOutCount) -> None:
@@ -181,6 +183,10 @@ class CompressedTar(Directory):
         if info.isreg() and is_sidecar(info.name) and info.size <= min(MAX_SIDECAR_BYTES, room):
             self._kept[info.offset_data] = (tar.extractfile(info) or io.BytesIO()).read()
             self._kept_bytes += info.size
+
+
+def _broken(uri: str, good: str, reason: str) -> ArchiveError:
+    return ArchiveError(f"{uri}: broken after {good} ({reason}). {REPAIR}")
 
 
 def _part(shard: Shard, span: tuple[int, int], handle: StoredFile, storage: Storage) -> Directory:
