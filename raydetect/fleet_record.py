@@ -9,6 +9,7 @@ covers the whole fleet. An ordinary artifact is indexed too: it scores the image
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -48,10 +49,16 @@ class ArtifactIndex:
     categories: Mapping[str, ArtifactRef] = field(default_factory=dict)
 
     def for_category(self, category: str | None) -> ArtifactRef | None:
-        """Which artifact scores an image of this category; None when a fleet has none for it."""
+        """Which artifact scores an image of this category; None when a fleet has none for it.
+
+        Names that differ in how Unicode composes them are one category.
+        """
         if not self.categories:
             return ArtifactRef(self.uri, self.digest)
-        return None if category is None else self.categories.get(category)
+        if category is None or category in self.categories:
+            return None if category is None else self.categories[category]
+        known = {unicodedata.normalize("NFC", name): ref for name, ref in self.categories.items()}
+        return known.get(unicodedata.normalize("NFC", category))
 
 
 def category_folder(category: str) -> str:

@@ -22,7 +22,16 @@ from raydetect.artifact_record import FORMAT_VERSION
 from raydetect.cli import main
 from raydetect.config import apply_overrides
 from raydetect.errors import ArchiveError, ArtifactError, RaydetectError, ResumeError, SpecError, TooManyBadRows
-from raydetect.fleet_record import FOLDER, category_folder, member_uri, read_index, read_records, write_fleet
+from raydetect.fleet_record import (
+    FOLDER,
+    ArtifactIndex,
+    ArtifactRef,
+    category_folder,
+    member_uri,
+    read_index,
+    read_records,
+    write_fleet,
+)
 from raydetect.plan import ScorePlan, plan_score, scoring_rate
 from raydetect.records import BAD_STATUSES
 from raydetect.sinks.results import labelled_auroc, progress
@@ -377,3 +386,10 @@ def test_folders_are_safe_and_different_for_different_names(first: str, second: 
         assert FOLDER.fullmatch(category_folder(name)) and len(category_folder(name)) < 70
     assert (category_folder(first) == category_folder(second)) == (first == second)
     assert category_folder("Bolt") != category_folder("bolt")
+
+
+def test_a_category_is_found_however_its_name_is_composed() -> None:
+    ref = ArtifactRef("memory:///f/categories/x", "0" * 64)
+    for known, asked in (("Geh\u00e4use", "Geha\u0308use"), ("Geha\u0308use", "Geh\u00e4use")):
+        index = ArtifactIndex("memory:///f", "1" * 64, {}, {known: ref})
+        assert index.for_category(asked) == ref and index.for_category("Haube") is None
