@@ -30,9 +30,10 @@ from raydetect.commands.door import (
 from raydetect.commands.evaluate import evaluate
 from raydetect.commands.export import export
 from raydetect.commands.report import report
-from raydetect.commands.scoring import run_score, with_unreadable
+from raydetect.commands.scoring import retried_text, run_score
 from raydetect.commands.verify import verify
 from raydetect.errors import SpecError
+from raydetect.records import BAD_STATUSES
 
 if TYPE_CHECKING:
     from raydetect.plan import Forecast, ScorePlan
@@ -67,7 +68,9 @@ def check(job: Path, overrides: tuple[str, ...]) -> None:
         for sentence in problems:
             click.echo(f"{job}: {sentence}", err=True)
         sys.exit(BAD_JOB)
-    for line in source_lines(spec):
+    with errors(BAD_JOB):
+        lines = source_lines(spec)
+    for line in lines:
         click.echo(line)
     click.echo(f"{job}: ready to {spec.kind}.")
 
@@ -124,6 +127,8 @@ def _print_fit(spec: "FitSpec", report: "FitReport") -> None:
     click.echo(f"Weights: {facts['weights']}")
     if "random seed:" in str(facts["weights"]):
         click.echo("Note: random weights find coarse defects only; give `weights:` a file for real use.")
+    for reason in facts["bad_reasons"]:
+        click.echo(f"Bad: {reason}")
     left_out = f"{images['bad']} bad and {images['labelled_anomalous_left_out']} labelled anomalous left out"
     click.echo(f"Calibrated on {images['held_out']} held-out normal images; {left_out}.")
     click.echo(f"Artifact: {report.uri} (sha256 {report.digest[:16]})")
@@ -162,8 +167,14 @@ def _coreset_text(coreset: dict[str, Any]) -> str:
 @overrides
 @cluster
 @click.option("--local", "in_process", is_flag=True, help="Run in this process, without Ray.")
-@click.option("--retry-unreadable", is_flag=True, help="Score shards anew that hold images which could not be read.")
-def score(job: Path, overrides: tuple[str, ...], address: str | None, in_process: bool, retry_unreadable: bool) -> None:
+@click.option(
+    "--retry",
+    multiple=True,
+    type=click.Choice(sorted(BAD_STATUSES)),
+    metavar="STATUS",
+    help="Score shards anew that hold rows with this status, such as unreadable or bad_shard.",
+)
+def score(job: Path, overrides: tuple[str, ...], address: str | None, in_process: bool, retry: tuple[str, ...]) -> None:
     """Score an archive; started again, it goes on where it stopped."""
     with errors(BAD_JOB):
         spec = expect(load(job, overrides), "score", job)
@@ -171,10 +182,10 @@ def score(job: Path, overrides: tuple[str, ...], address: str | None, in_process
             raise SpecError("engine: serve needs the cluster on which `raydetect serve` runs. State --address.")
         from raydetect.plan import plan_score
 
-        plan = plan_score(spec)
+        plan = plan_score(spec, retry=retry)
         plan.begin()
-        if retry_unreadable:
-            plan = with_unreadable(plan)
+    if retry:
+        click.echo(retried_text(plan, retry), err=True)
     done = len(plan.shards) - len(plan.todo)
     if plan.before is not None:
         click.echo(_changed_text(plan.before, plan), err=True)

@@ -20,6 +20,7 @@ REASONS = {
     "unknown_container": "archives of a kind that is not read",
     "index": "indexes of tars",
     "not_a_file": "a pipe, socket or device",
+    "linked_folder": "links to folders, which are not followed",
     "replaced": "labels and masks that a later file of the same name replaces",
     "bytes_after_end": "bytes after the end of a tar",
     WITHDRAWN: "shards that were deleted or overwritten before their night was scored",

@@ -14,10 +14,10 @@ from raydetect.artifact_record import ArtifactRecord
 from raydetect.config import to_plain
 from raydetect.errors import SpecError, TooManyBadRows
 from raydetect.fleet_record import ArtifactIndex, read_index, read_records
-from raydetect.left_out import WITHDRAWN, left_out_of, left_out_text
+from raydetect.left_out import WITHDRAWN, left_out_text
 from raydetect.metrics.conformal import ROUNDING, threshold_for
 from raydetect.metrics.discovery import discover
-from raydetect.records import OK, Part, Receipt, Shard
+from raydetect.records import OK, LeftOut, Part, Receipt, Shard
 from raydetect.sinks.agreement import complete, refuse_other_shards, refuse_taken, rows_digest
 from raydetect.sinks.ledger import Ledger, Totals
 from raydetect.sinks.parquet import ResultsSink
@@ -41,6 +41,7 @@ class ScorePlan:
         before: the `run.json` that is there, begun with another listing of the archive in which every committed shard
             is the same; None when none is, or it is of this listing.
         notes: sentences about the source that a person should read.
+        retried: committed shards that are scored anew, and how many of their rows are the reason.
     """
 
     spec: ScoreSpec
@@ -53,6 +54,7 @@ class ScorePlan:
     run: Mapping[str, Any]
     before: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    retried: Mapping[int, int] = field(default_factory=dict)
 
     def begin(self) -> None:
         """Writes `run.json` where there is none, or one of another listing; takes the manifest of fewer shards away.
@@ -60,11 +62,12 @@ class ScorePlan:
         Raises:
             ResumeError: another job has begun there.
         """
-        if self.ledger.begin(self.run, self.before):
+        is_new = self.ledger.begin(self.run, self.before)
+        if self.todo:
+            self.ledger.withdraw(self.retried)
+        if is_new:
             known = {shard.index for shard in self.shards} - {shard.index for shard in self.todo}
             refuse_taken(self.ledger, self.ledger.committed() - known, self.shards, rows_digest(self.run))
-        if self.todo:
-            self.ledger.withdraw()
 
     @property
     def sink(self) -> ResultsSink:
@@ -83,12 +86,13 @@ def only_record(artifact: ArtifactIndex, records: Mapping[str | None, ArtifactRe
     return records[None]
 
 
-def plan_score(spec: ScoreSpec, chosen: tuple[Shard, ...] | None = None) -> ScorePlan:
+def plan_score(spec: ScoreSpec, chosen: tuple[Shard, ...] | None = None, retry: tuple[str, ...] = ()) -> ScorePlan:
     """Lists the archive, reads the artifact's records and the ledger, and checks that they fit. Writes nothing.
 
     Args:
         spec: the job.
         chosen: shards of an earlier listing, numbered from 0, instead of all.
+        retry: committed shards that hold rows with one of these statuses are scored anew.
 
     Raises:
         SpecError, StorageError, ArtifactError, ResumeError: the job cannot run as it is.
@@ -106,12 +110,25 @@ def plan_score(spec: ScoreSpec, chosen: tuple[Shard, ...] | None = None) -> Scor
     run = describe_run(spec, artifact, records, shards)
     before = ledger.compare(run)
     committed = ledger.committed()
+    retried = _rows_with(retry, ledger, committed)
+    committed -= retried.keys()
     if before is None or before["result"] != to_plain(run["result"]):
         refuse_other_shards(ledger, committed, shards, rows_digest(run))
     else:
         before = None
     todo = tuple(shard for shard in shards if shard.index not in committed)
-    return ScorePlan(spec, archive, shards, todo, artifact, records, ledger, run, before, listing.notes)
+    return ScorePlan(spec, archive, shards, todo, artifact, records, ledger, run, before, listing.notes, retried)
+
+
+def _rows_with(statuses: tuple[str, ...], ledger: Ledger, committed: Iterable[int]) -> dict[int, int]:
+    """Committed shards that hold rows with one of some statuses, and how many."""
+    if not statuses:
+        return {}
+    counts = {
+        receipt.shard: sum(receipt.statuses.get(status, 0) for status in statuses)
+        for receipt in ledger.receipts(committed)
+    }
+    return {shard: count for shard, count in counts.items() if count}
 
 
 def check_flag(records: Mapping[str | None, ArtifactRecord], flag: FlagSpec) -> None:
@@ -262,6 +279,7 @@ def decide(plan: ScorePlan, totals: Totals) -> dict[str, Any]:
         `flagged`, and `fdr` with the p-value and, for every artifact, the image score from which on rows are flagged
         (None: none of its rows is); nothing when rows are flagged by themselves.
     """
+    _refuse_without_images(plan, totals)
     level = plan.spec.flag.fdr
     if level is None:
         return {}
@@ -271,6 +289,19 @@ def decide(plan: ScorePlan, totals: Totals) -> dict[str, Any]:
     facts = {**to_plain(found), "false_share": found.false_share}
     facts["threshold"] = {"categories": thresholds} if record is None else thresholds[""]
     return {"flagged": found.flagged, "fdr": facts}
+
+
+def _refuse_without_images(plan: ScorePlan, totals: Totals) -> None:
+    """No manifest says that a run over nothing is finished.
+
+    Raises:
+        SpecError: no shard gave a row.
+    """
+    withdrawn = totals.left_out.found.get(WITHDRAWN, LeftOut(0)).count
+    if totals.shards > withdrawn and not totals.rows:
+        told = left_out_text(totals.left_out.found) or "nothing"
+        where = ", ".join(plan.spec.source.uris())
+        raise SpecError(f"{where}: gave no image; left out: {told}. Check source.uri, format and pattern.")
 
 
 def _score_threshold(record: ArtifactRecord, p_threshold: float | None) -> float | None:
@@ -284,13 +315,8 @@ def judge_bad_rows(manifest: Mapping[str, Any], limit: float, uri: str) -> None:
     """Refuses a finished run with too many bad rows or shards.
 
     Raises:
-        SpecError: it has no row at all.
         TooManyBadRows: it has.
     """
-    withdrawn = manifest["left_out"].get(WITHDRAWN, {"count": 0})["count"]
-    if manifest["shards"] > withdrawn and not manifest["rows"]:
-        told = left_out_text(left_out_of(manifest["left_out"])) or "nothing"
-        raise SpecError(f"{uri}: the source gave no image; left out: {told}. Check source.uri, format and pattern.")
     rows, bad = manifest["rows"], manifest["bad_rows"]
     shards, bad_shards = manifest["shards"], manifest["bad_shards"]
     if bad > limit * rows or bad_shards > limit * shards:

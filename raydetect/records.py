@@ -63,6 +63,11 @@ class Shard:
         """Five-digit name used in paths: `00012`."""
         return f"{self.index:05d}"
 
+    @property
+    def key(self) -> str:
+        """Key of the row that stands for the shard itself when it cannot be read."""
+        return f"{self.uri}#" if self.span is None else f"{self.uri}#@{self.span[0]}"
+
 
 @dataclass(frozen=True, slots=True)
 class Member:

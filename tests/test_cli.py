@@ -1,5 +1,6 @@
 """The command line: exit codes, one-sentence answers, help without torch or Ray, completion."""
 
+import io
 import json
 import os
 import subprocess
@@ -247,17 +248,17 @@ def test_unreadable_images_are_tried_again_on_demand(place: Place, tmp_path: Pat
     pack(f"file://{tmp_path}/mixed", ".tar", mixed_files(6, 0), 3)
     words = ["--local", "--set", f"source.uri={tmp_path}/mixed", "--set", f"sink.uri={tmp_path}/results"]
     assert call("score", place.score, *words).exit_code == 0
-    none = call("score", place.score, *words, "--retry-unreadable")
-    assert none.exit_code == 0 and "No committed shard holds an image that could not be read." in none.stderr
+    none = call("score", place.score, *words, "--retry", "unreadable")
+    assert none.exit_code == 0 and "No committed shard holds a row with the status unreadable." in none.stderr
     assert "3 of 3 shards are committed already" in none.stderr
     ledger = Ledger(f"file://{tmp_path}/results", Storage())
     times = {receipt.shard: receipt.committed_unix for receipt in ledger.receipts()}
     rewrite_record(ledger, 1, lambda body: body.update(statuses={"ok": 1, "unreadable": 1}))
     again = call("score", place.score, *words)  # without the flag they stay as they are
     assert again.exit_code == 3 and "1 unreadable" in again.output
-    retried = call("score", place.score, *words, "--retry-unreadable")
+    retried = call("score", place.score, *words, "--retry", "unreadable")
     assert retried.exit_code == 0 and "Scored 6 images in 3 shards (6 ok)." in retried.stdout, retried.output
-    assert "Trying 1 unreadable images again: 1 shards are scored anew." in retried.stderr
+    assert "Trying 1 rows with the status unreadable again: 1 shards are scored anew." in retried.stderr
     assert "2 of 3 shards are committed already" in retried.stderr
     anew = {receipt.shard for receipt in ledger.receipts() if receipt.committed_unix != times[receipt.shard]}
     assert anew == {1}
@@ -293,8 +294,8 @@ def test_a_file_that_vanished_after_planning_is_no_mistake_of_the_job(
     pack(f"file://{tmp_path}/mixed", ".tar", mixed_files(2, 0), 2)
     planned = plan.plan_score
 
-    def then_gone(*words: Any) -> Any:
-        made = planned(*words)
+    def then_gone(*words: Any, **named: Any) -> Any:
+        made = planned(*words, **named)
         (tmp_path / "mixed" / "part-1.tar").unlink()
         return made
 
@@ -353,3 +354,54 @@ def test_a_source_without_an_image_is_exit_code_2_with_what_is_there(
     ended = call(command, place.job("empty", words), "--local")
     assert ended.exit_code == 2, ended.output
     assert "1 hidden (._a.png), 1 other_suffix (notes.txt)" in ended.output
+
+
+def test_a_damaged_shard_that_was_uploaded_again_is_scored_on_demand(place: Place, tmp_path: Path) -> None:
+    pack(f"file://{tmp_path}/mixed", ".tar", mixed_files(6, 0), 3)
+    broken = tmp_path / "mixed" / "part-1.tar"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[: len(whole) // 2])
+    words = ["--local", "--set", f"source={{uri: {tmp_path}/mixed}}", "--set", f"sink.uri={tmp_path}/results"]
+    first = call("score", place.score, *words)
+    assert first.exit_code == 3 and "1 bad_shard" in first.output
+    broken.write_bytes(whole)
+    refused = call("score", place.score, *words)
+    assert refused.exit_code == 2 and "00001 has other content now" in refused.output
+    again = call("score", place.score, *words, "--retry", "bad_shard")
+    assert again.exit_code == 0 and "Scored 6 images in 3 shards (6 ok)." in again.stdout, again.output
+    assert "all whole" in call("verify", f"{tmp_path}/results").output
+
+
+def test_check_says_in_a_sentence_what_is_damaged_or_useless(place: Place, tmp_path: Path) -> None:
+    def checked(name: str, data: bytes, kind: str = "score") -> Result:
+        (tmp_path / name).mkdir()
+        suffix = ".parquet" if name == "columns" else ".tar"
+        (tmp_path / name / f"a{suffix}").write_bytes(data)
+        words = (
+            place.score_words(sink={"uri": f"{tmp_path}/out"})
+            if kind == "score"
+            else FIT | {"artifact": f"{tmp_path}/artifact"}
+        )
+        return call("check", place.job("checked", words | {"source": {"uri": f"{tmp_path}/{name}"}}))
+
+    damaged = checked("damaged", tar_bytes(mixed_files(2, 0))[:2000])
+    assert damaged.exit_code == 0 and "ready to score" in damaged.output
+    empty = checked("empty", tar_bytes([("x.json", b"{}")]))
+    assert empty.exit_code == 2 and "gives no image; left out: 1 sidecar_without_image" in empty.output
+    labels = [("0.png", normal_files(1)[0][1]), ("0.cls", b"1")]
+    anomalous = checked("anomalous", tar_bytes(labels), "fit")
+    assert anomalous.exit_code == 2 and "gives no normal image (label: 1 = 1 (1))" in anomalous.output
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"a": pa.array([b"x"]), "b": pa.array([b"x"])}), buffer)
+    columns = checked("columns", buffer.getvalue())
+    assert columns.exit_code == 2 and "2 columns could hold encoded images" in columns.output
+
+
+def test_a_fit_refuses_to_lose_a_shard_and_names_what_was_bad(place: Place, tmp_path: Path) -> None:
+    pack(f"file://{tmp_path}/in", ".tar", normal_files(20), 1)
+    (tmp_path / "in" / "b.tar").write_bytes(b"junk" * 500)
+    job = place.job("lost", FIT | {"source": {"uri": f"{tmp_path}/in"}, "artifact": f"{tmp_path}/artifact"})
+    ended = call("fit", job, "--local")
+    assert ended.exit_code == 3 and "1 of 2 shards" in ended.output and "b.tar: broken after" in ended.output
+    allowed = call("fit", job, "--local", "--set", "max_bad_fraction=0.5")
+    assert allowed.exit_code == 0 and "Bad: file://" in allowed.output and "b.tar: broken after" in allowed.output

@@ -1,6 +1,7 @@
 """Which file is what: images, sidecars, and what is left out; in containers, folders and tables."""
 
 import bz2
+import errno
 import io
 import json
 import os
@@ -16,11 +17,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from raydetect.archives.open import open_archive
-from raydetect.errors import SpecError
+from raydetect.errors import ArchiveError, SpecError, StorageError
 from raydetect.left_out import LeftOutCount, left_out_text
 from raydetect.records import Member
 from raydetect.spec import SourceSpec
 from raydetect.storage import Storage
+from raydetect.worker.read import read_members
 from tests.made.archives import PACKERS, Files, index_bytes, pack, tar_bytes, zip_bytes
 from tests.made.hostile import PNG
 
@@ -270,3 +272,94 @@ def test_what_was_left_out_is_told_with_the_first_names() -> None:
     count.add("other_suffix", "notes.txt")
     text = left_out_text(count.found)
     assert text == "7 hidden (._0.png, ._1.png, ._2.png, ._3.png, ._4.png, ...), 1 other_suffix (notes.txt)"
+
+
+@pytest.mark.parametrize("uris", [("in", "in/s"), ("in", "in"), ("in/*.png", "in/0.png"), ("in/s", "in/**/*.png")])
+def test_no_file_is_named_twice(uris: tuple[str, ...], tmp_path: Path) -> None:
+    pack(f"file://{tmp_path}/in", "", [("0.png", PNG), ("s/1.png", PNG)], 1)
+    source = SourceSpec(uri=tuple(f"{tmp_path}/{uri}" for uri in uris))
+    with pytest.raises(SpecError, match="names the same file twice"):
+        open_archive(source, Storage()).listing()
+
+
+def test_links_to_folders_are_counted_and_noted(tmp_path: Path) -> None:
+    pack(f"file://{tmp_path}/data", "", [("0.png", PNG)], 1)
+    pack(f"file://{tmp_path}/in", "", [("1.png", PNG)], 1)
+    for name in ("line4", "line.5", "cam.png"):
+        (tmp_path / "in" / name).symlink_to(tmp_path / "data")
+    members, left_out = read(f"{tmp_path}/in")
+    assert names(members) == ["1.png"] and left_out == {"linked_folder": 3}
+    notes = open_archive(SourceSpec(uri=f"{tmp_path}/in"), Storage()).listing().notes
+    assert len(notes) == 3 and "is a link to a folder, which is not followed" in notes[0]
+    assert names(read(f"{tmp_path}/in/line4")[0]) == ["0.png"]
+
+
+def test_a_folder_that_may_not_be_listed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pack(f"file://{tmp_path}/in", "", [("0.png", PNG), ("cam2/1.png", PNG), (".cache/2.png", PNG)], 1)
+    plain = os.scandir
+
+    def denied(path: str) -> object:
+        if str(path).rstrip("/").endswith(("cam2", ".cache")):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return plain(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    for uri in (f"{tmp_path}/in", f"{tmp_path}/in/**/*.png"):
+        with pytest.raises(StorageError, match="cam2") as caught:
+            read(uri)
+        assert caught.value.exit_code == 1
+    (tmp_path / "in" / "cam2").rename(tmp_path / "cam2")
+    assert names(read(f"{tmp_path}/in")[0]) == ["0.png"]
+
+
+@pytest.mark.parametrize("pair", [("x.json", "x.JSON"), ("\u00e4.json", "a\u0308.json")])
+def test_sidecars_whose_names_fall_together_are_all_counted(pair: tuple[str, str]) -> None:
+    image = pair[0].replace(".json", ".png")
+    Storage().write("memory://fold/a.tar", tar_bytes([(image, PNG), (pair[0], b"{}"), (pair[1], b"{}")]))
+    members, left_out = read("memory://fold")
+    assert len(members) == 1 and left_out == {"replaced": 1, "sidecar": 1}
+
+
+def test_labels_of_a_path_are_read_as_those_of_a_sidecar() -> None:
+    words = {"0": 0, "1": 1, "OK": 0, "NG": 1, "unknown": None, "-1": None, "false": 0, "0.0": 0, "0.5": None}
+    Storage().write("memory://path/a.tar", tar_bytes([(f"{word}/{i}.png", PNG) for i, word in enumerate(words)]))
+    members, _ = read("memory://path", pattern="{label}/{name}.png")
+    assert [member.label for member in members] == list(words.values())
+    assert [bool(member.notes) for member in members] == [word == "0.5" for word in words]
+    members, _ = read("memory://path", pattern="{defect}/{name}.png")
+    assert members[4].label == 1 and members[4].defect == "unknown"
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".tgz", ".tar.zst"])
+def test_what_comes_before_the_cut_of_a_tar_can_be_opened(suffix: str, tmp_path: Path) -> None:
+    whole = PACKERS[".tar.gz" if suffix == ".tgz" else suffix](
+        [(f"{i}.png", PNG + os.urandom(9000)) for i in range(30)]
+    )
+    (tmp_path / f"a{suffix}").write_bytes(whole[: len(whole) * 6 // 10])
+    source = SourceSpec(uri=str(tmp_path))
+    archive = open_archive(source, Storage())
+    members = [m for shard in archive.shards() for m in read_members(archive, shard, source)]
+    assert [m.status for m in members[-2:]] == ["ok", "bad_shard"] and "--retry bad_shard" in members[-1].error
+    for member in members[:-1]:
+        with fsspec.open(member.image_uri) as handle:
+            assert handle.read() == member.data
+
+
+def test_a_file_that_is_no_tar_is_told_what_it_is() -> None:
+    Storage().write("memory://kind/a.tar", bz2.compress(b"x"))
+    with pytest.raises(ArchiveError, match="is no tar but bzip2"):
+        read("memory://kind")
+
+
+@pytest.mark.parametrize("kind", [pa.binary_view(), pa.dictionary(pa.int32(), pa.binary()), pa.large_binary()])
+def test_every_binary_column_may_hold_images(kind: pa.DataType) -> None:
+    images = pa.array([PNG, PNG + b"2"], pa.binary())
+    column = images.dictionary_encode() if pa.types.is_dictionary(kind) else images.cast(kind)
+    members, _ = read(_table({"image": column}))
+    assert [m.data for m in members] == [PNG, PNG + b"2"]
+
+
+def test_class_names_may_stand_under_their_numbers() -> None:
+    features = {"label": {"names": {"0": "broken", "1": "good"}, "_type": "ClassLabel"}}
+    members, _ = read(_table({"image": _images(2), "label": [0, 1]}, features))
+    assert [m.label for m in members] == [1, 0]

@@ -95,7 +95,9 @@ def is_hidden(name: str) -> bool:
 
 
 def readable(text: str) -> str:
-    """Text that UTF-8 can hold: a byte or surrogate that it cannot becomes `\\xfc` or `\\ud83d`."""
+    """Text in one line that UTF-8 can hold: a byte, surrogate or control becomes `\\xfc`, `\\ud83d` or `\\n`."""
+    if any(ord(letter) < 32 for letter in text):
+        text = "".join(letter if ord(letter) >= 32 else repr(letter)[1:-1] for letter in text)
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -205,6 +205,7 @@ def with_facts(member: Member, facts: PathFacts) -> Member:
         member,
         label=facts.label,
         label_said=facts.label_said,
+        notes=(*member.notes, facts.note) if facts.note else member.notes,
         category=None if facts.category is None else readable(facts.category),
         defect=None if facts.defect is None else readable(facts.defect),
     )

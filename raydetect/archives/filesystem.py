@@ -8,7 +8,6 @@ opened. `tarzst://` is the same by its older name, whose rows hold names as they
 import io
 import logging
 import os
-import shutil
 import tempfile
 from typing import Any
 from urllib.parse import unquote_to_bytes
@@ -92,9 +91,13 @@ def _directory(file: Any, uri: str) -> Directory:
     if not is_compressed(start):
         return PlainTar(file, uri)
     plain = tempfile.SpooledTemporaryFile(IN_MEMORY_BYTES, prefix="raydetect-")  # noqa: SIM115 (the directory keeps it)
+    stream = unpacked(file, start)
     try:
-        shutil.copyfileobj(unpacked(file, start), plain, COPY_BYTES)
-    except Exception:  # of a damaged one what comes before the damage can be opened
-        log.warning("%s: breaks; only what comes before can be opened", uri)
+        while piece := stream.read1(COPY_BYTES):
+            plain.write(piece)
+    except RaydetectError:
+        raise
+    except Exception as error:  # of a damaged one what comes before the damage can be opened
+        log.warning("%s: breaks (%s); only what comes before can be opened", uri, error)
     plain.seek(0)
     return PlainTar(plain, uri)

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from raydetect.archives.base import composed
-from raydetect.archives.labels import folded
+from raydetect.archives.labels import LabelReading, folded, read_label
 from raydetect.errors import SpecError
 from raydetect.spec import SourceSpec
 
@@ -14,13 +14,14 @@ FIELDS = ("category", "split", "defect", "label", "name")
 
 @dataclass(frozen=True, slots=True)
 class PathFacts:
-    """What a member's path says; `label_said` is the word that the label was read from."""
+    """What a member's path says; `label_said` is the word that the label was read from, `note` why it gave none."""
 
     category: str | None = None
     defect: str | None = None
     label: int | None = None
     mask_name: str | None = None
     label_said: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,24 +67,26 @@ class Naming:
             return None
         fields = match.groupdict()
         defect = fields.get("defect")
-        said = fields.get("label") or defect
-        label = self._label(said)
+        word = fields.get("label")
+        reading = self._of_defect(defect) if word is None else read_label(word, self.normal_names)
+        label = reading.label
         mask = None
         if self.mask_template and label == 1:
             filled = FIELD.sub(lambda found: fields[found.group(1)], self.mask_template)
             mask = name[: match.start("whole")] + filled
-        return PathFacts(fields.get("category"), defect, label, mask, said or "")
+        return PathFacts(fields.get("category"), defect, label, mask, reading.said, reading.note)
 
     def is_mask(self, name: str) -> bool:
         """Whether a path is that of a mask."""
         return self.mask_pattern is not None and self.mask_pattern.search(composed(name)) is not None
 
-    def _label(self, word: str | None) -> int | None:
+    def _of_defect(self, word: str | None) -> LabelReading:
+        """A kind of defect is a word of its own, also where it is called `unknown`; 0 and 1 are labels."""
         if word is None:
-            return None
+            return LabelReading()
         if word in ("0", "1"):
-            return int(word)
-        return 0 if folded(word) in self.normal_names else 1
+            return LabelReading(int(word), word)
+        return LabelReading(int(folded(word) not in self.normal_names), word)
 
 
 def _compile(template: str, where: str) -> re.Pattern[str]:

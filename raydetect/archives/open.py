@@ -8,11 +8,11 @@ from raydetect.archives import parquet, tar, tar_index
 from raydetect.archives import zip as zip_format
 from raydetect.archives.base import Archive, Listing, is_hidden, is_unsafe, readable
 from raydetect.archives.naming import Naming
-from raydetect.archives.prefix import group_files, read_prefix
+from raydetect.archives.prefix import KINDS, group_files, read_prefix
 from raydetect.archives.samples import left_out_reason
 from raydetect.archives.unreadable import is_alone, others_of
 from raydetect.errors import ArchiveError, SpecError, StorageError, UnreadableError
-from raydetect.left_out import WITHDRAWN, LeftOutCount, left_out_text
+from raydetect.left_out import NAMED, WITHDRAWN, LeftOutCount, left_out_text
 from raydetect.records import Member, Shard
 from raydetect.spec import SourceSpec
 from raydetect.storage import FileInfo, Storage, normalise_uri, relative_to
@@ -28,6 +28,18 @@ class _Found:
     shards: list[Shard] = field(default_factory=list)
     left_out: LeftOutCount = field(default_factory=LeftOutCount)
     notes: list[str] = field(default_factory=list)
+    files: set[str] = field(default_factory=set)
+
+    def take(self, files: list[FileInfo], given: str) -> None:
+        """Notes the files of one URI of the source.
+
+        Raises:
+            SpecError: an earlier URI named one of them; its images would count twice.
+        """
+        for file in files:
+            if file.uri in self.files:
+                raise SpecError(f"source.uri: names the same file twice: {given} holds {file.uri} again. Name it once.")
+        self.files.update(file.uri for file in files)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +59,8 @@ class MixedArchive(Archive):
             told = left_out_text(found.left_out.found) or "nothing"
             raise SpecError(
                 f"{', '.join(self.source.uris())}: holds nothing of format {self.source.format}; left out: {told}. "
-                "Check source.uri, source.format and source.pattern."
+                f"Check source.uri, source.format and source.pattern.{_hint(self.source)}"
             )
-        _refuse_doubles(found.shards)
         numbered = [replace(shard, index=index) for index, shard in enumerate(found.shards)]
         numbered[0] = replace(numbered[0], left_out=dict(found.left_out.found))
         return Listing(tuple(numbered), tuple(found.notes))
@@ -65,15 +76,17 @@ class MixedArchive(Archive):
         except UnreadableError as error:
             if begun or not is_alone(error, self.storage, others_of(shard.uri, self._files())):
                 raise StorageError(str(error)) from error
-            yield Member(f"{shard.uri}#", shard.uri, status="unreadable", error=str(error))
+            yield Member(shard.key, shard.uri, status="unreadable", error=str(error))
 
     def _list(self, given: str, found: _Found) -> None:
         uri, is_pattern = self._is_pattern(given)
         single = None if is_pattern else self.storage.info(uri)
         if single is not None:
+            found.take([single], given)
             self._add_single(single, found)
             return
         files = list(self.storage.glob(uri) if is_pattern else self.storage.list(uri))
+        found.take(files, given)
         root = _root(uri) if is_pattern else uri
         loose = [file for file in files if not self._add_container(file, root, files, found)]
         if self.source.format in ("auto", "prefix"):
@@ -81,8 +94,13 @@ class MixedArchive(Archive):
         else:
             for file in loose:
                 name = relative_to(file.uri, root)
-                found.left_out.add(_reason_beside_containers(name), readable(name))
+                found.left_out.add(KINDS.get(file.kind) or _reason_beside_containers(name), readable(name))
         found.notes += _twice(files, root, found.shards)
+        found.notes += [
+            f"{file.uri}: is a link to a folder, which is not followed. Name it in source.uri to read it."
+            for file in files
+            if file.kind == "link"
+        ][:NAMED]
 
     def _files(self) -> Iterator[FileInfo]:
         for given in self.source.uris():
@@ -100,7 +118,7 @@ class MixedArchive(Archive):
         return uri, has_wildcard and not self.storage.exists(uri)
 
     def _add_single(self, file: FileInfo, found: _Found) -> None:
-        if not file.is_regular:
+        if file.kind != "file":
             raise SpecError(f"{file.uri}: is a pipe, socket or device. Name a file or a folder.")
         kind = self._kind(file.uri)
         if kind is None and self.source.format in CONTAINERS:
@@ -123,7 +141,7 @@ class MixedArchive(Archive):
         if self._is_index(file, files):
             found.left_out.add("index", readable(name))
             return True
-        if kind is None or is_hidden(name) or not file.is_regular:
+        if kind is None or is_hidden(name) or file.kind != "file":
             return False
         index = None
         if kind == "tar" and file.uri.endswith(".tar"):
@@ -198,15 +216,14 @@ READERS: dict[str, Reader] = {
 }
 
 
+def _hint(source: SourceSpec) -> str:
+    has_braces = any("{" in uri and "," in uri for uri in source.uris())
+    return " Braces are no pattern: name each in a list." if has_braces else ""
+
+
 def _reason_beside_containers(name: str) -> str:
     reason = left_out_reason(name)
     return reason if reason in ("hidden", "unknown_container") else "other_format"
-
-
-def _refuse_doubles(shards: list[Shard]) -> None:
-    containers = [(shard.uri, shard.span) for shard in shards if shard.format != "prefix"]
-    if len(set(containers)) != len(containers):
-        raise SpecError("source.uri: names the same file twice. Name each archive once.")
 
 
 def _twice(files: list[FileInfo], root: str, shards: list[Shard]) -> list[str]:

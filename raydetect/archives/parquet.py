@@ -63,7 +63,9 @@ def image_column(schema: pa.Schema, source: SourceSpec, uri: str) -> str:
     Raises:
         SpecError: it is not there, or several fit.
     """
-    fitting = [field.name for field in schema if _holds_images(field.type) and field.name != "mask"]
+    fitting = [
+        field.name for field in schema if _holds_images(field.type) and field.name != "mask" and "::" not in field.name
+    ]
     if source.image_column is not None:
         if source.image_column not in fitting:
             raise SpecError(
@@ -82,7 +84,10 @@ def image_column(schema: pa.Schema, source: SourceSpec, uri: str) -> str:
 def _holds_images(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0 and _holds_images(kind.field("bytes").type)
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
+    if pa.types.is_dictionary(kind):
+        return _holds_images(kind.value_type)
+    tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view)
+    return any(test(kind) for test in tests)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,13 +146,17 @@ def _classes(file: pq.ParquetFile) -> dict[str, list[str]]:
     try:
         told = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
         features = told["info"]["features"]
-        return {
-            name: [str(word) for word in feature["names"]]
-            for name, feature in features.items()
-            if isinstance(feature, dict) and isinstance(feature.get("names"), list)
-        }
+        found = {name: feature.get("names") for name, feature in features.items() if isinstance(feature, dict)}
+        return {name: _in_order(names) for name, names in found.items() if isinstance(names, list | dict)}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}  # written by something else under the same key
+
+
+def _in_order(names: "list[Any] | dict[str, Any]") -> list[str]:
+    """Names of classes 0, 1, ...; older versions of the library wrote them under their numbers."""
+    if isinstance(names, dict):
+        names = [names[str(number)] for number in range(len(names))]
+    return [str(name) for name in names]
 
 
 def _groups(file: pq.ParquetFile, shard: Shard) -> Iterator[tuple[int, int]]:

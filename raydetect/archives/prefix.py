@@ -17,6 +17,8 @@ from raydetect.records import Member, Shard
 from raydetect.spec import SourceSpec
 from raydetect.storage import FileInfo, Storage, join_uri, relative_to
 
+KINDS = {"link": "linked_folder", "other": "not_a_file"}  # why what is no file is left out
+
 
 def group_files(
     root: str, files: Iterable[FileInfo], source: SourceSpec, left_out: LeftOutCount | None = None
@@ -32,10 +34,11 @@ def group_files(
     left_out = LeftOutCount() if left_out is None else left_out
     found: list[FileInfo] = []
     for file in files:
-        if file.is_regular:
+        reason = KINDS.get(file.kind)
+        if reason is None:
             found.append(file)
         else:
-            left_out.add("not_a_file", readable(file.uri))
+            left_out.add(reason, readable(relative_to(file.uri, root)))
     entries = [_entry(root, file, place) for place, file in enumerate(found)]
     arranged = arrange(entries)
     for entry, reason in arranged.left_out:

@@ -79,7 +79,10 @@ def arrange(entries: Sequence[Entry]) -> Arrangement:
         if reason or (is_sidecar(name) and not is_last):
             found.left_out.append((entry, reason or "replaced"))
         elif is_sidecar(name):
-            sidecars[_lower_suffix(composed(name))] = entry
+            same = _lower_suffix(composed(name))
+            if same in sidecars:  # names that differ in case or composition alone
+                found.left_out.append((sidecars[same], "replaced"))
+            sidecars[same] = entry
         else:
             copies[name] = copies.get(name, 0) + (not is_last)
             images.append(Sample(entry, copy=0 if is_last else copies[name]))

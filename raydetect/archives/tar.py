@@ -32,6 +32,7 @@ COPY_BYTES = 1 << 20
 SPOOL_BYTES = 2 << 30
 KEPT_SIDECAR_BYTES = 64 << 20
 ITS_START = "its start"
+OTHERS = {b"BZh": "bzip2", b"PK\3\4": "a zip", b"\xfd7zX": "xz", b"7z\xbc\xaf": "7z", b"Rar!": "rar"}
 SEEKABLE = ("file://", "memory://")
 
 
@@ -63,6 +64,9 @@ def tar_directory(handle: IO[bytes], uri: str) -> Directory:
     """
     start = handle.read(4)
     handle.seek(0)
+    other = next((name for magic, name in OTHERS.items() if start.startswith(magic)), None)
+    if other is not None:
+        raise ArchiveError(f"{uri}: is no tar but {other} by its first bytes. Pack it as tar, tar.gz, tar.zst or zip.")
     return CompressedTar(handle, uri, start) if is_compressed(start) else PlainTar(handle, uri)
 
 
@@ -91,7 +95,7 @@ class PlainTar(Directory):
         """Reads the headers, unless they were read already."""
         headers = headers or read_headers(handle, uri, "r:")
         self.uri, self.entries = uri, headers.entries
-        self.scheme = "tar" if uri.endswith(".tar") and not headers.is_several else ""
+        self.scheme = "tar" if uri.endswith(".tar") and headers.is_plain else ""
         self._handle, self._headers, self._good = handle, headers, ITS_START
 
     def read(self, entry: Entry) -> bytes:
@@ -129,7 +133,7 @@ class CompressedTar(Directory):
         self._kept_bytes = 0
         self._headers = read_headers(unpacked(handle, start), uri, "r|", keep=self._keep)
         self.uri, self.entries = uri, self._headers.entries
-        self.scheme = "tar" if uri.endswith(".tar.gz") and not self._headers.is_several else ""
+        self.scheme = "tar" if uri.endswith(".tar.gz") and self._headers.is_plain else ""
         handle.seek(0)
         self._plain, self._at, self._last = unpacked(handle, start), 0, -1
         self._last_data, self._good = b"", ITS_START

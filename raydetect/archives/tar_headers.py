@@ -81,6 +81,11 @@ class TarHeaders:
     bytes_after_end: int = 0
     is_several: bool = False
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether fsspec's own filesystem reads all of it: one whole tar."""
+        return not (self.is_several or self.broken or self.bytes_after_end)
+
     def finish(self, left_out: LeftOutCount) -> None:
         """Counts what follows the tar.
 

@@ -13,7 +13,7 @@ from raydetect.spec import SourceSpec
 from raydetect.storage import FileInfo, Storage, StoredFile
 
 SUFFIXES = (".zip",)
-REPAIR = "Re-upload the shard or set source.on_bad_shard: record."
+REPAIR = "Upload it again."
 ENCRYPTED = 0x1
 WINDOWS = (0, 10)  # DOS and NTFS: packers that write backslashes between folders
 

@@ -7,10 +7,12 @@ from itertools import chain, islice
 from raydetect.archives.base import Archive, Listing
 from raydetect.archives.labels import labels_text
 from raydetect.archives.open import open_archive
+from raydetect.errors import SpecError
 from raydetect.left_out import LeftOutCount, left_out_text
 from raydetect.records import Member
-from raydetect.spec import AuditSpec, CalibrateSpec, FitSpec, JobSpec, ScoreSpec, source_storage
+from raydetect.spec import AuditSpec, CalibrateSpec, FitSpec, JobSpec, ScoreSpec, SourceSpec, source_storage
 from raydetect.storage import Storage
+from raydetect.worker.read import read_members
 
 MAX_IMAGES, MAX_BYTES = 1000, 128 << 20
 
@@ -27,11 +29,13 @@ def source_lines(spec: JobSpec) -> list[str]:
     listing, left_out = archive.listing(), LeftOutCount()
     counts: Counter[tuple[int | None, str]] = Counter()
     is_all = False
-    for member in _first_members(archive, listing, left_out):
+    for member in _first_members(archive, listing, spec.source, left_out):
         if member is None:
             is_all = True
         else:
             counts[member.label, member.label_said] += 1
+    if is_all:
+        _refuse_useless(spec, counts, left_out)
     of = "" if is_all else f", of the first {counts.total():,} images"
     lines = [f"Note: {note}" for note in listing.notes]
     if any(label is not None for label, _ in counts):
@@ -41,11 +45,29 @@ def source_lines(spec: JobSpec) -> list[str]:
     return lines
 
 
-def _first_members(archive: Archive, listing: Listing, left_out: LeftOutCount) -> Iterator[Member | None]:
+def _refuse_useless(spec: JobSpec, counts: Counter[tuple[int | None, str]], left_out: LeftOutCount) -> None:
+    """What a job would refuse after it has read everything.
+
+    Raises:
+        SpecError: there is no image, or none to fit.
+    """
+    assert isinstance(spec, FitSpec | ScoreSpec | AuditSpec | CalibrateSpec)
+    where = ", ".join(spec.source.uris())
+    if not counts:
+        told = left_out_text(left_out.found) or "nothing"
+        raise SpecError(f"{where}: gives no image; left out: {told}. Check source.uri, format and pattern.")
+    if isinstance(spec, FitSpec) and all(label == 1 for label, _ in counts):
+        told = labels_text([(*key, count) for key, count in counts.items()])
+        raise SpecError(f"{where}: gives no normal image (label: {told}). Set source.normal_names, or add some.")
+
+
+def _first_members(
+    archive: Archive, listing: Listing, source: SourceSpec, left_out: LeftOutCount
+) -> Iterator[Member | None]:
     """The first members, and None behind the last when there are no more."""
     left_out.add_all(listing.shards[0].left_out)
     held = 0
-    members = chain.from_iterable(archive.read(shard, left_out) for shard in listing.shards)
+    members = chain.from_iterable(read_members(archive, shard, source, left_out) for shard in listing.shards)
     for member in islice(members, MAX_IMAGES):
         yield member
         held += len(member.data)

@@ -1,16 +1,11 @@
 """Running a scoring plan with a display, on Ray or in this process."""
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
-
-import click
 
 from raydetect.errors import MissingError, StorageError
 
 if TYPE_CHECKING:
     from raydetect.plan import ScorePlan
-
-UNREADABLE = "unreadable"
 
 
 def run_score(plan: "ScorePlan", address: str | None, in_process: bool) -> dict[str, Any]:
@@ -30,30 +25,13 @@ def run_score(plan: "ScorePlan", address: str | None, in_process: bool) -> dict[
         raise StorageError(f"{error} It was there when the run began; start the same job again.") from error
 
 
-def with_unreadable(plan: "ScorePlan") -> "ScorePlan":
-    """Takes the records of shards away that hold images which could not be read, and says how many.
-
-    Args:
-        plan: begun.
-
-    Returns:
-        The plan with these shards to do as well.
-    """
-    left = {shard.index for shard in plan.todo}
-    committed = [shard.index for shard in plan.shards if shard.index not in left]
-    found = {
-        receipt.shard: receipt.statuses[UNREADABLE]
-        for receipt in plan.ledger.receipts(committed)
-        if receipt.statuses.get(UNREADABLE)
-    }
-    if not found:
-        click.echo("No committed shard holds an image that could not be read.", err=True)
-        return plan
-    plan.ledger.withdraw(sorted(found))
-    images, shards = sum(found.values()), len(found)
-    click.echo(f"Trying {images:,} unreadable images again: {shards:,} shards are scored anew.", err=True)
-    todo = tuple(shard for shard in plan.shards if shard.index in left or shard.index in found)
-    return replace(plan, todo=todo)
+def retried_text(plan: "ScorePlan", retry: tuple[str, ...]) -> str:
+    """What becomes of committed shards that hold rows to be tried again."""
+    words = " or ".join(retry)
+    if not plan.retried:
+        return f"No committed shard holds a row with the status {words}."
+    rows, shards = sum(plan.retried.values()), len(plan.retried)
+    return f"Trying {rows:,} rows with the status {words} again: {shards:,} shards are scored anew."
 
 
 def _run_score(plan: "ScorePlan", address: str | None, in_process: bool) -> dict[str, Any]:

@@ -26,7 +26,7 @@ RANGE_BYTES = 64 << 20
 LISTERS = 16
 MAX_FOLDERS_AT_ONCE = 256
 S3_ATTEMPTS = 3  # botocore's, with growing pauses; s3fs then tries each request up to five times
-LOCAL = ("file://", "memory://")
+SYSTEM_FOLDERS = ("lost+found", "$RECYCLE.BIN", "System Volume Information")  # often closed to all but the system
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +38,15 @@ class FileInfo:
         size_bytes: of the file.
         fingerprint: changes when the file is overwritten: its ETag, or a hash of size and time where there is none.
         modified: seconds since 1970, None where the storage does not tell.
-        is_regular: False for a FIFO, socket or device, which is never opened.
+        kind: "file", "link" (to a folder, which is not followed) or "other" (a FIFO, socket or device): those are
+            never opened.
     """
 
     uri: str
     size_bytes: int
     fingerprint: str
     modified: float | None = None
-    is_regular: bool = True
+    kind: str = "file"
 
     @classmethod
     def listed(cls, uri: str, fingerprint: str) -> "FileInfo":
@@ -260,6 +261,9 @@ class Storage:
         fs, path = self.filesystem(uri)
         try:
             fs.invalidate_cache()
+            if "file" in fs.protocol:
+                fixed, pattern = _before_wildcards(path)
+                _refuse_closed_folders(fixed, float("inf") if "**" in pattern else pattern.count("/"))
             named = dict(fs.glob(path, detail=True))
             found = {name: entry for name, entry in named.items() if entry["type"] != "directory"}
             for name in sorted(named.keys() - found.keys()):
@@ -310,6 +314,8 @@ def _listed_alone(fs: AbstractFileSystem, path: str) -> dict[str, Any]:
 
 def _find(fs: AbstractFileSystem, path: str) -> dict[str, dict[str, Any]]:
     """Every file below a folder. Object stores list keys one page after the other, so folders are listed at once."""
+    if "file" in fs.protocol:
+        _refuse_closed_folders(path)
     if "s3" not in fs.protocol:
         return dict(fs.find(path, detail=True))
     entries = fs.ls(path, detail=True)
@@ -321,6 +327,26 @@ def _find(fs: AbstractFileSystem, path: str) -> dict[str, dict[str, Any]]:
         for below in pool.map(lambda folder: fs.find(folder, detail=True), folders):
             found |= below
     return found
+
+
+def _before_wildcards(path: str) -> tuple[str, str]:
+    """The folder before the first wildcard, and the pattern in it."""
+    place = min(path.find(letter) for letter in "*?[" if letter in path)
+    folder = path[:place].rpartition("/")[0]
+    return folder, path[len(folder) + 1 :]
+
+
+def _refuse_closed_folders(path: str, depth: float = float("inf")) -> None:
+    """On a local disk a folder that may not be listed is an error; fsspec would pass over it and all that is in it."""
+    for folder, below, _ in os.walk(path, onerror=_refuse_folder):
+        if folder.count("/") - path.count("/") >= depth:
+            below.clear()
+
+
+def _refuse_folder(error: OSError) -> None:
+    name = os.path.basename(str(error.filename or ""))
+    if not isinstance(error, FileNotFoundError) and not name.startswith(".") and name not in SYSTEM_FOLDERS:
+        raise error
 
 
 def _files(uri: str, found: dict[str, dict[str, Any]]) -> Iterator[FileInfo]:
@@ -349,10 +375,12 @@ def _file_info(uri: str, found: dict[str, Any]) -> FileInfo:
     if isinstance(changed_at, datetime):
         changed_at = changed_at.timestamp()
     mark = str(etag).strip('"') if etag else hashlib.sha256(f"{size}:{changed_at}".encode()).hexdigest()[:16]
-    return FileInfo(uri, size, mark, changed_at if isinstance(changed_at, float) else None, _is_regular(found))
+    return FileInfo(uri, size, mark, changed_at if isinstance(changed_at, float) else None, _kind(found))
 
 
-def _is_regular(found: dict[str, Any]) -> bool:
+def _kind(found: dict[str, Any]) -> str:
     """A link that leads nowhere counts as a file, which then cannot be read; what is no file would wait for ever."""
     mode = found.get("mode")
-    return mode is None or stat.S_ISREG(mode) or stat.S_ISLNK(mode) or stat.S_ISDIR(mode)
+    if found.get("islink") and os.path.isdir(found["name"]):
+        return "link"
+    return "file" if mode is None or stat.S_ISREG(mode) or stat.S_ISLNK(mode) or stat.S_ISDIR(mode) else "other"

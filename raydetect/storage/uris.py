@@ -47,7 +47,9 @@ def check_uri(uri: str) -> None:
             f"{uri.partition('?')[0]}: is a presigned URL, which expires and would stand in every row. Name the object "
             "itself, such as s3://bucket/key, and give a key or profile under storage."
         )
-    if "::" in uri or scheme not in SCHEMES:
+    if "::" in uri:
+        raise SpecError(f"{uri}: `::` chains URLs, which is not allowed here. Name a path or URL without it.")
+    if scheme not in SCHEMES:
         raise SpecError(f"{uri}: the scheme {scheme!r} is not supported. Use one of {', '.join(SCHEMES)}.")
     if ".." in rest.split("/"):
         raise SpecError(f"{uri}: `..` is not allowed in a URI. Write the path out.")

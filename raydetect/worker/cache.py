@@ -25,6 +25,7 @@ from raydetect.worker.read import refuse_bad_member
 
 SHARED_AT_ONCE = 64
 REASONS = 3
+BAD_SHARD = ("bad_shard", "unreadable")  # of the row that stands for the shard itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,17 +110,23 @@ class ReadFacts:
 
     Attributes:
         bad: images that could not be used.
+        bad_reasons: why, of the first.
         labels: (label, value that it was read from, images).
         left_out: files that are no images, by reason.
     """
 
     bad: int = 0
+    bad_reasons: tuple[str, ...] = ()
     labels: tuple[tuple[int | None, str, int], ...] = ()
     left_out: Mapping[str, LeftOut] = field(default_factory=dict)
 
     def plain(self) -> dict[str, Any]:
         """For the artifact's record."""
-        return {"labels": to_plain(self.labels), "left_out": to_plain(self.left_out)}
+        return {
+            "labels": to_plain(self.labels),
+            "left_out": to_plain(self.left_out),
+            "bad_reasons": list(self.bad_reasons),
+        }
 
     @property
     def labels_text(self) -> str:
@@ -137,6 +144,14 @@ class ReadImages:
     reasons: list[str] = field(default_factory=list)
     labels: Counter[tuple[int | None, str]] = field(default_factory=Counter)
     left_out: LeftOutCount = field(default_factory=LeftOutCount)
+    shards: int = 0
+    bad_shards: int = 0
+
+    def note_chunk(self, chunk: Chunk) -> None:
+        """One more chunk; the last one of a shard tells whether the shard could be read."""
+        self.left_out.add_all(chunk.left_out)
+        self.shards += chunk.last
+        self.bad_shards += any(map(_stands_for_a_shard, chunk.members))
 
     def note_good(self, member: Member) -> None:
         """One more that can be used."""
@@ -156,7 +171,8 @@ class ReadImages:
             TooManyBadRows: more than the share `limit` is bad.
         """
         labels = [[*key, count] for key, count in self.labels.items()]
-        words = [self.good, self.bad, self.reasons, labels, to_plain(self.left_out.found)]
+        counts = [self.good, self.bad, self.shards, self.bad_shards]
+        words = [counts, self.reasons, labels, to_plain(self.left_out.found)]
         everyone = ReadImages()
         for text in group.gather_bytes(json.dumps(words).encode()):
             everyone._add(json.loads(text))
@@ -164,17 +180,19 @@ class ReadImages:
         if total == 0:
             told = left_out_text(everyone.left_out.found) or "nothing"
             raise SpecError(f"{where}: holds no image; left out: {told}. Check source.uri, format and pattern.")
-        if bad > limit * total:
-            reasons = "; ".join(everyone.reasons[:REASONS])
+        reasons = tuple(everyone.reasons[:REASONS])
+        if bad > limit * total or everyone.bad_shards > limit * everyone.shards:
             raise TooManyBadRows(
-                f"{bad} of {total} images cannot be used, more than max_bad_fraction = {limit}. First: {reasons}"
+                f"{bad} of {total} images cannot be used, and {everyone.bad_shards} of {everyone.shards} shards, more "
+                f"than max_bad_fraction = {limit}. First: {'; '.join(reasons)}"
             )
-        counts = tuple((label, said, count) for (label, said), count in everyone.labels.items())
-        return ReadFacts(bad, counts, everyone.left_out.found)
+        found = tuple((label, said, count) for (label, said), count in everyone.labels.items())
+        return ReadFacts(bad, reasons, found, everyone.left_out.found)
 
     def _add(self, words: list[Any]) -> None:
-        good, bad, reasons, labels, left_out = words
+        (good, bad, shards, bad_shards), reasons, labels, left_out = words
         self.good, self.bad, self.reasons = self.good + good, self.bad + bad, self.reasons + reasons
+        self.shards, self.bad_shards = self.shards + shards, self.bad_shards + bad_shards
         self.labels.update({(label, said): count for label, said, count in labels})
         self.left_out.add_all(left_out_of(left_out))
 
@@ -199,7 +217,7 @@ def read_images(
         BadMemberError: a bad image and `on_bad_member: fail`.
     """
     cache, found = ImageCache(image_size), ReadImages()
-    for member, pixels in _decoded(_counted(chunks, found.left_out), source, image_size, threads, tick):
+    for member, pixels in _decoded(_counted(chunks, found), source, image_size, threads, tick):
         refuse_bad_member(pixels.status, pixels.error, source)
         if pixels.image_HWC is not None and pixels.status == OK:
             cache.add(CachedImage(member.key, member.label, member.category), pixels.image_HWC)
@@ -209,9 +227,13 @@ def read_images(
     return cache, found
 
 
-def _counted(chunks: Iterable[Chunk], left_out: LeftOutCount) -> Iterator[Chunk]:
+def _stands_for_a_shard(member: Member) -> bool:
+    return member.status in BAD_SHARD and member.key.startswith(f"{member.image_uri}#")
+
+
+def _counted(chunks: Iterable[Chunk], found: ReadImages) -> Iterator[Chunk]:
     for chunk in chunks:
-        left_out.add_all(chunk.left_out)
+        found.note_chunk(chunk)
         yield chunk
 
 

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 
+from raydetect.archives.base import begins_as_image
 from raydetect.errors import MemberError
 from raydetect.records import OK, Member
 from raydetect.spec import SourceSpec
@@ -297,6 +298,8 @@ def _opened_tiff(data: bytes) -> _Opened:
     page = tiff.first_page(data)
     bits = 8 if page is None else page.first(tiff.BITS, 1)
     inverted = page is not None and page.values.get(tiff.PHOTOMETRIC) == (0,)
+    if page is not None and not tiff.has_scale(page):
+        raise tiff.refusal(data)
     grey = bits in (12, 16) and page is not None and page.first(tiff.SAMPLES, 1) == 1
     if grey and inverted and page is not None:
         data = tiff.with_black_as_zero(data, page)
@@ -312,6 +315,9 @@ def _unidentified(data: bytes) -> MemberError:
     bits = sample_bits(data) if data.startswith(JPEG_START) else None
     if bits not in (None, 8):
         return MemberError("unsupported_mode", f"JPEG with {bits} bits per sample: is not read. Convert it to 8 bits.")
+    if begins_as_image(data[:16]):
+        said = "its first bytes are those of an image, and what follows is none of at least 1 x 1 px. Write it again."
+        return MemberError("not_an_image", said)
     return MemberError("not_an_image", f"no image format begins with the bytes {data[:8].hex(' ')}.")
 
 

@@ -34,14 +34,16 @@ def read_members(
     """
     try:
         for member in archive.read(shard, left_out):
-            if member.key == f"{shard.uri}#" and source.on_bad_shard == "fail":
-                raise ArchiveError(f"{member.error} Or set source.on_bad_shard: record.")
+            if member.key == shard.key and source.on_bad_shard == "fail":
+                raise ArchiveError(member.error)
             refuse_bad_member(member.status, member.error, source)
             yield member
     except ArchiveError as error:
-        if source.on_bad_shard == "fail" or isinstance(error, BadMemberError):
+        if isinstance(error, BadMemberError):
             raise
-        yield Member(f"{shard.uri}#", shard.uri, status="bad_shard", error=str(error))
+        if source.on_bad_shard == "fail":
+            raise ArchiveError(f"{error} Or set source.on_bad_shard: record.") from error
+        yield Member(shard.key, shard.uri, status="bad_shard", error=f"{error} Then score with --retry bad_shard.")
 
 
 class BadMemberError(ArchiveError):

@@ -110,7 +110,7 @@ def _read(
 ) -> _Images:
     images = _Images({name: ImageCache(record.image_size) for name, record in records.items()})
     for chunk in chunks:
-        images.found.left_out.add_all(chunk.left_out)
+        images.found.note_chunk(chunk)
         groups: dict[str | None, list[Member]] = {}
         for member in chunk.members:
             name = member.category if index.categories else None

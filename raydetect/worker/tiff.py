@@ -157,6 +157,11 @@ def _described(page: Directory) -> str:
     )
 
 
+def has_scale(page: Directory) -> bool:
+    """Whether the largest value of its samples is white: not so of signed integers, and of more than 16 bits."""
+    return (page.first(SAMPLE_FORMAT, 1) != 2 and page.first(BITS, 1) <= 16) or page.first(SAMPLE_FORMAT, 1) == 3
+
+
 def first_page(data: bytes) -> Directory | None:
     """The first directory, None when it cannot be read."""
     try:
