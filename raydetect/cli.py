@@ -194,8 +194,7 @@ def score(job: Path, overrides: tuple[str, ...], address: str | None, in_process
     for note in plan.notes:
         click.echo(f"Note: {note}", err=True)
     with errors():
-        manifest = run_score(plan, address, in_process)
-    _summary(plan, manifest)
+        _summary(plan, run_score(plan, address, in_process))
 
 
 def _changed_text(before: Mapping[str, Any], plan: "ScorePlan") -> str:

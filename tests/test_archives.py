@@ -22,7 +22,7 @@ from raydetect.records import Member, Shard
 from raydetect.spec import SourceSpec
 from raydetect.storage import Storage, join_uri, normalise_uri
 from raydetect.worker.read import BadMemberError, read_members
-from tests.made.archives import PACKERS, index_bytes, pack, tar_bytes, zip_bytes
+from tests.made.archives import PACKERS, index_bytes, pack, parquet_bytes, tar_bytes, zip_bytes
 from tests.objectstore import ObjectStore
 
 FILES = [(f"cam/{i:03d}.png", bytes([i]) * (1000 + 37 * i)) for i in range(23)]
@@ -154,6 +154,11 @@ def test_sidecars_fill_columns() -> None:
     assert found[0].category == "nut" and json.loads(found[0].meta)["line"] == 4
     assert found[0].mask_uri == "tar://a.b.mask.png::memory:///s/a.tar"
     assert found[2].meta == "" and found[2].notes[0].startswith("sidecar_not_read: d.json")
+
+
+def test_rows_whose_names_differ_by_a_dot_and_a_slash_have_keys_of_their_own() -> None:
+    Storage().write("memory://q/a.parquet", parquet_bytes([(name, b"1") for name in ("a", "./a", "./b", "./row-0")]))
+    assert names(members_of(SourceSpec(uri="memory://q"))) == ["row-0", "row-1", "b", "row-3"]
 
 
 def test_parquet_columns_and_the_layout_of_hugging_face() -> None:

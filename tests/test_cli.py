@@ -19,6 +19,7 @@ from PIL import Image
 from raydetect import comparison
 from raydetect.cli import main
 from raydetect.detectors._registry import list_models
+from raydetect.errors import StorageError
 from raydetect.sinks.ledger import Ledger
 from raydetect.storage import Storage
 from tests.made.archives import mixed_files, normal_files, pack, tar_bytes
@@ -158,6 +159,20 @@ def test_a_score_job_from_check_to_status(place: Place) -> None:
     assert "Shards     0 left of 2" in call("plan", place.score).output
     changed = call("score", place.score, "--local", "--set", "flag.alpha=0.2")
     assert changed.exit_code == 2 and "flag.alpha: 0.1 -> 0.2" in changed.output
+
+
+def test_a_store_that_fails_after_the_manifest_is_one_line_and_exit_code_1(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(ledger: Ledger) -> None:
+        raise StorageError(f"{ledger.uri}: cannot read it.")
+
+    assert call("score", place.score, "--local").exit_code == 0
+    monkeypatch.setattr("raydetect.sinks.results.labelled_auroc", failing)
+    ended = call("score", place.score, "--local")
+    assert ended.exit_code == 1 and ended.stderr.endswith("/results: cannot read it.\n"), ended.output
+    monkeypatch.undo()
+    assert "Image AUROC" in call("score", place.score, "--local").output
 
 
 @pytest.mark.parametrize("command", ["check", "plan", "status"])

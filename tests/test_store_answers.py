@@ -17,7 +17,7 @@ from raydetect.records import Member
 from raydetect.spec import SourceSpec
 from raydetect.storage import Storage, normalise_uri
 from raydetect.worker.read import read_members
-from tests.made.archives import PACKERS, pack, tar_bytes, zip_bytes
+from tests.made.archives import PACKERS, index_bytes, pack, tar_bytes, zip_bytes
 from tests.made.hostile import PNG
 from tests.objectstore import ObjectStore
 from tests.objectstore.fault_proxy import REFUSALS, SHORT_BODIES, FaultPlan, faulty
@@ -88,6 +88,23 @@ def test_trouble_in_the_middle_of_a_container_is_no_damage(
             with pytest.raises(StorageError):
                 read(store, store.uri("mid"))
     assert requests > 1
+
+
+def test_an_index_of_which_the_store_sends_less_is_no_damage_of_its_tar(object_store: ObjectStore) -> None:
+    tar, storage = tar_bytes(LARGE), object_store.storage
+    storage.write(object_store.uri("parted", "a.tar"), tar)
+    storage.write(object_store.uri("parted", "a.idx"), index_bytes(tar))
+    source = SourceSpec(uri=object_store.uri("parted"), split_bytes=100_000)
+    with faulty(object_store, FaultPlan(matches=gets("a.idx"))) as store:
+        archive = open_archive(source, store.storage)
+        shards = list(archive.shards())
+        assert len(shards) == 4 and all(shard.index_uri for shard in shards)
+    for answer in SHORT_BODIES:
+        with faulty(object_store, FaultPlan(always=answer, matches=gets("a.idx"))) as store:
+            archive = open_archive(source, store.storage)
+            for work in (archive.listing, lambda archive=archive: list(read_members(archive, shards[1], source))):
+                with pytest.raises(StorageError, match=r"a\.idx"):
+                    work()
 
 
 @pytest.mark.parametrize("answer", ["archived", "forbidden"])

@@ -4,7 +4,8 @@
 
 Rows of a table are no files, so their names need not differ. Names come from the first column of NAME_COLUMNS, or the
 `path` beside the bytes, in which every name is usable and stands once. Where there is no such column, a row whose name
-is unusable, or stands twice, is named by its number (`row-17`), and its own name stands in `meta`.
+is unusable, or stands twice, is named by its number (`row-17`), and its own name stands in `meta`. `./a` and `a` are
+one name.
 """
 
 import io
@@ -21,6 +22,7 @@ from fsspec.archive import AbstractArchiveFileSystem
 from raydetect.archives.base import composed, key_of, readable, safe_name
 from raydetect.archives.directory import too_many_bytes, with_facts, with_words
 from raydetect.archives.naming import Naming
+from raydetect.archives.samples import tidy
 from raydetect.archives.zip import REPAIR
 from raydetect.errors import ArchiveError, MemberError, RaydetectError, SpecError
 from raydetect.left_out import LeftOutCount
@@ -109,14 +111,14 @@ def row_names(file: pq.ParquetFile, image: str) -> RowNames:
     first: list[str | None] | None = None
     for values in _name_columns(file, image):
         names = [value if isinstance(value, str) and value else None for value in values]
-        unique = len(set(names)) == count
+        unique = len({name and tidy(name) for name in names}) == count
         if unique and all(name is not None and _is_usable(name, row) for row, name in enumerate(names)):
             return RowNames(names, [str(name) for name in names])
         first = first or names
     chosen = first or [None] * count
-    often = Counter(name for name in chosen if name is not None)
+    often = Counter(tidy(name) for name in chosen if name is not None)
     keys = [
-        name if name is not None and often[name] == 1 and _is_usable(name, row) else f"row-{row}"
+        name if name is not None and often[tidy(name)] == 1 and _is_usable(name, row) else f"row-{row}"
         for row, name in enumerate(chosen)
     ]
     return RowNames(chosen, keys)
@@ -133,7 +135,7 @@ def _name_columns(file: pq.ParquetFile, image: str) -> Iterator[list[Any]]:
 
 
 def _is_usable(name: str, row: int) -> bool:
-    if name.startswith("row-") and name != f"row-{row}":
+    if tidy(name).startswith("row-") and tidy(name) != f"row-{row}":
         return False
     try:
         return bool(safe_name(name)) and "://" not in name

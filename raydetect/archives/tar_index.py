@@ -48,7 +48,8 @@ def read_index(place: str, storage: Storage) -> list[Component]:
         ArchiveError: it is not such an index.
         StorageError: it cannot be read.
     """
-    data = storage.read(place)
+    with storage.open(place) as handle:  # it knows the size, so an answer that was cut is no damage
+        data = handle.read()
     try:
         lines = data.decode("utf-8", "surrogateescape").splitlines()
         version, count = lines[0].split()

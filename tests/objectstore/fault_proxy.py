@@ -1,15 +1,17 @@
 """An HTTP proxy before an object store that fails on purpose: refusals, cut connections, cut bodies, slow bodies.
 
-Faults come from a plan: a list of fault names, used up one by one by the requests that match. The Host header is
-forwarded as it is, so signatures stay valid.
+Faults come from a plan: a list of fault names, used up one by one by the requests that match, or drawn from a
+seed. The Host header is forwarded as it is, so signatures stay valid.
 """
 
 import asyncio
+import random
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import cycle
 from urllib.parse import urlsplit
 
 from tests.objectstore import ObjectStore
@@ -24,6 +26,7 @@ REFUSALS = {
 }
 # Bodies that are not what their head says: shorter than stated, shorter with a length to match, shorter without one.
 SHORT_BODIES = ("truncate", "shorter", "shorter_without_length")
+CUT = ("drop", "lost")  # after these aiohttp sends the request once more by itself
 HEAD_END = b"\r\n\r\n"
 
 
@@ -46,6 +49,40 @@ class FaultPlan:
             self.injected[fault] += 1
             return fault
         return None
+
+
+@dataclass
+class RandomFaults(FaultPlan):
+    """What a seed says: faults of every kind in turn, and stretches in which each request is refused as `expired`."""
+
+    seed: int = 0
+    kinds: Sequence[str] = ("slow_down", "drop", "truncate")
+    share: float = 0.05  # of requests with which a fault begins
+    stretches: float = 0.02  # of requests with which a stretch begins
+    longest: int = 4  # requests in a stretch
+    _coming: deque[str] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        self._random, self._turn = random.Random(self.seed), cycle(self.kinds)
+
+    def take(self, method: str, path: str) -> str | None:
+        """The fault for this request, if any."""
+        if not self.matches(method, path):
+            return None
+        if not self._coming:
+            self._coming.extend(self._drawn())
+        fault = self._coming.popleft() if self._coming else None
+        if fault is not None:
+            self.injected[fault] += 1
+        return fault
+
+    def _drawn(self) -> list[str]:
+        if self._random.random() < self.stretches:
+            return ["expired"] * self._random.randint(2, self.longest)
+        if self._random.random() >= self.share:
+            return []
+        fault = next(self._turn)
+        return [fault] * (2 if fault in CUT else 1)
 
 
 @contextmanager
@@ -115,9 +152,11 @@ async def _forward(
         await back_writer.drain()
         answer_head = await back_reader.readuntil(HEAD_END)
         answer = b"" if head.startswith(b"HEAD ") else await back_reader.read()
+        if fault == "lost":  # the store did what was asked, and nobody is told
+            return
         if fault in SHORT_BODIES:
             answer = answer[: len(answer) // 2]
-        if fault == "shorter":
+        if fault == "shorter" and answer:  # a HEAD has no body, and tells the truth
             answer_head = _without_length(answer_head, f"Content-Length: {len(answer)}")
         if fault in ("without_length", "shorter_without_length"):
             answer_head = _without_length(answer_head)

@@ -1,18 +1,21 @@
 """A small fitted artifact and an archive in the object store, shared by the tests of whole jobs."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from raydetect.sinks.ledger import Ledger
 from tests.made.archives import mixed_files, normal_files, pack
+from tests.made.everything import REASONS, STATUSES, Laid, conserved, everything
 from tests.objectstore import ObjectStore
 from tests.together.nursery import running_nursery
 from tests.together.runs import QUIET_NODE, end_started, run_here, wait_for_slots, write_job
 
 SLOTS = 4
+Facts = tuple[list[dict[str, Any]], dict[str, Any]]
 
 
 @pytest.fixture(autouse=True)
@@ -107,3 +110,33 @@ def truth(line: Line) -> str:
     """Results of an uninterrupted run in one process."""
     run_here("score", line.job("truth", workers=1))
     return line.store.uri("truth")
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The archive of every format in the line's bucket, scored there in one process."""
+
+    line: Line
+    laid: Laid
+    expected: Facts = field(default_factory=lambda: ([], {}))
+
+    def job(self, results: str, **changes: Any) -> str:
+        """A scoring job file into `results` of the bucket, in many small shards."""
+        source = {"uri": self.laid.uri, "shard_images": 7, "split_bytes": 20_000}
+        return self.line.job(results, source=source, chunk_images=5, max_bad_fraction=1, **changes)
+
+    def facts(self, results: str) -> Facts:
+        """Rows, which obey the law, and what the manifest says of them."""
+        uri, storage = self.line.store.uri(results), self.line.store.storage
+        rows, manifest = conserved(uri, storage, self.laid), Ledger(uri, storage).manifest() or {}
+        return rows, {name: manifest[name] for name in ("shards", "rows", "statuses", "left_out", "flagged")}
+
+
+@pytest.fixture(scope="session")
+def whole(line: Line) -> Whole:
+    """Every file of it is a row or left out; its results are `whole`."""
+    made = Whole(line, everything(7).upload(line.store, "everything"))
+    run_here("score", made.job("whole", workers=1))
+    expected = made.facts("whole")
+    assert set(expected[1]["left_out"]) == REASONS and set(expected[1]["statuses"]) == STATUSES
+    return replace(made, expected=expected)

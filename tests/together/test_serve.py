@@ -18,7 +18,7 @@ import yaml
 
 from raydetect.records import OK
 from raydetect.sinks.ledger import Ledger
-from tests.together.conftest import Line
+from tests.together.conftest import Line, Whole
 from tests.together.runs import PATIENCE, QUIET_NODE, processes_of, rows_of, run, run_here, start, wait_until
 from tests.together.served import PICTURES, Endpoints, asking, free_port, metrics_of, replicas, told_by
 
@@ -83,6 +83,13 @@ def test_a_job_through_warm_replicas_is_killed_and_goes_on_with_equal_rows(
     again = run(tmp_path / "again", "score", job, "--address", endpoints.address)
     assert "of 12 shards are committed already" in again.text()
     assert rows_of(line.store.uri("warm"), line.store.storage) == rows_of(truth, line.store.storage)
+
+
+def test_an_archive_of_every_format_loses_and_doubles_nothing(
+    endpoints: Endpoints, whole: Whole, tmp_path: Path
+) -> None:
+    run(tmp_path, "score", whole.job("whole-warm", engine="serve"), "--address", endpoints.address)
+    assert whole.facts("whole-warm") == whole.expected
 
 
 def test_an_archive_run_survives_a_killed_replica_with_equal_rows(endpoints: Endpoints, truth: str) -> None:
