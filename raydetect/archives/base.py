@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from raydetect.errors import MemberError
 from raydetect.left_out import LeftOutCount
 from raydetect.records import Chunk, Member, Shard
+from raydetect.storage import FileInfo
 
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm", ".avif",
@@ -65,6 +66,11 @@ class Archive(abc.ABC):
             ArchiveError: the container is broken; the good members before the break were yielded.
             StorageError: the storage failed.
         """
+
+
+def listed_file(shard: Shard) -> FileInfo:
+    """The container of a shard as it was listed; of a part the size of the whole is not kept."""
+    return FileInfo(shard.uri, shard.size_bytes if shard.span is None else -1, shard.fingerprint)
 
 
 def is_image_name(name: str) -> bool:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.archive import AbstractArchiveFileSystem
 
-from raydetect.archives.base import composed, key_of, readable, safe_name
+from raydetect.archives.base import composed, key_of, listed_file, readable, safe_name
 from raydetect.archives.directory import too_many_bytes, with_facts, with_words
 from raydetect.archives.naming import Naming
 from raydetect.archives.samples import tidy
@@ -28,7 +28,7 @@ from raydetect.errors import ArchiveError, MemberError, RaydetectError, SpecErro
 from raydetect.left_out import LeftOutCount
 from raydetect.records import Member, Shard
 from raydetect.spec import SourceSpec
-from raydetect.storage import FileInfo, Storage
+from raydetect.storage import Storage
 
 SUFFIXES = (".parquet", ".pq")
 NAME_COLUMNS = ("key", "path", "name", "file_name")
@@ -45,7 +45,7 @@ def read_parquet(
         SpecError: no column, or several, could hold the images.
         StorageError: the storage failed.
     """
-    with storage.open(shard.uri, FileInfo.listed(shard.uri, shard.fingerprint)) as handle:
+    with storage.open(shard.uri, listed_file(shard)) as handle:
         try:
             file = pq.ParquetFile(handle)
             image = image_column(file.schema_arrow, source, shard.uri)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO
 
+from raydetect.archives.base import listed_file
 from raydetect.archives.directory import Directory, MemberReader
 from raydetect.archives.naming import Naming
 from raydetect.archives.samples import MAX_SIDECAR_BYTES, Entry, is_sidecar
@@ -25,7 +26,7 @@ from raydetect.errors import ArchiveError, MemberError, RaydetectError, StorageE
 from raydetect.left_out import LeftOutCount
 from raydetect.records import Member, Shard
 from raydetect.spec import SourceSpec
-from raydetect.storage import FileInfo, Storage, StoredFile
+from raydetect.storage import Storage, StoredFile
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst")
 COPY_BYTES = 1 << 20
@@ -45,7 +46,7 @@ def read_tar(
         ArchiveError: the tar is broken, or its index does not fit it.
         StorageError: the storage failed.
     """
-    with storage.open(shard.uri, FileInfo.listed(shard.uri, shard.fingerprint)) as stored:
+    with storage.open(shard.uri, listed_file(shard)) as stored:
         if shard.span is not None:
             directory = _part(shard, shard.span, stored, storage)
             yield from MemberReader(directory, source, naming, left_out).members(shard.span)

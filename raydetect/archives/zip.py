@@ -3,6 +3,7 @@
 import zipfile
 from collections.abc import Iterator
 
+from raydetect.archives.base import listed_file
 from raydetect.archives.directory import Directory, MemberReader
 from raydetect.archives.naming import Naming
 from raydetect.archives.samples import Entry
@@ -10,7 +11,7 @@ from raydetect.errors import ArchiveError, MemberError, RaydetectError
 from raydetect.left_out import LeftOutCount
 from raydetect.records import Member, Shard
 from raydetect.spec import SourceSpec
-from raydetect.storage import FileInfo, Storage, StoredFile
+from raydetect.storage import Storage, StoredFile
 
 SUFFIXES = (".zip",)
 REPAIR = "Upload it again."
@@ -27,7 +28,7 @@ def read_zip(
         ArchiveError: the directory cannot be read.
         StorageError: the storage failed.
     """
-    with storage.open(shard.uri, FileInfo.listed(shard.uri, shard.fingerprint)) as handle:
+    with storage.open(shard.uri, listed_file(shard)) as handle:
         directory = ZipDirectory(handle, shard.uri)
         yield from MemberReader(directory, source, naming, left_out).members(shard.span)
 

@@ -35,7 +35,7 @@ class FileInfo:
 
     Attributes:
         uri: as the storage names it.
-        size_bytes: of the file.
+        size_bytes: of the file; -1 when it is not known.
         fingerprint: changes when the file is overwritten: its ETag, or a hash of size and time where there is none.
         modified: seconds since 1970, None where the storage does not tell.
         kind: "file", "link" (to a folder, which is not followed) or "other" (a FIFO, socket or device): those are
@@ -47,11 +47,6 @@ class FileInfo:
     fingerprint: str
     modified: float | None = None
     kind: str = "file"
-
-    @classmethod
-    def listed(cls, uri: str, fingerprint: str) -> "FileInfo":
-        """A file of which only the fingerprint is kept."""
-        return cls(uri, -1, fingerprint)
 
     def is_same(self, other: "FileInfo") -> bool:
         """Whether a file is as it was listed."""
@@ -127,7 +122,7 @@ class Storage:
             raise translate(uri, "read", error) from error
         if listed is not None and not listed.is_same(_file_info(uri, found)):
             self.refuse_changed(listed)
-        size = found.get("size")
+        size = found.get("size") if listed is None or listed.size_bytes < 0 else listed.size_bytes
 
         def check_end() -> None:
             if listed is not None and not uri.startswith("s3://"):
