@@ -14,11 +14,17 @@ from raydetect.artifact_record import ArtifactRecord
 from raydetect.config import to_plain
 from raydetect.errors import SpecError, TooManyBadRows
 from raydetect.fleet_record import ArtifactIndex, read_index, read_records
-from raydetect.left_out import WITHDRAWN, left_out_text
 from raydetect.metrics.conformal import ROUNDING, threshold_for
 from raydetect.metrics.discovery import discover
-from raydetect.records import OK, LeftOut, Part, Receipt, Shard
-from raydetect.sinks.agreement import complete, refuse_other_shards, refuse_taken, rows_digest
+from raydetect.records import OK, Part, Receipt, Shard
+from raydetect.sinks.agreement import (
+    complete,
+    refuse_other_shards,
+    refuse_taken,
+    refuse_without_images,
+    rows_digest,
+    rows_with,
+)
 from raydetect.sinks.ledger import Ledger, Totals
 from raydetect.sinks.parquet import ResultsSink
 from raydetect.spec import FlagSpec, ScoreSpec, SourceSpec, public_spec, result_words, sink_storage, source_storage
@@ -110,7 +116,7 @@ def plan_score(spec: ScoreSpec, chosen: tuple[Shard, ...] | None = None, retry: 
     run = describe_run(spec, artifact, records, shards)
     before = ledger.compare(run)
     committed = ledger.committed()
-    retried = _rows_with(retry, ledger, committed)
+    retried = rows_with(retry, ledger, committed)
     committed -= retried.keys()
     if before is None or before["result"] != to_plain(run["result"]):
         refuse_other_shards(ledger, committed, shards, rows_digest(run))
@@ -118,17 +124,6 @@ def plan_score(spec: ScoreSpec, chosen: tuple[Shard, ...] | None = None, retry: 
         before = None
     todo = tuple(shard for shard in shards if shard.index not in committed)
     return ScorePlan(spec, archive, shards, todo, artifact, records, ledger, run, before, listing.notes, retried)
-
-
-def _rows_with(statuses: tuple[str, ...], ledger: Ledger, committed: Iterable[int]) -> dict[int, int]:
-    """Committed shards that hold rows with one of some statuses, and how many."""
-    if not statuses:
-        return {}
-    counts = {
-        receipt.shard: sum(receipt.statuses.get(status, 0) for status in statuses)
-        for receipt in ledger.receipts(committed)
-    }
-    return {shard: count for shard, count in counts.items() if count}
 
 
 def check_flag(records: Mapping[str | None, ArtifactRecord], flag: FlagSpec) -> None:
@@ -279,7 +274,7 @@ def decide(plan: ScorePlan, totals: Totals) -> dict[str, Any]:
         `flagged`, and `fdr` with the p-value and, for every artifact, the image score from which on rows are flagged
         (None: none of its rows is); nothing when rows are flagged by themselves.
     """
-    _refuse_without_images(plan, totals)
+    refuse_without_images(totals, ", ".join(plan.spec.source.uris()))
     level = plan.spec.flag.fdr
     if level is None:
         return {}
@@ -289,19 +284,6 @@ def decide(plan: ScorePlan, totals: Totals) -> dict[str, Any]:
     facts = {**to_plain(found), "false_share": found.false_share}
     facts["threshold"] = {"categories": thresholds} if record is None else thresholds[""]
     return {"flagged": found.flagged, "fdr": facts}
-
-
-def _refuse_without_images(plan: ScorePlan, totals: Totals) -> None:
-    """No manifest says that a run over nothing is finished.
-
-    Raises:
-        SpecError: no shard gave a row.
-    """
-    withdrawn = totals.left_out.found.get(WITHDRAWN, LeftOut(0)).count
-    if totals.shards > withdrawn and not totals.rows:
-        told = left_out_text(totals.left_out.found) or "nothing"
-        where = ", ".join(plan.spec.source.uris())
-        raise SpecError(f"{where}: gave no image; left out: {told}. Check source.uri, format and pattern.")
 
 
 def _score_threshold(record: ArtifactRecord, p_threshold: float | None) -> float | None:

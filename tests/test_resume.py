@@ -263,7 +263,7 @@ def test_older_records_go_on_only_where_a_uri_is_one_shard() -> None:
     add_shard("part-9.tar")
     assert run()[1]["shards"] == 4
     pack("memory://data/loose", "", normal_files(4), 1)
-    words = ("source.uri=memory://data/loose", "sink.uri=memory://data/loose-results", "source.shard_images=2")
+    words = ("source={uri: memory://data/loose, shard_images: 2}", "sink.uri=memory://data/loose-results")
     loose, _ = run(*words)
     make_old(loose.ledger)
     pack("memory://data/loose/zz", "", normal_files(2), 1)

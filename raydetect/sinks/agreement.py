@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raydetect.config import digest
-from raydetect.errors import MissingError, ResumeError, StorageError
-from raydetect.records import Part, Receipt, Shard
-from raydetect.sinks.ledger import Ledger
+from raydetect.errors import MissingError, ResumeError, SpecError, StorageError
+from raydetect.left_out import WITHDRAWN, left_out_text
+from raydetect.records import LeftOut, Part, Receipt, Shard
+from raydetect.sinks.ledger import Ledger, Totals
 from raydetect.storage import join_uri, normalise_uri
 
 log = logging.getLogger("raydetect.sinks")
@@ -47,6 +48,33 @@ def unlike(receipt: Receipt, shard: Shard) -> str:
     if receipt.fingerprint != shard.fingerprint:
         return f"has other content now ({shard.uri})"
     return ""
+
+
+def rows_with(statuses: tuple[str, ...], ledger: Ledger, committed: Iterable[int]) -> dict[int, int]:
+    """Committed shards that hold rows with one of some statuses, and how many."""
+    if not statuses:
+        return {}
+    counts = {
+        receipt.shard: sum(receipt.statuses.get(status, 0) for status in statuses)
+        for receipt in ledger.receipts(committed)
+    }
+    return {shard: count for shard, count in counts.items() if count}
+
+
+def refuse_without_images(totals: Totals, where: str) -> None:
+    """No manifest says that a run over nothing is finished.
+
+    Args:
+        totals: of all receipts.
+        where: the source, for the message.
+
+    Raises:
+        SpecError: no shard gave a row.
+    """
+    withdrawn = totals.left_out.found.get(WITHDRAWN, LeftOut(0)).count
+    if totals.shards > withdrawn and not totals.rows:
+        told = left_out_text(totals.left_out.found) or "nothing"
+        raise SpecError(f"{where}: gave no image; left out: {told}. Check source.uri, format and pattern.")
 
 
 def refuse_other_shards(ledger: Ledger, committed: Iterable[int], shards: Sequence[Shard], run: str) -> None:
