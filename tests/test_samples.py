@@ -15,8 +15,11 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from raydetect.archives.open import open_archive
+from raydetect.archives.zip_names import without_false_flags
 from raydetect.errors import ArchiveError, SpecError, StorageError
 from raydetect.left_out import LeftOutCount, left_out_text
 from raydetect.records import Member
@@ -363,3 +366,24 @@ def test_class_names_may_stand_under_their_numbers() -> None:
     features = {"label": {"names": {"0": "broken", "1": "good"}, "_type": "ClassLabel"}}
     members, _ = read(_table({"image": _images(2), "label": [0, 1]}, features))
     assert [m.label for m in members] == [1, 0]
+
+
+def test_one_name_that_is_falsely_flagged_as_utf8_does_not_hide_the_others(tmp_path: Path) -> None:
+    data = zip_bytes([("0.png", PNG), ("Grüße.png", PNG + b"1"), ("2.png", PNG + b"2"), ("Grüße.cls", b"1")])
+    broken = data.replace("Grüße".encode(), b"Gr\xfc\xffsse")  # as many bytes, and no UTF-8
+    assert broken != data and len(broken) == len(data)
+    (tmp_path / "a.zip").write_bytes(broken)
+    members, left_out = read(str(tmp_path))
+    assert [(m.status, m.data, m.label) for m in members] == [
+        ("ok", PNG, None), ("ok", PNG + b"1", 1), ("ok", PNG + b"2", None),
+    ]  # fmt: skip
+    assert left_out == {"sidecar": 1} and len({m.key for m in members}) == 3
+    for member in members:
+        with fsspec.open(member.image_uri) as handle:
+            assert handle.read() == member.data
+
+
+@given(st.binary(max_size=200))
+def test_no_directory_of_a_zip_raises(data: bytes) -> None:
+    for start in (b"", b"PK\x01\x02", b"PK\x01\x02" + bytes(4) + b"\x00\x08"):
+        assert len(without_false_flags(start + data)) == len(start + data)

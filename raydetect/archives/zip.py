@@ -7,6 +7,7 @@ from raydetect.archives.base import listed_file
 from raydetect.archives.directory import Directory, MemberReader
 from raydetect.archives.naming import Naming
 from raydetect.archives.samples import Entry
+from raydetect.archives.zip_names import WithoutFalseFlags
 from raydetect.errors import ArchiveError, MemberError, RaydetectError
 from raydetect.left_out import LeftOutCount
 from raydetect.records import Member, Shard
@@ -46,7 +47,7 @@ class ZipDirectory(Directory):
         """
         self.uri = uri
         try:
-            self._opened = zipfile.ZipFile(handle)
+            self._opened = self._open(handle)
         except RaydetectError:
             raise
         except Exception as error:  # whatever hostile bytes make the library raise
@@ -54,6 +55,17 @@ class ZipDirectory(Directory):
         infos = sorted(self._opened.infolist(), key=lambda info: info.header_offset)
         self._infos = {info.header_offset: info for info in infos}
         self.entries = [_entry(info) for info in infos if not _is_folder(info)]
+
+    def _open(self, handle: StoredFile) -> zipfile.ZipFile:
+        try:
+            return zipfile.ZipFile(handle)
+        except UnicodeDecodeError:
+            self.scheme = ""  # fsspec's filesystem refuses it as well
+            handle.seek(0)
+            wrapped = WithoutFalseFlags(handle)
+            opened = zipfile.ZipFile(wrapped)
+            wrapped.reads_directory = False
+            return opened
 
     def read(self, entry: Entry) -> bytes:
         """The bytes of a member.
