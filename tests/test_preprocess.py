@@ -607,3 +607,15 @@ def test_mutated_files_are_pixels_or_a_status(
         assert found.image_HWC is not None and found.image_HWC.shape == (20, 30, 3)
     else:
         assert found.status in BAD_STATUSES and found.image_HWC is None and found.error
+
+
+@pytest.mark.parametrize(("bits", "form", "kind"), [(8, 2, "i1"), (16, 2, "<i2"), (32, 2, "<i4"), (32, 1, "<u4")])
+def test_integers_without_a_scale_are_refused_by_their_type(bits: int, form: int, kind: str) -> None:
+    """Whatever their values are: a picture of small ones is no darker than its neighbour of large ones."""
+    data = np.full((8, 8), 100, kind).tobytes()
+    tags = [(256, 4, 8), (257, 4, 8), (258, 3, bits), (259, 3, 1), (262, 3, 1), (273, 4, 8), (277, 3, 1), (278, 4, 8)]
+    tags += [(279, 4, len(data)), (339, 3, form)]
+    entries = b"".join(struct.pack("<HHII", tag, code, 1, value) for tag, code, value in tags)
+    tiff = b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+    found = decode_member(Member("k", "u", data=tiff), RULES, (8, 8))
+    assert found.status == "unsupported_mode" and f"{bits} bits per sample" in found.error
