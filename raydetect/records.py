@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 OK = "ok"
+# Paths in a results directory that chunks are written to, as a regular expression.
+PART_FILE = r"(?:scores/shard=\d{5,}/part-\d{4,}\.parquet|heatmaps/\d{5,}-\d{4,}\.zip)"
 BAD_STATUSES = frozenset(
     {
         "bad_shard",  # the container broke here; what follows in it is unknown

@@ -1,10 +1,13 @@
 """Audits: three nights raise the right alarm and no other, nothing is scored twice, and the webhook is told once."""
 
+import contextlib
 import hashlib
 import hmac
 import json
 import shutil
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -332,6 +335,29 @@ def test_a_webhook_that_fails_is_tried_again_and_then_said(place: Path, hook: st
     add_night(place, "b", "normal", 90, count=4)
     both = call("audit", path, "--local", *words)
     assert both.exit_code == 4 and "did not take the summary" in both.output and "alarm: next: many" in both.output
+
+
+@pytest.mark.parametrize("sent", [b"", b"HTTP/1.1 200 OK\r\nX: "], ids=["nothing", "a status and no end"])
+def test_an_attempt_ends_in_time_however_slowly_the_answer_comes(sent: bytes) -> None:
+    """A timeout of a socket begins anew with every byte."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def drip() -> None:
+            taken, _ = listener.accept()
+            with taken, contextlib.suppress(OSError):
+                taken.sendall(sent)
+                for _ in range(100):
+                    taken.sendall(b"a")
+                    time.sleep(0.1)
+
+        threading.Thread(target=drip, daemon=True).start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        made = webhook_of(WebhookSpec(url=url, attempts=1, request_seconds=0.5), {ALLOW: url, SECRET: KEY})
+        assert made is not None
+        began = time.monotonic()
+        with pytest.raises(WebhookError, match=r"no answer within 0\.5 s after 1 attempt"):
+            made.send("n", b"{}")
+    assert 0.4 < time.monotonic() - began < 3
 
 
 def test_when_alarm_leaves_quiet_nights_out(place: Path, hook: str) -> None:

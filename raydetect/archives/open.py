@@ -8,6 +8,7 @@ from raydetect.archives import parquet, tar, tar_index
 from raydetect.archives import zip as zip_format
 from raydetect.archives.base import Archive, Listing, is_hidden, is_unsafe, readable
 from raydetect.archives.naming import Naming
+from raydetect.archives.own_results import without_results
 from raydetect.archives.prefix import KINDS, group_files, read_prefix
 from raydetect.archives.samples import left_out_reason
 from raydetect.archives.unreadable import is_alone, others_of
@@ -85,8 +86,9 @@ class MixedArchive(Archive):
             found.take([single], given)
             self._add_single(single, found)
             return
-        files = list(self.storage.glob(uri) if is_pattern else self.storage.list(uri))
+        files, results = without_results(list(self.storage.glob(uri) if is_pattern else self.storage.list(uri)))
         found.take(files, given)
+        found.notes += results
         root = _root(uri) if is_pattern else uri
         loose = [file for file in files if not self._add_container(file, root, files, found)]
         if self.source.format in ("auto", "prefix"):

@@ -44,11 +44,14 @@ class Audit:
         nights = Nights(normalise_uri(spec.sink.uri), Storage(sink_storage(spec)))
         return cls(spec, nights, parse_rules(spec.alarm_when, MEASURES))
 
-    def pending(self) -> list[Claim]:
+    def pending(self, note: Callable[[str], object] = lambda _: None) -> list[Claim]:
         """The nights to audit, in order: those that were begun and not finished, then the one that was asked for.
 
         Lists the archive, and claims the shards that no night covers. A night that is there already keeps its shards;
         without a name and without anything new, it is the last one again.
+
+        Args:
+            note: told of each sentence about the archive that a person should read.
 
         Raises:
             SpecError, StorageError: the archive cannot be listed.
@@ -60,7 +63,10 @@ class Audit:
             if known:
                 return known
         archive = open_archive(self.spec.source, Storage(source_storage(self.spec, self.spec.source)))
-        shards = list(archive.shards())
+        listing = archive.listing()
+        for sentence in listing.notes:
+            note(sentence)
+        shards = list(listing.shards)
         claims = [claim if claim.number in done else self.nights.without_changed(claim, shards) for claim in claims]
         begun_before = [claim for claim in claims if claim.number not in done]
         for claim in claims:

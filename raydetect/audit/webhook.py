@@ -8,9 +8,12 @@ it has already.
 import hashlib
 import hmac
 import http.client
+import socket
 import ssl
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -53,12 +56,14 @@ class Webhook:
         for attempt in range(self.spec.attempts):
             if attempt:
                 pause(2.0 ** (attempt - 1))
+            began = time.monotonic()
             try:
                 status = self._post(night, body)
             except NotAllowed as error:
                 raise WebhookError(f"webhook.url: {error} The audit stays; start it again to tell of it.") from None
             except (OSError, http.client.HTTPException) as error:
-                problem = f"{type(error).__name__}"
+                is_late = time.monotonic() - began >= self.spec.request_seconds
+                problem = f"no answer within {self.spec.request_seconds:g} s" if is_late else type(error).__name__
                 continue
             if 200 <= status < 300:
                 return status
@@ -75,15 +80,25 @@ class Webhook:
         parts = urlsplit(self.url)
         secure = parts.scheme == "https"
         port = parts.port or (443 if secure else 80)
-        seconds = self.spec.request_seconds
-        connection = http.client.HTTPConnection(resolved(str(parts.hostname), port)[0], port, timeout=seconds)
+        end = time.monotonic() + self.spec.request_seconds
+        address = resolved(str(parts.hostname), port)[0]
+        connection = http.client.HTTPConnection(address, port, timeout=max(0.001, end - time.monotonic()))
         try:
             connection.connect()
             if secure:
                 context = ssl.create_default_context()
-                connection.sock = context.wrap_socket(connection.sock, server_hostname=parts.hostname)
-            connection.request("POST", parts.path or "/", body=body, headers=self._headers(parts.netloc, night, body))
-            return connection.getresponse().status
+                connection.sock = context.wrap_socket(
+                    connection.sock, server_hostname=parts.hostname, do_handshake_on_connect=False
+                )
+            with _shut_after(connection.sock, end - time.monotonic()):
+                if isinstance(connection.sock, ssl.SSLSocket):
+                    connection.sock.do_handshake()
+                headers = self._headers(parts.netloc, night, body)
+                connection.request("POST", parts.path or "/", body=body, headers=headers)
+                status = connection.getresponse().status
+            if time.monotonic() >= end:  # the answer was cut in its headers
+                raise TimeoutError
+            return status
         finally:
             connection.close()
 
@@ -96,6 +111,23 @@ class Webhook:
             "X-Raydetect-Night": night,
             "X-Raydetect-Signature": f"t={moment},v1={signature(self._secret, moment, body)}",
         }
+
+
+@contextmanager
+def _shut_after(connected: socket.socket, seconds: float) -> Iterator[None]:
+    """Ends whatever waits for a socket after so long in all; a timeout of the socket counts from each byte anew."""
+    timer = threading.Timer(max(0.0, seconds), _shut, [connected])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _shut(connected: socket.socket) -> None:
+    with suppress(OSError):  # it is closed already
+        socket.socket.shutdown(connected, socket.SHUT_RDWR)  # an SSLSocket's own would drop its state under a reader
 
 
 def signature(secret: bytes, moment: str, body: bytes) -> str:

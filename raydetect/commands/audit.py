@@ -40,7 +40,7 @@ def audit(job: Path, overrides: tuple[str, ...], address: str | None, in_process
 
     with errors():
         judged = []
-        for claim in made.pending():
+        for claim in made.pending(lambda note: click.echo(f"Note: {note}", err=True)):
             judged.append((claim, made.run(claim, score)))
             _print(made, *judged[-1])
         _end(made, webhook, judged)

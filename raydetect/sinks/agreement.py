@@ -10,13 +10,13 @@ from typing import Any
 from raydetect.config import digest
 from raydetect.errors import MissingError, ResumeError, SpecError, StorageError
 from raydetect.left_out import WITHDRAWN, left_out_text
-from raydetect.records import LeftOut, Part, Receipt, Shard
+from raydetect.records import PART_FILE, LeftOut, Part, Receipt, Shard
 from raydetect.sinks.ledger import Ledger, Totals
 from raydetect.storage import join_uri, normalise_uri
 
 log = logging.getLogger("raydetect.sinks")
 NAMED = 3
-WRITTEN = re.compile(r"scores/shard=\d{5,}/part-\d{4,}\.parquet|heatmaps/\d{5,}-\d{4,}\.zip")
+WRITTEN = re.compile(PART_FILE)
 ASKED_BY_NAME = 100  # what a listing lacks is asked for by itself, as listings of some stores lag; no more than these
 
 
