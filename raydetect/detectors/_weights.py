@@ -17,10 +17,11 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
@@ -37,6 +38,7 @@ RANDOM = "random"
 OFFLINE = "Give a file: `weights: /path/to/weights.safetensors` (or a URL), or `weights: random`."
 CONNECT_SECONDS = 5.0
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+WeightsName = Annotated[str, Field(description='"imagenet", "random", or a path or URL of a weights file')]
 CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 

@@ -41,7 +41,7 @@ from raydetect.blocks.rows import FitState
 from raydetect.blocks.seeding import keyed_generator, keyed_seed
 from raydetect.detectors._base import Batch, Detector, DetectorInfo, Scores, Tick, TrainingPlan
 from raydetect.detectors._networks import NetworkDetector
-from raydetect.detectors._weights import load_backbone
+from raydetect.detectors._weights import WeightsName, load_backbone
 
 BACKBONE, FLOWS = "backbone", "flows"
 HIGHEST = "highest"
@@ -113,9 +113,7 @@ class CFlow(NetworkDetector):
         layers: Annotated[
             tuple[str, ...], Field(min_length=1, description="levels, shallowest first (sec. 4.1; official code)")
         ] = ("layer2", "layer3", "layer4")
-        weights: Annotated[str, Field(description='"imagenet", "random", or a path or URL of a weights file')] = (
-            "imagenet"
-        )
+        weights: WeightsName = "imagenet"
         n_flows: Annotated[int, Field(ge=1, description="coupling blocks of every level's flow (sec. 5.1)")] = 8
         clamp: Annotated[float, Field(gt=0, description="bound on the log-scale of a coupling, alpha (eq. 2)")] = 1.9
         position_dims: Annotated[

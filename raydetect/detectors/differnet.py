@@ -34,7 +34,7 @@ from raydetect.blocks.rows import FitState
 from raydetect.blocks.seeding import keyed_generator, keyed_seed, keyed_unit
 from raydetect.detectors._base import Batch, Detector, DetectorInfo, Phase, Scores, Tick, TrainingPlan
 from raydetect.detectors._networks import NetworkDetector
-from raydetect.detectors._weights import load_backbone
+from raydetect.detectors._weights import WeightsName, load_backbone
 from raydetect.errors import ArtifactError
 
 BACKBONE, HEAD, BANK, EMBEDDINGS = "backbone", "head", "bank", "embeddings"
@@ -73,9 +73,7 @@ class DifferNet(NetworkDetector):
                 "(sec. 3.2); for differences layer2 and layer3, of AlexNet the second and third pooling"
             ),
         ] = ()
-        weights: Annotated[str, Field(description='"imagenet", "random", or a path or URL of a weights file')] = (
-            "imagenet"
-        )
+        weights: WeightsName = "imagenet"
         batch_size: Annotated[int, Field(ge=1, description="images per step (sec. 4.2)")] = 24
         smoothing_sigma: Annotated[
             float, Field(ge=0, description="Gaussian smoothing of gradients, or of the map, in px (official code)")

@@ -26,7 +26,7 @@ from raydetect.blocks.flows import Chain, flow_step, random_permutation
 from raydetect.blocks.seeding import keyed_generator, keyed_seed
 from raydetect.detectors._base import Batch, Detector, DetectorInfo, Scores, TrainingPlan
 from raydetect.detectors._networks import NetworkDetector
-from raydetect.detectors._weights import load_backbone
+from raydetect.detectors._weights import WeightsName, load_backbone
 from raydetect.errors import SpecError
 
 BACKBONE, FLOWS = "backbone", "flows"
@@ -78,9 +78,7 @@ class FastFlow(NetworkDetector):
             tuple[str, ...],
             Field(min_length=1, description="levels, shallowest first: the first three blocks (sec. 4.2)"),
         ] = ("layer1", "layer2", "layer3")
-        weights: Annotated[str, Field(description='"imagenet", "random", or a path or URL of a weights file')] = (
-            "imagenet"
-        )
+        weights: WeightsName = "imagenet"
         n_flow_steps: Annotated[
             int,
             Field(ge=1, description="couplings of every level's flow: 8 for ResNets, 20 for transformers (sec. 4.2)"),

@@ -34,7 +34,7 @@ from raydetect.blocks.unet import keyed_init
 from raydetect.detectors._base import Batch, Detector, DetectorInfo, Scores, Tick, TrainingPlan
 from raydetect.detectors._networks import NetworkDetector
 from raydetect.detectors._textures import load_textures
-from raydetect.detectors._weights import load_backbone
+from raydetect.detectors._weights import WeightsName, load_backbone
 from raydetect.errors import SpecError
 
 BACKBONE, MEMORY, STAGE, FUSION, DECODER = "backbone", "memory", "stage", "fusion", "decoder"
@@ -88,9 +88,7 @@ class MemSeg(NetworkDetector):
             str | None,
             Field(description="trained stage that the decoder begins with (sec. 3.2); none = two fresh ResNet blocks"),
         ] = "layer4"
-        weights: Annotated[str, Field(description='"imagenet", "random", or a path or URL of a weights file')] = (
-            "imagenet"
-        )
+        weights: WeightsName = "imagenet"
         memory_size: Annotated[
             int,
             Field(ge=1, description="normal images in memory (sec. 4), 1.8 MB each at 256 px; all if there are fewer"),

@@ -26,7 +26,7 @@ from raydetect.blocks.rows import FitState, KeyedRows
 from raydetect.blocks.search import Search
 from raydetect.blocks.seeding import Undrawn
 from raydetect.detectors._base import Batch, Detector, DetectorInfo, NotFittedError, Scores, Tick
-from raydetect.detectors._weights import load_backbone
+from raydetect.detectors._weights import WeightsName, load_backbone
 from raydetect.errors import ArtifactError
 
 EMBEDDINGS = "embeddings"
@@ -57,9 +57,7 @@ class PatchCore(Detector):
         layers: Annotated[
             tuple[str, ...], Field(min_length=1, description="used levels, shallowest first (sec. 3.1)")
         ] = ("layer2", "layer3")
-        weights: Annotated[str, Field(description='"imagenet", "random", or a path or URL of a weights file')] = (
-            "imagenet"
-        )
+        weights: WeightsName = "imagenet"
         coreset_sampling_ratio: Annotated[
             float, Field(gt=0, le=1, description="share of patch embeddings kept in the memory bank (sec. 3.2)")
         ] = 0.1

@@ -28,7 +28,7 @@ from raydetect.blocks.pyramid import patch_embeddings, pooled_patch_embeddings
 from raydetect.blocks.seeding import keyed_generator, keyed_seed
 from raydetect.detectors._base import Batch, Detector, DetectorInfo, Scores, TrainingPlan
 from raydetect.detectors._networks import NetworkDetector
-from raydetect.detectors._weights import load_backbone
+from raydetect.detectors._weights import WeightsName, load_backbone
 
 BACKBONE, ADAPTOR, DISCRIMINATOR = "backbone", "adaptor", "discriminator"
 LEAK = 0.2
@@ -65,9 +65,7 @@ class SimpleNet(NetworkDetector):
         layers: Annotated[
             tuple[str, ...], Field(min_length=1, description="used levels, shallowest first (sec. 4.3)")
         ] = ("layer2", "layer3")
-        weights: Annotated[str, Field(description='"imagenet", "random", or a path or URL of a weights file')] = (
-            "imagenet"
-        )
+        weights: WeightsName = "imagenet"
         embedding_dims: Annotated[
             int | None,
             Field(

@@ -28,7 +28,7 @@ from raydetect.blocks.neighbors import BankSearch
 from raydetect.blocks.rows import FitState
 from raydetect.blocks.seeding import Undrawn
 from raydetect.detectors._base import Batch, Detector, DetectorInfo, NotFittedError, Scores, Tick
-from raydetect.detectors._weights import load_backbone
+from raydetect.detectors._weights import WeightsName, load_backbone
 from raydetect.errors import ArtifactError, SpecError
 
 POOLED, GRIDS, LEVEL = "pooled", "grids", "level:"
@@ -61,9 +61,7 @@ class SPADE(Detector):
         pooled_level: Annotated[
             str, Field(description="the level whose mean over positions finds the nearest images (sec. 3.1)")
         ] = "layer4"
-        weights: Annotated[str, Field(description='"imagenet", "random", or a path or URL of a weights file')] = (
-            "imagenet"
-        )
+        weights: WeightsName = "imagenet"
         k_neighbors: Annotated[
             int, Field(ge=1, description="K, nearest normal images (sec. 3.5); all of them where there are fewer")
         ] = 50
