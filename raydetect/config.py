@@ -2,11 +2,12 @@
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import types
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -92,10 +93,17 @@ def validate(kind: type[T], values: Mapping[str, Any], where: str) -> T:
         SpecError: lists every mistake, each with its path and, for a misspelt key, the nearest match.
     """
     try:
-        return TypeAdapter(kind).validate_python(dict(values))
+        found: T = _adapter(cast(Hashable, kind)).validate_python(dict(values))
     except ValidationError as error:
         lines = [f"{where}: {_mistake(kind, item)}" for item in error.errors(include_url=False)]
         raise SpecError("\n".join(dict.fromkeys(lines))) from None
+    return found
+
+
+@functools.cache
+def _adapter(kind: Hashable) -> TypeAdapter[Any]:
+    """Built once for each kind: that takes longer than to use it."""
+    return TypeAdapter(cast(type, kind))
 
 
 def to_plain(value: Any) -> Any:

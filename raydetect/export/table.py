@@ -7,6 +7,7 @@ from typing import Any
 from raydetect.sinks.ledger import Ledger
 from raydetect.sinks.parquet import SCHEMA
 from raydetect.sinks.rows import read_rows
+from raydetect.storage import whole_text
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
@@ -17,10 +18,10 @@ def write_csv(ledger: Ledger, output: Path) -> int:
     UTF-8, comma, header; null is empty. A text that a spreadsheet would run as a formula gets an apostrophe in front.
 
     Raises:
-        StorageError: a record or part is missing or damaged.
+        StorageError: a record or part is missing or damaged, or the file cannot be written; one that was there stays.
     """
     count = 0
-    with output.open("w", encoding="utf-8", newline="") as out:
+    with whole_text(output, newline="") as out:
         writer = csv.writer(out)
         writer.writerow(SCHEMA.names)
         for _, _, table in read_rows(ledger):

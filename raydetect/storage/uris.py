@@ -7,6 +7,7 @@ from raydetect.errors import SpecError, StorageError
 
 SCHEMES = ("file", "s3", "memory", "gs", "az", "abfs", "http", "https")
 # Parameters by which the large stores sign a URL: whoever reads such a URL can read the object.
+FILE_URI = re.compile(r"\Afile:(?://localhost)?/(?!/)")  # the other forms that RFC 8089 has for file:///path
 SIGNED = re.compile(
     r"\?(?:.*&)?(?:x-amz-(?:signature|credential|security-token)|x-goog-signature|awsaccesskeyid|signature|sig)=",
     re.IGNORECASE | re.DOTALL,
@@ -16,12 +17,14 @@ SIGNED = re.compile(
 def normalise_uri(uri: str) -> str:
     """`scheme://...` without `..`, `.`, doubled slashes or a slash at the end; plain paths become `file://`.
 
+    `file:/path` and `file://localhost/path` are `file:///path`.
+
     For URIs that people write. Those that a listing gave are kept as they are, since `a//b` is a key of its own.
 
     Raises:
         SpecError: an unknown scheme, a chained or presigned URL, or a path that climbs out with `..`.
     """
-    text = os.fspath(uri)
+    text = FILE_URI.sub("file:///", os.fspath(uri))
     if not text.strip():
         raise SpecError("an empty URI was given. State a path or a URL such as s3://bucket/folder.")
     scheme, separator, rest = text.partition("://")
