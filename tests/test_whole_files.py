@@ -7,22 +7,27 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
 from click.testing import CliRunner, Result
 
 from raydetect.blocks.rows import BLOCK_ROWS, RowStore
 from raydetect.cli import main
+from raydetect.distributed import places
+from raydetect.distributed.session import translate
 from raydetect.errors import StorageError
 from raydetect.records import Chunk, Receipt
 from raydetect.sinks.parquet import ResultsSink
 from raydetect.storage import Scratch, Storage, local, remove_leftovers, whole_file, whole_text
 from raydetect.worker.cache import CachedImage, ImageCache
+from tests.made.archives import mixed_files, normal_files, pack
 from tests.made.results import make_results, names_of
+from tests.test_local import fit, rows, run
 from tests.test_sinks import rows as some_rows
 
 WRITER = """
@@ -222,3 +227,89 @@ def test_a_fit_leaves_nothing_in_the_temporary_folder_when_it_is_killed(tmp_path
         assert run.stdout is not None and run.stdout.readline() == "1000\n"
         run.kill()
     assert list(tmp_path.iterdir()) == []
+
+
+def leave(folder: Path) -> Path:
+    """What a killed process of this machine left of a file of 100 bytes."""
+    path = folder / f".raydetect-{local._machine()}-0123456789abcdef.tmp"
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x" * 100)
+    return path
+
+
+def test_a_start_removes_what_a_killed_one_left_of_the_same_job(tmp_path: Path) -> None:
+    pack(f"file://{tmp_path}/normal", ".tar", normal_files(12), 1)
+    pack(f"file://{tmp_path}/mixed", ".tar", mixed_files(3, 1), 1)
+    at = [f"{key}={tmp_path}/{name}" for key, name in (("source.uri", "normal"), ("artifact", "artifact"))]
+    old = [leave(tmp_path / "artifact"), leave(tmp_path / "artifact" / "training-1")]
+    fit(*at, "calibration.holdout_ratio=0.6")
+    assert not any(path.exists() for path in old)
+    at = [f"{key}={tmp_path}/{name}" for key, name in (("source.uri", "mixed"), ("artifact", "artifact"))]
+    old = [leave(tmp_path / "results" / name) for name in ("", "ledger", "heatmaps", "scores/shard=00000")]
+    plan, manifest = run(*at, f"sink.uri={tmp_path}/results", "flag.alpha=0.2")
+    assert not any(path.exists() for path in old) and len(rows(plan)) == manifest["rows"] == 6
+
+
+def test_an_export_removes_what_a_killed_one_left_beside_it_and_nothing_below(tmp_path: Path) -> None:
+    ledger = make_results(f"file://{tmp_path}", names_of(12), "map")
+    beside, below, mine = leave(tmp_path), leave(tmp_path / "other"), leave(tmp_path / "flagged" / "images")
+    for form, name in FORMS.items():
+        words = ["report"] if form == "report" else ["export", "--as", form]
+        place = tmp_path / ("flagged" if form == "folder" else name)
+        assert call(*words, ledger.uri, "-o", str(place)).exit_code == 0
+    assert (beside.exists(), below.exists(), mine.exists()) == (False, True, False)
+
+
+def ray_says(act: Callable[[], object]) -> str:
+    with pytest.raises(places.ClusterError) as caught:
+        act()
+    assert caught.value.exit_code == 1
+    return str(caught.value)
+
+
+def test_a_folder_in_which_ray_cannot_write_is_told_before_ray_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    places.require_ray_folder()
+    assert list(tmp_path.iterdir()) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(places, "LEAST_FREE_BYTES", 1 << 60)
+        said = ray_says(places.require_ray_folder)
+        assert said.startswith(f"{tmp_path}: Ray needs ") and "MiB are free. Free some space, or set RAY_TMPDIR" in said
+    (tmp_path / "file").write_bytes(b"x")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "file" / "x"))
+    said = ray_says(places.require_ray_folder)
+    assert said.startswith(f"{tmp_path}/file/x: Ray cannot write there (not a directory). Free some space, or set RAY_")
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (
+            OSError("validate_socket_filename failed: AF_UNIX path length cannot exceed 107 bytes: /x"),
+            "is too long a path",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), "a disk of Ray is full (on this machine /the/place)."),
+        (ray.exceptions.OutOfDiskError("Local disk is full"), "set RAY_TMPDIR to another folder than /the/place."),
+    ],
+)
+def test_what_ray_raises_about_its_disk_is_one_sentence(
+    raised: Exception, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", "/the/place")
+    assert said in str(translate(raised, None)) and "Error" not in str(translate(raised, None))
+
+
+def test_messages_of_ray_that_a_killed_driver_left_empty_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "raydetect-ray-1.log").touch()
+    (tmp_path / "raydetect-ray-2.log").write_text("Ray says something")
+    held, path = places.messages_file()
+    other, _ = places.messages_file()
+    with held, other:
+        assert sorted(file.name for file in tmp_path.iterdir()) == ["raydetect-ray-2.log", path.name]
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    assert "cannot hold the messages of Ray (no such file" in ray_says(places.messages_file)

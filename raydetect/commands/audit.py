@@ -34,6 +34,7 @@ def audit(job: Path, overrides: tuple[str, ...], address: str | None, in_process
 
         webhook = webhook_of(spec.webhook, os.environ)
         made = Audit.of(spec)
+        made.nights.storage.remove_leftovers(made.nights.uri)
 
     def score(plan: "ScorePlan") -> dict[str, Any]:
         return run_score(plan, address, in_process)

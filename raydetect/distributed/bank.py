@@ -12,7 +12,8 @@ import numpy as np
 import ray
 
 from raydetect.artifact_record import read_record
-from raydetect.distributed.session import ClusterError, translate
+from raydetect.distributed.places import ClusterError
+from raydetect.distributed.session import translate
 from raydetect.errors import SpecError
 from raydetect.plan import ScorePlan, only_record
 from raydetect.spec import ScoreSpec

@@ -24,8 +24,9 @@ from raydetect.blocks.group import TIMEOUT, Group, TorchGroup
 from raydetect.distributed.board import Board
 from raydetect.distributed.dealing import EveryChunk
 from raydetect.distributed.ingest import Reading, chunk_dataset, unpack_chunks
+from raydetect.distributed.places import ClusterError
 from raydetect.distributed.score import refuse_memory_uris
-from raydetect.distributed.session import ClusterError, session, translate
+from raydetect.distributed.session import session, translate
 from raydetect.errors import RaydetectError, StorageError
 from raydetect.records import Chunk, FitReport
 from raydetect.spec import FIT_CHUNK_BYTES, FIT_CHUNK_IMAGES, FitSpec, SourceSpec, source_storage

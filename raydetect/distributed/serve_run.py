@@ -11,10 +11,11 @@ from typing import Any
 import ray
 from ray import serve
 
+from raydetect.distributed.places import ClusterError
 from raydetect.distributed.score import refuse_memory_uris
 from raydetect.distributed.serve_calls import APP, DESK, SCORER, send_chunk
 from raydetect.distributed.serving import bound
-from raydetect.distributed.session import ClusterError, session, translate
+from raydetect.distributed.session import session, translate
 from raydetect.errors import SpecError
 from raydetect.gateway.desk import load_served
 from raydetect.gateway.stream import Stream

@@ -4,10 +4,8 @@ import logging
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -15,16 +13,13 @@ from ray._private import ray_constants
 from ray._private import worker as ray_worker
 from ray.data import DataContext
 
+from raydetect.distributed.places import ClusterError, disk_text, messages_file, require_ray_folder
 from raydetect.errors import RaydetectError
 from raydetect.spec import ResourceSpec
 
 LOOPBACK = "127.0.0.1"
 REFUSED = re.compile(r"authentication token|token authentication|unauthenticated|unauthorized|code 401", re.IGNORECASE)
 STARTING_AT_ONCE = 8  # actors without CPU slots start beside the workers; Ray warns past four times the slots
-
-
-class ClusterError(RaydetectError):
-    """The cluster cannot be reached, refuses the token, or broke down."""
 
 
 @contextmanager
@@ -63,12 +58,12 @@ def _native_messages_in_a_file() -> Iterator[None]:
 
     The file `raydetect-ray-PID.log` lies in the temporary folder, and is removed when nothing was written.
     """
-    log = Path(tempfile.gettempdir()) / f"raydetect-ray-{os.getpid()}.log"
+    file, log = messages_file()
     sys.stderr.flush()
     kept = os.dup(2)
     people = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
     before, notices = sys.stderr, ray_worker.print_to_stdstream
-    with log.open("ab") as file:
+    with file:
         os.dup2(file.fileno(), 2)
     ray_worker.print_to_stdstream = _to_descriptor_2
     if _is_descriptor_2(before):
@@ -81,7 +76,7 @@ def _native_messages_in_a_file() -> Iterator[None]:
         people.close()
         os.dup2(kept, 2)
         os.close(kept)
-        if log.stat().st_size == 0:
+        if log.exists() and log.stat().st_size == 0:
             log.unlink()
 
 
@@ -122,6 +117,7 @@ def _one_machine() -> Iterator[None]:
 
 
 def _start_local(resources: ResourceSpec) -> None:
+    require_ray_folder()
     ray.init(
         address="local",  # without it, Ray joins any cluster that was started on this machine
         num_cpus=resources.num_actors * resources.cpus_per_worker,
@@ -157,6 +153,9 @@ def translate(error: BaseException, target: str | None) -> RaydetectError:
         inner = getattr(inner, "cause", None) or inner.__cause__
     text = " ".join(str(error).split())
     place = target or "the local Ray"
+    said = disk_text(f"{type(error).__name__}: {text}")
+    if said is not None:
+        return ClusterError(said)
     if REFUSED.search(text):
         return ClusterError(
             f"{place}: refused the connection (authentication). Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or "

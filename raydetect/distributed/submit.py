@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from raydetect.distributed.session import ClusterError, translate
+from raydetect.distributed.places import ClusterError
+from raydetect.distributed.session import translate
 
 ENTRYPOINT = "python -m raydetect {kind} job.yaml"
 STOPPED_EXIT_CODE = 130

@@ -4,7 +4,7 @@ from raydetect.storage.files import RANGE_BYTES, FileInfo, Storage
 from raydetect.storage.local import remove_leftovers, whole_file, whole_text
 from raydetect.storage.scratch import Scratch
 from raydetect.storage.stored_file import StoredFile
-from raydetect.storage.troubles import translate
+from raydetect.storage.troubles import disk_reason, translate
 from raydetect.storage.uris import SCHEMES, check_uri, join_uri, normalise_uri, relative_to
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Storage",
     "StoredFile",
     "check_uri",
+    "disk_reason",
     "join_uri",
     "normalise_uri",
     "relative_to",

@@ -27,19 +27,31 @@ class Kept:
     """One state.
 
     Attributes:
+        uri: of its file.
         tensors: of module and optimizer, by prefixed name.
         groups: the optimizer's parameter groups.
         plain: what of the optimizer's state is no tensor.
         losses: of the epochs that are done.
     """
 
+    uri: str
     tensors: Mapping[str, Tensor]
     groups: list[dict[str, Any]]
     plain: Mapping[str, Mapping[str, Any]]
     losses: list[float]
 
     def restore(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Puts it back."""
+        """Puts it back.
+
+        Raises:
+            StorageError: it is of other networks.
+        """
+        try:
+            self._restore(module, optimizer)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise _no_state(self.uri, error) from None
+
+    def _restore(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         module.load_state_dict({n.removeprefix(MODULE): v for n, v in self.tensors.items() if n.startswith(MODULE)})
         states: dict[int, dict[str, Any]] = {int(number): dict(entries) for number, entries in self.plain.items()}
         for name, value in self.tensors.items():
@@ -94,10 +106,9 @@ class Checkpoints:
         try:
             tensors = load(self.storage.read(place))
             words = json.loads(tensors.pop(WORDS).numpy().tobytes())
-            return Kept(tensors, words["groups"], words["plain"], [float(loss) for loss in words["losses"]])
-        except (KeyError, ValueError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise StorageError(f"{place}: is no state of this fit ({reason}). Remove it to train anew.") from None
+            return Kept(place, tensors, words["groups"], words["plain"], [float(loss) for loss in words["losses"]])
+        except (KeyError, ValueError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+            raise _no_state(place, error) from None
 
     def clear(self) -> None:
         """Removes them all."""
@@ -112,3 +123,8 @@ class Checkpoints:
             return {}
         names = {file.uri: NAME.search(file.uri) for file in self.storage.list(self.uri)}
         return {int(name.group(1)): uri for uri, name in names.items() if name}
+
+
+def _no_state(place: str, error: Exception) -> StorageError:
+    reason = " ".join(str(error).split())[:160]
+    return StorageError(f"{place}: is no state of this fit ({reason}). Remove it to train anew.")

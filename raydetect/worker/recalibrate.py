@@ -69,6 +69,7 @@ def recalibrate(spec: CalibrateSpec, chunks: Iterable[Chunk], tick: Tick, device
     index = read_index(normalise_uri(spec.artifact), storage)
     records = read_records(index, storage)
     refuse_fitted(spec, records.values())
+    storage.remove_leftovers(uri)
     images = _read(spec, index, records, chunks, tick)
     bad = images.found.judge(Group(), spec.max_bad_fraction, ", ".join(spec.source.uris())).bad
     made = {name: _new_calibration(spec, record, images.caches[name], tick, device) for name, record in records.items()}
