@@ -6,49 +6,35 @@ import hashlib
 import json
 import types
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from functools import cache
+from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import PydanticUndefined
 
 from raydetect.errors import SpecError
+from raydetect.job_text import MAX_DEPTH, NotYamlError, read_yaml, shown_key
 
 T = TypeVar("T")
-STRICT = ConfigDict(extra="forbid")
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key written twice instead of keeping the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                line = key_node.start_mark.line + 1
-                raise SpecError(f"line {line}: the key {key!r} is written twice. Keep one of them.")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+HIDDEN = frozenset(("storage", "webhook", "key", "secret", "token", "sha256"))  # values at or below are never shown
+MISTAKES_SHOWN, LETTERS_SHOWN = 20, 80
 
 
 def parse_yaml(text: str, name: str) -> dict[str, Any]:
-    """One YAML mapping from text.
+    """One YAML mapping from text, by the rules of `job_text`.
 
     Args:
         text: the job file's text.
         name: how to call it in messages.
 
     Raises:
-        SpecError: not YAML, not one mapping, or a key is written twice.
+        SpecError: not YAML, not one mapping, or it breaks a rule.
     """
     try:
-        value = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+        value = read_yaml(text)
     except SpecError as error:
         raise SpecError(f"{name}: {error}") from None
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise SpecError(f"{name}: not valid YAML ({reason}). Mend the file.") from None
     if not isinstance(value, dict):
         found = "nothing" if value is None else type(value).__name__
         raise SpecError(f"{name}: a job file is one mapping, found {found}. Begin with `kind:`.")
@@ -61,28 +47,33 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
     So `pattern={category}/{name}.png` needs no quotes.
 
     Raises:
-        SpecError: a text without `=`, or a path through something that is not a mapping.
+        SpecError: a text without `=`, a path through something that is not a mapping, or a right side that breaks a
+            rule of `job_text`.
     """
     result: dict[str, Any] = json.loads(json.dumps(values, default=str))
-    for text in overrides:
+    for number, text in enumerate(overrides, start=1):
         path, equals, right = text.partition("=")
         if not equals or not path:
-            raise SpecError(f"--set {text}: expected key=value, such as --set seed=1.")
+            raise SpecError(f"--set number {number}: expected key=value, such as --set seed=1.")
         place = result
         *parents, last = path.split(".")
+        if len(parents) >= MAX_DEPTH:
+            raise SpecError(f"--set number {number}: has more than {MAX_DEPTH} levels. Mend the key.")
         for parent in parents:
             place = place.setdefault(parent, {})
             if not isinstance(place, dict):
-                raise SpecError(f"--set {text}: {parent!r} is not a mapping. Set it as a whole.")
-        place[last] = _yaml_or_text(right)
+                raise SpecError(f"--set {shown_key(path)}: {parent!r} is not a mapping. Set it as a whole.")
+        place[last] = _yaml_or_text(path, right)
     return result
 
 
-def _yaml_or_text(text: str) -> Any:
+def _yaml_or_text(path: str, text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return read_yaml(text)
+    except NotYamlError:
         return text
+    except SpecError as error:
+        raise SpecError(f"--set {shown_key(path)}: {error}") from None
 
 
 def validate(kind: type[T], values: Mapping[str, Any], where: str) -> T:
@@ -92,10 +83,18 @@ def validate(kind: type[T], values: Mapping[str, Any], where: str) -> T:
         SpecError: lists every mistake, each with its path and, for a misspelt key, the nearest match.
     """
     try:
-        return TypeAdapter(kind).validate_python(dict(values))
+        return cast(T, _adapter(kind).validate_python(dict(values)))
     except ValidationError as error:
-        lines = [f"{where}: {_mistake(kind, item)}" for item in error.errors(include_url=False)]
-        raise SpecError("\n".join(dict.fromkeys(lines))) from None
+        found = dict.fromkeys(f"{where}: {_mistake(kind, item)}" for item in error.errors(include_url=False))
+        lines = list(found)[:MISTAKES_SHOWN]
+        if len(found) > MISTAKES_SHOWN:
+            lines.append(f"{where}: {len(found) - MISTAKES_SHOWN:,} more mistakes. Mend these first.")
+        raise SpecError("\n".join(lines)) from None
+
+
+@cache
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def to_plain(value: Any) -> Any:
@@ -175,20 +174,35 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
 def _mistake(kind: type, item: Any) -> str:
     location = [part for part in item["loc"] if not _is_branch(part)]
-    path = ".".join(str(part) for part in location)
+    path = ".".join(shown_key(str(part)) for part in location)
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = _fields_at(kind, location[:-1])
-        return f"{path}: unknown key.{nearest(str(location[-1]), known) if known else ''}"
+        return _unknown_key(kind, [part for part in item["loc"][:-1] if not _is_branch(part)], item["loc"][-1])
     if item["type"] in ("missing", "missing_argument"):
         return f"{path}: this key is required and missing. Add it."
     reason = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    given = item.get("input")
-    shown = "" if isinstance(given, dict) or _is_secret(path) else f", given {given!r}"
-    return f"{path or 'the job file'}: {reason}{shown}."
+    shown = "" if _is_hidden(location) else _given_text(item["input"])
+    quotes = " Put a text in quotes." if item["type"] == "string_type" and item["input"] is not None else ""
+    return f"{path or 'the job file'}: {reason}{shown}.{quotes}"
 
 
-def _is_secret(path: str) -> bool:
-    return path.rsplit(".", 1)[-1] in ("key", "secret", "token")
+def _unknown_key(kind: type, parents: Sequence[Any], key: Any) -> str:
+    known, name = _fields_at(kind, parents), shown_key(str(key))
+    path = [shown_key(str(part)) for part in parents]
+    if _is_hidden(parents) and not difflib.get_close_matches(name, known, n=1, cutoff=0.5):
+        return f"{'.'.join(path)}: holds an unknown key. Known: {', '.join(sorted(known))}."
+    return f"{'.'.join((*path, name))}: unknown key.{nearest(name, known) if known else ''}"
+
+
+def _given_text(value: Any) -> str:
+    """A single value that was given; never a list or a mapping, in which anything may stand."""
+    if not isinstance(value, str | int | float | None):
+        return ""
+    text = repr(value)
+    return f", given {text if len(text) <= LETTERS_SHOWN else text[:LETTERS_SHOWN] + '...'}"
+
+
+def _is_hidden(location: Sequence[Any]) -> bool:
+    return not HIDDEN.isdisjoint(str(part) for part in location)
 
 
 def _is_branch(part: Any) -> bool:

@@ -62,7 +62,7 @@ def test_mistakes_are_named_together_with_the_nearest_word(overrides: list[str],
         ("kind: fit\nkind: score\n", "line 2: the key 'kind' is written twice"),
         ("sink: {uri: a, uri: b}", "written twice"),
         ("kind: [", "not valid YAML"),
-        ("kind: !!python/object/apply:os.system [ls]", "not valid YAML"),
+        ("kind: !!python/object/apply:os.system [ls]", "a tag"),
     ],
 )
 def test_a_file_that_is_no_job_is_refused(text: str, message: str) -> None:

@@ -54,13 +54,9 @@ def job_values(job: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
         SpecError: it cannot be read or is no YAML mapping.
     """
     from raydetect.config import apply_overrides, parse_yaml
+    from raydetect.job_text import read_text
 
-    try:
-        text = job.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise SpecError(f"{job}: cannot be read ({reason}). Check the path of the job file.") from None
-    return apply_overrides(parse_yaml(text, str(job)), overrides)
+    return apply_overrides(parse_yaml(read_text(job, "job file"), str(job)), overrides)
 
 
 def parse(values: dict[str, Any], job: Path) -> "JobSpec":

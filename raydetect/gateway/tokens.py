@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-import yaml
 from pydantic import ConfigDict, Field
 
 from raydetect.config import STRICT, validate
 from raydetect.errors import SpecError
+from raydetect.job_text import read_text, read_yaml
 from raydetect.spec import ServeSpec
 
 VARIABLE = "RAYDETECT_TOKENS"
@@ -77,11 +77,7 @@ def read_tokens(spec: ServeSpec, environment: Mapping[str, str] = os.environ) ->
     text, where = environment.get(VARIABLE), f"the variable {VARIABLE}"
     if spec.tokens_file is not None:
         where = spec.tokens_file
-        try:
-            text = Path(spec.tokens_file).read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not text"
-            raise SpecError(f"{where}: cannot be read ({reason}). Check tokens_file.") from None
+        text = read_text(Path(spec.tokens_file), "tokens_file")
     if text is None:
         if not is_loopback(spec.host):
             raise SpecError(f"host {spec.host}: listens beyond loopback without tokens. Set tokens_file or {VARIABLE}.")
@@ -101,9 +97,9 @@ def is_loopback(host: str) -> bool:
 
 def _entries(text: str, where: str) -> list[Token]:
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise SpecError(f"{where}: is not valid YAML. Write a list of {{name, token, scopes}}.") from None
+        values = read_yaml(text)
+    except SpecError as error:
+        raise SpecError(f"{where}: {error} Write a list of {{name, token, scopes}}.") from None
     if not isinstance(values, list) or not values or not all(isinstance(value, dict) for value in values):
         raise SpecError(f"{where}: holds no list of tokens. Write a list of {{name, token, scopes}}.")
     entries = [validate(TokenEntry, value, f"{where}, entry {i}") for i, value in enumerate(values, 1)]

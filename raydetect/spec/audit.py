@@ -14,7 +14,7 @@ NIGHT = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 
 def _text(value: Any) -> Any:
-    """YAML reads 2026-11-22 as a date and 20261122 as a number; both are meant as names."""
+    """20261122 is meant as a name, as is a date, which Python and other readers of YAML may give."""
     return str(value) if isinstance(value, datetime.date | int) else value
 
 
@@ -35,7 +35,9 @@ class WebhookSpec:
     """Where the summary is sent. The secret and the allowed prefixes come from the environment alone."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
-    url: Annotated[str, Field(description="https://... or http://..., below a prefix of RAYDETECT_WEBHOOK_ALLOW")]
+    url: Annotated[str, Field(description="https://... or http://..., below a prefix of RAYDETECT_WEBHOOK_ALLOW")] = (
+        field(repr=False)
+    )  # its path may open the webhook
     when: Annotated[Literal["alarm", "always"], Field(description="which audits are told of")] = "always"
     attempts: Annotated[int, Field(ge=1, le=10, description="with pauses of 1, 2, 4, ... seconds between")] = 4
     request_seconds: Annotated[float, Field(gt=0, le=300, description="after which an attempt is given up")] = 10.0

@@ -4,6 +4,7 @@ from typing import Any
 
 from raydetect.config import apply_overrides, digest, nearest, to_plain, validate
 from raydetect.errors import SpecError
+from raydetect.job_text import shown_key
 from raydetect.spec.audit import AuditSpec
 from raydetect.spec.calibrate import CalibrateSpec
 from raydetect.spec.evaluate import EvaluateSpec
@@ -37,10 +38,25 @@ def parse_job(values: dict[str, Any], where: str, overrides: tuple[str, ...] = (
     """
     values = apply_overrides(values, overrides)
     kind = values.get("kind")
-    if kind not in KINDS:
-        said = "kind is missing" if kind is None else f"kind {kind!r} is unknown"
+    if not isinstance(kind, str) or kind not in KINDS:
+        said = f"kind {shown_key(kind)!r} is unknown" if isinstance(kind, str) else "kind is missing"
         raise SpecError(f"{where}: {said}.{nearest(str(kind), list(KINDS))}")
-    return validate(KINDS[kind], values, where)
+    spec = validate(KINDS[kind], values, where)
+    _refuse_huge(to_plain(spec), where)
+    return spec
+
+
+def _refuse_huge(value: Any, where: str, path: str = "") -> None:
+    """What counts images, bytes and the like goes on to libraries that take 64 bits.
+
+    Raises:
+        SpecError: a whole number has more.
+    """
+    if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+        raise SpecError(f"{where}: {path}: is beyond whole numbers of 64 bits. Write a smaller one.")
+    if isinstance(value, dict | list):
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            _refuse_huge(item, where, f"{path}.{shown_key(str(name))}" if path else shown_key(str(name)))
 
 
 def source_storage(spec: JobSpec, source: SourceSpec) -> StorageOptions:

@@ -1,11 +1,12 @@
 """Words that several kinds of job files share: storage, source, resources, what is flagged."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
 from raydetect.config import STRICT
+from raydetect.redaction import redacted_uri
 
 MiB = 1 << 20
 
@@ -16,12 +17,16 @@ class StorageOptions:
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
     endpoint_url: Annotated[str | None, Field(description="S3 endpoint, e.g. http://127.0.0.1:9000")] = None
-    key: Annotated[str | None, Field(description="access key id")] = None
-    secret: Annotated[str | None, Field(description="secret access key")] = None
-    token: Annotated[str | None, Field(description="session token")] = None
+    key: Annotated[str | None, Field(description="access key id")] = field(default=None, repr=False)
+    secret: Annotated[str | None, Field(description="secret access key")] = field(default=None, repr=False)
+    token: Annotated[str | None, Field(description="session token")] = field(default=None, repr=False)
     profile: Annotated[str | None, Field(description="profile of the AWS configuration files")] = None
     region: Annotated[str | None, Field(description="region name")] = None
     anon: Annotated[bool, Field(description="anonymous requests")] = False
+
+    def __post_init__(self) -> None:
+        if self.endpoint_url is not None and redacted_uri(self.endpoint_url) != self.endpoint_url:
+            raise ValueError("endpoint_url holds a user or a query; write http://HOST:PORT, and keys as key and secret")
 
     def public(self) -> dict[str, Any]:
         """What may be written to disk or printed: no key, secret or token."""

@@ -10,6 +10,7 @@ REFUSED_KEYS = (
 )  # fmt: skip
 DENIED = ("AccessDenied", "403", "Forbidden", "AllAccessDisabled")
 ABSENT = ("NoSuchKey", "NoSuchVersion", "404")
+READ = 3000  # letters of a library's message; some repeat whole answers of a server
 CHANGED = ("PreconditionFailed", "412")
 
 
@@ -82,5 +83,5 @@ def _error_code(error: BaseException | None, text: str) -> str:
 
 def _scrub(text: str) -> str:
     """Drops query strings (signatures) and anything after a key name."""
-    text = re.sub(r"\?[^ '\"]+", "", text)
+    text = re.sub(r"\?[^ '\"]+", "", text[:READ])
     return re.sub(r"(?i)((?:secret|token|key)[a-z_]*['\"]?\s*[=:]\s*)\S+", r"\1***", text)[:300]
