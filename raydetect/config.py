@@ -83,7 +83,8 @@ def validate(kind: type[T], values: Mapping[str, Any], where: str) -> T:
         SpecError: lists every mistake, each with its path and, for a misspelt key, the nearest match.
     """
     try:
-        return cast(T, _adapter(kind).validate_python(dict(values)))
+        adapter = _adapter(cast(Any, kind))
+        return cast(T, adapter.validate_python(dict(values)))
     except ValidationError as error:
         found = dict.fromkeys(f"{where}: {_mistake(kind, item)}" for item in error.errors(include_url=False))
         lines = list(found)[:MISTAKES_SHOWN]
