@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import false_discovery_control
 
 from raydetect.audit.statistics import Statistics
+from raydetect.cli import main
 from raydetect.config import to_plain
 from raydetect.errors import SpecError
 from raydetect.export.folder import write_folder
@@ -157,7 +159,10 @@ def test_reports_exports_and_nights_tell_the_decision(level: float, tmp_path: Pa
     sums = [counted.totals.flagged, night.flagged, sum(span.flagged for span in counted.timeline.spans)]
     assert sums == [len(chosen)] * 3 and sum(sums.flagged for sums in counted.categories.values()) == len(chosen)
     page = report_html(ledger, 5)
-    assert f"asked {100 * level:g} %" in page
+    asked = f"false discovery rate at most {100 * level:g} % over the whole archive (Benjamini-Hochberg)"
+    decided = "no p-value is small enough" if limit is None else f"p-value at most {limit:.6g}"
+    assert f"Flagged when</dt><dd>{asked}: {decided}<" in page and "least None" not in page
+    assert (f"asked {100 * level:g} %" if chosen else "no p-value of 17 images is small enough") in page
     pictures = Pictures(ledger, begun(ledger), plan.archive.storage)
     count, missing = write_folder(pictures, tmp_path)
     assert count == len(chosen) and not missing
@@ -167,11 +172,14 @@ def test_reports_exports_and_nights_tell_the_decision(level: float, tmp_path: Pa
 
 
 @pytest.mark.usefixtures("data")
-def test_a_report_of_an_unfinished_run_leaves_flags_open() -> None:
+def test_a_report_of_an_unfinished_run_leaves_flags_open(tmp_path: Path) -> None:
     plan, _ = run("flag={fdr: 0.3}")
     plan.ledger.storage.delete(f"{plan.ledger.uri}/manifest.json")
     page = report_html(plan.ledger, 5)
     assert "decided when all shards are committed" in page
+    assert "(Benjamini-Hochberg); decided when all shards are committed<" in page
+    ended = CliRunner().invoke(main, ["export", plan.ledger.uri, "--as", "folder", "-o", f"{tmp_path}/out"])
+    assert ended.exit_code == 2 and "decided when the run is finished" in ended.output
     assert all(row["flagged"] is None for _, _, table in read_rows(plan.ledger) for row in table.to_pylist())
 
 

@@ -1,13 +1,17 @@
 """Exports: run lengths and polygons against slow loops and pycocotools, and files that other tools open safely."""
 
 import csv
+import io
 import json
+import re
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco
@@ -17,6 +21,7 @@ from raydetect.export.naming import file_name
 from raydetect.export.outlines import length_text, polygon, regions, run_lengths
 from raydetect.report.make import begun
 from raydetect.report.pictures import Pictures
+from raydetect.sinks.cells import PUT, cell
 from raydetect.sinks.rows import read_rows
 from raydetect.storage import Storage
 from tests.made.results import HOSTILE, make_results, names_of
@@ -201,6 +206,53 @@ def test_csv_holds_every_row_and_no_formula(tmp_path: Path) -> None:
             assert line[name].removeprefix("'") == text
     assert any(line["category"] == "'=1+1" for line in written)
     assert not any(value.startswith(("=", "+", "@")) for line in written for value in line.values())
+
+
+FORMULAS = [
+    "=1+cmd|calc!A0",
+    "+1",
+    "-1",
+    "@SUM(A1)",
+    "\uff1d1",
+    "\uff0b1",
+    "\uff0d1",
+    "\uff201",
+    "  =1",
+    '"=1',
+    "\u200b=1",
+]
+SEPARATORS = [",", ";", "\t", "|", "\n", "\r", "\r\n"]
+hostile_texts = st.lists(st.sampled_from([*FORMULAS, *SEPARATORS, "'", '"', " ", "x", "a;", "|"]), max_size=6).map(
+    "".join
+)
+
+
+def as_spreadsheets_read(text: str, delimiter: str) -> list[str]:
+    return [field for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) for field in row]
+
+
+@given(st.lists(st.lists(hostile_texts | st.floats(-9, 9), min_size=1, max_size=4), min_size=1, max_size=3))
+@example([["x" + before + blank + text] for before in SEPARATORS for text in FORMULAS for blank in ("", " ", '"')])
+@settings(max_examples=400, deadline=None)
+def test_no_separator_makes_a_formula_of_a_text_and_every_text_comes_back(table: list[list[Any]]) -> None:
+    out = io.StringIO(newline="")
+    csv.writer(out).writerows([["key", *map(cell, row)] for row in table])
+    for delimiter in ",;\t|":
+        for field in as_spreadsheets_read(out.getvalue(), delimiter):
+            begin = field.lstrip(' "\n\r\t\u200b')
+            is_number = delimiter == "," and re.fullmatch(r"-[0-9.e-]+", begin)
+            assert is_number or not begin.startswith(tuple("=+-@\uff1d\uff0b\uff0d\uff20")), (field, delimiter)
+    rows = list(csv.reader(io.StringIO(out.getvalue(), newline="")))
+    for written, row in zip(rows, table, strict=True):
+        for text, value in zip(written[1:], row, strict=True):
+            assert (PUT.sub(r"\1", text) if isinstance(value, str) else float(text)) == value
+
+
+def test_guarding_a_long_text_is_linear() -> None:
+    begun = time.process_time()
+    for text in (";" * 200_000, "\n" * 200_000, " " * 200_000, "'" * 200_000, '"; ' * 70_000 + "x"):
+        assert cell(text) == text
+    assert time.process_time() - begun < 2.0
 
 
 @pytest.mark.parametrize("style", ["overlay", "map"])

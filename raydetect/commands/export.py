@@ -46,6 +46,8 @@ def export(
         pictures = Pictures(ledger, run, reach_of(run).source)
         if form == "coco":
             require_maps(pictures)
+        if form == "folder" and run["spec"]["flag"].get("fdr") is not None and ledger.manifest() is None:
+            raise SpecError(f"{results}: flags are decided when the run is finished (flag.fdr). Let it end first.")
         place = output or Path({"csv": "rows.csv", "coco": "coco.json", "folder": "flagged"}[form])
         _prepare(place, form == "folder")
     with errors():

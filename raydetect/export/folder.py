@@ -6,8 +6,8 @@ from typing import Any
 
 from raydetect.errors import MemberError, RaydetectError
 from raydetect.export.naming import file_name
-from raydetect.export.table import cell
 from raydetect.report.pictures import Pictures, why_not
+from raydetect.sinks.cells import cell
 from raydetect.sinks.rows import read_rows
 
 COLUMNS = ("key", "image_score", "p_value", "threshold", "category", "label", "defect", "width", "height")

@@ -117,8 +117,7 @@ def _facts(
     }
 
 
-def _threshold(record: ArtifactRecord, flag: FlagSpec) -> float:
-    if flag.threshold is not None:
+def _threshold(record: ArtifactRecord, flag: FlagSpec) -> float | None:
+    if flag.smallest_p is None:
         return flag.threshold
-    assert flag.alpha is not None
-    return threshold_for(np.asarray(record.calibration.scores), flag.alpha)
+    return threshold_for(np.asarray(record.calibration.scores), flag.smallest_p[1])
