@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, SecretStr, TypeAdapter, ValidationError
 from pydantic_core import PydanticUndefined
 
 from raydetect.errors import SpecError
@@ -99,14 +99,14 @@ def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
 
 
 def to_plain(value: Any) -> Any:
-    """Dataclasses, tuples and mappings as JSON-ready values, all defaults filled in."""
+    """Dataclasses, tuples and mappings as JSON-ready values, all defaults filled in; of secrets only that they are."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {str(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [to_plain(item) for item in value]
-    return value
+    return str(value) if isinstance(value, SecretStr) else value
 
 
 def digest(value: Any) -> str:

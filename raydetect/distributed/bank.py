@@ -12,7 +12,7 @@ import numpy as np
 import ray
 
 from raydetect.artifact_record import read_record
-from raydetect.distributed.session import ClusterError, translate
+from raydetect.distributed.ray_errors import ClusterError, translated
 from raydetect.errors import SpecError
 from raydetect.plan import ScorePlan, only_record
 from raydetect.spec import ScoreSpec
@@ -112,12 +112,12 @@ def bank_actors(plan: ScorePlan, address: str | None) -> Iterator[Bank | None]:
 
 
 def _wait(actors: tuple[Any, ...], address: str | None) -> None:
-    try:
-        ray.get([actor.ready.remote(verify=number == 0) for number, actor in enumerate(actors)], timeout=START_SECONDS)
-    except ray.exceptions.GetTimeoutError:
-        raise ClusterError(
-            f"{address or 'the local Ray'}: {len(actors)} bank actors did not start in {START_SECONDS} s. The cluster "
-            "needs CPU slots and GPUs for num_workers + bank_shards actors."
-        ) from None
-    except Exception as error:
-        raise translate(error, address) from error
+    with translated(address):
+        ready = [actor.ready.remote(verify=number == 0) for number, actor in enumerate(actors)]
+        try:
+            ray.get(ready, timeout=START_SECONDS)
+        except ray.exceptions.GetTimeoutError:
+            raise ClusterError(
+                f"{address or 'the local Ray'}: {len(actors)} bank actors did not start in {START_SECONDS} s. The "
+                "cluster needs CPU slots and GPUs for num_workers + bank_shards actors."
+            ) from None

@@ -5,8 +5,9 @@ from typing import Any
 
 import ray
 
+from raydetect.distributed.ray_errors import translated
 from raydetect.distributed.score import refuse_memory_uris
-from raydetect.distributed.session import session, translate
+from raydetect.distributed.session import session
 from raydetect.errors import RaydetectError, error_of, error_text
 from raydetect.evaluation.cells import Cell, Evaluation
 
@@ -34,7 +35,7 @@ def evaluate(
     with session(address, resources):
         cpus, gpus = resources.cpus_per_worker, resources.gpus_per_worker
         task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1)(_cell)
-        try:
+        with translated(address):
             job = ray.put(evaluation)
             waiting = {task.remote(job, cell): cell for cell in todo}
             while waiting:
@@ -43,10 +44,6 @@ def evaluate(
                 if error:
                     raise error_of(error)
                 on_cell(waiting.pop(done[0]), body)
-        except RaydetectError:
-            raise
-        except Exception as error:
-            raise translate(error, address) from error
 
 
 def _cell(evaluation: Evaluation, cell: Cell) -> tuple[dict[str, Any], str]:
@@ -55,7 +52,7 @@ def _cell(evaluation: Evaluation, cell: Cell) -> tuple[dict[str, Any], str]:
 
     try:
         body = run_cell(evaluation, cell, lambda *_: None)
+        evaluation.commit(cell, body)
     except RaydetectError as error:
         return {}, error_text(error)
-    evaluation.commit(cell, body)
     return body, ""

@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,9 @@ from raydetect.blocks.group import TIMEOUT, Group, TorchGroup
 from raydetect.distributed.board import Board
 from raydetect.distributed.dealing import EveryChunk
 from raydetect.distributed.ingest import Reading, chunk_dataset, unpack_chunks
+from raydetect.distributed.ray_errors import ClusterError, translated
 from raydetect.distributed.score import refuse_memory_uris
-from raydetect.distributed.session import ClusterError, session, translate
+from raydetect.distributed.session import session
 from raydetect.errors import RaydetectError, StorageError
 from raydetect.records import Chunk, FitReport
 from raydetect.spec import FIT_CHUNK_BYTES, FIT_CHUNK_IMAGES, FitSpec, SourceSpec, source_storage
@@ -34,7 +36,7 @@ from raydetect.storage import Storage, join_uri, normalise_uri
 if TYPE_CHECKING:
     from raydetect.worker.one_fit import Tick
 
-IMAGES, CALIBRATION = "images", "calibration"
+IMAGES, CALIBRATION, BEGUN = "images", "calibration", "begun"
 POLL_SECONDS = 0.3
 TICK_SECONDS = 0.2
 GIVE_UP_SECONDS = 10.0
@@ -59,10 +61,18 @@ def fit(spec: FitSpec, address: str | None, tick: "Tick") -> FitReport:
     refuse_memory_uris([spec.artifact, *spec.source.uris(), *(extra.uris() if extra else ())])
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # a relative path, as of weights, means the same to workers
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # that a worker ended or is lost is seen by then
+    folder, storage = _ray_folder(spec), Storage(spec.storage)
+    storage.write(join_uri(folder, BEGUN), b"")  # a place that cannot be written is told of now, and by us
     try:
-        return _fit(spec, address, tick)
-    finally:
-        Storage(spec.storage).delete_folder(_ray_folder(spec))
+        report = _fit(spec, address, tick)
+    except BaseException as error:
+        if isinstance(error, ClusterError):  # Ray Train writes there too, and says little of it where that is refused
+            storage.write(join_uri(folder, BEGUN), b"")
+        with suppress(RaydetectError):  # what ended the fit counts
+            storage.delete_folder(folder)
+        raise
+    storage.delete_folder(folder)
+    return report
 
 
 def _fit(spec: FitSpec, address: str | None, tick: "Tick") -> FitReport:
@@ -72,12 +82,8 @@ def _fit(spec: FitSpec, address: str | None, tick: "Tick") -> FitReport:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
         trainer = _trainer(spec, datasets, board)
-        try:
+        with translated(address):
             return _followed(trainer, board, tick)
-        except RaydetectError:
-            raise
-        except Exception as error:
-            raise translate(error, address) from error
 
 
 def _ray_folder(spec: FitSpec) -> str:

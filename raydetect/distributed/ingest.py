@@ -16,7 +16,7 @@ from ray.data import DataContext, Dataset, ExecutionResources, TaskPoolStrategy
 
 from raydetect.archives.base import Archive
 from raydetect.config import to_plain
-from raydetect.errors import ArchiveError, RaydetectError, StorageError, error_of, error_text
+from raydetect.errors import RaydetectError, error_of, error_text
 from raydetect.left_out import left_out_of
 from raydetect.records import Chunk, LeftOut, Member, Shard
 from raydetect.spec import SourceSpec
@@ -55,7 +55,7 @@ class Reading:
             try:
                 for chunk in read_chunks(self.archive, shard, self.source, self.chunk_images, self.chunk_bytes):
                     yield pack_chunk(chunk)
-            except (ArchiveError, StorageError) as error:
+            except RaydetectError as error:
                 yield pack_chunk(Chunk(shard.index, 0, False, ()), error)
 
 
@@ -136,8 +136,7 @@ def unpack_chunks(table: pa.Table) -> Iterator[Chunk]:
     """The chunks of `pack_chunk` tables.
 
     Raises:
-        ArchiveError: a bad shard or member, and the source says `fail`.
-        StorageError: the storage failed.
+        RaydetectError: what ended the reading, such as a bad shard, and the source says `fail`; or the storage failed.
     """
     for i in range(table.num_rows):
         if table["error"][i].as_py():

@@ -13,7 +13,8 @@ from ray.data import ActorPoolStrategy
 from raydetect.config import to_plain, validate
 from raydetect.distributed.bank import Bank, bank_actors
 from raydetect.distributed.ingest import Reading, chunk_dataset, unpack_chunks
-from raydetect.distributed.session import session, translate
+from raydetect.distributed.ray_errors import deliberate, translated
+from raydetect.distributed.session import session
 from raydetect.errors import RaydetectError, SpecError, error_of, error_text
 from raydetect.fleet_record import ArtifactIndex
 from raydetect.plan import Committer, ScorePlan, finish
@@ -31,11 +32,16 @@ class ScoreActor:
     def __init__(self, spec: ScoreSpec, artifact: ArtifactIndex, sink: ResultsSink, bank: Bank | None) -> None:
         """Loads an ordinary artifact, without its memory bank when that is in pieces elsewhere.
 
-        The detectors of a fleet are loaded when they are needed.
-
-        Raises:
-            ArtifactError: the artifact is another one than the driver planned with.
+        The detectors of a fleet are loaded when they are needed. An error of it ends the run at the first chunk.
         """
+        self.failure: RaydetectError | None = None
+        try:
+            self._load(spec, artifact, bank)
+        except RaydetectError as error:  # Ray would pass on the text alone, after it has tried again
+            self.failure = error
+        self.sink = sink
+
+    def _load(self, spec: ScoreSpec, artifact: ArtifactIndex, bank: Bank | None) -> None:
         import torch
 
         from raydetect.worker.artifact import StoredDetectors
@@ -49,7 +55,6 @@ class ScoreActor:
             search = RemoteSearch(bank)
         detectors = StoredDetectors(artifact, Storage(spec.storage), search)
         self.scorer = Scorer(detectors, spec, "cuda" if spec.resources.gpus_per_worker else "cpu")
-        self.sink = sink
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Scores and writes chunks; returns their parts as JSON, or the error that ends the run.
@@ -58,11 +63,16 @@ class ScoreActor:
         """
         try:
             parts = self._parts(table)
-        except RaydetectError as error:
-            return pa.table({"part": [""], "error": [error_text(error)]})
+        except Exception as error:
+            found = deliberate(error)
+            if found is None:
+                raise
+            return pa.table({"part": [""], "error": [error_text(found)]})
         return pa.table({"part": parts, "error": [""] * len(parts)})
 
     def _parts(self, table: pa.Table) -> list[str]:
+        if self.failure is not None:
+            raise self.failure
         parts = []
         for chunk in unpack_chunks(table):
             begun = time.perf_counter()
@@ -132,13 +142,9 @@ def _parts(plan: ScorePlan, address: str | None, bank: Bank | None) -> Iterator[
         num_cpus=resources.cpus_per_worker,
         num_gpus=resources.gpus_per_worker,
     )
-    try:
+    with translated(address):
         for batch in scored.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             for row in batch.to_pylist():
                 if row["error"]:
                     raise error_of(row["error"])
                 yield validate(Part, json.loads(row["part"]), "a part")
-    except RaydetectError:
-        raise
-    except Exception as error:
-        raise translate(error, address) from error

@@ -10,8 +10,8 @@ from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from raydetect.distributed.ray_errors import translate
 from raydetect.distributed.serve_loopback import listen_on_loopback
-from raydetect.distributed.session import translate
 from raydetect.fleet_record import ArtifactIndex
 from raydetect.gateway.desk import Busy, Served
 from raydetect.gateway.rules import online_spec

@@ -11,10 +11,11 @@ from typing import Any
 import ray
 from ray import serve
 
+from raydetect.distributed.ray_errors import ClusterError, translated
 from raydetect.distributed.score import refuse_memory_uris
 from raydetect.distributed.serve_calls import APP, DESK, SCORER, send_chunk
 from raydetect.distributed.serving import bound
-from raydetect.distributed.session import ClusterError, session, translate
+from raydetect.distributed.session import session
 from raydetect.errors import SpecError
 from raydetect.gateway.desk import load_served
 from raydetect.gateway.stream import Stream
@@ -50,13 +51,11 @@ def serve_on_ray(
         refuse_taken(spec.host, spec.port)
         os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # 5 s are too few on a busy machine
     with session(address, _resources(spec)):
-        try:
+        with translated(address):
             serve.start(
                 http_options={"host": spec.host, "port": spec.port}, logging_config={"enable_access_log": False}
             )
             serve.run(bound(spec, tokens), name=APP, route_prefix="/")
-        except Exception as error:
-            raise translate(error, address) from error
         on_ready(f"http://{spec.host}:{spec.port}", metrics_uri())
         if address is None:
             wait()

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from raydetect.distributed.session import ClusterError, translate
+from raydetect.distributed.ray_errors import ClusterError, translate
 
 ENTRYPOINT = "python -m raydetect {kind} job.yaml"
 STOPPED_EXIT_CODE = 130

@@ -1,9 +1,9 @@
 """Words that several kinds of job files share: storage, source, resources, what is flagged."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, SecretStr
 
 from raydetect.config import STRICT
 from raydetect.redaction import redacted_uri
@@ -13,18 +13,24 @@ MiB = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StorageOptions:
-    """How to reach object storage. Empty means the usual AWS environment (variables, profile, role)."""
+    """How to reach object storage. Empty means the usual AWS environment (variables, profile, role).
+
+    Keys are of a type that shows none: Ray keeps what its jobs are given for its dashboard.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
     endpoint_url: Annotated[str | None, Field(description="S3 endpoint, e.g. http://127.0.0.1:9000")] = None
-    key: Annotated[str | None, Field(description="access key id")] = field(default=None, repr=False)
-    secret: Annotated[str | None, Field(description="secret access key")] = field(default=None, repr=False)
-    token: Annotated[str | None, Field(description="session token")] = field(default=None, repr=False)
+    key: Annotated[SecretStr | None, Field(description="access key id")] = None
+    secret: Annotated[SecretStr | None, Field(description="secret access key")] = None
+    token: Annotated[SecretStr | None, Field(description="session token")] = None
     profile: Annotated[str | None, Field(description="profile of the AWS configuration files")] = None
     region: Annotated[str | None, Field(description="region name")] = None
     anon: Annotated[bool, Field(description="anonymous requests")] = False
 
     def __post_init__(self) -> None:
+        for name in ("key", "secret", "token"):
+            if isinstance(getattr(self, name), str):  # as Python code may give it
+                object.__setattr__(self, name, SecretStr(getattr(self, name)))
         if self.endpoint_url is not None and redacted_uri(self.endpoint_url) != self.endpoint_url:
             raise ValueError("endpoint_url holds a user or a query; write http://HOST:PORT, and keys as key and secret")
 

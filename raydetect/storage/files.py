@@ -94,9 +94,9 @@ class Storage:
         }
         named = {
             "endpoint_url": options.endpoint_url,
-            "key": options.key,
-            "secret": options.secret,
-            "token": options.token,
+            "key": options.key and options.key.get_secret_value(),
+            "secret": options.secret and options.secret.get_secret_value(),
+            "token": options.token and options.token.get_secret_value(),
             "profile": options.profile,
         }
         return made | {name: value for name, value in named.items() if value is not None}
