@@ -1,7 +1,7 @@
 """What is left of a scoring job: the listing minus the ledger; and committing shards as their parts come in."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -307,88 +307,3 @@ def judge_bad_rows(manifest: Mapping[str, Any], limit: float, uri: str) -> None:
             f"{uri}: {bad} of {rows} rows and {bad_shards} of {shards} shards are bad ({kinds}), more than "
             f"max_bad_fraction = {limit}. All rows are written; look at the column `error`."
         )
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerEstimate:
-    """Hours and cost of what is left, on some number of workers."""
-
-    num_workers: int
-    hours: float
-    cost: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Forecast:
-    """What a scoring job will read and write.
-
-    Attributes:
-        images: of what is left; None when no shard could tell.
-        images_from: how the number of images is known.
-        puts: files that will be written: parts, heatmap zips at most, ledger records, run.json, manifest.json.
-        images_per_second: of one worker, as measured when the artifact was fitted; 0 if it was not.
-        categories: of a fleet, else empty.
-    """
-
-    shards: int
-    shards_left: int
-    bytes_left: int
-    images: int
-    images_from: str
-    chunks: int
-    puts: int
-    images_per_second: float
-    estimates: tuple[WorkerEstimate, ...]
-    categories: tuple[str, ...] = ()
-
-
-SAMPLE_SHARDS = 3
-SAMPLE_IMAGES = 64
-
-
-def forecast(plan: ScorePlan, workers: Iterable[int], price_per_worker_hour: float | None) -> Forecast:
-    """Images, chunks, PUTs, hours and cost of what is left.
-
-    The number of images comes from the listing for loose images, else from the mean encoded size of the first
-    images of a few shards.
-    """
-    left_bytes = sum(shard.size_bytes for shard in plan.todo)
-    images, how = _count_images(plan)
-    chunk_images = plan.spec.chunk_images
-    chunks = max(len(plan.todo), -(-images // chunk_images)) if plan.todo else 0
-    heatmaps = 0 if plan.spec.sink.heatmaps == "none" else chunks
-    rate = scoring_rate(plan.records.values())
-    estimates = []
-    for count in workers:
-        hours = images / (rate * count) / 3600 if rate else float("nan")
-        cost = None if price_per_worker_hour is None else hours * count * price_per_worker_hour
-        estimates.append(WorkerEstimate(count, hours, cost))
-    puts = chunks + heatmaps + len(plan.todo) + 2
-    categories = tuple(plan.artifact.categories)
-    return Forecast(
-        len(plan.shards), len(plan.todo), left_bytes, images, how, chunks, puts, rate, tuple(estimates), categories
-    )
-
-
-def scoring_rate(records: Iterable[ArtifactRecord]) -> float:
-    """Images per second of one worker; 0 when a detector was not measured.
-
-    For a fleet, the rate over equally many images of every category (the harmonic mean); loading detectors again
-    and again, where a chunk mixes more categories than `detectors_in_memory`, is not in it.
-    """
-    rates = [float(record.body.get("images_per_second", 0.0)) for record in records]
-    return len(rates) / sum(1.0 / rate for rate in rates) if all(rates) else 0.0
-
-
-def _count_images(plan: ScorePlan) -> tuple[int, str]:
-    seen = read = 0
-    step = max(1, len(plan.todo) // SAMPLE_SHARDS)
-    for shard in plan.todo[::step][:SAMPLE_SHARDS]:
-        for number, member in enumerate(plan.archive.read(shard)):
-            if number == SAMPLE_IMAGES:
-                break
-            seen, read = seen + 1, read + max(1, len(member.data))
-    if not seen:
-        return 0, "no image found in a sample of shards"
-    left = sum(shard.size_bytes for shard in plan.todo)
-    return max(1, round(left / (read / seen))), f"estimated from the size of {seen} images"

@@ -32,7 +32,8 @@ from raydetect.fleet_record import (
     read_records,
     write_fleet,
 )
-from raydetect.plan import ScorePlan, plan_score, scoring_rate
+from raydetect.forecast import scoring_rate
+from raydetect.plan import ScorePlan, plan_score
 from raydetect.records import BAD_STATUSES
 from raydetect.sinks.results import labelled_auroc, progress
 from raydetect.spec import ScoreSpec, parse_job, result_digest
