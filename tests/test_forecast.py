@@ -53,7 +53,7 @@ def test_containers_that_are_looked_into_whole_are_counted_and_loose_images_alwa
     Storage().write(f"{place}/few/b.zip", zip_bytes(normal_files(7)))
     found = forecast_of(place, "few")
     assert (found.images, found.chunks, found.images_from) == (27, 4, "counted")
-    pack(f"{place}/loose", "", normal_files(30))
+    pack(f"{place}/loose", "", normal_files(30), 1)
     found = forecast_of(place, "loose", shard_images=16)
     assert (found.images, found.chunks, found.images_from) == (30, 4, "counted in the listing")
     assert forecast_of(place, "loose", pattern="good/{name}7.png").images == 3
