@@ -1,11 +1,14 @@
 """The endpoints in one process, without Ray: `raydetect serve --local`."""
 
 import asyncio
+import math
 import socket
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import torch
 import uvicorn
@@ -17,6 +20,7 @@ from raydetect.gateway.desk import RunState, Served, load_served
 from raydetect.gateway.rules import online_spec
 from raydetect.gateway.runner import Runner
 from raydetect.gateway.tokens import Tokens
+from raydetect.gateway.wire import BACKLOG, wire
 from raydetect.plan import ScorePlan
 from raydetect.records import Answer, Chunk, Member, Part
 from raydetect.spec import Heatmaps, ScoreSpec, ServeSpec
@@ -25,6 +29,7 @@ from raydetect.worker.turns import Turns
 from raydetect.worker.warm import SharedDetectors, Warm
 
 CHUNKS_IN_FLIGHT = 2
+SCORED_AT_ONCE = 2  # requests: one is decoded while the images of the other are with the detector
 
 
 class LocalDesk:
@@ -43,6 +48,7 @@ class LocalDesk:
         self._served: dict[str, Served] = {}
         for name in spec.detectors:
             self._load(name, spec.detectors[name].artifact)
+        self._scoring = ThreadPoolExecutor(SCORED_AT_ONCE, thread_name_prefix="score")
         self._runner = Runner(self._send, CHUNKS_IN_FLIGHT, spec.limits.max_runs)
 
     async def served(self) -> Mapping[str, Served]:
@@ -52,7 +58,8 @@ class LocalDesk:
     async def answer(self, served: Served, members: Sequence[Member], heatmaps: Sequence[Heatmaps]) -> Sequence[Answer]:
         """See `Desk.answer`."""
         rules = online_spec(self._spec, served.index.uri, served.flag)
-        return await asyncio.to_thread(lambda: self._get(served.index).answer(members, heatmaps, rules))
+        work = partial(self._score, served.index, members, heatmaps, rules)
+        return await asyncio.get_running_loop().run_in_executor(self._scoring, work)
 
     async def replace(self, name: str, artifact: str) -> Served:
         """See `Desk.replace`."""
@@ -80,6 +87,11 @@ class LocalDesk:
         self._served[name] = served
         return served
 
+    def _score(
+        self, index: ArtifactIndex, members: Sequence[Member], heatmaps: Sequence[Heatmaps], rules: ScoreSpec
+    ) -> Sequence[Answer]:
+        return self._get(index).answer(members, heatmaps, rules)
+
     def _get(self, index: ArtifactIndex) -> Warm:
         with self._lock:
             found = self._warm.pop(index.digest, None)
@@ -95,7 +107,9 @@ class LocalDesk:
         return plan.sink.write(chunk, result.rows, result.pictures, result.clipped_pixels)
 
 
-def serve_here(spec: ServeSpec, tokens: Tokens, on_ready: Callable[[str, str], None], wait: Callable[[], None]) -> None:
+def serve_here(
+    spec: ServeSpec, tokens: Tokens, on_ready: Callable[[str, str], None], wait: Callable[[], None], **bounds: float
+) -> None:
     """Answers requests until `wait` returns; requests in hand are finished.
 
     Args:
@@ -103,6 +117,7 @@ def serve_here(spec: ServeSpec, tokens: Tokens, on_ready: Callable[[str, str], N
         tokens: who may do what.
         on_ready: told when requests are answered: of their URL, and of "" since there are no metrics.
         wait: returns when it is to end.
+        bounds: of connections, other than those of `gateway.wire.Bounds`.
 
     Raises:
         ArtifactError, SpecError: a detector cannot be served, or the port is taken.
@@ -112,11 +127,20 @@ def serve_here(spec: ServeSpec, tokens: Tokens, on_ready: Callable[[str, str], N
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((spec.host, spec.port))
-            listener.listen()  # from here on clients wait instead of being refused
+            listener.listen(BACKLOG)  # from here on clients wait instead of being refused
         except OSError as error:
             said = f"{spec.host}:{spec.port}: cannot be listened on ({error.strerror}). Set host and port."
             raise SpecError(said) from None
-        config = uvicorn.Config(build_app(spec, tokens, desk), log_level="error", access_log=False, lifespan="off")
+        config = uvicorn.Config(
+            build_app(spec, tokens, desk),
+            http=wire(**bounds),
+            ws="none",
+            log_level="error",
+            access_log=False,
+            lifespan="off",
+            backlog=BACKLOG,
+            timeout_graceful_shutdown=math.ceil(spec.limits.request_seconds),
+        )
         server = uvicorn.Server(config)
         serving = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="uvicorn")
         serving.start()

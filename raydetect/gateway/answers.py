@@ -2,7 +2,8 @@
 
 import base64
 import hashlib
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from starlette.datastructures import FormData, UploadFile
@@ -10,6 +11,7 @@ from starlette.datastructures import FormData, UploadFile
 from raydetect.errors import MemberError
 from raydetect.gateway.allow import Prefixes
 from raydetect.gateway.bodies import Score, ScoreRequest
+from raydetect.gateway.desk import Busy
 from raydetect.gateway.fetch import Fetcher
 from raydetect.gateway.refusals import Mistake
 from raydetect.records import Answer, Member
@@ -27,6 +29,21 @@ class Wanted:
     members: Sequence[Member]
     heatmaps: Heatmaps
     store: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What one request may read by URI.
+
+    Attributes:
+        take: told of bytes that are held from now on; raises TooMany when there is no room.
+        most: bytes of all its images together.
+        until: monotonic time in seconds after which nobody waits for them.
+    """
+
+    take: Callable[[int], None]
+    most: int
+    until: float
 
 
 async def uploaded(form: FormData, max_image_bytes: int) -> Wanted:
@@ -55,17 +72,26 @@ async def uploaded(form: FormData, max_image_bytes: int) -> Wanted:
     return Wanted(members, _heatmaps(form), _flag(form, "store_heatmaps"))
 
 
-def named(body: ScoreRequest, allowed: Prefixes, fetcher: Fetcher) -> Wanted:
+def named(body: ScoreRequest, allowed: Prefixes, fetcher: Fetcher, budget: Budget) -> Wanted:
     """The request of a JSON body; reads its images.
 
     Raises:
         NotAllowed: a URI outside of what may be read.
+        Busy: their bytes have no room, or the request was given up.
+        Mistake: together they have more bytes than a body may have.
     """
     uris = [allowed.check(image.uri, "images") for image in body.images]
-    members = []
+    members, left = [], budget.most
     for image, uri in zip(body.images, uris, strict=True):
+        if time.monotonic() > budget.until:
+            raise Busy("the images took too long to read. Try again.")
         try:
-            members.append(Member(image.uri, uri, data=fetcher.read(uri), category=image.category))
+            data = fetcher.read(uri)
+            left -= len(data)
+            if left < 0:
+                raise Mistake(f"images: together they have more than {budget.most:,} bytes. Name fewer at a time.")
+            budget.take(len(data))
+            members.append(Member(image.uri, uri, data=data, category=image.category))
         except MemberError as error:
             members.append(_bad(image.uri, error.status, str(error), image.category))
     return Wanted(members, body.heatmaps, body.store_heatmaps)

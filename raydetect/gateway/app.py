@@ -1,14 +1,15 @@
 """The endpoints, as a FastAPI application over a desk."""
 
-import asyncio
 import logging
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import HTTPBearer
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
@@ -16,6 +17,7 @@ from raydetect import __version__
 from raydetect.config import nearest
 from raydetect.errors import RaydetectError
 from raydetect.gateway import answers, archive_runs
+from raydetect.gateway.allow import WEB
 from raydetect.gateway.bodies import (
     DetectorAnswer,
     Detectors,
@@ -32,7 +34,9 @@ from raydetect.gateway.bodies import (
 from raydetect.gateway.desk import Busy, Desk, Served
 from raydetect.gateway.document import SCORE_BODY, describe_bodies, problems
 from raydetect.gateway.fetch import Fetcher
-from raydetect.gateway.guard import LOOPBACK_NAMES, Guard
+from raydetect.gateway.gate import Gate
+from raydetect.gateway.guard import FORM, LOOPBACK_NAMES, Guard
+from raydetect.gateway.in_hand import Lane
 from raydetect.gateway.refusals import add_refusals
 from raydetect.gateway.reports import Reports
 from raydetect.gateway.tokens import Scope, Tokens, is_loopback
@@ -45,6 +49,8 @@ POLICY = (
     "default-src 'none'; connect-src 'self'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 )
 TOO_MANY_FILES = "Too many files"  # Starlette's own words
+BEARER = Depends(HTTPBearer(auto_error=False))  # for the document alone: `Gate` has let the request pass
+WEB_THREADS, STORAGE_THREADS, REPORTS_WAITING = 16, 16, 8
 PAGE = Path(__file__).with_name("page.html")
 
 
@@ -66,84 +72,66 @@ def build_app(spec: ServeSpec, tokens: Tokens, desk: Desk) -> Guard:
         docs_url=None,
         redoc_url=None,
     )
-    door = Door(spec, tokens, desk)
-    door.add_routes(app)
+    gate = Gate(tokens)
+    Door(spec, desk).add_routes(app, gate)
     describe_bodies(app)
     add_refusals(app)
     hosts = {*LOOPBACK_NAMES, *(name.lower() for name in spec.hosts)}
     if not is_loopback(spec.host) and not spec.hosts:
         hosts = set()
-    limits = spec.limits
-    return Guard(app, hosts, limits.max_body_bytes, limits.max_requests, limits.request_seconds)
+    return Guard(app, hosts, gate, spec.limits)
 
 
 class Door:
     """The endpoints."""
 
-    def __init__(self, spec: ServeSpec, tokens: Tokens, desk: Desk) -> None:
+    def __init__(self, spec: ServeSpec, desk: Desk) -> None:
         """Normalises prefixes; touches no storage."""
-        self.spec, self.tokens, self.desk = spec, tokens, desk
+        self.spec, self.desk = spec, desk
         self.allow = archive_runs.Allowed(spec.allow)
         self.storage = Storage(spec.storage)
         self.ledgers = archive_runs.Ledgers(self.storage)
         self.reports = Reports(self.storage, self.allow.sources)
-        self.fetcher = Fetcher(self.storage, spec.limits.max_image_bytes)
+        self.fetcher = Fetcher(self.storage, spec.limits.max_image_bytes, spec.limits.fetch_seconds)
         self.heatmaps = None if spec.heatmaps is None else normalise_uri(spec.heatmaps)
         self.page = PAGE.read_text()
+        self.web = Lane("read images of web addresses", WEB_THREADS, WEB_THREADS)
+        self.stored = Lane("read or write the storage", STORAGE_THREADS, spec.limits.max_requests)
+        self.reporting = Lane("make reports", 1, REPORTS_WAITING)
 
-    def add_routes(self, app: FastAPI) -> None:
-        """Adds all endpoints."""
-        score, archive, admin = (self._holder(scope) for scope in ("score", "archive", "admin"))
-        plain: dict[str, Any] = {"include_in_schema": False}
-        app.add_api_route("/", self.show_page, **plain, response_class=HTMLResponse)
-        app.add_api_route("/healthz", self.healthz, tags=["health"])
-        app.add_api_route("/readyz", self.readyz, tags=["health"], responses={503: {"model": Problem}})
-        app.add_api_route(
-            "/v1/detectors", self.detectors, tags=["detectors"], dependencies=[score], responses=problems()
-        )
-        one = "/v1/detectors/{name}"
-        app.add_api_route(one, self.detector, tags=["detectors"], dependencies=[score], responses=problems(404))
-        app.add_api_route(
-            one, self.replace, methods=["PUT"], tags=["detectors"], dependencies=[admin], responses=problems(400, 404)
-        )
-        app.add_api_route(
+    def add_routes(self, app: FastAPI, gate: Gate) -> None:
+        """Adds all endpoints, each with the scope that it needs."""
+
+        def add(scope: Scope | None, path: str, endpoint: Callable[..., Any], *statuses: int, **words: Any) -> None:
+            if scope is not None:
+                words = {"dependencies": [BEARER], "responses": problems(*statuses), **words}
+            app.add_api_route(path, endpoint, **words)
+            if scope is not None:
+                gate.add(app.router.routes[-1], scope)
+
+        add(None, "/", self.show_page, include_in_schema=False, response_class=HTMLResponse)
+        add(None, "/healthz", self.healthz, tags=["health"])
+        add(None, "/readyz", self.readyz, tags=["health"], responses={503: {"model": Problem}})
+        one, runs = "/v1/detectors/{name}", "/v1/archives"
+        add("score", "/v1/detectors", self.detectors, tags=["detectors"])
+        add("score", one, self.detector, 404, tags=["detectors"])
+        add("admin", one, self.replace, 400, 404, methods=["PUT"], tags=["detectors"])
+        add(
+            "score",
             f"{one}/score",
             self.score,
             methods=["POST"],
             tags=["scores"],
-            dependencies=[score],
             response_model=ScoreAnswer,
             responses={**problems(400, 404, 415), 422: {"model": NoneScored | Problem}},
             openapi_extra={"requestBody": SCORE_BODY},
         )
-        runs = "/v1/archives"
-        words: dict[str, Any] = {"tags": ["archives"], "dependencies": [archive]}
-        app.add_api_route(runs, self.runs, **words, responses=problems())
-        app.add_api_route(
-            runs, self.start, methods=["POST"], status_code=202, **words, responses=problems(400, 404, 409)
-        )
-        app.add_api_route(f"{runs}/{{id}}", self.run, **words, responses=problems(404))
-        app.add_api_route(
-            f"{runs}/{{id}}/report", self.report, response_class=HTMLResponse, **words, responses=problems(404)
-        )
-        app.add_api_route(f"{runs}/{{id}}", self.cancel, methods=["DELETE"], **words, responses=problems(404))
-
-    def _holder(self, scope: Scope) -> Any:
-        """A dependency that lets holders of a scope pass."""
-
-        def check(
-            given: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
-        ) -> None:
-            if not self.tokens.known:
-                return
-            token = self.tokens.holder(f"{given.scheme} {given.credentials}" if given else None)
-            if token is None:
-                said = "a token is needed: Authorization: Bearer TOKEN."
-                raise HTTPException(401, said, {"WWW-Authenticate": "Bearer"})
-            if scope not in token.scopes:
-                raise HTTPException(403, f"the token of {token.name!r} has not the scope {scope!r}.")
-
-        return Depends(check)
+        words: dict[str, Any] = {"tags": ["archives"]}
+        add("archive", runs, self.runs, **words)
+        add("archive", runs, self.start, 400, 404, 409, 415, methods=["POST"], status_code=202, **words)
+        add("archive", f"{runs}/{{id}}", self.run, 404, **words)
+        add("archive", f"{runs}/{{id}}/report", self.report, 404, response_class=HTMLResponse, **words)
+        add("archive", f"{runs}/{{id}}", self.cancel, 404, methods=["DELETE"], **words)
 
     async def show_page(self) -> HTMLResponse:
         """The page for people; it may load nothing from elsewhere."""
@@ -193,7 +181,7 @@ class Door:
         folder = self.heatmaps if wanted.store else None
         try:
             found = await self.desk.answer(served, wanted.members, [wanted.heatmaps] * len(wanted.members))
-            return await asyncio.to_thread(lambda: [answers.score_of(one, folder, self.storage) for one in found])
+            return await self.stored.run(lambda: [answers.score_of(one, folder, self.storage) for one in found])
         except Busy:
             raise
         except RaydetectError as error:
@@ -202,7 +190,7 @@ class Door:
 
     async def _wanted(self, request: Request) -> answers.Wanted:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind == "multipart/form-data":
+        if kind == FORM:
             try:
                 async with request.form(max_files=self.spec.limits.max_images, max_fields=8) as form:
                     wanted = await answers.uploaded(form, self.spec.limits.max_image_bytes)
@@ -214,13 +202,21 @@ class Door:
             except ValidationError as error:
                 raise RequestValidationError(error.errors(include_url=False, include_context=False)) from None
             self._refuse_many(len(body.images))
-            wanted = await asyncio.to_thread(answers.named, body, self.allow.sources, self.fetcher)
+            wanted = await self._named(body, request)
         else:
             raise HTTPException(415, "send multipart/form-data with parts named `images`, or application/json.")
         self._refuse_many(len(wanted.members))
         if wanted.store and self.heatmaps is None:
             raise HTTPException(422, "store_heatmaps: this server has no folder for them (`heatmaps` in its job file).")
         return wanted
+
+    async def _named(self, body: ScoreRequest, request: Request) -> answers.Wanted:
+        """Reads images by URI, those of web addresses beside the others, and none after the request was given up."""
+        until = time.monotonic() + self.spec.limits.request_seconds
+        budget = answers.Budget(request.scope["take"], self.spec.limits.max_body_bytes, until)
+        is_web = any(image.uri.partition("://")[0].lower() in WEB for image in body.images)
+        lane = self.web if is_web else self.stored
+        return await lane.run(lambda: answers.named(body, self.allow.sources, self.fetcher, budget))
 
     def _refuse_many(self, count: int) -> None:
         if count > self.spec.limits.max_images:
@@ -245,7 +241,7 @@ class Door:
         def told() -> list[RunAnswer | None]:
             return [archive_runs.answer_of(uri, state, self.ledgers) for uri, state in known.items()]
 
-        return Runs(runs=[run for run in await asyncio.to_thread(told) if run is not None])
+        return Runs(runs=[run for run in await self.stored.run(told) if run is not None])
 
     async def start(self, body: RunRequest) -> RunAnswer:
         """Begins to score an archive; the same request again goes on where the run stopped."""
@@ -262,7 +258,8 @@ class Door:
         """The report of an archive run, finished or not: one HTML page that loads nothing from elsewhere."""
         uri = self._uri(id)
         await self._told(uri)
-        page = await asyncio.to_thread(self.reports.page, uri, await self.desk.served())
+        served = await self.desk.served()
+        page = await self.reporting.run(lambda: self.reports.page(uri, served))
         return HTMLResponse(page, headers={"Content-Security-Policy": POLICY})
 
     async def cancel(self, id: str) -> RunAnswer:
@@ -280,7 +277,7 @@ class Door:
 
     async def _told(self, uri: str) -> RunAnswer:
         known = (await self.desk.runs()).get(uri)
-        found = await asyncio.to_thread(archive_runs.answer_of, uri, known, self.ledgers)
+        found = await self.stored.run(lambda: archive_runs.answer_of(uri, known, self.ledgers))
         if found is None:
             raise HTTPException(404, "no archive run has that id.")
         return found

@@ -19,7 +19,7 @@ from raydetect.errors import (
 )
 from raydetect.gateway.allow import NotAllowed
 from raydetect.gateway.desk import Busy, TooMany
-from raydetect.gateway.guard import BROKE, BodyTooLarge
+from raydetect.gateway.guard import BROKE
 
 log = logging.getLogger("raydetect.gateway")
 OF_THE_REQUEST = (ArchiveError, MemberError, SpecError, TooManyBadRows)  # their words are about what the client named
@@ -36,7 +36,6 @@ def add_refusals(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(RaydetectError, _refused)
     app.add_exception_handler(Mistake, _meant_nothing)
-    app.add_exception_handler(BodyTooLarge, _too_large)
     app.add_exception_handler(Exception, _broke)
 
 
@@ -71,10 +70,6 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
 
 async def _meant_nothing(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": str(error)}, 422)
-
-
-async def _too_large(request: Request, error: Exception) -> JSONResponse:
-    return JSONResponse({"detail": str(error)}, 413)
 
 
 async def _broke(request: Request, error: Exception) -> JSONResponse:

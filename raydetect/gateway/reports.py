@@ -1,6 +1,5 @@
 """The report of an archive run as a page; it shows no image that a client could not have named."""
 
-import threading
 from collections.abc import Mapping
 
 from raydetect.gateway.allow import NotAllowed, Prefixes
@@ -14,7 +13,7 @@ from raydetect.storage import Storage
 
 
 class Reports:
-    """Makes one report at a time, for each reads all rows of its run."""
+    """Makes reports, for each of which all rows of its run are read."""
 
     def __init__(self, storage: Storage, sources: Prefixes) -> None:
         """Reads nothing yet.
@@ -24,7 +23,6 @@ class Reports:
             sources: where images may be read.
         """
         self._storage, self._sources = storage, sources
-        self._turn = threading.Lock()
 
     def page(self, uri: str, served: Mapping[str, Served]) -> str:
         """The report of the run into a results directory.
@@ -37,12 +35,11 @@ class Reports:
             StorageError: no run was begun there, or a record or part is missing or damaged.
         """
         ledger = Ledger(uri, self._storage)
-        with self._turn:
-            run = begun(ledger)
-            digest = str(run["result"]["artifact"])
-            name = next((name for name, one in served.items() if one.index.digest == digest), "artifact")
-            pictures = Pictures(ledger, run, self._storage, allows=self._allows)
-            return render(ledger, run, tally(ledger, run, PICTURES), pictures, f"{name} ({digest[:16]})")
+        run = begun(ledger)
+        digest = str(run["result"]["artifact"])
+        name = next((name for name, one in served.items() if one.index.digest == digest), "artifact")
+        pictures = Pictures(ledger, run, self._storage, allows=self._allows)
+        return render(ledger, run, tally(ledger, run, PICTURES), pictures, f"{name} ({digest[:16]})")
 
     def _allows(self, uri: str) -> bool:
         try:

@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field
 from raydetect.config import STRICT
 from raydetect.spec.words import FlagSpec, MiB, ResourceSpec, StorageOptions
 
+BODIES_IN_FLIGHT = 4  # of the largest size
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 
@@ -48,7 +49,27 @@ class LimitSpec:
         int, Field(ge=1, description="in flight at a time; more are refused with 429 and Retry-After")
     ] = 128
     max_runs: Annotated[int, Field(ge=1, description="archive runs at a time; more are refused with 429")] = 4
+    max_bytes_in_flight: Annotated[
+        int | None,
+        Field(
+            gt=0, description="of the bodies and images of all requests; more are refused with 429; none = four bodies"
+        ),
+    ] = None
     request_seconds: Annotated[float, Field(gt=0, description="after which a request is answered with 503")] = 60.0
+    fetch_seconds: Annotated[
+        float, Field(gt=0, description="for one image of a web address; a slower one is unreadable")
+    ] = 20.0
+
+    def __post_init__(self) -> None:
+        if self.max_bytes_in_flight is not None and self.max_bytes_in_flight < self.max_body_bytes:
+            raise ValueError(
+                "max_bytes_in_flight is less than max_body_bytes, so that no such body could come; raise it"
+            )
+
+    @property
+    def bytes_in_flight(self) -> int:
+        """`max_bytes_in_flight`, or what stands for none."""
+        return self.max_bytes_in_flight or BODIES_IN_FLIGHT * self.max_body_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -100,8 +100,8 @@ def run(work: Any) -> Any:
 
 
 @contextmanager
-def running(spec: ServeSpec, tokens: Tokens = NOBODY) -> Iterator[str]:
-    """The URL of a server that runs meanwhile."""
+def running(spec: ServeSpec, tokens: Tokens = NOBODY, **bounds: float) -> Iterator[str]:
+    """The URL of a server that runs meanwhile, with other `Bounds` of connections."""
     stop, ready = threading.Event(), threading.Event()
     urls: list[str] = []
 
@@ -112,7 +112,7 @@ def running(spec: ServeSpec, tokens: Tokens = NOBODY) -> Iterator[str]:
     def wait() -> None:
         stop.wait()
 
-    serving = threading.Thread(target=serve_here, args=(spec, tokens, on_ready, wait))
+    serving = threading.Thread(target=serve_here, args=(spec, tokens, on_ready, wait), kwargs=bounds)
     serving.start()
     try:
         assert ready.wait(60)
