@@ -14,6 +14,7 @@ from pydantic_core import PydanticUndefined
 
 from raydetect.errors import SpecError
 from raydetect.job_text import MAX_DEPTH, NotYamlError, read_yaml, shown_key
+from raydetect.redaction import redacted
 
 T = TypeVar("T")
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -198,7 +199,7 @@ def _given_text(value: Any) -> str:
     """A single value that was given; never a list or a mapping, in which anything may stand."""
     if not isinstance(value, str | int | float | None):
         return ""
-    text = repr(value)
+    text = redacted(repr(value))  # as a whole: what is cut off may show what a URI holds
     return f", given {text if len(text) <= LETTERS_SHOWN else text[:LETTERS_SHOWN] + '...'}"
 
 

@@ -37,7 +37,7 @@ FLOAT = re.compile(
     r"[-+]?[0-9]+\.[0-9]*(?:[eE][-+][0-9]+)?|\.[0-9]+(?:[eE][-+][0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 )
 TAG_HANDLE = re.compile("'![^']*'")  # the only text of a file in PyYAML's messages, beside single letters
-MERGE, LONGEST_KEY = "<<", 60
+MERGE, LONGEST_KEY = "<<", 30
 
 
 class NotYamlError(SpecError):
@@ -220,9 +220,13 @@ def _scalar(event: Any) -> Any:
 
 
 def shown_key(key: str) -> str:
-    """A key as messages may show it: where a blank is missing behind a colon, the value stands in it too."""
+    """A key as messages may show it: where a blank is missing behind a colon, the value stands in it too.
+
+    One that is longer than keys of a job may be a value that lost its key.
+    """
     name, colon, _ = key.partition(":")
-    return f"{name[:LONGEST_KEY]}{colon}..." if colon or len(name) > LONGEST_KEY else name
+    shown = name if len(name) <= LONGEST_KEY else f"({len(name):,} letters)"
+    return f"{shown}{colon}..." if colon else shown
 
 
 def _line(event: Any) -> int:

@@ -8,7 +8,7 @@ repr.
 import re
 
 URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,20})://((?:(?!::)[^\s'\"<>])+)")
-PORT = re.compile(r"[^:]*:\d*")
+PORT = re.compile(r"[^:]*:\d*\W*")  # marks of the sentence may stand behind
 WITHOUT_USER = ("file", "memory", "zip", "tar", "tarzst", "member", "parquetrow")  # after `://` comes a path
 ACCOUNTS = ("az", "abfs")  # container@account, which is no secret
 WEB = ("http", "https")
@@ -36,7 +36,10 @@ def redacted_uri(uri: str) -> str:
     if scheme.lower() in WITHOUT_USER:
         return uri
     user = user_of(uri)
-    rest = HIDDEN + rest[len(user) :] if user else rest
+    if user:
+        rest = HIDDEN + rest[len(user) :]
+    elif _has_password(_first(rest)):  # cut off before its `@`
+        rest = HIDDEN
     place, mark, _ = rest.partition("?")
     if mark and (scheme.lower() in WEB or names_secret(uri)):
         rest = f"{place}?{HIDDEN}"
@@ -52,13 +55,20 @@ def user_of(uri: str) -> str:
     scheme, _, rest = uri.partition("://")
     if scheme.lower() in WITHOUT_USER:
         return ""
-    first = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    first = _first(rest)
     if "@" in first:
         user = first.rpartition("@")[0]
         return "" if scheme.lower() in ACCOUNTS and ":" not in user else user
-    if ":" in first and not PORT.fullmatch(first) and not first.startswith(("arn:", "[")):
-        return rest.rpartition("@")[0]
-    return ""
+    return rest.rpartition("@")[0] if _has_password(first) else ""
+
+
+def _first(rest: str) -> str:
+    """What stands between `://` and the first slash."""
+    return re.split(r"[/?#]", rest, maxsplit=1)[0]
+
+
+def _has_password(first: str) -> bool:
+    return ":" in first and not PORT.fullmatch(first) and not first.startswith(("arn:", "["))
 
 
 def names_secret(uri: str) -> bool:

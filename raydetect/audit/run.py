@@ -126,7 +126,7 @@ class Audit:
         if self.nights.read("webhooks", claim.number) is not None:
             return False
         status = webhook.send(claim.night, body)
-        self.nights.write("webhooks", claim.number, {"status": status, "url": webhook.url})
+        self.nights.write("webhooks", claim.number, {"status": status, "place": webhook.place})
         return True
 
     def _judged_by(self) -> dict[str, Any]:
