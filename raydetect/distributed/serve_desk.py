@@ -122,7 +122,7 @@ class DoorDesk:
         return bool(await tried(lambda: self._desk.cancel.remote(uri)))
 
     async def ready(self) -> bool:
-        """Whether every served detector is loaded somewhere; one who asks waits for it, others meanwhile are told no."""
+        """Whether every served detector is loaded somewhere; one who asks waits for that, others are told no."""
         missing = [one for one in (await self.served()).values() if one.index.digest not in self._loaded]
         if not missing or self._loading:
             return not missing

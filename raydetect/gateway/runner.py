@@ -87,9 +87,8 @@ class Runner:
         return stop is not None
 
     def _shards(self, spec: ScoreSpec) -> tuple[Shard, ...]:
-        return (
-            open_archive(spec.source, Storage(source_storage(spec, spec.source)), self.sources.holds).listing().shards
-        )
+        archive = open_archive(spec.source, Storage(source_storage(spec, spec.source)), self.sources.holds)
+        return archive.listing().shards
 
     def _run(self, plan: ScorePlan, stop: threading.Event) -> None:
         uri = plan.ledger.uri
