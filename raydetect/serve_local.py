@@ -15,6 +15,7 @@ import uvicorn
 
 from raydetect.errors import SpecError
 from raydetect.fleet_record import ArtifactIndex
+from raydetect.gateway.allow import Prefixes
 from raydetect.gateway.app import build_app
 from raydetect.gateway.desk import RunState, Served, load_served
 from raydetect.gateway.rules import online_spec
@@ -49,7 +50,7 @@ class LocalDesk:
         for name in spec.detectors:
             self._load(name, spec.detectors[name].artifact)
         self._scoring = ThreadPoolExecutor(SCORED_AT_ONCE, thread_name_prefix="score")
-        self._runner = Runner(self._send, CHUNKS_IN_FLIGHT, spec.limits.max_runs)
+        self._runner = Runner(self._send, CHUNKS_IN_FLIGHT, spec.limits.max_runs, Prefixes.of(spec.allow.sources))
 
     async def served(self) -> Mapping[str, Served]:
         """See `Desk.served`."""

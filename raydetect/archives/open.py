@@ -45,11 +45,19 @@ class _Found:
 
 @dataclass(frozen=True, slots=True)
 class MixedArchive(Archive):
-    """One or several URIs of any format; see `Archive`."""
+    """One or several URIs of any format; see `Archive`.
+
+    Attributes:
+        source: the job file's words.
+        storage: of it.
+        naming: reads names of members.
+        allows: whether a listed file may be read; others are left out.
+    """
 
     source: SourceSpec
     storage: Storage
     naming: Naming
+    allows: Callable[[str], bool]
 
     def listing(self) -> Listing:
         """Lists every URI of the source, in the order given, each sorted."""
@@ -84,12 +92,14 @@ class MixedArchive(Archive):
         single = None if is_pattern else self.storage.info(uri)
         if single is not None:
             found.take([single], given)
-            self._add_single(single, found)
+            if self._is_allowed(single, given, found):
+                self._add_single(single, found)
             return
         files, results = without_results(list(self.storage.glob(uri) if is_pattern else self.storage.list(uri)))
         found.take(files, given)
         found.notes += results
         root = _root(uri) if is_pattern else uri
+        files = [file for file in files if self._is_allowed(file, relative_to(file.uri, root), found)]
         loose = [file for file in files if not self._add_container(file, root, files, found)]
         if self.source.format in ("auto", "prefix"):
             found.shards += group_files(root, loose, self.source, found.left_out)
@@ -103,6 +113,12 @@ class MixedArchive(Archive):
             for file in files
             if file.kind == "link"
         ][:NAMED]
+
+    def _is_allowed(self, file: FileInfo, name: str, found: _Found) -> bool:
+        allowed = self.allows(file.uri)
+        if not allowed:
+            found.left_out.add("linked_outside", readable(name))
+        return allowed
 
     def _files(self) -> Iterator[FileInfo]:
         for given in self.source.uris():
@@ -128,7 +144,8 @@ class MixedArchive(Archive):
         if kind is not None:
             index = None
             if kind == "tar" and file.size_bytes > self.source.split_bytes and file.uri.endswith(".tar"):
-                index = self.storage.info(tar_index.index_uri(file.uri))
+                uri = tar_index.index_uri(file.uri)
+                index = self.storage.info(uri) if self.allows(uri) else None
             found.shards += self._split(file, kind, index, found.notes)
             return
         loose = list(group_files(file.uri.rpartition("/")[0], [file], self.source, found.left_out))
@@ -182,8 +199,13 @@ class MixedArchive(Archive):
         return next((kind for kind, ends in formats.items() if lower.endswith(ends)), None)
 
 
-def open_archive(source: SourceSpec, storage: Storage) -> Archive:
+def open_archive(source: SourceSpec, storage: Storage, allows: Callable[[str], bool] = lambda _: True) -> Archive:
     """The archive of a source; nothing is listed or read yet.
+
+    Args:
+        source: the job file's words.
+        storage: of it.
+        allows: whether a listed file may be read, by its URI; those that may not are left out.
 
     Raises:
         SpecError: a bad URI or pattern.
@@ -192,7 +214,7 @@ def open_archive(source: SourceSpec, storage: Storage) -> Archive:
         normalise_uri(uri)
     if not source.uris():
         raise SpecError("source.uri: names nothing. State a file, a folder or a glob.")
-    return MixedArchive(source, storage, Naming.of(source))
+    return MixedArchive(source, storage, Naming.of(source), allows)
 
 
 def _read_unnamable(

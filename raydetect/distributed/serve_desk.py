@@ -19,6 +19,7 @@ from raydetect.distributed.serve_calls import (
     send_chunk,
     tried,
 )
+from raydetect.gateway.allow import Prefixes
 from raydetect.gateway.desk import RunState, Served, load_served
 from raydetect.gateway.rules import online_spec
 from raydetect.gateway.runner import Runner
@@ -40,7 +41,9 @@ class Desk:
         """
         self._spec, self._storage, self._lanes = spec, Storage(spec.storage), Lanes(spec, scorer)
         self._served = {name: load_served(name, served, self._storage) for name, served in spec.detectors.items()}
-        self._runner = Runner(partial(send_chunk, scorer), chunks_in_flight(spec), spec.limits.max_runs)
+        self._runner = Runner(
+            partial(send_chunk, scorer), chunks_in_flight(spec), spec.limits.max_runs, Prefixes.of(spec.allow.sources)
+        )
 
     async def served(self) -> Mapping[str, Served]:
         """See `gateway.desk.Desk`."""
@@ -82,6 +85,7 @@ class DoorDesk:
         self._served: Mapping[str, Served] = {}
         self._asked = -VERSIONS_SECONDS
         self._loaded: set[str] = set()
+        self._loading = False
 
     async def served(self) -> Mapping[str, Served]:
         """See `Desk.served`; as it was at most VERSIONS_SECONDS ago."""
@@ -118,9 +122,15 @@ class DoorDesk:
         return bool(await tried(lambda: self._desk.cancel.remote(uri)))
 
     async def ready(self) -> bool:
-        """Whether every served detector is loaded somewhere."""
-        for served in (await self.served()).values():
-            if served.index.digest not in self._loaded:
+        """Whether every served detector is loaded somewhere; one who asks waits for that, others are told no."""
+        missing = [one for one in (await self.served()).values() if one.index.digest not in self._loaded]
+        if not missing or self._loading:
+            return not missing
+        self._loading = True
+        try:
+            for served in missing:
                 await self._lanes.warm_up(served)
                 self._loaded.add(served.index.digest)
+        finally:
+            self._loading = False
         return True

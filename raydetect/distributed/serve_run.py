@@ -14,6 +14,7 @@ from ray import serve
 from raydetect.distributed.ray_errors import ClusterError, translated
 from raydetect.distributed.score import refuse_memory_uris
 from raydetect.distributed.serve_calls import APP, DESK, SCORER, send_chunk
+from raydetect.distributed.serve_proxy import BOUNDED, CALLBACK
 from raydetect.distributed.serving import bound
 from raydetect.distributed.session import session
 from raydetect.errors import SpecError
@@ -50,6 +51,7 @@ def serve_on_ray(
     if address is None:
         refuse_taken(spec.host, spec.port)
         os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # 5 s are too few on a busy machine
+        os.environ.setdefault(CALLBACK, BOUNDED)
     with session(address, _resources(spec)):
         with translated(address):
             serve.start(

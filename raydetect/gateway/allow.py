@@ -50,6 +50,13 @@ class Prefixes:
             raise NotAllowed(f"{what}: {uri[:200]!r} is not below a prefix that this server allows.")
         return plain
 
+    def holds(self, uri: str) -> bool:
+        """Whether a file that was listed below a prefix lies below one, wherever links on the way to it lead."""
+        if not uri.startswith("file://"):
+            return True
+        real = os.path.realpath(uri.removeprefix("file://"))
+        return any(f"file://{real}".startswith(prefix) for prefix in self.known)
+
 
 def _plain(uri: str) -> str:
     if any(ord(letter) < 32 or letter in "\\\x7f" for letter in uri):

@@ -5,15 +5,17 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from raydetect.archives.open import open_archive
 from raydetect.errors import RaydetectError, ResumeError
+from raydetect.gateway.allow import Prefixes
 from raydetect.gateway.desk import RunState, TooMany
 from raydetect.gateway.guard import BROKE
 from raydetect.gateway.refusals import told
 from raydetect.gateway.stream import Stopped, Stream
 from raydetect.plan import Committer, ScorePlan, finish, plan_score
-from raydetect.records import Chunk, Part
-from raydetect.spec import ScoreSpec
-from raydetect.storage import normalise_uri
+from raydetect.records import Chunk, Part, Shard
+from raydetect.spec import ScoreSpec, source_storage
+from raydetect.storage import Storage, normalise_uri
 
 log = logging.getLogger("raydetect.gateway")
 KEPT = 100
@@ -28,11 +30,13 @@ class Runner:
         send: scores a chunk of a plan, writes its part and returns it.
         in_flight: chunks of a run at a time.
         max_runs: at a time.
+        sources: below which images may lie; what a link leads to elsewhere is left out.
     """
 
     send: Send
     in_flight: int
     max_runs: int
+    sources: Prefixes
     _states: dict[str, RunState] = field(default_factory=dict)
     _stops: dict[str, threading.Event] = field(default_factory=dict)
     _specs: dict[str, ScoreSpec] = field(default_factory=dict)
@@ -58,7 +62,7 @@ class Runner:
             before = self._states.get(uri)
             state = self._note(RunState(uri, "running"))
         try:
-            plan = plan_score(spec)
+            plan = plan_score(spec, self._shards(spec))
             plan.begin()
         except BaseException:
             with self._lock:
@@ -81,6 +85,10 @@ class Runner:
             if stop is not None:
                 stop.set()
         return stop is not None
+
+    def _shards(self, spec: ScoreSpec) -> tuple[Shard, ...]:
+        archive = open_archive(spec.source, Storage(source_storage(spec, spec.source)), self.sources.holds)
+        return archive.listing().shards
 
     def _run(self, plan: ScorePlan, stop: threading.Event) -> None:
         uri = plan.ledger.uri
