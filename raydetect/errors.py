@@ -55,6 +55,10 @@ class ChangedError(StorageError):
     """A file is another one than was listed."""
 
 
+class IncompleteError(StorageError):
+    """A run whose shards are all scored lacks records or files of them."""
+
+
 class DamagedError(StorageError):
     """A file that raydetect wrote is there, and is not what was written."""
 

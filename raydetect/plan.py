@@ -70,6 +70,7 @@ class ScorePlan:
         """
         is_new = self.ledger.begin(self.run, self.before)
         if self.todo:
+            self.ledger.remove_leftovers()
             self.ledger.withdraw(self.retried)
         if is_new:
             known = {shard.index for shard in self.shards} - {shard.index for shard in self.todo}

@@ -11,6 +11,7 @@ from raydetect.errors import ResumeError, StorageError
 from raydetect.plan import ScorePlan, plan_score
 from raydetect.records import Part, Receipt
 from raydetect.sinks.results import progress
+from raydetect.sinks.verify import repair, verify
 from raydetect.storage import FileInfo, Storage
 from tests.made.archives import mixed_files, normal_files, pack, tar_bytes
 from tests.made.ledgers import make_old, rewrite_record
@@ -269,3 +270,32 @@ def test_older_records_go_on_only_where_a_uri_is_one_shard() -> None:
     pack("memory://data/loose/zz", "", normal_files(2), 1)
     with pytest.raises(ResumeError, match="is not recorded"):
         run(*words)
+
+
+def test_a_finished_run_is_finished_on_a_disk_that_is_read_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, manifest = run()
+    expected = rows(plan)
+
+    def refuse(storage: Storage, uri: str, *_: object) -> None:
+        raise StorageError(f"{uri}: cannot write it: the disk is mounted read-only.")
+
+    for name in ("write", "delete"):
+        monkeypatch.setattr(Storage, name, refuse)
+    again, second = run()
+    assert second == manifest and rows(again) == expected
+
+
+def test_a_run_that_is_found_not_to_be_whole_is_not_finished_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, manifest = run()
+    Storage().delete(f"{RESULTS}/scores/shard=00001/part-0000.parquet")
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "delete", lambda storage, uri: storage.read(f"{uri}/refused"))
+        with pytest.raises(StorageError, match=r"1 files of committed shards are missing .*--repair"):
+            run()
+    assert plan.ledger.manifest() == manifest
+    with pytest.raises(StorageError, match=r"1 files of committed shards are missing .*--repair"):
+        run()
+    assert plan.ledger.manifest() is None
+    verification = verify(plan.ledger, lambda *_: None)
+    repair(plan.ledger, verification)
+    assert run()[1] == manifest

@@ -26,6 +26,9 @@ DATA = bytes(range(256)) * 4096
         ("/tmp/x/../y", "file:///tmp/y"),
         ("file:///tmp//a/", "file:///tmp/a"),
         ("memory://a/b", "memory:///a/b"),
+        ("file:/tmp/a", "file:///tmp/a"),
+        ("file://localhost/tmp/a", "file:///tmp/a"),
+        ("file:name", f"file://{os.getcwd()}/file:name"),  # a name of this folder
     ],
 )
 def test_a_uri_has_one_form(given_uri: str, expected: str) -> None:
@@ -82,7 +85,8 @@ def test_what_is_written_is_read_and_listed(kind: str, tmp_path: Path, request: 
     assert not storage.exists(join_uri(root, "a/1.bin"))
     with pytest.raises(StorageError, match="not found"):
         storage.read(join_uri(root, "a/1.bin"))
-    with pytest.raises(StorageError, match="nothing is there"):
+    where = "the path" if kind == "file" else "the bucket and the path"
+    with pytest.raises(StorageError, match=f"nothing is there. Check {where}."):
         list(storage.list(join_uri(root, "nowhere")))
 
 

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from raydetect.cli import main
-from raydetect.errors import MissingError, StorageError
+from raydetect.errors import DamagedError, MissingError, StorageError
 from raydetect.sinks.agreement import rows_digest
 from raydetect.sinks.ledger import Ledger
 from raydetect.sinks.parquet import encode_rows
@@ -191,7 +191,7 @@ def test_sums_and_records_that_a_manifest_is_without(ledger: Ledger) -> None:
     manifest.write_text(json.dumps({**json.loads(whole), "rows": 13}))
     found = checked(ledger)
     assert found.damage["manifest"].names == ["rows 13 there, 12 in the records"] and found.damaged == set()
-    assert "Start the same job again" in found.lines()[-1]
+    assert "--repair` takes away what is damaged" in found.lines()[-1]
     manifest.write_text("{")
     assert "manifest" in checked(ledger).damage
     manifest.write_text(whole)
@@ -224,7 +224,7 @@ def test_a_directory_without_a_run(ledger: Ledger, tmp_path: Path) -> None:
     assert call("verify", str(tmp_path / "nowhere")).exit_code == 2
     path_of(ledger, "run.json").unlink()
     ended = call("verify", ledger.uri)
-    assert ended.exit_code == 1 and "run.json is missing" in ended.output and "Start the same job" in ended.output
+    assert ended.exit_code == 1 and "run.json is missing" in ended.output and "--repair`" in ended.output
 
 
 def test_a_storage_that_fails_is_an_error_and_no_damage(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,3 +259,71 @@ def test_a_run_is_repaired_by_the_same_job_and_tells_its_own_records(tmp_path: P
     again, second = run(*words)
     assert [shard.index for shard in again.todo] == [0, 2] and second == manifest and rows(again) == expected
     assert call("verify", plan.ledger.uri).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"format_version": 1, "result": {"spec": 1}, "num_shards": -1}']
+)
+@pytest.mark.parametrize("name", ["run.json", "manifest.json", "ledger/00001.json"])
+def test_status_score_and_verify_tell_the_same_of_a_damaged_record(name: str, text: str) -> None:
+    pack("memory://data/normal", ".tar", normal_files(30), 2)
+    pack("memory://data/mixed", ".tar", mixed_files(8, 3), 3)
+    fit()
+    plan, manifest = run()
+    expected, storage = rows(plan), plan.ledger.storage
+    storage.write(f"{plan.ledger.uri}/{name}", text.encode())
+    mended = f"`raydetect verify {plan.ledger.uri} --repair` takes away what is damaged; the same job makes it again."
+    told = call("status", plan.ledger.uri)
+    assert told.exit_code == 1 and f"{plan.ledger.uri}/{name}: is damaged (" in told.output and mended in told.output
+    if name != "manifest.json":  # that is made of the records, whatever is there
+        with pytest.raises(DamagedError, match="--repair` takes away what is damaged") as caught:
+            run()
+        assert caught.value.exit_code == 1 and f"{name}: is damaged (" in str(caught.value)
+    found = call("verify", plan.ledger.uri)
+    assert found.exit_code == 1 and mended in found.output
+    assert call("verify", plan.ledger.uri, "--repair").exit_code == 1
+    again, second = run()
+    assert [shard.index for shard in again.todo] == ([1] if name.startswith("ledger") else [])
+    assert second == manifest and rows(again) == expected and call("verify", plan.ledger.uri).exit_code == 0
+
+
+def test_a_newer_record_is_no_damage(ledger: Ledger) -> None:
+    path_of(ledger, "run.json").write_text('{"format_version": 2}')
+    for words in (("status",), ("verify",)):
+        ended = call(*words, ledger.uri)
+        assert ended.exit_code == 2 and "has format 2" in ended.output and "Update raydetect" in ended.output
+
+
+def test_a_place_with_spaces_is_named_so_that_a_shell_takes_it(tmp_path: Path) -> None:
+    made = make_results(f"file://{tmp_path}/out [line 4]", names_of(6))
+    path_of(made, PART).unlink()
+    ended = call("verify", made.uri)
+    assert ended.exit_code == 1 and f"`raydetect verify '{made.uri}' --repair`" in ended.output
+
+
+@pytest.mark.parametrize("how", ["lost", "cut"])
+def test_status_says_which_files_of_a_finished_run_are_not_there(ledger: Ledger, how: str) -> None:
+    whole = call("status", ledger.uri)
+    assert whole.exit_code == 0 and ": finished\n" in whole.output and "Missing" not in whole.output
+    for name in (PART, ZIP):
+        path = path_of(ledger, name)
+        path.unlink() if how == "lost" else path.write_bytes(path.read_bytes()[:-1])
+    told = call("status", ledger.uri)
+    assert told.exit_code == 0 and ": not finished\n" in told.output
+    assert f"Missing    2 files of committed shards are missing or have another size ({PART}, {ZIP})." in told.output
+    assert f"`raydetect verify {ledger.uri} --repair`" in told.output
+    plain = json.loads(call("status", ledger.uri, "--json").stdout)
+    assert plain["finished"] is False and PART in plain["missing"]
+
+
+def test_reading_is_enough_for_status_verify_and_report(
+    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise StorageError("read-only")
+
+    for name in ("write", "delete", "delete_folder"):
+        monkeypatch.setattr(Storage, name, refuse)
+    for words in (("status", ledger.uri), ("verify", ledger.uri), ("report", ledger.uri, "-o", f"{tmp_path}/r.html")):
+        ended = call(*words)
+        assert ended.exit_code == 0, ended.output

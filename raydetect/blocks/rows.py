@@ -4,16 +4,15 @@ Shapes: N rows, D dims, B images, R rows of one image.
 """
 
 import json
-import tempfile
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from typing import IO
 
 import torch
 from torch import Tensor
 
 from raydetect.blocks.group import Group
 from raydetect.blocks.seeding import keyed_seed, mixed_hash
+from raydetect.storage import Scratch
 
 BLOCK_ROWS = 8192
 PATCH_BITS = 20  # rows of one image
@@ -37,7 +36,7 @@ class RowStore:
         self._in_memory = max(1, max_bytes // self._block_bytes)
         self._full: list[Tensor] = []
         self._spilled = 0
-        self._file: IO[bytes] | None = None
+        self._file: Scratch | None = None
         self._last = torch.empty((BLOCK_ROWS, dims), dtype=dtype)
         self._filled = 0
 
@@ -45,7 +44,11 @@ class RowStore:
         return (len(self._full) + self._spilled) * BLOCK_ROWS + self._filled
 
     def append(self, rows_ND: Tensor) -> None:
-        """Adds rows at the end."""
+        """Adds rows at the end.
+
+        Raises:
+            StorageError: the temporary folder cannot hold them.
+        """
         while len(rows_ND):
             space = BLOCK_ROWS - self._filled
             part, rows_ND = rows_ND[:space], rows_ND[space:]
@@ -60,9 +63,8 @@ class RowStore:
             self._last = torch.empty_like(self._last)
         else:
             if self._file is None:
-                self._file = tempfile.TemporaryFile(prefix="raydetect-rows-")  # noqa: SIM115 (the store keeps it)
-            self._file.seek(0, 2)
-            self._file.write(self._last.view(torch.uint8).numpy().data)
+                self._file = Scratch("patch embeddings")
+            self._file.append(self._last.view(torch.uint8).numpy().data)
             self._spilled += 1
         self._filled = 0
 
@@ -72,9 +74,8 @@ class RowStore:
             return self._full[number]
         if number < len(self._full) + self._spilled:
             assert self._file is not None
-            self._file.seek((number - len(self._full)) * self._block_bytes)
             found = torch.empty((BLOCK_ROWS, self.dims), dtype=self.dtype)
-            self._file.readinto(found.view(torch.uint8).numpy().data.cast("B"))  # type: ignore[attr-defined]
+            self._file.read_at((number - len(self._full)) * self._block_bytes, found.view(torch.uint8).numpy().data)
             return found
         return self._last[: self._filled]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from raydetect.errors import RaydetectError, SpecError, is_outage
+from raydetect.errors import DamagedError, RaydetectError, SpecError, is_outage
 
 if TYPE_CHECKING:
     from raydetect.sinks.ledger import Ledger
@@ -45,6 +45,26 @@ def ledger_of(results: str, endpoint_url: str | None, profile: str | None, anon:
 
     options = StorageOptions(endpoint_url=endpoint_url, profile=profile, anon=anon)
     return Ledger(normalise_uri(results), Storage(options))
+
+
+def prepare_output(place: Path, folder: bool = False) -> None:
+    """Makes the folder that a command writes into, and removes what killed ones left there.
+
+    Raises:
+        SpecError: it cannot be made, or a file of the other kind is there.
+    """
+    from raydetect.storage import remove_leftovers
+
+    wrong = place.is_file() if folder else place.is_dir()
+    if wrong:
+        kind = "a file is there, and a folder is to be made" if folder else "is a folder, and a file is to be made"
+        raise SpecError(f"{place}: {kind}. Name another place with -o.")
+    target = place if folder else place.parent
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SpecError(f"{place}: cannot be written ({error.strerror}). Name another place with -o.") from None
+    remove_leftovers(target, below=folder)
 
 
 def job_values(job: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
@@ -94,12 +114,13 @@ def expect(spec: "JobSpec", kind: str, job: Path) -> Any:
 def errors(code: int | None = None) -> Iterator[None]:
     """Deliberate errors become one line and an exit code: `code`, or the error's own.
 
-    A storage that fails is no mistake of a job, wherever it is met: that error keeps its code.
+    A storage that fails is no mistake of a job, wherever it is met, nor are damaged results: these keep their code.
     """
     try:
         yield
     except RaydetectError as error:
-        fail(str(error), error.exit_code if code is None or is_outage(error) else code)
+        is_own = is_outage(error) or isinstance(error, DamagedError)
+        fail(str(error), error.exit_code if code is None or is_own else code)
     except KeyboardInterrupt:
         fail("Stopped. What is committed stays; the same command goes on from there.", INTERRUPTED)
 

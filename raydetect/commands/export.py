@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from raydetect.commands.door import BAD_JOB, errors, ledger_of, storage_words
+from raydetect.commands.door import BAD_JOB, errors, ledger_of, prepare_output, storage_words
 from raydetect.errors import SpecError
 
 MISSING_SHOWN = 10
@@ -49,7 +49,7 @@ def export(
         if form == "folder" and run["spec"]["flag"].get("fdr") is not None and ledger.manifest() is None:
             raise SpecError(f"{results}: flags are decided when the run is finished (flag.fdr). Let it end first.")
         place = output or Path({"csv": "rows.csv", "coco": "coco.json", "folder": "flagged"}[form])
-        _prepare(place, form == "folder")
+        prepare_output(place, form == "folder")
     with errors():
         if form == "csv":
             from raydetect.export.table import write_csv
@@ -68,19 +68,3 @@ def export(
                 click.echo(sentence, err=True)
             left_out = f"; {len(missing):,} pictures could not be read" if missing else ""
             click.echo(f"Wrote {count:,} flagged images{left_out}.\nFolder: {place}")
-
-
-def _prepare(place: Path, folder: bool) -> None:
-    """Makes the folder that something is written into.
-
-    Raises:
-        SpecError: it cannot be made, or a file of the other kind is there.
-    """
-    wrong = place.is_file() if folder else place.is_dir()
-    if wrong:
-        kind = "a file is there, and a folder is to be made" if folder else "is a folder, and a file is to be made"
-        raise SpecError(f"{place}: {kind}. Name another place with -o.")
-    try:
-        (place if folder else place.parent).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SpecError(f"{place}: cannot be made ({error.strerror}). Name another place with -o.") from None

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from raydetect.commands.door import BAD_JOB, errors, ledger_of, storage_words
+from raydetect.commands.door import BAD_JOB, errors, ledger_of, prepare_output, storage_words
 
 
 @click.command()
@@ -25,31 +25,18 @@ def report(
     with errors(BAD_JOB):
         from raydetect.report.make import begun, page_of
         from raydetect.report.tally import tally
+        from raydetect.storage import whole_text
 
         ledger = ledger_of(results, endpoint_url, profile, anon)
         run = begun(ledger)
-    with errors():
+        prepare_output(output)
+    with errors(), whole_text(output) as out:
         found = tally(ledger, run, pictures)
         text = page_of(ledger, run, found)
-        write_text(output, text)
+        out.write(text)
     totals = found.totals
     click.echo(
         f"Reported {totals.rows:,} images in {totals.shards:,} shards: {totals.flagged:,} flagged, "
         f"{totals.bad_rows:,} without a score."
     )
     click.echo(f"Report: {output} ({len(text.encode()) / 1e6:.1f} MB)")
-
-
-def write_text(output: Path, text: str) -> None:
-    """Writes a file of this machine.
-
-    Raises:
-        SpecError: it cannot be written.
-    """
-    from raydetect.errors import SpecError
-
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise SpecError(f"{output}: cannot be written ({error.strerror}). Name another file with -o.") from None

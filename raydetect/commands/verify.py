@@ -14,7 +14,7 @@ SHOWN_AFTER_SECONDS = 2.0
 @click.command()
 @click.argument("results")
 @storage_words
-@click.option("--repair", is_flag=True, help="Take the ledger records of damaged shards away.")
+@click.option("--repair", is_flag=True, help="Take away what is damaged, so that the same job makes it again.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verify(
     results: str, endpoint_url: str | None, profile: str | None, anon: bool, repair: bool, as_json: bool
@@ -26,6 +26,7 @@ def verify(
     """
     with errors(BAD_JOB):
         from raydetect.console import shown
+        from raydetect.sinks.verify import repair as repair_results
         from raydetect.sinks.verify import verify as verify_results
 
         ledger = ledger_of(results, endpoint_url, profile, anon)
@@ -33,7 +34,7 @@ def verify(
             found = verify_results(ledger, tick)
         repaired = repair and not found.whole
         if repaired:
-            ledger.withdraw(sorted(found.damaged))
+            repair_results(ledger, found)
     if as_json:
         click.echo(json.dumps({**found.plain(), "repaired": repaired}, indent=1, sort_keys=True))
     else:

@@ -7,6 +7,7 @@ from raydetect.sinks.cells import cell
 from raydetect.sinks.ledger import Ledger
 from raydetect.sinks.parquet import SCHEMA
 from raydetect.sinks.rows import read_rows
+from raydetect.storage import whole_text
 
 
 def write_csv(ledger: Ledger, output: Path) -> int:
@@ -15,10 +16,10 @@ def write_csv(ledger: Ledger, output: Path) -> int:
     UTF-8, comma, header; null is empty. What a spreadsheet would run as a formula is guarded; see `cells`.
 
     Raises:
-        StorageError: a record or part is missing or damaged.
+        StorageError: a record or part is missing or damaged, or the file cannot be written; one that was there stays.
     """
     count = 0
-    with output.open("w", encoding="utf-8", newline="") as out:
+    with whole_text(output, newline="") as out:
         writer = csv.writer(out)
         writer.writerow(SCHEMA.names)
         for _, _, table in read_rows(ledger):

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raydetect.config import digest
-from raydetect.errors import MissingError, ResumeError, SpecError, StorageError
+from raydetect.errors import IncompleteError, MissingError, ResumeError, SpecError
 from raydetect.left_out import WITHDRAWN, left_out_text
 from raydetect.records import PART_FILE, LeftOut, Part, Receipt, Shard
-from raydetect.sinks.ledger import Ledger, Totals
+from raydetect.sinks.ledger import Ledger, Totals, mend
 from raydetect.storage import join_uri, normalise_uri
 
 log = logging.getLogger("raydetect.sinks")
@@ -29,14 +29,6 @@ def named(names: Sequence[str], count: int | None = None) -> str:
     """The first few names: `a, b, c and 9 more`."""
     more = (len(names) if count is None else count) - NAMED
     return ", ".join(names[:NAMED]) + (f" and {more:,} more" if more > 0 else "")
-
-
-def mend(uri: str) -> str:
-    """What to do about damaged results."""
-    return (
-        f"`raydetect verify {uri} --repair` takes the ledger records of the damaged shards away; the same job then "
-        "scores these again."
-    )
 
 
 def unlike(receipt: Receipt, shard: Shard) -> str:
@@ -142,7 +134,7 @@ def complete(ledger: Ledger, receipts: Iterable[Receipt], shards: Sequence[Shard
         run: digest of what decides the rows.
 
     Raises:
-        StorageError: a record or file is missing, or is another one; says how many and names the first.
+        IncompleteError: a record or file is missing, or is another one; says how many and names the first.
     """
     files = listed_files(ledger)
     left = set(range(len(shards)))
@@ -186,12 +178,12 @@ def _with_unlisted(ledger: Ledger, receipts: Iterable[Receipt], left: set[int]) 
 def _refuse_incomplete(ledger: Ledger, missing: Sequence[Shard], planned: int, foreign: Sequence[str]) -> None:
     if missing:
         names = named([f"{shard.name} of {shard.uri}" for shard in missing])
-        raise StorageError(
+        raise IncompleteError(
             f"{ledger.uri}: the run is not finished: {len(missing):,} of {planned:,} shards have no ledger record "
             f"({names}). It was removed while the run went on. The same command scores them again."
         )
     if foreign:
-        raise StorageError(
+        raise IncompleteError(
             f"{ledger.uri}: the run is not finished: {len(foreign):,} ledger records are of another job or archive "
             f"({named(foreign)}). Remove them, and the same command scores their shards again."
         )
@@ -209,6 +201,12 @@ def listed_files(ledger: Ledger) -> dict[str, int]:
     return found
 
 
+def named_files(part: Part) -> list[tuple[str, int]]:
+    """Path and size in bytes of the files of a part; 0 = an older raydetect did not note it."""
+    heatmaps = [(part.heatmap_path, part.heatmap_bytes)] if part.heatmap_path else []
+    return [(part.path, part.bytes), *heatmaps]
+
+
 @dataclass(slots=True)
 class Gaps:
     """Files that receipts name and a listing lacks, or lists with another size."""
@@ -222,11 +220,11 @@ class Gaps:
 
     def add(self, part: Part) -> None:
         """Looks for the files of a part."""
-        self._look(part.path, part.bytes)
-        if part.heatmap_path:
-            self._look(part.heatmap_path, part.heatmap_bytes)
+        for path, size in named_files(part):
+            self.look(path, size)
 
-    def _look(self, path: str, size: int) -> None:
+    def look(self, path: str, size: int) -> None:
+        """Looks for one file; `size` in bytes, 0 = not known."""
         self.seen.add(path)
         found = self.files.get(path)
         if found is None and self._asked < ASKED_BY_NAME:
@@ -241,10 +239,16 @@ class Gaps:
         """Raises when there are any.
 
         Raises:
-            StorageError: there are.
+            IncompleteError: there are.
         """
         if self.count:
-            raise StorageError(
-                f"{self.ledger.uri}: the run is not finished: {self.count:,} files of committed shards are missing or "
-                f"have another size ({named(self.names, self.count)}). {mend(self.ledger.uri)}"
-            )
+            raise IncompleteError(f"{self.ledger.uri}: the run is not finished: {self.text()}")
+
+    def text(self) -> str:
+        """What is missing, and what to do; "" when nothing is."""
+        if not self.count:
+            return ""
+        return (
+            f"{self.count:,} files of committed shards are missing or have another size "
+            f"({named(self.names, self.count)}). {mend(self.ledger.uri)}"
+        )

@@ -2,8 +2,8 @@
 
 import copy
 import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ import pyarrow.parquet as pq
 from raydetect.errors import MissingError
 from raydetect.left_out import left_out_text
 from raydetect.metrics.roc import auroc
+from raydetect.records import Receipt
+from raydetect.sinks.agreement import Gaps, listed_files, named_files
 from raydetect.sinks.ledger import Ledger, Totals
 
 
@@ -22,7 +24,8 @@ class RunProgress:
     """How far a run is, from `run.json` and the ledger; `num_categories` is 0 without a fleet.
 
     `finished` is a run whose manifest is there and whose shards all have their record; `lost` counts the records that
-    are missing beside a manifest. `flags_wait` says that the whole archive decides what is flagged (`flag.fdr`), and
+    are missing beside a manifest, and `gaps` says which files of committed shards are, "" when none or nobody looked.
+    `flags_wait` says that the whole archive decides what is flagged (`flag.fdr`), and
     the run is not finished; `fdr` is the manifest's entry once it is.
     """
 
@@ -34,6 +37,7 @@ class RunProgress:
     flags_wait: bool = False
     fdr: Mapping[str, Any] | None = None
     lost: int = 0
+    gaps: str = ""
 
     @property
     def flagged(self) -> int | None:
@@ -45,7 +49,7 @@ class RunProgress:
     def plain(self) -> dict[str, Any]:
         """For machines."""
         run: dict[str, Any] = {"uri": self.uri, "num_shards": self.num_shards, "num_categories": self.num_categories}
-        run |= {"finished": self.finished, "lost_records": self.lost}
+        run |= {"finished": self.finished, "lost_records": self.lost, "missing": self.gaps}
         return {**run, **self.totals.plain(), "flagged": self.flagged, "fdr": self.fdr}
 
     def lines(self) -> list[str]:
@@ -74,7 +78,9 @@ class RunProgress:
         spent = totals.last_unix - totals.first_unix
         if totals.shards > 1 and spent > 0:
             lines.append(f"Pace       {totals.shards / spent * 60:.1f} shards/min between first and last commit")
-        if not self.finished:
+        if self.gaps:
+            lines.append(f"Missing    {self.gaps}")
+        elif not self.finished:
             lines.append("Start the same job again to go on.")
         return lines
 
@@ -82,8 +88,9 @@ class RunProgress:
 class Followed:
     """A results directory whose progress is asked for again and again: each receipt is read once."""
 
-    def __init__(self, ledger: Ledger) -> None:
-        """Reads nothing yet."""
+    def __init__(self, ledger: Ledger, on_receipt: Callable[[Receipt], None] = lambda _: None) -> None:
+        """Reads nothing yet; `on_receipt` is told of each that is read."""
+        self._on_receipt = on_receipt
         self._ledger, self._seen, self._totals = ledger, frozenset[int](), Totals()
         self._lock = threading.Lock()
 
@@ -103,6 +110,7 @@ class Followed:
                 self._seen, self._totals = frozenset(), Totals()
             for receipt in self._ledger.receipts(committed - self._seen):
                 self._totals.add(receipt)
+                self._on_receipt(receipt)
             self._seen = committed
             categories = len(run["result"].get("categories", {}))
             totals = copy.deepcopy(self._totals)
@@ -118,10 +126,17 @@ class Followed:
 def progress(ledger: Ledger) -> RunProgress:
     """Progress of a results directory; needs no cluster.
 
+    One listing tells whether the files of committed shards are there and as large as they were; `verify` reads them.
+
     Raises:
         StorageError: it is no results directory, or a record is damaged.
     """
-    return Followed(ledger).progress()
+    files: list[tuple[str, int]] = []
+    found = Followed(ledger, lambda receipt: files.extend(f for p in receipt.parts for f in named_files(p))).progress()
+    gaps = Gaps(ledger, listed_files(ledger))
+    for path, size in files:
+        gaps.look(path, size)
+    return replace(found, finished=found.finished and not gaps.count, gaps=gaps.text())
 
 
 def notes_text(notes: Mapping[str, int]) -> str:

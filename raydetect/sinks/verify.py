@@ -19,16 +19,16 @@ import pyarrow.parquet as pq
 
 from raydetect.errors import DamagedError, MissingError, SpecError
 from raydetect.records import OK, Part, Receipt
-from raydetect.sinks.agreement import NAMED, listed_files, mend, named, rows_digest
+from raydetect.sinks.agreement import NAMED, listed_files, named, rows_digest
 from raydetect.sinks.flags import archive_flags
-from raydetect.sinks.ledger import Ledger, Totals
+from raydetect.sinks.ledger import Ledger, Totals, mend
 from raydetect.storage import join_uri
 
 READERS, AHEAD = 8, 16
 DIGEST_BYTES = 16
 COLUMNS = ["key", "status", "flagged"]
 KINDS = {
-    "run": "run.json is missing, so the job is not known",
+    "run": "run.json is missing or damaged, so the job is not known",
     "missing_records": "ledger records missing beside a manifest",
     "damaged_records": "ledger records that are damaged",
     "foreign_records": "ledger records of another job",
@@ -125,10 +125,9 @@ class Verification:
             return [*lines, f"{what}: all whole."]
         if repaired:
             taken = f"manifest.json and the ledger records of {len(self.damaged):,} shards are taken away"
-            return [*lines, f"{what}: {taken}. Start the same job again; it scores these shards."]
-        if not self.damaged:
-            return [*lines, f"{what}: not all whole. Start the same job again; it writes what is missing."]
-        return [*lines, f"{what}: {len(self.damaged):,} shards are damaged. {mend(self.uri)}"]
+            return [*lines, f"{what}: {taken}. Start the same job again; it makes what is missing."]
+        said = f"{len(self.damaged):,} shards are damaged" if self.damaged else "not all whole"
+        return [*lines, f"{what}: {said}. {mend(self.uri)}"]
 
 
 def verify(ledger: Ledger, tick: Tick) -> Verification:
@@ -140,12 +139,11 @@ def verify(ledger: Ledger, tick: Tick) -> Verification:
 
     Raises:
         MissingError: no run was begun there.
-        StorageError: the storage failed, or run.json is damaged.
+        StorageError: the storage failed.
     """
-    run, committed = ledger.run(), sorted(ledger.committed())
-    if run is None and not committed:
-        raise MissingError(f"{ledger.uri}: holds no run.json, so no run was begun there. Check the URI.")
     found = Verification(ledger.uri)
+    committed = sorted(ledger.committed())
+    run = _run(ledger, bool(committed), found)
     manifest = _manifest(ledger, found)
     found.finished = manifest is not None
     _judge_run(run, committed, found)
@@ -170,18 +168,41 @@ def verify(ledger: Ledger, tick: Tick) -> Verification:
     return found
 
 
+def repair(ledger: Ledger, found: Verification) -> None:
+    """Takes away what is damaged, so that the same job makes it again; files that are read by nobody stay.
+
+    Raises:
+        StorageError: something cannot be removed.
+    """
+    ledger.withdraw(sorted(found.damaged))
+    if "run" in found.damage:
+        ledger.forget()
+
+
+def _run(ledger: Ledger, is_begun: bool, found: Verification) -> dict[str, Any] | None:
+    try:
+        run = ledger.run()
+    except DamagedError:
+        found.add("run", "run.json")
+        return None
+    if run is None and not is_begun:
+        raise MissingError(f"{ledger.uri}: holds no run.json, so no run was begun there. Check the URI.")
+    if run is None:
+        found.add("run", "run.json")
+    return run
+
+
 def _manifest(ledger: Ledger, found: Verification) -> dict[str, Any] | None:
     try:
         return ledger.manifest()
     except DamagedError:
-        found.add("manifest", "it is no JSON object")
+        found.add("manifest", "it is not what was written")
         return None
 
 
 def _judge_run(run: Mapping[str, Any] | None, committed: Iterable[int], found: Verification) -> None:
-    """Whether the job is known, and has a record of each shard when it says that it is finished."""
+    """Whether there is a record of each shard when the run says that it is finished."""
     if run is None:
-        found.add("run", "run.json")
         return
     found.num_shards = int(run["num_shards"])
     there = set(committed)

@@ -1,10 +1,10 @@
 """Opening, listing, reading and writing files by URL."""
 
 import hashlib
+import logging
 import os
 import shutil
 import stat
-import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,10 +17,12 @@ from fsspec.spec import AbstractFileSystem
 
 from raydetect.errors import ChangedError, MissingError, SpecError, StorageError
 from raydetect.spec import StorageOptions
+from raydetect.storage.local import remove_leftovers, write_local
 from raydetect.storage.stored_file import StoredFile
 from raydetect.storage.troubles import changed, translate
 from raydetect.storage.uris import check_uri, normalise_uri
 
+log = logging.getLogger("raydetect.storage")
 READ_BLOCK_BYTES = 8 << 20
 RANGE_BYTES = 64 << 20
 LISTERS = 16
@@ -194,13 +196,15 @@ class Storage:
     def write(self, uri: str, data: bytes) -> None:
         """Writes the whole file or nothing: readers see the old bytes or the new ones, never a part.
 
+        On a local disk it is there after a power cut too when this returns.
+
         Raises:
             StorageError: it cannot be written.
         """
         fs, path = self.filesystem(uri)
         try:
             if uri.startswith("file://"):
-                _write_local(Path(path), data)
+                write_local(Path(path), data)
             else:
                 fs.pipe_file(path, data)
         except Exception as error:
@@ -244,7 +248,8 @@ class Storage:
         except Exception as error:
             raise translate(uri, "list", error) from error
         if not found and not self.exists(uri):
-            raise MissingError(f"{uri}: nothing is there. Check the bucket and the path.")
+            where = "the path" if uri.startswith("file://") else "the bucket and the path"
+            raise MissingError(f"{uri}: nothing is there. Check {where}.")
         yield from _files(uri, found)
 
     def glob(self, uri: str) -> Iterator[FileInfo]:
@@ -268,6 +273,16 @@ class Storage:
         except Exception as error:
             raise translate(uri, "list", error) from error
         yield from _files(uri, found)
+
+    def remove_leftovers(self, uri: str) -> None:
+        """Removes what killed processes left of unfinished files below a folder of a local disk.
+
+        On S3 a killed upload shows nowhere; a lifecycle rule of the bucket ends what it holds.
+        """
+        if uri.startswith("file://"):
+            count = remove_leftovers(Path(self.filesystem(uri)[1]))
+            if count:
+                log.warning("%s: removed %d unfinished files of killed processes", uri, count)
 
     def delete(self, uri: str) -> None:
         """Removes one file if it is there."""
@@ -350,17 +365,6 @@ def _files(uri: str, found: dict[str, dict[str, Any]]) -> Iterator[FileInfo]:
         entry = found[name]
         if entry["type"] != "directory" and not (scheme == "s3" and name.endswith("/")):
             yield _file_info(name if "://" in name else f"{scheme}://{name}", entry)
-
-
-def _write_local(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _file_info(uri: str, found: dict[str, Any]) -> FileInfo:

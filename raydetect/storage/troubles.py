@@ -1,5 +1,6 @@
 """What a storage library raises, as one sentence, and told apart: the whole storage, or this one object for good."""
 
+import errno
 import re
 
 from raydetect.errors import ChangedError, MissingError, RaydetectError, StorageError, UnreadableError
@@ -9,6 +10,15 @@ REFUSED_KEYS = (
     "InvalidSecurity", "RequestTimeTooSkewed", "AccountProblem",
 )  # fmt: skip
 DENIED = ("AccessDenied", "403", "Forbidden", "AllAccessDisabled")
+DISK = {
+    errno.ENOSPC: "no space is left on the disk. Free some and start the same command again.",
+    errno.EDQUOT: "the disk quota is used up. Free some space or raise it, and start the same command again.",
+    errno.EFBIG: "it is larger than the disk or `ulimit -f` allows. Name another place or raise the limit.",
+    errno.EROFS: "the disk is mounted read-only. Mount it writable or name another place.",
+    errno.EACCES: "permission denied. Change who may write there or name another place.",
+    errno.EPERM: "the operation is not permitted. Change who may write there or name another place.",
+    errno.EIO: "the disk reports an input/output error. Check it, and start the same command again.",
+}
 ABSENT = ("NoSuchKey", "NoSuchVersion", "404")
 READ = 3000  # letters of a library's message; some repeat whole answers of a server
 CHANGED = ("PreconditionFailed", "412")
@@ -60,9 +70,21 @@ def _of_storage(uri: str, verb: str, error: Exception, code: str, text: str) -> 
         )
     if isinstance(error, FileNotFoundError):
         return MissingError(f"{uri}: not found. Check the path.")
+    if isinstance(error, OSError) and error.errno in DISK and is_local(uri):
+        return StorageError(f"{uri}: cannot {verb} it: {DISK[error.errno]}")
     if "connect" in type(error).__name__.lower() or "Could not connect" in text:
         return StorageError(f"{uri}: the storage cannot be reached ({text}). Check storage.endpoint_url.")
     return StorageError(f"{uri}: cannot {verb} it ({type(error).__name__}: {text}).")
+
+
+def is_local(uri: str) -> bool:
+    """Whether it names a file of a disk, by a URI or as a path."""
+    return uri.partition("://")[0] == "file" or "://" not in uri
+
+
+def disk_reason(error: OSError) -> str:
+    """Why a disk refused, in a few words: "no space left on device"."""
+    return " ".join((error.strerror or str(error)).split()).lower()
 
 
 def changed(uri: str) -> ChangedError:

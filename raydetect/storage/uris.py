@@ -1,22 +1,26 @@
 """URIs: their one form, how they are joined, and which are refused."""
 
 import os
+import re
 
 from raydetect.errors import SpecError, StorageError
 from raydetect.redaction import names_secret, user_of
 
 SCHEMES = ("file", "s3", "memory", "gs", "az", "abfs", "http", "https")
+FILE_URI = re.compile(r"\Afile:(?://localhost)?/(?!/)")  # the other forms that RFC 8089 has for file:///path
 
 
 def normalise_uri(uri: str) -> str:
     """`scheme://...` without `..`, `.`, doubled slashes or a slash at the end; plain paths become `file://`.
+
+    `file:/path` and `file://localhost/path` are `file:///path`.
 
     For URIs that people write. Those that a listing gave are kept as they are, since `a//b` is a key of its own.
 
     Raises:
         SpecError: an unknown scheme, a chained or presigned URL, one with a user, or a path that climbs out with `..`.
     """
-    text = os.fspath(uri)
+    text = FILE_URI.sub("file:///", os.fspath(uri))
     if "\0" in text:
         raise SpecError(f"{text!r}: holds U+0000, which no name may hold. Mend the URI.")
     if not text.strip():

@@ -2,8 +2,6 @@
 
 import copy
 import json
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +18,7 @@ from raydetect.errors import SpecError, TooManyBadRows
 from raydetect.left_out import LeftOutCount, left_out_of, left_out_text
 from raydetect.records import OK, Chunk, LeftOut, Member
 from raydetect.spec import SourceSpec
+from raydetect.storage import Scratch
 from raydetect.worker.preprocess import DecodeRules, Pixels, decode_all
 from raydetect.worker.read import refuse_bad_member
 
@@ -46,16 +45,20 @@ class ImageCache:
         self.images: dict[str, CachedImage] = {}
         self._rows: dict[str, int] = {}
         self._bytes = int(np.prod(self.shape))
-        self._file = tempfile.TemporaryFile(prefix="raydetect-images-")  # noqa: SIM115 (the cache keeps it)
+        self._file = Scratch("decoded images")
 
     def __len__(self) -> int:
         return len(self.images)
 
     def add(self, image: CachedImage, pixels_HWC: np.ndarray) -> None:
-        """Keeps an image; a key that is there already changes nothing."""
+        """Keeps an image; a key that is there already changes nothing.
+
+        Raises:
+            StorageError: the temporary folder cannot hold it.
+        """
         if image.key not in self._rows:
             row = len(self._rows)
-            os.pwrite(self._file.fileno(), np.ascontiguousarray(pixels_HWC).data, row * self._bytes)
+            self._file.write_at(row * self._bytes, np.ascontiguousarray(pixels_HWC).data)
             self._rows[image.key] = row
             self.images[image.key] = image
 
@@ -74,7 +77,7 @@ class ImageCache:
         """Uint8 (B, H, W, 3) of `keys`, in that order."""
         images_BHWC = np.empty((len(keys), *self.shape), dtype=np.uint8)
         for i, key in enumerate(keys):
-            os.preadv(self._file.fileno(), [images_BHWC[i].data.cast("B")], self._rows[key] * self._bytes)
+            self._file.read_at(self._rows[key] * self._bytes, images_BHWC[i].data)
         return images_BHWC
 
     def batch(self, keys: Sequence[str], device: torch.device, epoch: int = 0, draws: Sequence[int] = ()) -> Batch:
