@@ -608,7 +608,7 @@ def test_wrong_members_in_python_are_refused() -> None:
         (lambda: create_ensemble([create_model("stfpm", seed=2)], seed=1), "has a seed of its own"),
         (lambda: create_ensemble(["stfpm"], weights=[1, 2]), "2 weights for 1 members"),
         (lambda: create_ensemble(["stfpm"], weights=[-1]), "greater than 0"),
-        (lambda: create_ensemble(["stfpm", "patchcore"]).set_class_name("x"), "ensemble of stfpm, patchcore: scores"),
+        (lambda: create_ensemble(["stfpm", "patchcore"]).set_class_name("x"), "ensemble of stfpm, patchcore: does"),
     ]
     for call, message in calls:
         with pytest.raises(SpecError, match=message):

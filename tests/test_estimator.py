@@ -273,7 +273,7 @@ def test_wrong_words_are_refused(fitted: Estimator) -> None:
         (lambda: fitted.configure(devise="cpu"), "Did you mean 'device'"),
         (lambda: fitted.configure(device="tpu"), "device"),
         (lambda: fitted.configure(storage={"endpoint": "x"}), "endpoint_url"),
-        (lambda: fitted.set_class_name("screw"), "patchcore: scores without text"),
+        (lambda: fitted.set_class_name("screw"), "patchcore: does not use text prompts"),
     ]
     for call, message in calls:
         with pytest.raises(SpecError, match=message):

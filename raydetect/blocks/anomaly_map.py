@@ -1,4 +1,4 @@
-"""From a grid of patch scores to an anomaly map: upsampling and Gaussian smoothing."""
+"""Anomaly maps from grids of patch scores: upsampling and Gaussian smoothing."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -18,12 +18,12 @@ def upsample(grid_Bhw: Tensor, size_px: tuple[int, int]) -> Tensor:
 
 
 def unlikely(levels: Sequence[Tensor], size_px: tuple[int, int]) -> Tensor:
-    """Minus the logarithm of the mean over levels of upsampled likelihoods, (B, H, W) float32.
+    """Negative logarithm of the mean over levels of upsampled likelihoods, (B, H, W) float32.
 
-    The likelihoods are float64 on their way, so that only what lies 690 below the likeliest is cut off.
+    Likelihoods are computed in float64, so only log-likelihoods below about -690 are clipped.
 
     Args:
-        levels: log-likelihoods (B, h_i, w_i), each up to a constant of its level.
+        levels: log-likelihoods (B, h_i, w_i), each up to a constant per level.
         size_px: (height, width).
     """
     grids = [level_Bhw[:, None].double().exp() for level_Bhw in levels]
@@ -32,7 +32,7 @@ def unlikely(levels: Sequence[Tensor], size_px: tuple[int, int]) -> Tensor:
 
 
 def gaussian_kernel(sigma_px: float) -> Tensor:
-    """Normalised 1-D Gaussian, cut at four sigma, float32."""
+    """Normalised 1-D Gaussian kernel, truncated at four sigma, float32."""
     radius = int(4.0 * sigma_px + 0.5)
     offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
     weights = torch.exp(-0.5 * (offsets / sigma_px) ** 2)
@@ -40,7 +40,7 @@ def gaussian_kernel(sigma_px: float) -> Tensor:
 
 
 def smooth(map_BHW: Tensor, sigma_px: float) -> Tensor:
-    """Gaussian smoothing, the edge pixel mirrored with itself (scipy's `reflect`); sigma 0 changes nothing."""
+    """Gaussian smoothing with scipy's `reflect` boundary mode; sigma 0 is the identity."""
     if sigma_px == 0.0:
         return map_BHW
     kernel = gaussian_kernel(sigma_px).to(map_BHW.device)
@@ -56,7 +56,7 @@ def smooth(map_BHW: Tensor, sigma_px: float) -> Tensor:
 def smooth_upsampled(grid_Bhw: Tensor, size_px: tuple[int, int], sigma_px: float) -> Tensor:
     """`smooth(upsample(grid_Bhw, size_px), sigma_px)` up to rounding, as two small matrix products, (B, H, W) float32.
 
-    Both are linear and act on rows and columns apart, so that each axis is one matrix.
+    Both are linear and separable, so each axis is one matrix.
     """
     if sigma_px == 0.0:
         return upsample(grid_Bhw, size_px)
@@ -66,13 +66,13 @@ def smooth_upsampled(grid_Bhw: Tensor, size_px: tuple[int, int], sigma_px: float
         for length, size in ((height, size_px[0]), (width, size_px[1]))
     )
     wide_BhW = product(grid_Bhw.float().reshape(batch * height, width), columns_Ww).view(batch, height, -1)
-    turned_BWh = wide_BhW.transpose(1, 2).reshape(-1, height)
-    return product(turned_BWh, rows_Hh).view(batch, -1, size_px[0]).transpose(1, 2).contiguous()
+    transposed_BWh = wide_BhW.transpose(1, 2).reshape(-1, height)
+    return product(transposed_BWh, rows_Hh).view(batch, -1, size_px[0]).transpose(1, 2).contiguous()
 
 
 @lru_cache(maxsize=64)
 def _axis_matrix(length: int, size_px: int, sigma_px: float) -> Tensor:
-    """What upsampling from `length` to `size_px` and smoothing do to one axis, (size, length), from float64."""
+    """Matrix (size, length) of upsampling from `length` to `size_px` and smoothing along one axis, via float64."""
     with torch.inference_mode(False):
         wide = F.interpolate(torch.eye(length, dtype=torch.float64)[:, None], size=size_px, mode="linear")[:, 0]
         kernel = gaussian_kernel(sigma_px).double()
@@ -81,6 +81,6 @@ def _axis_matrix(length: int, size_px: int, sigma_px: float) -> Tensor:
 
 
 def _reflected(size: int, radius: int) -> Tensor:
-    """Indexes of a line of `size` extended by `radius` on both sides: d c b a | a b c d | d c b a, repeated."""
-    places = torch.arange(-radius, size + radius) % (2 * size)
-    return torch.where(places < size, places, 2 * size - 1 - places)
+    """Indices that extend an axis of `size` by `radius` on both sides: d c b a | a b c d | d c b a, periodically."""
+    indices = torch.arange(-radius, size + radius) % (2 * size)
+    return torch.where(indices < size, indices, 2 * size - 1 - indices)

@@ -1,6 +1,6 @@
-"""Backbones by torchvision or timm name, cut after the deepest used layer.
+"""Backbones by torchvision or timm name, truncated after the deepest used layer.
 
-Building one loads no weights from anywhere; `detectors/_weights.py` fetches them.
+Building one loads no pretrained weights; see `detectors/_weights.py`.
 """
 
 import copy
@@ -21,21 +21,21 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 ALIASES = {"wide_resnet50": "wide_resnet50_2", "wide_resnet101": "wide_resnet101_2"}
 TIMM_PREFIX = "timm/"
-PROBE_PX = 64  # the smallest square that every convolutional trunk takes
+PROBE_PX = 64  # accepted by every convolutional trunk
 NO_MAPS = ("vit_", "swin_")
 PIXEL_MEAN, PIXEL_STD = "pixel_mean", "pixel_std"
 
 
 def is_timm(name: str) -> bool:
-    """Whether a backbone name means timm's model: `timm/NAME`, or a name only timm knows."""
+    """Whether a backbone name refers to timm: `timm/NAME`, or a name unknown to torchvision."""
     return name.startswith(TIMM_PREFIX) or ALIASES.get(name, name) not in models.list_models()
 
 
 def bare_name(name: str) -> str:
-    """The name as its library has it.
+    """The name as used by its library.
 
     Raises:
-        SpecError: neither torchvision nor timm knows it, or it gives no feature maps.
+        SpecError: it is unknown to torchvision and timm, or its model provides no feature maps.
     """
     bare = ALIASES.get(name, name).removeprefix(TIMM_PREFIX)
     if is_timm(name):
@@ -43,24 +43,24 @@ def bare_name(name: str) -> str:
 
         known = timm.list_models()
         if bare.partition(".")[0] not in known:
-            said = nearest(name, [*models.list_models(), *known])
-            raise SpecError(f"backbone {name!r} is unknown to torchvision and timm.{said}")
+            hint = nearest(name, [*models.list_models(), *known])
+            raise SpecError(f"backbone {name!r} is unknown to torchvision and timm.{hint}")
     elif bare.startswith(NO_MAPS):
         raise SpecError(
-            f"backbone {name!r}: torchvision's transformers give no feature maps. Use timm's, such as "
+            f"backbone {name!r}: torchvision's transformers provide no feature maps. Use timm's, such as "
             "vit_base_patch16_224."
         )
     return bare
 
 
 class Backbone(nn.Module):
-    """Feature pyramid of uint8 RGB images at the named layers, in the order in which they are named.
+    """Feature pyramid of uint8 RGB images at the given layers, in the given order.
 
-    Raises on building: SpecError when the name or a layer is unknown.
+    The constructor raises SpecError if the name or a layer is unknown.
     """
 
     def __init__(self, name: str, layers: Sequence[str], seed: int, *words: str) -> None:
-        """Builds the cut trunk with random weights keyed by `seed` and `words`."""
+        """Builds the truncated trunk with random weights keyed by `seed` and `words`."""
         super().__init__()
         self.name, self.layers = name, tuple(layers)
         with torch.random.fork_rng(devices=[]):
@@ -78,19 +78,19 @@ class Backbone(nn.Module):
         """Features (B, C_i, h_i, w_i) of every layer, from uint8 RGB images.
 
         Raises:
-            SpecError: a transformer cannot take images of this size.
+            SpecError: a transformer does not accept images of this size.
         """
         return self.features(self.normalised(images_BCHW))
 
     def features(self, normal_BCHW: Tensor) -> list[Tensor]:
-        """The same from normalised images, with gradients where these ask for them."""
+        """Features of normalised images; gradients flow to inputs that require them."""
         trunk = self.trunk if self._folded is None else self._folded
         found = trunk(normal_BCHW)
-        # torchvision's extractor gives the layers in the network's own order
+        # torchvision's extractor returns the layers in the network's order
         return [found[layer] for layer in self.layers] if isinstance(found, dict) else list(found)
 
     def shapes(self, image_size: tuple[int, int]) -> list[tuple[int, ...]]:
-        """(C_i, h_i, w_i) of every layer for images of (height, width) px; costs one forward pass, changes nothing."""
+        """(C_i, h_i, w_i) of every layer for images of (height, width) px; costs one forward pass."""
         modes = {part: part.training for part in self.modules()}
         with torch.inference_mode():
             found = self.eval()(self.mean_C11.new_zeros(1, 3, *image_size))
@@ -101,7 +101,7 @@ class Backbone(nn.Module):
     def normalised(self, images_BCHW: Tensor) -> Tensor:
         """(x / 255 - mean) / std, float32, channels last.
 
-        Written over rows of width * channels: over channels alone, of which there are three, it takes ten times longer.
+        Vectorised over rows of width * channels, which is ten times faster than over the three channels alone.
         """
         images_BHWC = images_BCHW.permute(0, 2, 3, 1).to(torch.float32).contiguous()
         width = images_BHWC.shape[2]
@@ -111,9 +111,9 @@ class Backbone(nn.Module):
         return normal_BHR.view(images_BHWC.shape).permute(0, 3, 1, 2)
 
     def weights(self) -> dict[str, Tensor]:
-        """The used tensors by the library's own key names.
+        """The used tensors under the library's key names.
 
-        timm's mean and std of pixels are among them: they differ between its weights, and may between its versions.
+        Includes timm's pixel mean and std, which differ between its weights and may differ between its versions.
         """
         state = self.trunk.state_dict()
         found = {self._name(key): value for key, value in state.items() if not key.endswith("num_batches_tracked")}
@@ -125,12 +125,12 @@ class Backbone(nn.Module):
         return self.trunk.names[key] if isinstance(self.trunk, TimmTrunk) else key
 
     def load(self, weights: Mapping[str, Tensor], source: str) -> None:
-        """Takes the used tensors out of `weights`; others are passed over.
+        """Loads the used tensors from `weights`; others are ignored.
 
-        Mean and std of pixels are taken if they are there, as in an artifact; a file of weights has none.
+        Pixel mean and std are loaded if present, as in an artifact; weights files have none.
 
         Raises:
-            ArtifactError: a used tensor is missing or has another shape; the message names it.
+            ArtifactError: a used tensor is missing or has the wrong shape; the message names it.
         """
         for name, value in self.weights().items():
             if name not in weights:
@@ -157,24 +157,24 @@ class Backbone(nn.Module):
         return [shape[0] for shape in self.shapes((PROBE_PX, PROBE_PX))]
 
     def digest(self) -> str:
-        """sha256 over the used tensors, in order of their names."""
+        """sha256 of the used tensors, in order of their names."""
         return tensors_digest(self.weights())
 
     def freeze(self) -> "Backbone":
-        """From here on for scoring: eval mode, no gradients, torchvision's batch norms folded in, channels last.
+        """Prepares for scoring: eval mode, no gradients, folded batch norms (torchvision only), channels last.
 
-        `weights` and `digest` still give the tensors before folding.
+        `weights` and `digest` still return the tensors before folding.
         """
         self.eval().requires_grad_(False)
         if isinstance(self.trunk, fx.GraphModule):
-            # the extractor holds a graph per mode; fuse wants one
+            # the extractor holds one graph per mode; fuse expects a single graph
             folded = copy.deepcopy(self.trunk)
             self._folded = fuse(fx.GraphModule(folded, folded.graph).eval(), inplace=True, no_trace=True)
         return self.to(memory_format=torch.channels_last)
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over tensors, in order of their names."""
+    """sha256 of tensors, in order of their names."""
     total = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         total.update(name.encode())
@@ -183,10 +183,10 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def stage_of(name: str, layer: str) -> nn.Module:
-    """One stage of a model as its library builds it, such as "layer4" of a ResNet, with random weights.
+    """One stage of a model, such as "layer4" of a ResNet, with random weights.
 
     Raises:
-        SpecError: neither library knows the model, or it has no such stage.
+        SpecError: the model is unknown to both libraries, or has no such stage.
     """
     bare = bare_name(name)
     if is_timm(name):

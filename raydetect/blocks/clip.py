@@ -1,4 +1,4 @@
-"""CLIP as open_clip has it: an image tower that also embeds some of its tokens, and a text tower. Reads no weights.
+"""CLIP models of open_clip: an image tower that can embed subsets of its tokens, and a text tower. Loads no weights.
 
 Shapes: B images or texts, P patches, T tokens (the class token and patches), C width, D embedding dim, W windows.
 """
@@ -19,10 +19,10 @@ from raydetect.blocks.seeding import keyed_seed
 from raydetect.config import nearest
 from raydetect.errors import ArtifactError, SpecError
 
-PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's; open_clip has others for few of its weights
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's; a few open_clip weights use others
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
-BLOCK_TOKENS = 1 << 14  # tokens that pass the transformer together
-TINY = "tiny"  # for tests: a network of no use
+BLOCK_TOKENS = 1 << 14  # tokens per forward pass of the transformer
+TINY = "tiny"  # for tests
 TINY_WORDS: Mapping[str, Any] = {
     "embed_dim": 32,
     "vision_cfg": {"image_size": 64, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
@@ -39,11 +39,11 @@ POSITIONS = "visual.positional_embedding"
 
 @dataclass(frozen=True, slots=True)
 class ClipConfig:
-    """A CLIP with a vision transformer.
+    """Configuration of a CLIP model with a vision transformer.
 
     Attributes:
-        name: open_clip's.
-        words: its configuration there.
+        name: the model's name in open_clip.
+        words: its open_clip configuration.
     """
 
     name: str
@@ -51,49 +51,49 @@ class ClipConfig:
 
     @property
     def patch_px(self) -> int:
-        """Side of a patch."""
+        """Side of a patch in px."""
         return int(self.words["vision_cfg"]["patch_size"])
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) in px that its weights were trained at."""
+        """(height, width) in px of the training images."""
         side = int(self.words["vision_cfg"]["image_size"])
         return side, side
 
 
 @cache
 def clip_config(name: str) -> ClipConfig:
-    """The configuration of a CLIP; `ViT-B/32` means open_clip's `ViT-B-32`. Reads one file, imports nothing.
+    """The configuration of a CLIP model; `ViT-B/32` means `ViT-B-32`. Reads one file without importing open_clip.
 
     Raises:
-        SpecError: open_clip has none of this name, or it has no plain vision transformer with a class token.
+        SpecError: open_clip has no such model, or it has no plain vision transformer with a class token.
     """
     bare = name.replace("/", "-")
     if bare == TINY:
         return ClipConfig(bare, TINY_WORDS)
     found = importlib.util.find_spec("open_clip")
     if found is None or found.origin is None:
-        raise SpecError("clip_model needs the package open_clip_torch. Install it.")
+        raise SpecError("clip_model requires the package open_clip_torch. Install it.")
     folder = Path(found.origin).parent / "model_configs"
     known = {path.stem: path for path in folder.glob("*.json")}
     if bare not in known:
         raise SpecError(f"clip_model {name!r} is unknown to open_clip.{nearest(bare, sorted(known))}")
-    words = json.loads(known[bare].read_text())
-    unusual = set(words) - {"embed_dim", "quick_gelu", *PLAIN}
-    unusual |= {key for part, plain in PLAIN.items() for key in set(words[part]) - plain}
-    if unusual or not isinstance(words["vision_cfg"]["layers"], int):
+    config = json.loads(known[bare].read_text())
+    unusual = set(config) - {"embed_dim", "quick_gelu", *PLAIN}
+    unusual |= {key for part, plain in PLAIN.items() for key in set(config[part]) - plain}
+    if unusual or not isinstance(config["vision_cfg"]["layers"], int):
         raise SpecError(
-            f"clip_model {name!r} is no plain CLIP with a vision transformer ({', '.join(sorted(unusual)) or 'layers'})"
-            ". Use one such as ViT-B-16-plus-240, ViT-B-32 or ViT-L-14."
+            f"clip_model {name!r} is not a plain CLIP with a vision transformer "
+            f"({', '.join(sorted(unusual)) or 'layers'}). Use a model such as ViT-B-16-plus-240, ViT-B-32 or ViT-L-14."
         )
-    return ClipConfig(bare, words)
+    return ClipConfig(bare, config)
 
 
 class ImageTower(nn.Module):
-    """The image tower: tokens of images, and embeddings of all of them or of a few."""
+    """The image tower: tokens of images, and embeddings of all tokens or of subsets."""
 
     def __init__(self, visual: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Wraps open_clip's vision transformer; mean and std of pixels in [0, 1] are saved with it."""
+        """Wraps open_clip's vision transformer; pixel mean and std, for pixels in [0, 1], are saved with it."""
         super().__init__()
         self.visual: Any = visual
         self.pixel_mean: Tensor
@@ -108,27 +108,27 @@ class ImageTower(nn.Module):
         return int(height), int(width)
 
     def tokens(self, images_BCHW: Tensor) -> Tensor:
-        """What enters the transformer for uint8 RGB images, the class token first, (B, T, C)."""
+        """Input tokens of the transformer for uint8 RGB images, class token first, (B, T, C)."""
         normal = (images_BCHW.float() / 255 - self.pixel_mean.view(3, 1, 1)) / self.pixel_std.view(3, 1, 1)
         patches_BPC = self.visual.conv1(normal).flatten(2).transpose(1, 2)
         class_B1C = self.visual.class_embedding.expand(len(patches_BPC), 1, -1)
-        placed_BTC = torch.cat([class_B1C, patches_BPC], 1) + self.visual.positional_embedding
-        ready: Tensor = self.visual.ln_pre(placed_BTC)
-        return ready
+        tokens_BTC = torch.cat([class_B1C, patches_BPC], 1) + self.visual.positional_embedding
+        normed_BTC: Tensor = self.visual.ln_pre(tokens_BTC)
+        return normed_BTC
 
     def embed(self, tokens_BTC: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, D), and the last block's normed patch tokens (B, T - 1, C); both of length 1."""
+        """Embeddings (B, D) and the last block's normed patch tokens (B, T - 1, C), both L2-normalised."""
         out_BTC = self.visual.ln_post(self.visual.transformer(tokens_BTC))
         return F.normalize(out_BTC[:, 0] @ self.visual.proj, dim=-1), F.normalize(out_BTC[:, 1:], dim=-1)
 
     def embed_windows(self, tokens_BTC: Tensor, patches_WK: Tensor) -> Tensor:
-        """Embeddings of windows, each of the class token and its patches alone, (B, W, D), of length 1.
+        """L2-normalised embeddings of windows, (B, W, D), each from the class token and the window's patches only.
 
-        Tokens outside a window are left out, which is what masking them in every attention does.
+        Dropping the tokens outside a window is equivalent to masking them in every attention layer.
 
         Args:
-            tokens_BTC: of `tokens`.
-            patches_WK: numbers of the patches of every window.
+            tokens_BTC: output of `tokens`.
+            patches_WK: patch indices of every window.
         """
         index_WT = F.pad(patches_WK + 1, (1, 0)).to(tokens_BTC.device)
         step = max(1, BLOCK_TOKENS // (len(tokens_BTC) * index_WT.shape[1]))
@@ -140,30 +140,30 @@ class ImageTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """The text tower with open_clip's own tokenizer, whose vocabulary comes with the package."""
+    """The text tower with open_clip's tokenizer, whose vocabulary ships with the package."""
 
     def __init__(self, clip: nn.Module) -> None:
-        """Wraps an open_clip CLIP without its image tower."""
+        """Wraps an open_clip CLIP model without its image tower."""
         super().__init__()
         self.clip: Any = clip
 
     def embed(self, texts: Sequence[str]) -> Tensor:
         """Embeddings (B, D), not normalised.
 
-        Positions after the longest text are left out; attention is causal, so they count for nothing.
+        Positions after the longest text are dropped; attention is causal, so they have no effect.
 
         Raises:
-            SpecError: a text is longer than the context.
+            SpecError: a text exceeds the context length.
         """
         tokenizer = _tokenizer()
         for text in texts:
             if len(tokenizer.encode(text)) > self.clip.context_length - 2:
                 raise SpecError(f"the prompt {text!r} is longer than {self.clip.context_length} tokens. Shorten it.")
         ids_BT = tokenizer(list(texts), self.clip.context_length).to(self.clip.positional_embedding.device)
-        ends_B = ids_BT.argmax(1)  # the end token has the highest number
+        ends_B = ids_BT.argmax(1)  # the end token has the highest id
         length = int(ends_B.max()) + 1
-        placed = self.clip.token_embedding(ids_BT[:, :length]) + self.clip.positional_embedding[:length]
-        out = self.clip.transformer(placed, attn_mask=self.clip.attn_mask[:length, :length])
+        tokens = self.clip.token_embedding(ids_BT[:, :length]) + self.clip.positional_embedding[:length]
+        out = self.clip.transformer(tokens, attn_mask=self.clip.attn_mask[:length, :length])
         embeddings: Tensor = self.clip.ln_final(out)[torch.arange(len(ends_B)), ends_B] @ self.clip.text_projection
         return embeddings
 
@@ -186,47 +186,47 @@ def build_clip(
     """Both towers with random weights keyed by the seed, in eval mode.
 
     Args:
-        config: of `clip_config`.
-        image_size: (height, width), a multiple of the patch.
-        seed: keys the weights.
-        quick_gelu: the activation of some weights, besides those whose configuration says so.
-        mean: of pixels in [0, 1].
-        std: likewise.
+        config: from `clip_config`.
+        image_size: (height, width), multiples of the patch size.
+        seed: seed of the weights.
+        quick_gelu: use QuickGELU even if the configuration does not; some weights need it.
+        mean: pixel mean, for pixels in [0, 1].
+        std: pixel std, for pixels in [0, 1].
     """
     from open_clip import CLIP  # slow
 
-    words = {**config.words, "vision_cfg": {**config.words["vision_cfg"], "image_size": image_size}}
-    words["quick_gelu"] = quick_gelu or words.get("quick_gelu", False)
+    settings = {**config.words, "vision_cfg": {**config.words["vision_cfg"], "image_size": image_size}}
+    settings["quick_gelu"] = quick_gelu or settings.get("quick_gelu", False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(keyed_seed(seed, "clip", config.name))
-        clip = CLIP(**words).eval().requires_grad_(False)
+        clip = CLIP(**settings).eval().requires_grad_(False)
     visual = clip.visual
     del clip.visual, clip.logit_scale
     return ImageTower(visual, mean, std), TextTower(clip)
 
 
 def load_clip(image: ImageTower, text: TextTower, weights: Mapping[str, Tensor], source: str) -> None:
-    """Takes both towers' tensors, by open_clip's names, out of `weights`; others are passed over.
+    """Loads both towers' tensors, under open_clip's names, from `weights`; others are ignored.
 
-    Position embeddings of another grid are interpolated, bicubic and antialiased, as open_clip does.
+    Position embeddings of a different grid are interpolated, bicubic and antialiased, as in open_clip.
 
     Raises:
-        ArtifactError: a tensor is missing or has another shape; the message names it.
+        ArtifactError: a tensor is missing or has the wrong shape; the message names it.
     """
     chosen = {name: value for name, value in weights.items() if name != POSITIONS}
     if POSITIONS in weights:
         chosen[POSITIONS] = _on_grid(weights[POSITIONS], image.grid)
-    for module, start in ((image.visual, IMAGE), (text.clip, "")):
+    for module, prefix in ((image.visual, IMAGE), (text.clip, "")):
         own = module.state_dict()
         for name, value in own.items():
-            if start + name not in chosen:
-                raise ArtifactError(f"{source}: has no tensor {start + name!r}, which this CLIP needs.")
-            if chosen[start + name].shape != value.shape:
+            if prefix + name not in chosen:
+                raise ArtifactError(f"{source}: has no tensor {prefix + name!r}, which this CLIP needs.")
+            if chosen[prefix + name].shape != value.shape:
                 raise ArtifactError(
-                    f"{source}: tensor {start + name!r} has shape {tuple(chosen[start + name].shape)}, this CLIP needs "
+                    f"{source}: tensor {prefix + name!r} has shape {tuple(chosen[prefix + name].shape)}, expected "
                     f"{tuple(value.shape)}."
                 )
-        module.load_state_dict({name: chosen[start + name] for name in own})
+        module.load_state_dict({name: chosen[prefix + name] for name in own})
 
 
 def _on_grid(positions_TC: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -1,9 +1,9 @@
-"""Coresets of keyed rows over all workers: greedy k-center (farthest first), exact in a few rounds, and two others.
+"""Coresets of keyed rows over all workers: exact greedy k-center (farthest first) in few rounds, and two variants.
 
-Every worker offers its farthest rows, all see the union, and run greedy among these alone as long as the best is
-farther than every row that was not offered: these picks are the true global ones. Then all rows are updated against
-them at once. Distances are exact integers (`blocks/integers.py`) and ties go to the row of smaller order, so the same
-images give the same rows in the same order on any number of workers.
+In each round, every worker offers its farthest rows, all workers gather the union, and run greedy selection on it as
+long as the best candidate is farther than every row not offered: these picks equal the global greedy picks. All rows
+are then updated against the picks at once. Distances are exact integers (`blocks/integers.py`) and ties are broken by
+row order, so the same images yield the same rows in the same order on any number of workers.
 
 Shapes: N rows here, M centres, P projected dims, U offered rows.
 
@@ -29,7 +29,7 @@ from raydetect.blocks.seeding import keyed_seed, mixed_hash
 
 CoresetMode = Literal["exact", "composable", "random"]
 CANDIDATES = 2048
-ROWS_AT_ONCE, CENTRES_AT_ONCE = 1024, 512  # a product of 2 MB, which stays in cache
+ROWS_AT_ONCE, CENTRES_AT_ONCE = 1024, 512  # 2 MB per product, which fits in cache
 OVERSAMPLING = 2.0
 TAKEN = -1.0
 Tick = Callable[[int], None]
@@ -37,17 +37,16 @@ Tick = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class Coreset:
-    """Chosen rows, the same on every worker.
+    """Selected rows, identical on every worker.
 
     Attributes:
-        rows_MD: their embeddings, float32, in order of choice.
-        of: how many rows they were chosen from.
-        keys_M: the image that each row comes from.
-        sha256: over (image key, row of the image) in order of choice.
-        radius: covering radius in the projected integers, in units of the embeddings (as the projection keeps them).
-        proven_ratio: the radius is at most this many times the best possible one for M centres; None if nothing is
-            proven.
-        mode: how they were chosen.
+        rows_MD: their embeddings, float32, in selection order.
+        of: number of rows they were selected from.
+        keys_M: key of each row's image.
+        sha256: of (image key, row within the image) in selection order.
+        radius: covering radius in the projected integers, in units of the embeddings (up to projection distortion).
+        proven_ratio: upper bound on the ratio of the radius to the optimal one for M centres; None if there is none.
+        mode: selection mode.
     """
 
     rows_MD: Tensor
@@ -59,7 +58,7 @@ class Coreset:
     mode: CoresetMode
 
     def facts(self) -> dict[str, object]:
-        """For the artifact's record."""
+        """Summary for the artifact's record."""
         return {
             "mode": self.mode,
             "rows": len(self.rows_MD),
@@ -81,19 +80,19 @@ def choose_coreset(
     device: torch.device | str = "cpu",
     tick: Tick | None = None,
 ) -> Coreset:
-    """Chooses M rows of all workers' rows.
+    """Selects M rows from the rows of all workers.
 
     Args:
-        rows: this worker's piece; every worker calls at the same time with the same other arguments.
+        rows: this worker's rows; a collective call, the other arguments must be the same on all workers.
         num_centres: M, 1 <= M <= rows of all workers.
-        seed: keys the projection, and the choice in mode "random".
-        mode: "exact": the same rows as one pass per centre over all rows, first the one of largest norm about the
-            mean; "composable": every worker chooses among its own rows, then all among these (it depends on the
-            number of workers); "random": by keyed hash.
+        seed: seed of the projection, and of the selection in mode "random".
+        mode: "exact": the same rows as greedy selection with one pass over all rows per centre, starting with the row
+            farthest from the mean; "composable": every worker selects among its own rows, then all among these
+            (depends on the number of workers); "random": by keyed hash.
         projected_dims: P; None or P >= D keeps all dims.
-        candidates: rows offered in a round of "exact" by all workers; changes the time, not the result.
-        device: where distances are computed; exact on all.
-        tick: told how many more centres were chosen.
+        candidates: rows offered per round of "exact" by all workers; affects run time, not the result.
+        device: where distances are computed; exact on any device.
+        tick: called with the number of centres selected since the last call.
 
     Raises:
         ValueError: M is out of range.
@@ -101,13 +100,13 @@ def choose_coreset(
     group = rows.group
     total = rows.total()
     if not 1 <= num_centres <= total:
-        raise ValueError(f"{num_centres} centres asked of {total} embeddings")
+        raise ValueError(f"{num_centres} centres requested from {total} embeddings")
     points = integer_points(rows, projected_dims, seed, group)
     greedy = _Greedy(points, rows.order(), group, candidates, torch.device(device), tick or _silent)
     bound: float | None = None
     if mode == "exact":
         greedy.run(num_centres)
-        bound = greedy.farthest() / 4.0  # M + 1 rows at least this far apart; the best radius is at least half
+        bound = greedy.farthest() / 4.0  # M + 1 rows are at least this far apart; the optimal radius is at least half
     elif mode == "composable":
         bound = _compose(greedy, num_centres, candidates) / 4.0
     else:
@@ -115,42 +114,42 @@ def choose_coreset(
     radius = greedy.farthest()
     proven = None if bound is None else 1.0 if radius == 0.0 else math.sqrt(radius / bound) if bound else None
     length, mine = math.sqrt(radius) * points.unit, greedy.mine
-    del points, greedy  # before the embeddings of the centres are copied
+    del points, greedy  # free memory before copying the embeddings of the centres
     names, rows_MD = _gathered(rows, mine, group)
     return Coreset(rows_MD, total, tuple(key for key, _ in names), _digest(names), length, proven, mode)
 
 
 @dataclass(frozen=True, slots=True)
 class _Offers:
-    """Rows that workers offer to each other.
+    """Candidate rows exchanged between workers.
 
     Attributes:
         distance_U: squared distance to the nearest centre so far, float32.
-        order_U: what settles ties, int64.
+        order_U: tie-breaking order, int64.
         points_UP: int8.
-        place_U2: (rank, row there), int64.
+        location_U2: (rank, local row), int64.
     """
 
     distance_U: Tensor
     order_U: Tensor
     points_UP: Tensor
-    place_U2: Tensor
+    location_U2: Tensor
 
     def shared(self, group: Group) -> "_Offers":
-        """The offers of all workers, by order."""
-        parts = (self.distance_U, self.order_U, self.points_UP, self.place_U2)
+        """The offers of all workers, sorted by order."""
+        parts = (self.distance_U, self.order_U, self.points_UP, self.location_U2)
         found = [torch.cat(group.gather(part)) for part in parts]
         by_order = found[1].argsort()
         return _Offers(*(part[by_order] for part in found))
 
 
 class _Greedy:
-    """Farthest first over all workers' points.
+    """Farthest-first selection over all workers' points.
 
     Attributes:
-        nearest_N: squared distance of every row here to its nearest centre, TAKEN for centres.
-        mine: (place in the order of choice, row here) of the centres that lie here.
-        count: centres chosen so far.
+        nearest_N: squared distance of every local row to its nearest centre, TAKEN for centres.
+        mine: (index in selection order, local row) of the local centres.
+        count: number of centres selected so far.
     """
 
     def __init__(
@@ -165,7 +164,7 @@ class _Greedy:
         self.count = 0
 
     def run(self, num_centres: int) -> None:
-        """Chooses until there are `num_centres`."""
+        """Selects until there are `num_centres` centres."""
         if not self.count:
             self.take(self._first())
         while self.count < num_centres:
@@ -176,9 +175,9 @@ class _Greedy:
             self.take(_chosen(offers, picks))
 
     def take(self, chosen: _Offers) -> None:
-        """Makes rows centres, in the order given, and updates every row here."""
-        here = chosen.place_U2[:, 0] == self.group.rank
-        rows_H = chosen.place_U2[here, 1]
+        """Adds rows as centres, in the given order, and updates all local rows."""
+        here = chosen.location_U2[:, 0] == self.group.rank
+        rows_H = chosen.location_U2[here, 1]
         self.mine += zip((here.nonzero()[:, 0] + self.count).tolist(), rows_H.tolist(), strict=True)
         self._update(chosen.points_UP.to(self.device).float())
         self.nearest_N[rows_H.to(self.device)] = TAKEN
@@ -186,19 +185,19 @@ class _Greedy:
         self.tick(len(chosen.order_U))
 
     def farthest(self) -> float:
-        """Largest squared distance of any row of any worker to its nearest centre."""
+        """Largest squared distance of a row, over all workers, to its nearest centre."""
         here = self.nearest_N.max().cpu()[None] if len(self.nearest_N) else torch.tensor([TAKEN])
         return max(0.0, float(self.group.max(here.float())[0]))
 
     def _first(self) -> _Offers:
-        """The row of largest norm; ties to the smallest order."""
-        best = _largest(self.norms_N.cpu(), self.order_N, min(1, len(self.norms_N)))
-        offers = self.offer(best, self.norms_N.cpu()[best]).shared(self.group)
-        place = int(offers.distance_U.argmax())
-        return _chosen(offers, torch.tensor([place]))
+        """The row of largest norm; ties are broken by smallest order."""
+        rows_O = _largest(self.norms_N.cpu(), self.order_N, min(1, len(self.norms_N)))
+        offers = self.offer(rows_O, self.norms_N.cpu()[rows_O]).shared(self.group)
+        best = int(offers.distance_U.argmax())
+        return _chosen(offers, torch.tensor([best]))
 
     def _farthest_here(self) -> tuple[Tensor, float]:
-        """Rows to offer, and the largest distance that is not offered."""
+        """Rows to offer, and the largest distance among the remaining rows."""
         nearest_N = self.nearest_N.cpu()
         rows_O = _largest(nearest_N, self.order_N, min(self.candidates, int((nearest_N != TAKEN).sum())))
         if len(rows_O) == len(nearest_N):
@@ -207,9 +206,9 @@ class _Greedy:
         return rows_O, float(rest_N.max())
 
     def offer(self, rows_O: Tensor, distance_O: Tensor) -> _Offers:
-        """Rows here, as other workers need them."""
-        place_O2 = torch.stack([torch.full_like(rows_O, self.group.rank), rows_O], 1)
-        return _Offers(distance_O, self.order_N[rows_O], self.points.store.take(rows_O), place_O2)
+        """Local rows in the format exchanged with other workers."""
+        location_O2 = torch.stack([torch.full_like(rows_O, self.group.rank), rows_O], 1)
+        return _Offers(distance_O, self.order_N[rows_O], self.points.store.take(rows_O), location_O2)
 
     def _update(self, centres_MP: Tensor) -> None:
         norms_M = centres_MP.square().sum(1)
@@ -225,18 +224,18 @@ class _Greedy:
 
 
 def _picks(offers: _Offers, tau: float, wanted: int) -> Tensor:
-    """Places of the next centres among the offers, each truly the farthest of all rows.
+    """Indices among the offers of the next centres, each the farthest of all rows.
 
-    Every row that was not offered is at most `tau` away, so an offered one farther than that is the farthest of all;
-    at tau itself a row of smaller order may win, so the round ends there unless nothing has been picked yet: the
-    first is always right, because every worker offers its own farthest rows of smallest order.
+    Rows that were not offered are at most `tau` away, so an offered row farther than that is the farthest of all. At
+    exactly tau, a row of smaller order may win, so the round ends there unless nothing has been picked yet: the
+    first pick is always correct, because every worker offers its farthest rows of smallest order.
     """
     points_UP = offers.points_UP.float()
     norms_U = points_UP.square().sum(1)
     distance_U = offers.distance_U.clone()
     picks: list[int] = []
     while len(picks) < min(wanted, len(points_UP)):
-        best = int(distance_U.argmax())  # the first of equals, so the one of smallest order
+        best = int(distance_U.argmax())  # the first maximum has the smallest order
         if picks and float(distance_U[best]) <= tau:
             break
         picks.append(best)
@@ -247,7 +246,7 @@ def _picks(offers: _Offers, tau: float, wanted: int) -> Tensor:
 
 
 def _largest(values_N: Tensor, order_N: Tensor, count: int) -> Tensor:
-    """Rows of the `count` largest values, ties to the smaller order."""
+    """Rows of the `count` largest values; ties are broken by smaller order."""
     if count == 0:
         return torch.zeros(0, dtype=torch.int64)
     least = values_N.topk(count).values[-1]
@@ -257,14 +256,14 @@ def _largest(values_N: Tensor, order_N: Tensor, count: int) -> Tensor:
 
 
 def _chosen(offers: _Offers, picks: Tensor) -> _Offers:
-    return _Offers(*(part[picks] for part in (offers.distance_U, offers.order_U, offers.points_UP, offers.place_U2)))
+    return _Offers(*(part[picks] for part in (offers.distance_U, offers.order_U, offers.points_UP, offers.location_U2)))
 
 
 def _compose(greedy: _Greedy, num_centres: int, candidates: int) -> float:
-    """Two rounds: every worker chooses among its own rows, then all choose among these.
+    """Two rounds: every worker selects among its own rows, then all select among these.
 
     Returns:
-        Squared distance of the next centre among the offers: M + 1 rows are at least that far apart.
+        Squared distance of the next centre among the offers; M + 1 rows are at least that far apart.
     """
     wanted = min(len(greedy.points), math.ceil(OVERSAMPLING * num_centres / greedy.group.size))
     own = _Greedy(greedy.points, greedy.order_N, Group(), candidates, greedy.device, _silent)
@@ -273,7 +272,7 @@ def _compose(greedy: _Greedy, num_centres: int, candidates: int) -> float:
     rows_O = torch.tensor([row for _, row in own.mine], dtype=torch.int64)
     offers = greedy.offer(rows_O, greedy.points.norms_N[rows_O]).shared(greedy.group)
     if len(offers.order_U) < num_centres:
-        raise ValueError(f"{num_centres} centres asked of {len(offers.order_U)} offered rows; use mode exact")
+        raise ValueError(f"{num_centres} centres requested from {len(offers.order_U)} offered rows; use mode exact")
     store = RowStore(greedy.points.store.dims, torch.int8, greedy.points.store.max_bytes)
     store.append(offers.points_UP)
     union = IntegerPoints(store, offers.points_UP.float().square().sum(1), greedy.points.unit)
@@ -284,7 +283,7 @@ def _compose(greedy: _Greedy, num_centres: int, candidates: int) -> float:
 
 
 def _random(greedy: _Greedy, num_centres: int, seed: int) -> None:
-    """The rows of smallest keyed hash."""
+    """Selects the rows of smallest keyed hash."""
     mixed_N = mixed_hash(greedy.order_N, keyed_seed(seed, "random"))
     rows_O = mixed_N.argsort()[:num_centres]
     offers = greedy.offer(rows_O, torch.zeros(len(rows_O))).shared(greedy.group)
@@ -292,14 +291,14 @@ def _random(greedy: _Greedy, num_centres: int, seed: int) -> None:
 
 
 def _gathered(rows: KeyedRows, mine: list[tuple[int, int]], group: Group) -> tuple[list[tuple[str, int]], Tensor]:
-    """Names and embeddings of the centres of all workers, in order of choice."""
-    place_H = torch.tensor([place for place, _ in mine], dtype=torch.int64)
+    """Names and embeddings of the centres of all workers, in selection order."""
+    index_H = torch.tensor([index for index, _ in mine], dtype=torch.int64)
     row_H = torch.tensor([row for _, row in mine], dtype=torch.int64)
     texts = group.gather_bytes(json.dumps(rows.names(row_H)).encode())
     names = [(str(key), int(row)) for text in texts for key, row in json.loads(text)]
-    if group.size == 1:  # they are in order, and a large bank need not be copied
+    if group.size == 1:  # already in order; avoids copying a large bank
         return names, rows.store.take(row_H)
-    by_choice = torch.cat(group.gather(place_H)).argsort()
+    by_choice = torch.cat(group.gather(index_H)).argsort()
     rows_MD = torch.cat(group.gather(rows.store.take(row_H)))
     return [names[i] for i in by_choice.tolist()], rows_MD[by_choice]
 

@@ -1,7 +1,7 @@
-"""How a patch differs from its nearest normal patches, and a small network that says how anomalous that is.
+"""Differences of a patch from its nearest normal patches, and a small network that maps them to an anomaly score.
 
-The network learns from simulated defects (`blocks/planted.py`), so that no constant is a minimum of its loss. It is
-of no paper.
+The network is trained on simulated defects (`blocks/planted.py`), so a constant output does not minimise its loss. Not
+a published method.
 
 Shapes: B images, H W pixels, h w feature grid, N patches, M bank rows, D feature dim, K neighbours, U hidden units.
 """
@@ -16,19 +16,19 @@ from torch import Generator, Tensor, nn
 from raydetect.blocks.neighbors import BankSearch
 from raydetect.blocks.seeding import keyed_seed
 
-NORMAL_PATCHES = 128  # of every image and step; its planted patches are all taken
-WHOLLY = 0.5  # share of a patch that a defect must cover
+NORMAL_PATCHES = 128  # per image and step; all planted patches are used
+WHOLLY = 0.5  # minimum share of a patch covered by a defect
 LEAST_SPREAD = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
 class Differences:
-    """Patches and how they differ from normal ones.
+    """Patches, as differences from normal ones.
 
     Attributes:
-        values_ND: see `mean_difference`.
+        values_ND: differences, see `mean_difference`.
         planted_N: 1 in a planted defect, else 0; float.
-        weight_N: what its loss counts; those of an image sum to one.
+        weight_N: loss weights; they sum to one per image.
     """
 
     values_ND: Tensor
@@ -37,7 +37,7 @@ class Differences:
 
     @classmethod
     def joined(cls, parts: Sequence["Differences"]) -> "Differences":
-        """Those of several images as one."""
+        """Concatenates the differences of several images."""
         values, planted, weights = zip(
             *((part.values_ND, part.planted_N, part.weight_N) for part in parts), strict=True
         )
@@ -45,15 +45,15 @@ class Differences:
 
 
 class DifferenceNet(nn.Module):
-    """Logit of being anomalous, from the absolute differences to normal features.
+    """Anomaly logit from absolute differences to normal features.
 
-    A weighted sum of the differences, and a hidden layer that bends it. All weights are positive (a softplus of free
-    ones) and hidden units rise everywhere, so that to differ more always means to be more anomalous, whatever the
-    defects that it is trained on.
+    A weighted sum of the differences plus a nonlinear hidden layer. All weights are positive (softplus of free
+    parameters) and the activation is increasing, so the logit is monotonic in every difference, whatever the training
+    defects.
     """
 
     def __init__(self, dims: int, hidden: int) -> None:
-        """Draws weights from torch's global generator; `scale_D` is what differences are measured in."""
+        """Draws weights from torch's global generator; `scale_D` is the unit of the differences."""
         super().__init__()
         self.raw_1D = nn.Parameter(0.5 * torch.randn(1, dims))
         self.raw_UD = nn.Parameter(0.5 * torch.randn(hidden, dims))
@@ -64,7 +64,7 @@ class DifferenceNet(nn.Module):
         self.register_buffer("scale_D", torch.ones(dims))
 
     def measure_in_spreads_of(self, bank_MD: Tensor) -> None:
-        """From here on differences count in standard deviations of the bank's rows."""
+        """Sets the unit of differences to the standard deviations of the bank's rows."""
         self.scale_D.copy_(bank_MD.std(0, correction=0).clamp_min(LEAST_SPREAD))
 
     def forward(self, differences_ND: Tensor) -> Tensor:
@@ -74,18 +74,18 @@ class DifferenceNet(nn.Module):
         return (_positive(scaled_ND, self.raw_1D) + _positive(hidden_NU, self.raw_1U) + self.bias_1)[:, 0]
 
     def loss(self, piece: Differences) -> Tensor:
-        """Cross-entropy between planted and normal patches, a mean over images that have any."""
+        """Cross-entropy of planted versus normal patches, averaged over images that have any."""
         losses_N = F.binary_cross_entropy_with_logits(self(piece.values_ND), piece.planted_N, reduction="none")
         return (losses_N * piece.weight_N).sum() / piece.weight_N.sum().clamp_min(1)
 
 
 def _positive(values: Tensor, raw: Tensor) -> Tensor:
-    """A linear map with positive weights, as a mean over what comes in."""
+    """A linear map with positive weights, averaged over the inputs."""
     return F.linear(values, F.softplus(raw) / raw.shape[1])
 
 
 def mean_difference(patches_ND: Tensor, bank_MD: Tensor, index_NK: Tensor) -> Tensor:
-    """Absolute difference of every dim, averaged over the K neighbours, (N, D); memory for one neighbour at a time."""
+    """Absolute difference per dim, averaged over the K neighbours, (N, D); processes one neighbour at a time."""
     total_ND = torch.zeros_like(patches_ND)
     for index_N in index_NK.unbind(1):
         total_ND += (patches_ND - bank_MD[index_N]).abs()
@@ -93,24 +93,24 @@ def mean_difference(patches_ND: Tensor, bank_MD: Tensor, index_NK: Tensor) -> Te
 
 
 def nearest_others(patches_ND: Tensor, bank_MD: Tensor, own_M: Tensor, num_neighbors: int) -> Tensor:
-    """The K rows nearest to each patch among those that do not come from its own image, int64 (N, K).
+    """The K rows nearest to each patch, excluding rows of its own image, int64 (N, K).
 
-    An image in the bank finds itself there; a new one does not. Without its own rows it is as a new one would be.
+    Excluding an image's own rows makes training images equivalent to new ones, which have no rows in the bank.
     """
     distance_NM = torch.cdist(patches_ND, bank_MD).masked_fill(own_M, torch.inf)
     return distance_NM.topk(num_neighbors, largest=False).indices
 
 
 class NormalPatches:
-    """Patches to compare with, and which image each comes from."""
+    """Normal patches for comparison, and the image each comes from."""
 
     def __init__(self, bank_MD: Tensor, num_neighbors: int, keys_M: Sequence[str] = ()) -> None:
-        """Keeps the bank.
+        """Stores the bank.
 
         Args:
             bank_MD: float32, not empty.
-            num_neighbors: K; all rows where there are fewer.
-            keys_M: of the images, for training alone.
+            num_neighbors: K; capped at the number of rows.
+            keys_M: image keys, only needed for training.
         """
         self.search = BankSearch(bank_MD)
         self.num_neighbors = min(num_neighbors, len(bank_MD))
@@ -126,13 +126,13 @@ class NormalPatches:
         return self.search.nearest(patches_ND, self.num_neighbors)[0].mean(1)
 
     def difference(self, patches_ND: Tensor) -> Tensor:
-        """Mean absolute difference of every dim from the K nearest, (N, D)."""
+        """Mean absolute difference per dim from the K nearest, (N, D)."""
         return mean_difference(patches_ND, self.bank, self.search.nearest(patches_ND, self.num_neighbors)[1])
 
     def taught(
         self, embeddings_BhwD: Tensor, masks: Sequence[Tensor], keys: Sequence[str], generators: Sequence[Generator]
     ) -> Differences:
-        """What images with planted defects teach, see `labelled_differences`."""
+        """Training differences of images with planted defects, see `labelled_differences`."""
         columns = zip(embeddings_BhwD, masks, keys, generators, strict=True)
         return Differences.joined(
             [
@@ -144,31 +144,31 @@ class NormalPatches:
         )
 
     def to(self, device: torch.device) -> "NormalPatches":
-        """Moves them, and returns itself."""
+        """Moves the patches and returns itself."""
         self.search, self.owner_M = self.search.to(device), self.owner_M.to(device)
         return self
 
 
 def _owner(key: str) -> int:
-    """A number for an image's key."""
+    """Integer id of an image key."""
     return keyed_seed(0, "owner", key)
 
 
 def labelled_differences(
     embeddings_hwD: Tensor, mask_HW: Tensor, bank_MD: Tensor, own_M: Tensor, num_neighbors: int, generator: Generator
 ) -> Differences:
-    """What an image with planted defects teaches.
+    """Training differences of an image with planted defects.
 
     Args:
-        embeddings_hwD: of the image with the defects.
-        mask_HW: where they are; patches that it covers by less than a half are left out.
+        embeddings_hwD: embeddings of the image with the defects.
+        mask_HW: defect mask; patches partially covered, but by less than half, are excluded.
         bank_MD: normal patches.
-        own_M: which of them come from this image.
+        own_M: True for the bank's rows of this image.
         num_neighbors: K.
-        generator: chooses among the patches beside the defects.
+        generator: selects among the patches outside the defects.
 
     Returns:
-        The patches in defects and at most NORMAL_PATCHES beside them; both groups count the same in all.
+        The patches in defects and at most NORMAL_PATCHES outside them; both groups have equal total weight.
     """
     covered_N = F.adaptive_avg_pool2d(
         mask_HW[None].float(), (embeddings_hwD.shape[0], embeddings_hwD.shape[1])

@@ -1,10 +1,10 @@
-"""How a quick guess becomes an exact answer: candidates, a proven bound on all other rows, and ties settled one by one.
+"""Exact search from fast approximations: candidate rows, a proven bound on all others, and exhaustive tie-breaking.
 
 Shapes: N patches, M bank rows, D feature dim, K neighbours, C candidates, P pairs of a patch and a row.
 
-A proposal names candidate rows and a distance below which no other row can lie. When the K-th settled candidate lies
-below it, the answer is proven. If not, the next, more careful proposal is asked; what even the last cannot decide
-(rows that are equally far up to rounding) is settled for every row that could win.
+A proposal consists of candidate rows and a lower bound on the distance of all other rows. If the K-th settled candidate
+is below the bound, the answer is proven. If not, the next, more precise proposer is used; cases that even the last one
+cannot decide (rows at equal distance up to rounding) are settled by computing every row that could win.
 """
 
 import abc
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from raydetect.blocks.search import SETTLED, Search, as_bank, settle, settled_distance
 
-UNIT = 2.0**-24  # largest relative rounding error of one float32 operation
-BLOCK_ROWS = 2048  # rows of the bank in one product: with PATCH_ROWS, 8 MB that stay in cache
+UNIT = 2.0**-24  # maximum relative rounding error of one float32 operation
+BLOCK_ROWS = 2048  # bank rows per product: with PATCH_ROWS, 8 MB that fit in cache
 PATCH_ROWS = 1024
-CALL_ROWS = 16384  # patches that are answered together
+CALL_ROWS = 16384  # patches per block
 TIE_PATCHES = 256
 TIE_PAIRS = 16384
 
@@ -29,8 +29,8 @@ class Candidates:
     """A proposal.
 
     Attributes:
-        index_NC: rows, int64, C >= K, all different.
-        least_N: float64; no row outside `index_NC` is nearer than this. inf when there is none outside.
+        index_NC: candidate rows, int64, C >= K, distinct.
+        least_N: lower bound on the distance of rows outside `index_NC`, float64; inf if there are none.
     """
 
     index_NC: Tensor
@@ -38,43 +38,43 @@ class Candidates:
 
 
 Proposer = Callable[[Tensor, int], Candidates]
-"""(centred patches, K) to candidates."""
+"""Maps (centred patches, K) to candidates."""
 
 
 def product_share(dims: int) -> float:
-    """sigma: |b|^2 - 2ab + |a|^2 in float32 errs by at most 2 sigma |a| (|a| + d) + sigma d^2, d the true distance.
+    """sigma: |b|^2 - 2ab + |a|^2 in float32 has error at most 2 sigma |a| (|a| + d) + sigma d^2, d the true distance.
 
-    The products of D terms, in any order of summation, err by D u |a||b| and D u |b|^2, u = 2^-24 (Higham, Accuracy
-    and Stability, eq. 3.5); three additions by 3 u of the terms; centring moves d by u (|a| + |b|); and
+    Products of D terms, in any summation order, have error D u |a||b| and D u |b|^2, u = 2^-24 (Higham, Accuracy and
+    Stability, eq. 3.5); three additions add 3 u times the terms; centring changes d by u (|a| + |b|); and
     |b| <= |a| + d. Assumes float32 products (no TF32), which is torch's default.
     """
     return 2.0 * (dims + 16) * UNIT
 
 
 def least_distance(approx_N: Tensor, norm_N: Tensor, share: float | Tensor) -> Tensor:
-    """Smallest distance that a row may have whose squared distance was computed as `approx_N`, float64.
+    """Smallest possible true distance of a row whose computed squared distance is `approx_N`, float64.
 
     Solves d^2 (1 + s) + 2 s |a| d + 2 s |a|^2 = approx for d; see `product_share`.
     """
-    sized_N = share * norm_N.double() * (1 + 2.0**-10)  # the norm is rounded itself
+    sized_N = share * norm_N.double() * (1 + 2.0**-10)  # the norm itself is rounded
     square_N = (approx_N.double() - 2 * sized_N * norm_N.double()).clamp_min(0) * (1 + share)
     return ((sized_N.square() + square_N).sqrt() - sized_N) / (1 + share)
 
 
 def largest_approx(distance_N: Tensor, norm_N: Tensor, share: float | Tensor) -> Tensor:
-    """Largest computed squared distance of a row that is no farther than `distance_N`, float64."""
+    """Largest possible computed squared distance of a row no farther than `distance_N`, float64."""
     d_N, a_N = distance_N.double(), norm_N.double() * (1 + 2.0**-10)
     return d_N.square() * (1 + share) + 2 * share * a_N * (a_N + d_N)
 
 
 class ExactSearch(Search):
-    """A search whose answers are proven; subclasses propose candidates.
+    """A search with proven answers; subclasses propose candidates.
 
-    Cost that surprises: a patch that has many rows equally far up to rounding is compared with each of them.
+    Note the cost of ties: a patch with many rows at equal distance up to rounding is compared with each of them.
     """
 
     def __init__(self, bank_MD: Tensor) -> None:
-        """Keeps the bank.
+        """Stores the bank.
 
         Raises:
             ValueError: the bank is empty or not two-dimensional.
@@ -95,14 +95,14 @@ class ExactSearch(Search):
 
     @abc.abstractmethod
     def proposers(self, num_neighbors: int) -> Sequence[Proposer]:
-        """Ways to find candidates, the quickest first, at least one."""
+        """Candidate proposers, fastest first; at least one."""
 
     def rows(self, index_X: Tensor) -> Tensor:
-        """Rows by number."""
+        """Rows by index."""
         return self.bank_MD[index_X]
 
     def bank(self) -> Tensor:
-        """All rows, not copied."""
+        """All rows, without copying."""
         return self.bank_MD
 
     def nearest(self, patches_ND: Tensor, num_neighbors: int = 1) -> tuple[Tensor, Tensor]:
@@ -117,23 +117,23 @@ class ExactSearch(Search):
     def _block(self, patches_ND: Tensor, num_neighbors: int) -> tuple[Tensor, Tensor]:
         distance_NK = patches_ND.new_full((len(patches_ND), num_neighbors), torch.inf)
         index_NK = torch.zeros_like(distance_NK, dtype=torch.int64)
-        open_N = torch.arange(len(patches_ND), device=patches_ND.device)
+        pending_N = torch.arange(len(patches_ND), device=patches_ND.device)
         for propose in self.proposers(num_neighbors):
-            part_ND = patches_ND if len(open_N) == len(patches_ND) else patches_ND[open_N]
+            part_ND = patches_ND if len(pending_N) == len(patches_ND) else patches_ND[pending_N]
             found = propose(part_ND - self.mean_D, num_neighbors)
             settled_NK, rows_NK = settle(self.bank_MD, part_ND, found.index_NC, num_neighbors)
-            distance_NK[open_N], index_NK[open_N] = settled_NK, rows_NK
+            distance_NK[pending_N], index_NK[pending_N] = settled_NK, rows_NK
             proven_N = settled_NK[:, -1].double() * (1 + SETTLED) < found.least_N * (1 - SETTLED)
-            open_N = open_N[~proven_N]
-            if not len(open_N):
+            pending_N = pending_N[~proven_N]
+            if not len(pending_N):
                 return distance_NK, index_NK
-        for rows_N in open_N.split(TIE_PATCHES):
+        for rows_N in pending_N.split(TIE_PATCHES):
             answer = self._settle_ties(patches_ND[rows_N], distance_NK[rows_N, -1])
             distance_NK[rows_N], index_NK[rows_N] = _first_of_each(*answer, len(rows_N), num_neighbors)
         return distance_NK, index_NK
 
     def _settle_ties(self, patches_ND: Tensor, limit_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(patch, row, settled distance) of all pairs that may be no farther than `limit_N`; rows ascend."""
+        """(patch, row, settled distance) of all pairs possibly within `limit_N`; rows ascending."""
         centred_ND = patches_ND - self.mean_D
         square_N = centred_ND.square().sum(1)
         allowed_N = largest_approx(limit_N * (1 + 2 * SETTLED), square_N.sqrt(), self.share)
@@ -152,13 +152,13 @@ class ExactSearch(Search):
 def _first_of_each(
     patch_P: Tensor, row_P: Tensor, distance_P: Tensor, num_patches: int, num_neighbors: int
 ) -> tuple[Tensor, Tensor]:
-    """The K nearest rows of every patch among pairs; inf and row 0 where there are fewer (features not finite)."""
+    """The K nearest rows per patch among the pairs; inf and row 0 if there are fewer (non-finite features)."""
     order_P = distance_P.argsort(stable=True)
     order_P = order_P[patch_P[order_P].argsort(stable=True)]
     counts_N = torch.bincount(patch_P, minlength=num_patches)
     wanted_K = torch.arange(num_neighbors, device=patch_P.device)
-    place_NK = (counts_N.cumsum(0) - counts_N)[:, None] + wanted_K
-    place_NK = torch.where(wanted_K < counts_N[:, None], place_NK, len(patch_P))
+    position_NK = (counts_N.cumsum(0) - counts_N)[:, None] + wanted_K
+    position_NK = torch.where(wanted_K < counts_N[:, None], position_NK, len(patch_P))
     distance = torch.cat([distance_P[order_P], distance_P.new_full((1,), torch.inf)])
     rows = torch.cat([row_P[order_P], row_P.new_zeros(1)])
-    return distance[place_NK], rows[place_NK]
+    return distance[position_NK], rows[position_NK]

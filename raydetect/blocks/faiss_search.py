@@ -1,4 +1,4 @@
-"""Searches by faiss, on CPUs: flat, which is exact, and IVF-PQ, which is not.
+"""Searches with faiss on CPUs: flat (exact) and IVF-PQ (approximate).
 
 Shapes: N patches, M bank rows, D feature dim, K neighbours, C candidates.
 """
@@ -15,13 +15,13 @@ from raydetect.blocks.neighbors import BankSearch
 from raydetect.blocks.search import Search, as_bank, settle, settled_distance
 from raydetect.errors import ArtifactError, SpecError
 
-POINTS_PER_CENTROID = 39  # faiss's own lower limit for a k-means that means something
+POINTS_PER_CENTROID = 39  # faiss's recommended minimum for k-means
 MOST_BITS = 8
 LEAST_BITS = 4
 LEAST_ROWS = POINTS_PER_CENTROID << LEAST_BITS
 DIMS_PER_CODE = 8
-PROBED_SHARE = 8  # one of so many lists is read
-REFINED = 64  # rows that are compared by their true distance, for each patch
+PROBED_SHARE = 8  # one in this many lists is probed
+REFINED = 64  # candidates per patch refined by true distance
 BANK_INDEX = "bank_index"
 
 
@@ -29,13 +29,13 @@ def require_faiss() -> Any:
     """The faiss module.
 
     Raises:
-        SpecError: it is not installed.
+        SpecError: faiss is not installed.
     """
     try:
         import faiss
     except ImportError:
         raise SpecError(
-            "search: this kind of search needs faiss, which is not installed. Run `pip install 'raydetect[cpu]'`, "
+            "search: this search requires faiss, which is not installed. Run `pip install 'raydetect[cpu]'`, "
             "or set it to exact or bfloat16."
         ) from None
     faiss.omp_set_num_threads(torch.get_num_threads())
@@ -43,14 +43,14 @@ def require_faiss() -> Any:
 
 
 def as_numpy(rows_ND: Tensor) -> np.ndarray:
-    """Float32 rows as faiss takes them."""
+    """Float32 rows in the format faiss expects."""
     return np.ascontiguousarray(rows_ND.detach().cpu().float().numpy())
 
 
 class FaissSearch(ExactSearch):
-    """`IndexFlatL2` proposes, differences settle; the same bits as `BankSearch`.
+    """Candidates from `IndexFlatL2`, refined by exact differences; bit-identical to `BankSearch`.
 
-    The bank stays on the CPU; answers go to the device that the patches are on.
+    The bank stays on the CPU; answers are returned on the patches' device.
     """
 
     def __init__(self, bank_MD: Tensor) -> None:
@@ -65,7 +65,7 @@ class FaissSearch(ExactSearch):
         self.index.add(as_numpy(self.bank_MD - self.mean_D))
 
     def to(self, device: torch.device) -> "FaissSearch":
-        """Itself: it works for patches on any device."""
+        """Returns itself; it accepts patches on any device."""
         return self
 
     def nearest(self, patches_ND: Tensor, num_neighbors: int = 1) -> tuple[Tensor, Tensor]:
@@ -74,40 +74,40 @@ class FaissSearch(ExactSearch):
         return distance_NK.to(patches_ND.device), index_NK.to(patches_ND.device)
 
     def rows(self, index_X: Tensor) -> Tensor:
-        """Rows by number, on the device of the numbers."""
+        """Rows by index, on the device of the indices."""
         return self.bank_MD[index_X.cpu()].to(index_X.device)
 
     def proposers(self, num_neighbors: int) -> list[Proposer]:
-        """faiss."""
+        """faiss only."""
         return [self._propose]
 
     def _propose(self, centred_ND: Tensor, num_neighbors: int) -> Candidates:
-        require_faiss()  # takes over the number of threads
+        require_faiss()  # sets the number of threads
         count = min(num_neighbors + 1, self.num_rows)
         approx_NC, index_NC = map(torch.from_numpy, self.index.search(as_numpy(centred_ND), count))
         worst_N = approx_NC[:, -1] if count < self.num_rows else torch.full((len(index_NC),), torch.inf)
         least_N = least_distance(worst_N, torch.linalg.vector_norm(centred_ND, dim=1), self.share)
-        # faiss marks what it did not find (features that are not finite) by -1, and such answers are never proven
+        # faiss returns -1 for missing results (non-finite features); such answers are never proven
         return Candidates(index_NC.clamp_min(0), least_N)
 
 
 class IvfPqSearch(Search):
-    """Inverted lists of product codes: approximate, a fraction of the products of an exact search.
+    """Inverted lists with product quantisation: approximate, at a fraction of the cost of an exact search.
 
-    Sizes follow from the bank: nlist = 4 sqrt(M), with 39 rows for each list at least; D / 8 codes, or the next divisor
-    of D below, of 8 bits, or fewer so that each centroid has 39 rows; one list of eight is probed; the best 64 rows by
-    codes are compared by their true distance. So a distance is that of the row found, never below the true one.
+    Parameters derive from the bank: nlist = 4 sqrt(M), with at least 39 rows per list; D / 8 codes, or the next smaller
+    divisor of D, of 8 bits, or fewer to have 39 rows per centroid; one in eight lists is probed; the best 64 rows by
+    code are refined by true distance. So a distance is that of the returned row, never below the true minimum.
     """
 
     exact = False
 
     def __init__(self, bank_MD: Tensor, seed: int = 0, stored: Tensor | None = None) -> None:
-        """Trains an index, or takes a stored one.
+        """Trains an index, or restores a stored one.
 
         Args:
             bank_MD: float32.
-            seed: of the k-means.
-            stored: the tensor that `tensors` gave, uint8.
+            seed: seed of the k-means.
+            stored: the tensor returned by `tensors`, uint8.
 
         Raises:
             SpecError: faiss is not installed, or the bank is too small to train on.
@@ -158,9 +158,9 @@ class IvfPqSearch(Search):
         return {BANK_INDEX: torch.from_numpy(require_faiss().serialize_index(self.index))}
 
     def nearest(self, patches_ND: Tensor, num_neighbors: int = 1) -> tuple[Tensor, Tensor]:
-        """K near rows, on the device of the patches; row 0 stands in where the probed lists hold fewer than K."""
+        """K near rows, on the device of the patches; row 0 is a placeholder if the probed lists hold fewer than K."""
         self.check(patches_ND, num_neighbors)
-        require_faiss()  # takes over the number of threads
+        require_faiss()  # sets the number of threads
         own_ND = patches_ND.cpu().float()
         count = min(max(REFINED, num_neighbors), self.num_rows)
         _, index_NC = self.index.search(as_numpy(own_ND - self.mean_D), count)
@@ -171,7 +171,7 @@ class IvfPqSearch(Search):
         return distance_NK.to(patches_ND.device), index_NK.to(patches_ND.device)
 
     def _refine(self, patches_ND: Tensor, index_NC: Tensor, num_neighbors: int) -> tuple[Tensor, Tensor]:
-        """The K best candidates by true distance; patches whose lists held fewer than K are searched in full."""
+        """The K best candidates by true distance; patches whose lists held fewer than K are searched exhaustively."""
         index_NC = index_NC.sort(dim=1).values
         distance_NC = settled_distance(self.bank_MD[index_NC.clamp_min(0)], patches_ND[:, None])
         distance_NC, order_NC = distance_NC.masked_fill_(index_NC < 0, torch.inf).sort(dim=1, stable=True)
@@ -186,15 +186,15 @@ class IvfPqSearch(Search):
         return distance_NK, index_NK
 
     def rows(self, index_X: Tensor) -> Tensor:
-        """Rows by number, on the device of the numbers."""
+        """Rows by index, on the device of the indices."""
         return self.bank_MD[index_X.cpu()].to(index_X.device)
 
     def to(self, device: torch.device) -> "IvfPqSearch":
-        """Itself: it works for patches on any device."""
+        """Returns itself; it accepts patches on any device."""
         return self
 
 
 def recall_at_1(search: Search, bank_MD: Tensor, patches_ND: Tensor) -> float:
-    """Share of patches for which `search` finds a row as near as the nearest of the bank, in [0, 1]."""
+    """Share of patches for which `search` finds a row as near as the true nearest, in [0, 1]."""
     found_N1, exact_N1 = search.nearest(patches_ND)[0], BankSearch(bank_MD).nearest(patches_ND)[0]
     return float((found_N1 <= exact_N1.to(found_N1.device)).double().mean())

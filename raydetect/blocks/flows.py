@@ -1,14 +1,14 @@
 """Normalising flows: invertible maps with exact log-determinants, and chains of them.
 
-Every map takes and returns tensors (B, C, ...): vectors (B, C) or feature maps (B, C, h, w); channels are what is
-split, scaled and mixed. `forward` also gives log |det d out / d in| of every one of the B.
+Every map takes and returns tensors (B, C, ...): vectors (B, C) or feature maps (B, C, h, w); it splits, scales and
+mixes channels. `forward` also returns log |det d out / d in| for each of the B.
 
 Shapes: B vectors or images, C channels, P dims of a condition.
 
 Source: Dinh et al., "Density estimation using Real NVP", ICLR 2017, eqs. 7-8 (couplings); Kingma and Dhariwal, "Glow",
 NeurIPS 2018, sec. 3 (a scale and a shift of every channel, rotations); Ardizzone et al., "Analyzing Inverse Problems
-with Invertible Neural Networks", ICLR 2019 (soft clamping, coupling of both halves). `flow_step` is put together as
-the block that CFLOW-AD and FastFlow use, AllInOneBlock of the FrEIA library.
+with Invertible Neural Networks", ICLR 2019 (soft clamping, coupling of both halves). `flow_step` follows
+AllInOneBlock of the FrEIA library, which CFLOW-AD and FastFlow use.
 """
 
 import abc
@@ -21,18 +21,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Subnet = Callable[[int, int], nn.Module]
-"""(channels in, channels out) to a network of any kind; it need not be invertible."""
+"""Maps (channels in, channels out) to any network; it need not be invertible."""
 
-DAMPING = 0.1  # a fresh subnet hardly moves anything
+DAMPING = 0.1  # makes a new coupling close to the identity
 SHARPNESS = 0.5
 
 
 class Invertible(nn.Module, abc.ABC):
-    """A map that can be undone."""
+    """An invertible map."""
 
     @abc.abstractmethod
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The image of x, and log |det| of the Jacobian, (B,)."""
+        """The output for x, and log |det| of the Jacobian, (B,)."""
 
     @abc.abstractmethod
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -40,14 +40,14 @@ class Invertible(nn.Module, abc.ABC):
 
 
 class Chain(Invertible):
-    """Maps one after another; their log-determinants add up."""
+    """A sequence of maps; log-determinants are summed."""
 
     def __init__(self, maps: Sequence[Invertible]) -> None:
         super().__init__()
         self.maps = nn.ModuleList(maps)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Through all maps."""
+        """Applies all maps."""
         total_B = x.new_zeros(len(x))
         for part in self.maps:
             x, log_det_B = part(x, condition)
@@ -55,7 +55,7 @@ class Chain(Invertible):
         return x, total_B
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Back through all maps."""
+        """Inverts all maps in reverse order."""
         for part in reversed(self.maps):
             assert isinstance(part, Invertible)
             z = part.inverse(z, condition)
@@ -63,9 +63,9 @@ class Chain(Invertible):
 
 
 class HalfCoupling(Invertible):
-    """Scales and shifts the second half of the channels by what a subnet says of the first half and the condition.
+    """Scales and shifts the second half of the channels by a subnet of the first half and the condition.
 
-    The logarithm of the scale is clamp * tanh, so that no scale leaves (exp(-clamp), exp(clamp)).
+    The log-scale is clamp * tanh, so scales stay within (exp(-clamp), exp(clamp)).
     """
 
     def __init__(self, channels: int, subnet: Subnet, clamp: float, condition_dims: int = 0) -> None:
@@ -74,28 +74,28 @@ class HalfCoupling(Invertible):
         self.subnet = subnet(self.kept + condition_dims, 2 * self.moved)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Moves the second half."""
+        """Transforms the second half."""
         kept, moved = x.split((self.kept, self.moved), 1)
         log_scale, shift = self._coefficients(kept, condition)
         return torch.cat([kept, moved * log_scale.exp() + shift], 1), log_scale.flatten(1).sum(1)
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Moves it back: the first half is still there to ask."""
+        """Inverts the transform; the unchanged first half determines it."""
         kept, moved = z.split((self.kept, self.moved), 1)
         log_scale, shift = self._coefficients(kept, condition)
         return torch.cat([kept, (moved - shift) * (-log_scale).exp()], 1)
 
     def _coefficients(self, kept: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
-        asked = kept if condition is None else torch.cat([kept, condition], 1)
-        said = self.subnet(asked).to(kept.dtype)  # sums of logarithms do not bear autocast's bfloat16
-        raw, shift = (DAMPING * said).split(self.moved, 1)
+        inputs = kept if condition is None else torch.cat([kept, condition], 1)
+        output = self.subnet(inputs).to(kept.dtype)  # autocast's bfloat16 is too coarse for sums of logarithms
+        raw, shift = (DAMPING * output).split(self.moved, 1)
         return self.clamp * torch.tanh(raw), shift
 
 
 class BothCoupling(Invertible):
-    """Scales and shifts each half of the channels by what a subnet says of the other: the first, then the second.
+    """Scales and shifts each half of the channels by a subnet of the other: first half, then second.
 
-    The logarithm of the scale is (2 clamp / pi) * arctan(raw / clamp).
+    The log-scale is (2 clamp / pi) * arctan(raw / clamp).
     """
 
     def __init__(self, channels: int, subnet: Subnet, clamp: float) -> None:
@@ -105,7 +105,7 @@ class BothCoupling(Invertible):
         self.of_first = subnet(self.first, 2 * self.second)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Moves both halves."""
+        """Transforms both halves."""
         first, second = x.split((self.first, self.second), 1)
         log_scale, shift = self._coefficients(self.of_second, second)
         first, log_det_B = first * log_scale.exp() + shift, log_scale.flatten(1).sum(1)
@@ -114,7 +114,7 @@ class BothCoupling(Invertible):
         return torch.cat([first, second], 1), log_det_B
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Moves the second half back, then the first."""
+        """Inverts the second half, then the first."""
         first, second = z.split((self.first, self.second), 1)
         log_scale, shift = self._coefficients(self.of_first, first)
         second = (second - shift) * (-log_scale).exp()
@@ -127,7 +127,7 @@ class BothCoupling(Invertible):
 
 
 class ChannelAffine(Invertible):
-    """A learned scale, kept positive by a softplus, and a learned shift of every channel; the identity when fresh."""
+    """A learned positive scale (softplus) and shift per channel; initialised to the identity."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -138,8 +138,8 @@ class ChannelAffine(Invertible):
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Scales, then shifts."""
         scale_C, shape = self._scale(), _along_channels(x)
-        places = x[0, 0].numel()
-        log_det_B = (places * scale_C.log().sum()).expand(len(x))
+        positions = x[0, 0].numel()
+        log_det_B = (positions * scale_C.log().sum()).expand(len(x))
         return torch.addcmul(self.shift_C.view(shape), x, scale_C.view(shape)), log_det_B
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -152,20 +152,20 @@ class ChannelAffine(Invertible):
 
 
 class Permutation(Invertible):
-    """Reorders the channels."""
+    """A fixed permutation of the channels."""
 
     def __init__(self, order_C: Tensor) -> None:
-        """`order_C[i]` is the channel that comes to place i."""
+        """`order_C[i]` is the input channel at output position i."""
         super().__init__()
         self.order_C: Tensor
         self.register_buffer("order_C", order_C)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Reorders."""
+        """Permutes the channels."""
         return _Reorder.apply(x, self.order_C, self.order_C.argsort()), x.new_zeros(len(x))
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Puts back."""
+        """Restores the channel order."""
         return z.index_select(1, self.order_C.argsort())
 
 
@@ -173,7 +173,7 @@ class Rotation(Invertible):
     """Multiplies the channels of vectors by a fixed orthogonal matrix."""
 
     def __init__(self, matrix_CC: Tensor) -> None:
-        """Keeps the matrix; orthogonality is the caller's word, see `random_rotation`."""
+        """Stores the matrix, which must be orthogonal; see `random_rotation`."""
         super().__init__()
         self.matrix_CC: Tensor
         self.register_buffer("matrix_CC", matrix_CC)
@@ -183,35 +183,35 @@ class Rotation(Invertible):
         return F.linear(x, self.matrix_CC), x.new_zeros(len(x))
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Rotates back, by the transpose."""
+        """Rotates back, using the transpose."""
         return z @ self.matrix_CC
 
 
 def flow_step(channels: int, subnet: Subnet, clamp: float, mixing: Invertible, condition_dims: int = 0) -> Chain:
-    """A coupling, a scale and a shift of every channel, and what mixes the halves before the next step."""
+    """A coupling, a scale and shift per channel, and a mixing of channels for the next step."""
     return Chain([HalfCoupling(channels, subnet, clamp, condition_dims), ChannelAffine(channels), mixing])
 
 
 def random_permutation(channels: int, generator: torch.Generator) -> Permutation:
-    """A uniformly random order."""
+    """A uniformly random permutation."""
     return Permutation(torch.randperm(channels, generator=generator))
 
 
 def random_rotation(channels: int, generator: torch.Generator) -> Rotation:
-    """A uniformly random orthogonal matrix; its cost grows with the cube of the channels (seconds at 2048)."""
+    """A uniformly random orthogonal matrix; cost is cubic in the channels (seconds at 2048)."""
     gaussian_CC = torch.randn(channels, channels, generator=generator, dtype=torch.float64)
-    q_CC, r_CC = torch.linalg.qr(gaussian_CC)  # in float64: the rounded matrix then has |det| 1 to 1e-6
+    q_CC, r_CC = torch.linalg.qr(gaussian_CC)  # float64, so that |det| of the rounded matrix is 1 within 1e-6
     return Rotation((q_CC * r_CC.diagonal().sign()).float())
 
 
 def log_likelihood(z: Tensor, log_det_B: Tensor) -> Tensor:
-    """Of what a flow has mapped to z, under a standard normal z: the change of variables, (B,)."""
+    """Log-likelihood, by change of variables, of inputs a flow maps to standard normal z, (B,)."""
     flat = z.flatten(1)
     return log_det_B - 0.5 * (flat.square().sum(1) + flat.shape[1] * math.log(2 * math.pi))
 
 
 class _Reorder(torch.autograd.Function):
-    """`index_select` over channels, whose gradient is one too; torch's own adds up, which is slower."""
+    """`index_select` over channels with an `index_select` backward; torch's accumulates, which is slower."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order_C: Tensor, back_C: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""MemSeg's parts: a memory of features, and a head that fuses differences from it over scales and decodes a mask.
+"""MemSeg components: a feature memory, and a head that fuses multi-scale differences from it and decodes a mask.
 
-Shapes: B images, M memories, K neighbours, C channels, h w feature grid, H W pixels.
+Shapes: B images, M memory entries, K neighbours, C channels, h w feature grid, H W pixels.
 
-Source: Yang et al., MemSeg, arXiv 2205.00908, secs. 3.2-3.3, with the layers of the public implementation
+Source: Yang et al., MemSeg, arXiv 2205.00908, secs. 3.2-3.3, with layers as in the public implementation
 TooTouch/MemSeg. Coordinate attention: Hou et al., CVPR 2021, arXiv 2103.02907, eqs. 4-9.
 """
 
@@ -26,26 +26,26 @@ class Memory(nn.Module):
     """Feature pyramids of normal images."""
 
     def __init__(self, levels: Sequence[Tensor]) -> None:
-        """Keeps the levels, (M, h, w, C) each: channels last, as the backbone gives them."""
+        """Stores the levels, (M, h, w, C) each, channels last like the backbone's output."""
         super().__init__()
         for number, level_MhwC in enumerate(levels):
             self.register_buffer(f"level{number}", level_MhwC)
 
     def recall(self, levels: Sequence[Tensor], num_neighbors: int, but_BM: Tensor | None = None) -> list[Tensor]:
-        """What normal features look like here: those of the nearest memory, or of several by attention.
+        """Normal reference features: those of the nearest memory entry, or an attention average over several.
 
-        Distances are mean squares of every level, summed over levels. Of K > 1 memories, each position takes the mean
-        weighted by softmax(-d^2 / sqrt(C)), where d is its distance from the memory's features at this position.
+        Distances are mean squared differences per level, summed over levels. For K > 1, each position takes the mean
+        weighted by softmax(-d^2 / sqrt(C)), where d is its distance to the entry's features at that position.
 
         Args:
             levels: features (B, C, h, w), shallowest first.
-            num_neighbors: K, 1 <= K <= M, those in `but_BM` not counted.
-            but_BM: True where an image passes over a memory; none = nowhere.
+            num_neighbors: K, 1 <= K <= M minus the entries excluded by `but_BM`.
+            but_BM: True where a memory entry is excluded for an image; None = no exclusions.
 
         Returns:
-            As many levels of the same shapes.
+            Levels of the same number and shapes.
 
-        Source: MemSeg, sec. 3.2 (K = 1); attention over several is ours.
+        Source: MemSeg, sec. 3.2 (K = 1); attention over several entries is ours.
         """
         memories = list(self.buffers())
         pairs = list(zip(levels, memories, strict=True))
@@ -59,7 +59,7 @@ class Memory(nn.Module):
 
 
 def _mean_squares(level_BChw: Tensor, memory_MhwC: Tensor) -> Tensor:
-    """Mean squared difference of all pairs, (B, M), less a term of the image alone; as a product, for speed."""
+    """Mean squared difference of all pairs, (B, M), up to a constant per image; computed as a product for speed."""
     rows_BN = level_BChw.permute(0, 2, 3, 1).flatten(1).float()
     memory_MN = memory_MhwC.flatten(1)
     length_M = torch.linalg.vector_norm(memory_MN, dim=1)
@@ -67,7 +67,7 @@ def _mean_squares(level_BChw: Tensor, memory_MhwC: Tensor) -> Tensor:
 
 
 def _attended(level_BChw: Tensor, near_BKhwC: Tensor) -> Tensor:
-    """Mean of K memories at every position, weighted by how near each is there, (B, C, h, w)."""
+    """Mean of K memory entries, weighted per position by similarity, (B, C, h, w)."""
     level_B1hwC = level_BChw.permute(0, 2, 3, 1)[:, None]
     squares_BKhw1 = (near_BKhwC - level_B1hwC).square().sum(4, keepdim=True)
     weight_BKhw1 = (-squares_BKhw1 / math.sqrt(level_BChw.shape[1])).softmax(1)
@@ -75,7 +75,7 @@ def _attended(level_BChw: Tensor, near_BKhwC: Tensor) -> Tensor:
 
 
 class CoordinateAttention(nn.Module):
-    """A factor for every row and one for every column of each channel, from means along the other axis."""
+    """Factors per row and per column of each channel, computed from means along the other axis."""
 
     def __init__(self, channels: int) -> None:
         """Builds it."""
@@ -86,7 +86,7 @@ class CoordinateAttention(nn.Module):
         self.columns = nn.Conv2d(width, channels, 1)
 
     def forward(self, features_BChw: Tensor) -> Tensor:
-        """The features times both factors (eq. 9)."""
+        """Features times both factors (eq. 9)."""
         height, width = features_BChw.shape[-2:]
         means = torch.cat([features_BChw.mean(3), features_BChw.mean(2)], 2)[..., None]
         rows, columns = self.squeeze(means).split([height, width], 2)
@@ -94,10 +94,10 @@ class CoordinateAttention(nn.Module):
 
 
 class FusionBlock(nn.Module):
-    """Concatenated information of one level: a convolution times coordinate attention, then half the channels."""
+    """Fuses the concatenated features of one level: convolution times coordinate attention, then half the channels."""
 
     def __init__(self, channels: int) -> None:
-        """Builds it for 2 * `channels` that come in."""
+        """Builds the block for 2 * `channels` input channels."""
         super().__init__()
         self.convolution = nn.Conv2d(2 * channels, 2 * channels, 3, padding=1)
         self.attention = CoordinateAttention(2 * channels)
@@ -111,17 +111,17 @@ class FusionBlock(nn.Module):
 
 
 class MultiScaleFusion(nn.Module):
-    """Levels fused from deep to shallow, each then weighted by where the differences are (secs. 3.2-3.3)."""
+    """Fuses levels from deep to shallow and weights them by the differences (secs. 3.2-3.3)."""
 
     def __init__(self, widths: Sequence[int]) -> None:
-        """Builds it for levels of these channels, shallowest first."""
+        """Builds the module for levels with these channels, shallowest first."""
         super().__init__()
         self.blocks = nn.ModuleList([FusionBlock(width) for width in widths])
         pairs = zip(widths[1:], widths[:-1], strict=True)
         self.lift = nn.ModuleList([nn.Conv2d(deep, shallow, 3, padding=1) for deep, shallow in pairs])
 
     def forward(self, levels: Sequence[Tensor], differences: Sequence[Tensor]) -> list[Tensor]:
-        """Levels of the same shapes, from features and their differences from memory, (B, C, h, w) each."""
+        """Fused levels of the same shapes, from features and their differences from memory, (B, C, h, w) each."""
         parts = zip(self.blocks, levels, differences, strict=True)
         fused = [block(torch.cat([level, difference], 1)) for block, level, difference in parts]
         weights = [difference.mean(1, keepdim=True) for difference in differences]
@@ -132,16 +132,16 @@ class MultiScaleFusion(nn.Module):
 
 
 class MaskDecoder(nn.Module):
-    """From the deepest features up to the image's size, with the fused levels and the stem as skips."""
+    """Decodes the deepest features to the image size, with the fused levels and the stem as skip connections."""
 
     def __init__(self, stem_width: int, widths: Sequence[int], feature_dim: int) -> None:
-        """Builds it.
+        """Builds the decoder.
 
         Args:
             stem_width: channels of the stem.
-            widths: those of the fused levels, shallowest first.
-            feature_dim: those of the deepest features, a multiple of 32; halved from level to level, and 3/32 of
-                them at the stem's size and above.
+            widths: channels of the fused levels, shallowest first.
+            feature_dim: channels of the deepest features, a multiple of 32; halved at each level, and 3/32 of them
+                at the stem's size and above.
         """
         super().__init__()
         last = 3 * feature_dim // 32
@@ -166,17 +166,17 @@ class MaskDecoder(nn.Module):
 def deepest_stage(
     backbone: str, layer: str | None, weights: Mapping[str, Tensor], in_channels: int, feature_dim: int
 ) -> nn.Sequential:
-    """From the last level to half its size and `feature_dim` channels.
+    """A stage from the last level to half its size and `feature_dim` channels.
 
     Args:
         backbone: torchvision or timm name.
-        layer: the stage of it that is taken; none = two residual blocks as in a ResNet-18, from random values.
-        weights: of the stage, by the library's names; none = random values.
-        in_channels: of the last level.
-        feature_dim: reached by a 1 x 1 convolution where the stage has another width.
+        layer: the backbone's stage to use; None = two randomly initialised ResNet-18 residual blocks.
+        weights: weights of the stage under the library's names; empty = random.
+        in_channels: channels of the last level.
+        feature_dim: output channels; a 1 x 1 convolution is added if the stage's width differs.
 
     Raises:
-        SpecError: there is no such stage.
+        SpecError: the backbone has no such stage.
     """
     if layer is None:
         shortcut = nn.Sequential(nn.Conv2d(in_channels, feature_dim, 1, 2, bias=False), nn.BatchNorm2d(feature_dim))

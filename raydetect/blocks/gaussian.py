@@ -1,4 +1,4 @@
-"""A Gaussian over keyed rows, the same to the bit for any number of workers: sums are integers, so their order is free.
+"""A Gaussian over keyed rows, bit-identical for any number of workers, since integer sums do not depend on order.
 
 Shapes: N rows, D dims.
 
@@ -16,20 +16,20 @@ from raydetect.blocks.group import Group
 from raydetect.blocks.rows import KeyedRows
 from raydetect.errors import SpecError
 
-VALUE_BITS = 20  # at most, of a row's largest value; centred ones have one more, and their products 42
-BLOCK = 1 << 10  # rows whose products a float64 sums without rounding: 42 + 10 bits
+VALUE_BITS = 20  # at most, for the largest value; centred values need one more, their products 42
+BLOCK = 1 << 10  # rows whose products float64 sums exactly: 42 + 10 bits
 SUM_BITS = 62
 
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """What a Gaussian is fitted from.
+    """Sufficient statistics of a Gaussian with shrinkage.
 
     Attributes:
         count: N.
         mean_D: float64.
         covariance_DD: float64, divided by N.
-        fourth: mean over rows of the fourth power of their distance to the mean.
+        fourth: mean fourth power of the rows' distances to the mean.
     """
 
     count: int
@@ -39,10 +39,10 @@ class Moments:
 
 
 class Gaussian(nn.Module):
-    """Distances of rows to a mean, in units of a covariance; nothing is learned here by gradients."""
+    """Mahalanobis distance of rows; not trained by gradients."""
 
     def __init__(self, dims: int) -> None:
-        """The standard normal of `dims` dims."""
+        """A standard normal of `dims` dims."""
         super().__init__()
         self.mean_D: Tensor
         self.precision_DD: Tensor
@@ -55,20 +55,20 @@ class Gaussian(nn.Module):
         return ((centred_ND @ self.precision_DD) * centred_ND).sum(-1).clamp_min(0).sqrt()
 
     def gradient(self, rows_ND: Tensor) -> Tensor:
-        """Gradient of every row's distance in that row, float64; zero at the mean."""
+        """Gradient of every row's distance with respect to the row, float64; zero at the mean."""
         centred_ND = rows_ND.double() - self.mean_D
-        pulled_ND = centred_ND @ self.precision_DD
-        distance_N1 = (pulled_ND * centred_ND).sum(-1, keepdim=True).clamp_min(0).sqrt()
-        return pulled_ND / distance_N1.clamp_min(torch.finfo(torch.float64).tiny)
+        gradient_ND = centred_ND @ self.precision_DD
+        distance_N1 = (gradient_ND * centred_ND).sum(-1, keepdim=True).clamp_min(0).sqrt()
+        return gradient_ND / distance_N1.clamp_min(torch.finfo(torch.float64).tiny)
 
 
 def fit_gaussian(rows: KeyedRows) -> tuple[Gaussian, float]:
-    """The Gaussian of all rows of all workers, its covariance shrunk as Ledoit and Wolf do, and by how much.
+    """The Gaussian of all workers' rows with Ledoit-Wolf shrinkage, and the shrinkage.
 
-    Every worker calls it and gets the same bits.
+    A collective call; the result is bit-identical on all workers.
 
     Raises:
-        SpecError: all rows are equal, so there is no distance to speak of.
+        SpecError: all rows are equal, so no distance is defined.
     """
     found = moments(rows)
     shrinkage = ledoit_wolf(found)
@@ -76,7 +76,7 @@ def fit_gaussian(rows: KeyedRows) -> tuple[Gaussian, float]:
     target = float(found.covariance_DD.trace()) / dims
     if target <= 0:
         raise SpecError(
-            f"all {found.count:,} embeddings are equal, which no Gaussian fits. Add normal images that differ."
+            f"all {found.count:,} embeddings are equal, so no Gaussian can be fitted. Add normal images that differ."
         )
     shrunk_DD = (1 - shrinkage) * found.covariance_DD
     shrunk_DD.diagonal().add_(shrinkage * target)
@@ -87,13 +87,13 @@ def fit_gaussian(rows: KeyedRows) -> tuple[Gaussian, float]:
 
 
 def moments(rows: KeyedRows) -> Moments:
-    """Mean and covariance of all rows of all workers.
+    """Mean and covariance of all workers' rows.
 
-    Values are rounded to a 2 ** -20th of the largest, a power of two; all that follows up to the last division is
-    exact in integers. From 2 ** 20 rows on a bit is lost for every fourfold.
+    Values are rounded to 2 ** -20 of the largest, itself rounded up to a power of two; all following steps up to the
+    final division are exact integer arithmetic. Above 2 ** 20 rows, each factor of four costs one bit.
 
     Raises:
-        SpecError: there is no row.
+        SpecError: there are no rows.
     """
     count = rows.total()
     if count == 0:
@@ -119,7 +119,7 @@ def _sum(rows: KeyedRows, unit: float) -> Tensor:
 
 
 def _centred_sums(rows: KeyedRows, unit: float, centre_D: Tensor) -> tuple[Tensor, int]:
-    """Of this worker's rows: the sum of outer products, and of fourth powers of distances to the centre."""
+    """Sums over this worker's rows of outer products, and of fourth powers of distances to the centre."""
     products_DD = torch.zeros((len(centre_D), len(centre_D)), dtype=torch.int64)
     fourth = 0
     for _, block_ND in rows.store.blocks():
@@ -132,15 +132,15 @@ def _centred_sums(rows: KeyedRows, unit: float, centre_D: Tensor) -> tuple[Tenso
 
 
 def _exact_sum(value: int, group: Group) -> int:
-    """The sum over workers of integers of any length."""
+    """Sum of arbitrary-precision integers over all workers."""
     return sum(int(text) for text in group.gather_bytes(str(value).encode()))
 
 
 def ledoit_wolf(found: Moments) -> float:
-    """The share of the scaled identity in the covariance that has the least expected squared error (lemma 3.4)."""
+    """Weight of the scaled identity that minimises the covariance's expected squared error (lemma 3.4)."""
     dims = len(found.mean_D)
     target = float(found.covariance_DD.trace()) / dims
     size = float(found.covariance_DD.square().sum()) / dims
     spread = size - target**2  # d^2
-    error = (found.fourth / dims - size) / found.count  # b^2 before it is bounded by d^2
+    error = (found.fourth / dims - size) / found.count  # b^2 before clipping to d^2
     return 1.0 if spread <= 0 else min(max(error, 0.0), spread) / spread

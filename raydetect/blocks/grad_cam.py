@@ -1,4 +1,4 @@
-"""Where an image's distance to a Gaussian comes from, in closed form.
+"""Grad-CAM of an image's distance to a Gaussian, in closed form.
 
 Shapes: B images, h w feature grid, D feature dim.
 
@@ -13,14 +13,14 @@ from raydetect.blocks.gaussian import Gaussian
 
 
 def unit(rows_D: Tensor) -> Tensor:
-    """L2-normalised along the last dim."""
+    """L2-normalises along the last dim."""
     return F.normalize(rows_D.double(), dim=-1)
 
 
 def grad_cam(features_BDhw: Tensor, gaussian: Gaussian) -> Tensor:
     """Grad-CAM (eqs. 1-2) of the distance of the L2-normalised mean feature, (B, h, w) float32, not negative.
 
-    The gradient in a feature is the same at every position: that in the mean, divided by the number of positions.
+    The gradient is the same at every position: that of the mean feature, divided by the number of positions.
     """
     mean_BD = features_BDhw.mean((2, 3)).double()
     length_B1 = mean_BD.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)

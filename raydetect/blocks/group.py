@@ -1,6 +1,6 @@
-"""Workers that fit together: the few collectives that merging needs, alone or over torch.distributed.
+"""Groups of workers: the collectives needed for merging, for a single worker or over torch.distributed.
 
-Tensors on the wire lie in CPU memory (gloo); nothing is pickled.
+Transferred tensors are on the CPU (gloo); nothing is pickled.
 """
 
 from collections.abc import Sequence
@@ -14,42 +14,42 @@ TIMEOUT = timedelta(minutes=30)
 
 
 class Group:
-    """One worker alone: every collective gives back what went in.
+    """A single worker: every collective returns its input.
 
     Attributes:
-        rank: number of this worker, from 0.
-        size: how many there are.
+        rank: index of this worker, from 0.
+        size: number of workers.
     """
 
     rank = 0
     size = 1
 
     def gather(self, rows_N: Tensor) -> list[Tensor]:
-        """Everyone's tensor, in order of ranks; they may differ in length along dim 0."""
+        """The tensors of all workers, in rank order; lengths along dim 0 may differ."""
         return [rows_N]
 
     def gather_bytes(self, data: bytes) -> list[bytes]:
-        """Everyone's bytes, in order of ranks."""
+        """The bytes of all workers, in rank order."""
         return [data]
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over all workers, element by element."""
+        """Elementwise sum over all workers."""
         return values
 
     def max(self, values: Tensor) -> Tensor:
-        """Maximum over all workers, element by element."""
+        """Elementwise maximum over all workers."""
         return values
 
     def broadcast(self, values: Tensor, root: int) -> Tensor:
-        """The tensor of `root`; the others give one of the same shape and dtype, which is overwritten."""
+        """The tensor of `root`; other workers pass one of the same shape and dtype, which is overwritten."""
         return values
 
 
 class TorchGroup(Group):
-    """The workers of torch.distributed's default process group."""
+    """The default process group of torch.distributed."""
 
     def __init__(self) -> None:
-        """Reads rank and size; the process group must be up."""
+        """Reads rank and size; the process group must be initialised."""
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def gather(self, rows_N: Tensor) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""How likely the pooled features of an image are under a flow, over its rotations, and which pixels say so.
+"""Likelihood of an image's pooled features under a flow, averaged over rotations, and its pixel gradients.
 
 Shapes: B images, C channels, D feature dim of all levels and scales, H W pixels.
 
@@ -24,7 +24,7 @@ HIDDEN_LAYERS = 3
 
 
 def image_flow(dims: int, n_flows: int, hidden_dims: int, clamp: float, seed: int) -> Chain:
-    """Couplings of both halves, a random order of the dims before each; subnets by torch's global generator."""
+    """Couplings of both halves, each after a random permutation; subnets use torch's global generator."""
     maps: list[Invertible] = []
     for number in range(n_flows):
         maps.append(random_permutation(dims, keyed_generator(seed, "permutation", number)))
@@ -41,15 +41,15 @@ def deep_subnet(hidden_dims: int, inside: int, outside: int) -> nn.Module:
 
 
 def mean_features(backbone: Backbone, normal_BCHW: Tensor, num_scales: int) -> Tensor:
-    """Features at several scales, averaged over positions, (B, D) float32: D counts every level of every scale.
+    """Features averaged over positions, (B, D) float32, concatenated over levels and scales.
 
     Args:
         backbone: frozen.
-        normal_BCHW: normalised images; every scale has half the height and width of the one before, by nearest pixels.
+        normal_BCHW: normalised images; each scale halves height and width by nearest-neighbour sampling.
         num_scales: at least 1.
 
     Raises:
-        SpecError: the backbone cannot take images as small as the last scale.
+        SpecError: the images of a scale are too small for the backbone.
 
     Source: sec. 3.2 of the paper.
     """
@@ -72,33 +72,33 @@ def mean_features(backbone: Backbone, normal_BCHW: Tensor, num_scales: int) -> T
 
 
 def turned_features(backbone: Backbone, images_BCHW: Tensor, degrees_B: Sequence[float], num_scales: int) -> Tensor:
-    """Those of uint8 images, each turned by its own angle, counterclockwise; nearest pixels, black corners."""
-    turned = [transforms.rotate(image_CHW, degrees) for image_CHW, degrees in zip(images_BCHW, degrees_B, strict=True)]
-    return mean_features(backbone, backbone.normalised(torch.stack(turned)), num_scales)
+    """Mean features of uint8 images, each rotated counterclockwise by its own angle (nearest, black corners)."""
+    rotated = [transforms.rotate(image_CHW, degrees) for image_CHW, degrees in zip(images_BCHW, degrees_B, strict=True)]
+    return mean_features(backbone, backbone.normalised(torch.stack(rotated)), num_scales)
 
 
 def negative_log_likelihood(z_BD: Tensor, log_det_B: Tensor) -> Tensor:
-    """Eq. 4: of features that a flow has mapped to z, without its constant and per dim, (B,)."""
+    """Negative log-likelihood per dim of features mapped to z, without the constant, (B,) (eq. 4)."""
     return (0.5 * z_BD.square().sum(1) - log_det_B) / z_BD.shape[1]
 
 
 def unlikeliness(
     backbone: Backbone, flow: nn.Module, images_BCHW: Tensor, num_scales: int, degrees: Sequence[float], sigma_px: float
 ) -> tuple[Tensor, Tensor]:
-    """Eq. 5, and the gradients behind it (sec. 3.4); costs a pass forth and back for every angle.
+    """Scores (eq. 5) and gradient maps (sec. 3.4); costs a forward and a backward pass per angle.
 
     Args:
         backbone: frozen.
-        flow: of its mean features.
+        flow: flow over its mean features.
         images_BCHW: uint8 RGB.
         num_scales: see `mean_features`.
-        degrees: the images are turned by each, counterclockwise; nearest pixels, black corners.
-        sigma_px: of the Gaussian that smooths gradients.
+        degrees: counterclockwise rotation angles (nearest, black corners).
+        sigma_px: sigma of the Gaussian that smooths gradients.
 
     Returns:
-        score_B: minus the log-density of z under a standard normal, per dim, averaged over the angles.
-        map_BHW: the likelihood's gradient in the normalised pixels, turned back and smoothed; the square of its mean
-            magnitude over angles and channels.
+        score_B: negative log-density of z under a standard normal, per dim, averaged over the angles.
+        map_BHW: gradient of the log-likelihood with respect to the normalised pixels, rotated back and smoothed; the
+            square of its mean magnitude over angles and channels.
     """
     with torch.inference_mode(False), torch.enable_grad():
         images_BCHW = images_BCHW.clone()
@@ -110,6 +110,6 @@ def unlikeliness(
             (slope_BCHW,) = torch.autograd.grad(log_likelihood(z_BD, log_det_B).sum(), normal_BCHW)
             score_B += 0.5 * (z_BD.detach().square().mean(1) + math.log(2 * math.pi)) / len(degrees)
             back_BCHW = transforms.rotate(slope_BCHW, -angle, InterpolationMode.BILINEAR)
-            even_BCHW = smooth(back_BCHW.flatten(0, 1), sigma_px).view(back_BCHW.shape)
-            map_BHW += even_BCHW.abs().mean(1) / len(degrees)
+            smooth_BCHW = smooth(back_BCHW.flatten(0, 1), sigma_px).view(back_BCHW.shape)
+            map_BHW += smooth_BCHW.abs().mean(1) / len(degrees)
     return score_B, map_BHW.square()

@@ -1,6 +1,6 @@
-"""Cutting a patch out of an image and pasting it elsewhere, and the mild changes of light and place beside it.
+"""CutPaste augmentations: cut and paste image patches, colour jitter and shifts.
 
-Every function draws from the generator that it is given, so what it does is keyed by whoever keys that.
+Every function draws from the given generator, so results are determined by its seed.
 
 Shapes: C channels (RGB), H W pixels; images are float32 in [0, 1].
 
@@ -21,17 +21,17 @@ Range = tuple[float, float]
 
 
 def uniform(random: Generator, low: float, high: float) -> float:
-    """A number between low and high."""
+    """A uniform random number in [low, high)."""
     return low + (high - low) * float(torch.rand((), generator=random))
 
 
 def place(random: Generator, most: int) -> int:
-    """A whole number in [0, most]."""
+    """A random integer in [0, most]."""
     return int(torch.randint(0, most + 1, (), generator=random))
 
 
 def jittered(image_CHW: Tensor, strength: float, random: Generator) -> Tensor:
-    """Brightness, contrast, saturation and hue changed by up to `strength`, in a random order, as torchvision does."""
+    """Jitters brightness, contrast, saturation and hue by up to `strength`, in random order, as torchvision does."""
     if strength == 0:
         return image_CHW
     steps: list[Callable[[Tensor, float], Tensor]] = [
@@ -48,7 +48,7 @@ def jittered(image_CHW: Tensor, strength: float, random: Generator) -> Tensor:
 
 
 def shifted(image_CHW: Tensor, ratio: float, random: Generator) -> Tensor:
-    """Moved by up to `ratio` of its height and width; what comes in is the image mirrored at its edge."""
+    """Shifts the image by up to `ratio` of its height and width, with reflection padding."""
     height, width = image_CHW.shape[1:]
     down, across = int(ratio * height), int(ratio * width)
     padded_CHW = F.pad(image_CHW[None], (across, across, down, down), mode="reflect")[0]
@@ -56,21 +56,21 @@ def shifted(image_CHW: Tensor, ratio: float, random: Generator) -> Tensor:
 
 
 def cropped(image_CHW: Tensor, size_px: tuple[int, int], random: Generator) -> Tensor:
-    """A window of (height, width) at a random place."""
+    """A random crop of (height, width)."""
     top = place(random, image_CHW.shape[1] - size_px[0])
     left = place(random, image_CHW.shape[2] - size_px[1])
     return image_CHW[:, top : top + size_px[0], left : left + size_px[1]]
 
 
 def paste_patch(image_CHW: Tensor, area: Range, aspect: Range, jitter: float, random: Generator) -> Tensor:
-    """CutPaste: a rectangle of the image pasted at another place of it.
+    """CutPaste: pastes a rectangle of the image at a random position.
 
     Args:
-        image_CHW: the image; it stays as it is.
-        area: share of the image's area, drawn uniformly.
-        aspect: width over height, drawn uniformly in its logarithm.
-        jitter: of the patch's colours.
-        random: decides.
+        image_CHW: the image; not modified.
+        area: patch area as a share of the image, drawn uniformly.
+        aspect: width over height, drawn log-uniformly.
+        jitter: strength of the patch's colour jitter.
+        random: source of randomness.
     """
     height, width = image_CHW.shape[1:]
     pixels = uniform(random, *area) * height * width
@@ -84,15 +84,15 @@ def paste_patch(image_CHW: Tensor, area: Range, aspect: Range, jitter: float, ra
 def paste_scar(
     image_CHW: Tensor, width_px: Range, length_px: Range, degrees: float, jitter: float, random: Generator
 ) -> Tensor:
-    """CutPaste-Scar: a long thin rectangle of the image, turned and pasted at another place.
+    """CutPaste-Scar: pastes a long thin rectangle of the image, rotated, at a random position.
 
     Args:
-        image_CHW: the image; it stays as it is.
-        width_px: drawn uniformly.
-        length_px: drawn uniformly; along the image's height before turning.
-        degrees: turned by up to so much, either way.
-        jitter: of the patch's colours.
-        random: decides.
+        image_CHW: the image; not modified.
+        width_px: patch width, drawn uniformly.
+        length_px: patch length, drawn uniformly; along the image's height before rotation.
+        degrees: maximum rotation in either direction.
+        jitter: strength of the patch's colour jitter.
+        random: source of randomness.
     """
     height, width = image_CHW.shape[1:]
     wide = min(max(1, round(uniform(random, *width_px))), width)
@@ -103,7 +103,7 @@ def paste_scar(
 
 
 def turned(patch_Chw: Tensor, degrees: float) -> tuple[Tensor, Tensor]:
-    """A patch turned counter-clockwise about its middle, nearest pixels, in the box around it; and where it is."""
+    """A patch rotated counterclockwise about its centre (nearest) in its bounding box, and its mask."""
     height, width = patch_Chw.shape[1:]
     cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     tall = math.ceil(abs(height * cosine) + abs(width * sine) - 1e-9)
@@ -117,11 +117,11 @@ def turned(patch_Chw: Tensor, degrees: float) -> tuple[Tensor, Tensor]:
 
 
 def pasted(image_CHW: Tensor, patch_Chw: Tensor, mask_hw: Tensor, random: Generator) -> Tensor:
-    """The image with a patch at a random place, where its mask says."""
+    """The image with a masked patch pasted at a random position."""
     tall, wide = mask_hw.shape
     top = place(random, image_CHW.shape[1] - tall)
     left = place(random, image_CHW.shape[2] - wide)
-    made_CHW = image_CHW.clone()
-    window_Chw = made_CHW[:, top : top + tall, left : left + wide]
+    result_CHW = image_CHW.clone()
+    window_Chw = result_CHW[:, top : top + tall, left : left + wide]
     window_Chw.copy_(torch.where(mask_hw.to(window_Chw.device), patch_Chw, window_Chw))
-    return made_CHW
+    return result_CHW

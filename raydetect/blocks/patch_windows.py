@@ -1,4 +1,4 @@
-"""Square windows of images: their mean features, and from scores of windows to pixels.
+"""Square image windows: their mean features, and maps from window scores.
 
 Shapes: B images, C channels, h w grid of windows, R windows of one image, H W pixels, D feature dim.
 """
@@ -14,10 +14,10 @@ WINDOWS_AT_ONCE = 512
 
 
 def pooled_windows(backbone: Backbone, images_BCHW: Tensor, side_px: int, stride_px: int) -> Tensor:
-    """Mean over positions of the last layer's features of every window, (B, h, w, D).
+    """Spatial mean of the last layer's features per window, (B, h, w, D).
 
-    Every window is an image of its own for the backbone, so nothing of its surroundings is seen. Windows go through it
-    in portions that are cut alike for every image of a batch.
+    Each window is passed to the backbone as a separate image, without its surroundings. Windows are processed in chunks
+    that are the same for every image of a batch.
     """
     windows_BChwpp = images_BCHW.unfold(2, side_px, stride_px).unfold(3, side_px, stride_px)
     batch, _, height, width = windows_BChwpp.shape[:4]
@@ -29,20 +29,20 @@ def pooled_windows(backbone: Backbone, images_BCHW: Tensor, side_px: int, stride
 
 
 def spread(grid_Bhw: Tensor, size_px: tuple[int, int], field_px: int, stride_px: int, sigma_px: float) -> Tensor:
-    """Scores of square windows to pixels: every pixel is a mean of all windows, by a Gaussian of their distance.
+    """Pixel map of window scores: every pixel is the mean of all windows, weighted by a Gaussian of their distance.
 
     Args:
-        grid_Bhw: scores of windows of `field_px`, the first at the top left, the next `stride_px` further.
+        grid_Bhw: scores of windows of `field_px`, starting at the top left, with stride `stride_px`.
         size_px: (height, width) of the image.
         field_px: side of a window.
-        stride_px: from one window to the next.
-        sigma_px: of the Gaussian around a window's middle.
+        stride_px: stride between windows.
+        sigma_px: sigma of the Gaussian around a window's centre.
 
     Returns:
         map_BHW: float32.
 
     Source: Liznerski et al., "Explainable Deep One-Class Classification", ICLR 2021, algorithm 1 (receptive field
-    upsampling), but divided by the sum of weights, so that equal scores give an even map up to the edges.
+    upsampling), but normalised by the sum of weights, so equal scores give a constant map up to the edges.
     """
     height, width = grid_Bhw.shape[1:]
     rows_Hh, columns_Ww = (
@@ -54,8 +54,8 @@ def spread(grid_Bhw: Tensor, size_px: tuple[int, int], field_px: int, stride_px:
 
 @lru_cache(maxsize=64)
 def _window_matrix(length: int, size_px: int, field_px: int, stride_px: int, sigma_px: float) -> Tensor:
-    """Weights of `length` windows at every pixel of an axis, (size, length), from float64; rows sum to one."""
+    """Weights of `length` windows for every pixel of an axis, (size, length), via float64; rows sum to one."""
     with torch.inference_mode(False):
-        middles = torch.arange(length, dtype=torch.float64) * stride_px + (field_px - 1) / 2
-        distance = torch.arange(size_px, dtype=torch.float64)[:, None] - middles
+        centres = torch.arange(length, dtype=torch.float64) * stride_px + (field_px - 1) / 2
+        distance = torch.arange(size_px, dtype=torch.float64)[:, None] - centres
         return torch.softmax(-0.5 * (distance / sigma_px) ** 2, 1).float()

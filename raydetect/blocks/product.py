@@ -1,4 +1,4 @@
-"""Float32 matrix products by the quickest library at hand.
+"""Float32 matrix products using the fastest available library.
 
 Shapes: N patches, M rows, D dims.
 """
@@ -6,16 +6,16 @@ Shapes: N patches, M rows, D dims.
 import torch
 from torch import Tensor
 
-# twice as quick as MKL's product, which torch.mm calls, on processors that MKL does not know (AMD)
+# twice as fast as MKL, which torch.mm calls, on CPUs that MKL does not optimise for (AMD)
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 SHAPES_PER_OCTAVE = 8
 LEAST_ROWS = 16
 
 
 def product(left_ND: Tensor, right_MD: Tensor, offset_M: Tensor | None = None) -> Tensor:
-    """offset + left right^T, float32, shape (N, M); the order of summation is not stated.
+    """offset + left right^T, float32, (N, M); the summation order is unspecified.
 
-    Cost that surprises: oneDNN prepares a kernel for every new shape, in about 0.4 ms; see `padded_rows`.
+    Note: oneDNN compiles a kernel for every new shape, in about 0.4 ms; see `padded_rows`.
     """
     if ONEDNN and left_ND.device.type == "cpu":
         return torch.ops.mkldnn._linear_pointwise(left_ND, right_MD, offset_M, "none", [], "")
@@ -23,6 +23,6 @@ def product(left_ND: Tensor, right_MD: Tensor, offset_M: Tensor | None = None) -
 
 
 def padded_rows(count: int) -> int:
-    """`count` or a little more, an eighth at most from 128 on: so few numbers that a kernel for each is kept."""
+    """`count` rounded up, by at most an eighth from 128 on, to limit the number of distinct shapes and kernels."""
     step = max(LEAST_ROWS, (1 << count.bit_length()) // (2 * SHAPES_PER_OCTAVE))
     return -(-count // step) * step

@@ -1,7 +1,7 @@
-"""Texts for good parts and for defects: states of a part in templates of a photograph.
+"""Text prompts for normal parts and for defects: part states inserted into photo templates.
 
 Source: WinCLIP (arXiv 2303.14814), sec. 4.1 and the list in its appendix. Public reproductions lack two of the 22
-templates and have one twice.
+templates and repeat another.
 """
 
 from collections.abc import Sequence
@@ -27,5 +27,5 @@ TEMPLATES = (
 
 
 def compose(states: Sequence[str]) -> list[str]:
-    """Every state in every template; {} is where the class name goes."""
+    """Every state in every template; {} is the placeholder of the class name."""
     return [template.replace("{}", state) for state in states for template in TEMPLATES]

@@ -1,4 +1,4 @@
-"""Feature pyramids to patch embeddings.
+"""Patch embeddings from feature pyramids.
 
 Shapes: B images, C channels, h w feature grid, D feature dim.
 """
@@ -13,8 +13,7 @@ from torch import Tensor
 def patch_embeddings(levels: Sequence[Tensor]) -> Tensor:
     """Locally aware patch embeddings of a feature pyramid.
 
-    Every level is averaged over 3x3 neighbourhoods, the deeper ones are brought to the first level's grid, and all
-    are concatenated along channels.
+    Levels are averaged over 3x3 neighbourhoods, resized to the first level's grid, and concatenated along channels.
 
     Args:
         levels: (B, C_i, h_i, w_i) tensors, shallowest first.
@@ -33,10 +32,10 @@ def patch_embeddings(levels: Sequence[Tensor]) -> Tensor:
 
 
 def pooled_patch_embeddings(levels: Sequence[Tensor], dims: int) -> Tensor:
-    """Patch embeddings of a stated width, whatever the widths of the levels.
+    """Patch embeddings with a fixed number of dims, regardless of the levels' widths.
 
-    The 3x3 neighbourhood of a position, all its channels in a row, is averaged down (or repeated up) to `dims`
-    numbers; so are the numbers of all levels together.
+    The flattened 3x3 neighbourhood of a position is adaptively average-pooled to `dims` values; so are the
+    concatenated values of all levels.
 
     Args:
         levels: (B, C_i, h_i, w_i) tensors, shallowest first.
@@ -46,7 +45,7 @@ def pooled_patch_embeddings(levels: Sequence[Tensor], dims: int) -> Tensor:
         embeddings_BhwD: float32 on the grid of the first level.
 
     Source: the code of PatchCore (arXiv 2106.08265) and SimpleNet (arXiv 2303.15140). Pooling and bilinear upsampling
-    are linear on different axes, so the deeper levels are pooled on their own, smaller grids.
+    are linear on different axes, so deeper levels are pooled on their own, smaller grids.
     """
     size = levels[0].shape[-2:]
     aligned = []

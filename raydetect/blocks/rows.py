@@ -1,4 +1,4 @@
-"""Rows of keyed images, kept by one worker: in memory up to a budget, beyond it in a file of its own disk.
+"""Rows of keyed images stored by one worker: in memory up to a budget, then in a temporary file.
 
 Shapes: N rows, D dims, B images, R rows of one image.
 """
@@ -15,21 +15,21 @@ from raydetect.blocks.seeding import keyed_seed, mixed_hash
 from raydetect.storage import Scratch
 
 BLOCK_ROWS = 8192
-PATCH_BITS = 20  # rows of one image
+PATCH_BITS = 20  # bits of the row index within an image
 DEFAULT_BYTES = 4 << 30
 PAD_KEY = ""
 
 
 class RowStore:
-    """Rows of one width, appended in order and read in blocks of BLOCK_ROWS."""
+    """Rows of fixed width, appended in order and read in blocks of BLOCK_ROWS."""
 
     def __init__(self, dims: int, dtype: torch.dtype, max_bytes: int) -> None:
         """An empty store.
 
         Args:
             dims: D.
-            dtype: of the rows.
-            max_bytes: more than this is kept in a file that has no name and goes with the store.
+            dtype: dtype of the rows.
+            max_bytes: memory limit; rows beyond it go to an anonymous temporary file that is deleted with the store.
         """
         self.dims, self.dtype, self.max_bytes = dims, dtype, max_bytes
         self._block_bytes = BLOCK_ROWS * dims * dtype.itemsize
@@ -69,7 +69,7 @@ class RowStore:
         self._filled = 0
 
     def block(self, number: int) -> Tensor:
-        """The rows [number * BLOCK_ROWS, (number + 1) * BLOCK_ROWS), fewer at the end."""
+        """The rows [number * BLOCK_ROWS, (number + 1) * BLOCK_ROWS); the last block may be shorter."""
         if number < len(self._full):
             return self._full[number]
         if number < len(self._full) + self._spilled:
@@ -80,12 +80,12 @@ class RowStore:
         return self._last[: self._filled]
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows) block by block."""
+        """Yields (first row, rows) for each block."""
         for number in range(-(-len(self) // BLOCK_ROWS)):
             yield number * BLOCK_ROWS, self.block(number)
 
     def take(self, index_N: Tensor) -> Tensor:
-        """The rows of these numbers, in this order."""
+        """The rows at these indices, in this order."""
         found = torch.empty((len(index_N), self.dims), dtype=self.dtype)
         block_N = index_N // BLOCK_ROWS
         for number in block_N.unique().tolist():
@@ -95,17 +95,17 @@ class RowStore:
 
 
 class KeyedRows:
-    """Float32 rows of images, each image once, with an order over all workers that does not depend on any of them.
+    """Float32 rows of images, each image once, with a global order that is independent of the workers.
 
     Attributes:
         group: the workers that hold the other images.
-        store: this worker's rows, image after image as they came.
-        largest: largest absolute value of a row here.
-        stands_for: rows of earlier fits that the rows here were chosen from, beyond those that are here.
+        store: this worker's rows, by image in insertion order.
+        largest: largest absolute value in the local rows.
+        stands_for: number of additional rows, from earlier fits, that the local rows represent.
     """
 
     def __init__(self, dims: int, group: Group, max_bytes: int = DEFAULT_BYTES) -> None:
-        """An empty piece."""
+        """No rows yet."""
         self.group = group
         self.max_bytes = max_bytes
         self.store = RowStore(dims, torch.float32, max_bytes)
@@ -119,7 +119,7 @@ class KeyedRows:
         return len(self.store)
 
     def add(self, key: str, rows_RD: Tensor) -> None:
-        """Adds an image; a key that is there already changes nothing.
+        """Adds an image; does nothing if the key exists already.
 
         Raises:
             ValueError: a row is NaN or infinite, or the image has too many rows.
@@ -127,7 +127,7 @@ class KeyedRows:
         if key in self._seen or key == PAD_KEY:
             return
         if len(rows_RD) >= 1 << PATCH_BITS:
-            raise ValueError(f"{key}: {len(rows_RD):,} rows of one image; fewer than {1 << PATCH_BITS:,} are allowed")
+            raise ValueError(f"{key}: {len(rows_RD):,} rows in one image; fewer than {1 << PATCH_BITS:,} are allowed")
         largest = float(rows_RD.abs().max())
         if not largest < float("inf"):
             raise ValueError(f"{key}: an embedding is NaN or infinite; check the weights and the image")
@@ -138,15 +138,15 @@ class KeyedRows:
         self.store.append(rows_RD)
 
     def total(self) -> int:
-        """Rows of all workers."""
+        """Number of rows of all workers."""
         return int(sum(int(n) for n in self.group.gather(torch.tensor([len(self)]))))
 
     def total_stands_for(self) -> int:
-        """Rows of all workers, and those that rows of earlier fits stand for."""
+        """Number of rows of all workers, including the rows represented by earlier fits."""
         return int(sum(int(n) for n in self.group.gather(torch.tensor([len(self) + self.stands_for]))))
 
     def names(self, index_N: Tensor) -> list[tuple[str, int]]:
-        """(image key, row of that image) of row numbers."""
+        """(image key, row within the image) for row indices."""
         found = []
         for row in index_N.tolist():
             image = bisect_right(self._starts, row) - 1
@@ -154,60 +154,60 @@ class KeyedRows:
         return found
 
     def sample(self, count: int, seed: int) -> Tensor:
-        """At most `count` rows of all workers, the same on any number of them: those of smallest keyed hash."""
-        word = keyed_seed(seed, "sample")
+        """At most `count` rows of all workers, by smallest keyed hash; the same for any number of workers."""
+        hash_seed = keyed_seed(seed, "sample")
         order_N = self.order()
-        first = mixed_hash(order_N, word).argsort()[:count]
+        first = mixed_hash(order_N, hash_seed).argsort()[:count]
         order = torch.cat(self.group.gather(order_N[first]))
         rows_ND = torch.cat(self.group.gather(self.store.take(first)))
-        return rows_ND[mixed_hash(order, word).argsort()[:count]]
+        return rows_ND[mixed_hash(order, hash_seed).argsort()[:count]]
 
     def everything(self) -> Tensor:
-        """All rows of all workers on every one of them, (N, D); images in one order, that of all names of a state."""
+        """The rows of all workers, gathered on each, (N, D); the image order is the same for all names of a state."""
         order_N = torch.cat(self.group.gather(self.order()))
         rows_ND = torch.cat(self.group.gather(self.store.take(torch.arange(len(self)))))
         return rows_ND[order_N.argsort()]
 
     def everyone(self) -> list[str]:
-        """Keys of the images of all workers, in the order of `everything`."""
+        """Image keys of all workers, in the order of `everything`."""
         texts = self.group.gather_bytes(json.dumps(self._keys).encode())
         keys = [key for text in texts for key in json.loads(text)]
         return sorted(keys, key=_head)
 
     def order(self) -> Tensor:
-        """An int64 for every row, a function of its image's key and its place there: what settles ties."""
+        """An int64 per row, a function of the image key and the row's index in the image; breaks ties."""
         lengths = torch.tensor([*self._starts, len(self)], dtype=torch.int64).diff()
         heads = torch.tensor([_head(key) for key in self._keys], dtype=torch.int64)
-        places = torch.arange(len(self)) - torch.tensor(self._starts, dtype=torch.int64).repeat_interleave(lengths)
-        return (heads.repeat_interleave(lengths) << PATCH_BITS) + places
+        positions = torch.arange(len(self)) - torch.tensor(self._starts, dtype=torch.int64).repeat_interleave(lengths)
+        return (heads.repeat_interleave(lengths) << PATCH_BITS) + positions
 
 
 def _head(key: str) -> int:
-    """What orders images: a hash that leaves room for the rows of one."""
+    """Order of an image: a hash with room for the row index."""
     return keyed_seed(0, "order", key) >> PATCH_BITS
 
 
 class FitState:
-    """What collecting leaves on one worker: named rows per image key. Merging over workers is written once, for all.
+    """Rows collected by one worker, by name and image key, with merging over workers.
 
-    Keyed by image, a chunk that is read twice changes nothing, and the order of rows makes the fit independent of the
-    number and order of shards and workers.
+    Since rows are keyed by image, reading a chunk twice has no effect, and the row order makes the fit independent of
+    the number and order of shards and workers.
     """
 
     def __init__(self, group: Group | None = None, max_bytes: int = DEFAULT_BYTES) -> None:
         """An empty state.
 
         Args:
-            group: the workers that fit together; none = this one alone.
-            max_bytes: memory for all rows of this worker; more is kept on its disk.
+            group: the workers of the fit; None = a single worker.
+            max_bytes: memory limit for all rows of this worker; the rest is stored on disk.
         """
         self.group = group or Group()
         self.max_bytes = max_bytes
         self.rows: dict[str, KeyedRows] = {}
 
     def add(self, keys: Sequence[str], collected: Mapping[str, Tensor]) -> None:
-        """Adds the rows of a batch: by name, (B, R, D); images under PAD_KEY are passed over."""
-        with torch.inference_mode(False):  # the rows outlive the forward passes that they come from
+        """Adds the rows of a batch, by name, (B, R, D); images with PAD_KEY are ignored."""
+        with torch.inference_mode(False):  # the rows outlive the forward pass
             for name, rows_BRD in collected.items():
                 if name not in self.rows:
                     self.rows[name] = KeyedRows(rows_BRD.shape[2], self.group, self.max_bytes // len(collected))
@@ -216,7 +216,7 @@ class FitState:
                     self.rows[name].add(key, rows_BRD[i])
 
     def agree(self) -> None:
-        """Gives workers that saw no image the same names, so that all can merge. Call once, after collecting."""
+        """Adds missing row names on workers without images, so that all can merge. Call once, after collecting."""
         mine = json.dumps({name: rows.store.dims for name, rows in self.rows.items()}).encode()
         for text in self.group.gather_bytes(mine):
             for name, dims in json.loads(text).items():

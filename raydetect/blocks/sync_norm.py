@@ -1,6 +1,6 @@
-"""Batch normalisation over the images of all workers, so that a global batch has one mean whoever holds its images.
+"""Batch normalisation with statistics over the images of all workers.
 
-torch's own SyncBatchNorm refuses the CPU.
+torch's SyncBatchNorm does not support the CPU.
 
 Shapes: B images of this worker, C channels.
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over workers; its gradient is the sum of the gradients."""
+    """Sum over workers; the backward pass sums the gradients over workers."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ class _Sum(torch.autograd.Function):
 
 @contextmanager
 def shared_batch_norm(module: nn.Module) -> Iterator[None]:
-    """While the block runs, every batch norm of `module` in training mode takes its statistics over all workers."""
+    """Within the block, all batch norms of `module` in training mode use statistics over all workers."""
     norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.forward = partial(_forward, norm)  # type: ignore[method-assign]
@@ -58,13 +58,13 @@ def _forward(norm: nn.modules.batchnorm._BatchNorm, values: Tensor) -> Tensor:
     mean_C = sums[:-1] / count
     centred = wide - mean_C.view(shape)
     variance_C = _Sum.apply(centred.square().sum(dims)) / count
-    _remember(norm, mean_C.detach(), variance_C.detach(), count)
+    _track(norm, mean_C.detach(), variance_C.detach(), count)
     scaled = centred * torch.rsqrt(variance_C + norm.eps).view(shape)
     return scaled if norm.weight is None else scaled * norm.weight.view(shape) + norm.bias.view(shape)
 
 
 @torch.no_grad()
-def _remember(norm: nn.modules.batchnorm._BatchNorm, mean_C: Tensor, variance_C: Tensor, count: Tensor) -> None:
+def _track(norm: nn.modules.batchnorm._BatchNorm, mean_C: Tensor, variance_C: Tensor, count: Tensor) -> None:
     if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None:
         return
     norm.num_batches_tracked += 1

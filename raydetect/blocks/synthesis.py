@@ -1,6 +1,6 @@
-"""Simulated defects: where they lie (Perlin noise, foreground) and what is blended in there.
+"""Simulated defects: their location (Perlin noise, foreground) and the blended content.
 
-Every function is given its generator, so that a defect is a function of the words that key it.
+Every function draws from the given generator, so a defect is determined by its seed.
 
 Shapes: H W pixels, 3 RGB channels.
 """
@@ -18,23 +18,23 @@ BORDER_SHARE = 0.9
 
 
 def uniform(low: float, high: float, generator: Generator) -> float:
-    """One number in [low, high)."""
+    """A uniform random number in [low, high)."""
     return low + (high - low) * float(torch.rand((), generator=generator))
 
 
 def perlin_noise(size_px: tuple[int, int], cells: tuple[int, int], generator: Generator) -> Tensor:
-    """Perlin's gradient noise, (H, W) float32 in [-1, 1], 0 at the corners of the cells.
+    """Perlin noise, (H, W) float32 in [-1, 1], 0 at the corners of the cells.
 
     Args:
-        size_px: (height, width); need not be a multiple of `cells`.
-        cells: cells of the gradient grid along height and width.
+        size_px: (height, width); need not be multiples of `cells`.
+        cells: number of gradient grid cells along height and width.
         generator: draws the gradients.
 
-    Source: Perlin, "Improving noise", SIGGRAPH 2002 (his fade), scaled by sqrt(2) as in DRAEM's code.
+    Source: Perlin, "Improving noise", SIGGRAPH 2002 (fade function), scaled by sqrt(2) as in DRAEM's code.
     """
     angles = 2 * math.pi * torch.rand(cells[0] + 1, cells[1] + 1, generator=generator)
     down, across = angles.sin(), angles.cos()
-    (row_H, y_H), (column_W, x_W) = (_places(size, count) for size, count in zip(size_px, cells, strict=True))
+    (row_H, y_H), (column_W, x_W) = (_grid_cells(size, count) for size, count in zip(size_px, cells, strict=True))
 
     def ramp(below: int, right: int) -> Tensor:
         def at(grid: Tensor) -> Tensor:
@@ -48,16 +48,16 @@ def perlin_noise(size_px: tuple[int, int], cells: tuple[int, int], generator: Ge
     return math.sqrt(2) * torch.lerp(upper, lower, fade_y)
 
 
-def _places(size: int, cells: int) -> tuple[Tensor, Tensor]:
-    """The cell of every pixel of an axis, and how far it is into it; from integers, so that no cell is missed."""
+def _grid_cells(size: int, cells: int) -> tuple[Tensor, Tensor]:
+    """The cell of every pixel of an axis, and its offset in the cell; in integers, to avoid rounding errors."""
     steps = torch.arange(size) * cells
     return steps // size, (steps % size).float() / size
 
 
 def perlin_mask(size_px: tuple[int, int], generator: Generator) -> Tensor:
-    """Where a defect lies, (H, W) bool; may be empty.
+    """A defect mask, (H, W) bool; may be empty.
 
-    Source: DRAEM, sec. 3.3 and its code: noise of 1 to 32 cells per axis, turned by up to 90 degrees, above 0.5.
+    Source: DRAEM, sec. 3.3 and its code: noise with 1 to 32 cells per axis, rotated by up to 90 degrees, above 0.5.
     """
     rows, columns = (2 ** int(torch.randint(PERLIN_OCTAVES, (), generator=generator)) for _ in range(2))
     noise = perlin_noise(size_px, (rows, columns), generator)
@@ -65,12 +65,12 @@ def perlin_mask(size_px: tuple[int, int], generator: Generator) -> Tensor:
 
 
 def turned(image_CHW: Tensor, degrees: float) -> Tensor:
-    """The image rotated about its centre, bilinear, zeros where nothing was."""
+    """The image rotated about its centre, bilinear, with zero padding."""
     return transforms.rotate(image_CHW, degrees, interpolation=InterpolationMode.BILINEAR)
 
 
 def blend(image_3HW: Tensor, source_3HW: Tensor, mask_HW: Tensor, opacity: float) -> Tensor:
-    """The image, and inside the mask `opacity` parts of the source with 1 - `opacity` parts of the image.
+    """The image, with `opacity` * source + (1 - `opacity`) * image inside the mask.
 
     Source: DRAEM, sec. 3.3 (its beta is the opacity); MemSeg, sec. 3.1 (its delta).
     """
@@ -78,7 +78,7 @@ def blend(image_3HW: Tensor, source_3HW: Tensor, mask_HW: Tensor, opacity: float
 
 
 def shuffled_tiles(image_3HW: Tensor, tiles: tuple[int, int], generator: Generator) -> Tensor:
-    """The image cut into rows x columns equal tiles in random places; pixels that no tile holds stay.
+    """The image with its rows x columns equal tiles shuffled; pixels outside the tiles are unchanged.
 
     Source: MemSeg, sec. 3.1, structural anomalies.
     """
@@ -88,20 +88,20 @@ def shuffled_tiles(image_3HW: Tensor, tiles: tuple[int, int], generator: Generat
     parts = inner.reshape(3, rows, height, columns, width).permute(1, 3, 0, 2, 4).flatten(0, 1)
     parts = parts[torch.randperm(rows * columns, generator=generator)]
     shuffled = image_3HW.clone()
-    placed = parts.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4)
-    shuffled[:, : rows * height, : columns * width] = placed.reshape(inner.shape)
+    tiled = parts.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4)
+    shuffled[:, : rows * height, : columns * width] = tiled.reshape(inner.shape)
     return shuffled
 
 
 def foreground(image_3HW: Tensor) -> Tensor:
-    """The part that an image shows, (H, W) bool; all of it where no plain background runs along the border.
+    """The foreground mask of an image, (H, W) bool; all True if the border is not a plain background.
 
-    Grey values are cut in two by Otsu's threshold. The side that holds nine tenths of the border is background.
+    Grey values are split by Otsu's threshold. The class that covers at least nine tenths of the border is background.
 
     Args:
         image_3HW: uint8.
 
-    Source: Otsu, IEEE TSMC 9 (1979); the rule of the border is ours.
+    Source: Otsu, IEEE TSMC 9 (1979); the border rule is ours.
     """
     grey_HW = image_3HW.float().mean(0).round().long()
     bright_HW = grey_HW > otsu_threshold(grey_HW)
@@ -112,7 +112,7 @@ def foreground(image_3HW: Tensor) -> Tensor:
 
 
 def otsu_threshold(grey_X: Tensor) -> int:
-    """The grey value t in 0..255 whose split (<= t, > t) has the largest variance between its two classes."""
+    """The grey value t in 0..255 whose split (<= t, > t) maximises the between-class variance."""
     counts = torch.bincount(grey_X.flatten(), minlength=256).double()
     values = torch.arange(256, dtype=torch.float64)
     below, total = counts.cumsum(0), counts.sum()

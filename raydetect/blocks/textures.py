@@ -1,4 +1,4 @@
-"""Textures that simulated defects are made of: given images, or procedural ones; and how they are varied.
+"""Textures for simulated defects, from images or procedural, and their augmentation.
 
 Shapes: N images, H W pixels, 3 RGB channels; textures are float32 in [0, 1].
 """
@@ -27,7 +27,7 @@ class Textures:
     """A source of textures.
 
     Attributes:
-        images_N3HW: uint8; None = every texture is made anew.
+        images_N3HW: uint8; None = generate procedural textures.
     """
 
     images_N3HW: Tensor | None = None
@@ -36,21 +36,21 @@ class Textures:
         """One texture at (height, width) `size_px`, (3, H, W)."""
         if self.images_N3HW is None:
             return procedural_texture(size_px, generator)
-        place = int(torch.randint(len(self.images_N3HW), (), generator=generator))
-        texture = self.images_N3HW[place].float() / 255
+        index = int(torch.randint(len(self.images_N3HW), (), generator=generator))
+        texture = self.images_N3HW[index].float() / 255
         if texture.shape[1:] == size_px:
             return texture
         return F.interpolate(texture[None], size_px, mode="bilinear", antialias=True)[0]
 
 
 def procedural_texture(size_px: tuple[int, int], generator: Generator) -> Tensor:
-    """Clouds, stripes, checks, cells or blocks in random colours, grey ones among them, (3, H, W)."""
+    """Clouds, stripes, checks, cells or blocks in random colours or greys, (3, H, W)."""
     field_HW = FIELDS[int(torch.randint(len(FIELDS), (), generator=generator))](size_px, generator)
     colours = torch.rand(COLOURS, 3, generator=generator)
     colours = torch.lerp(colours.mean(1, keepdim=True), colours, uniform(0, 1, generator))
-    place_HW = field_HW.clamp(0, 1) * (COLOURS - 1)
-    first_HW = place_HW.floor().clamp(max=COLOURS - 2).long()
-    share_HW1 = (place_HW - first_HW)[..., None]
+    position_HW = field_HW.clamp(0, 1) * (COLOURS - 1)
+    first_HW = position_HW.floor().clamp(max=COLOURS - 2).long()
+    share_HW1 = (position_HW - first_HW)[..., None]
     texture = torch.lerp(colours[first_HW], colours[first_HW + 1], share_HW1).permute(2, 0, 1)
     grain = uniform(0, 0.1, generator) * torch.randn(size_px, generator=generator)
     return (texture + grain).clamp(0, 1)
@@ -64,7 +64,7 @@ def _clouds(size_px: tuple[int, int], generator: Generator) -> Tensor:
 
 
 def _phases(size_px: tuple[int, int], generator: Generator) -> tuple[Tensor, Tensor]:
-    """Two turned coordinates that run through some periods, bent a little."""
+    """Two rotated, slightly warped coordinates covering several periods."""
     y, x = torch.meshgrid(*(torch.linspace(-1, 1, size) for size in size_px), indexing="ij")
     angle, periods = uniform(0, math.pi, generator), uniform(2, 24, generator)
     bend = uniform(0, 2, generator) * perlin_noise(size_px, (4, 4), generator)
@@ -82,16 +82,16 @@ def _checks(size_px: tuple[int, int], generator: Generator) -> Tensor:
 
 
 def _cells(size_px: tuple[int, int], generator: Generator) -> Tensor:
-    """Distance to the nearest of some random points, over the largest."""
+    """Distance to the nearest of some random points, normalised to a maximum of 1."""
     count = int(torch.randint(4, MAX_POINTS, (), generator=generator))
     points_P2 = torch.rand(count, 2, generator=generator)
-    places_N2 = torch.cartesian_prod(*(torch.linspace(0, 1, size) for size in size_px))
-    nearest_HW = torch.cdist(places_N2, points_P2).amin(1).view(size_px)
+    pixels_N2 = torch.cartesian_prod(*(torch.linspace(0, 1, size) for size in size_px))
+    nearest_HW = torch.cdist(pixels_N2, points_P2).amin(1).view(size_px)
     return nearest_HW / nearest_HW.max()
 
 
 def _blocks(size_px: tuple[int, int], generator: Generator) -> Tensor:
-    """Random values in a coarse grid, with or without soft edges."""
+    """Random values on a coarse grid, with hard or soft edges."""
     rows, columns = (int(n) for n in torch.randint(4, 33, (2,), generator=generator))
     coarse = torch.rand(1, 1, rows, columns, generator=generator)
     mode = "nearest" if uniform(0, 1, generator) < 0.5 else "bilinear"
@@ -102,9 +102,9 @@ FIELDS: tuple[Field, ...] = (_clouds, _stripes, _checks, _cells, _blocks)
 
 
 def varied(texture_3HW: Tensor, generator: Generator) -> Tensor:
-    """Three of the ten changes of colour, sharpness and angle, in random order, (3, H, W) in [0, 1].
+    """Applies three of ten random colour, sharpness and rotation changes, (3, H, W) in [0, 1].
 
-    Source: DRAEM, sec. 3.3; the ten and their ranges as in its code.
+    Source: DRAEM, sec. 3.3; changes and ranges as in its code.
     """
     for number in torch.randperm(len(VARIATIONS), generator=generator)[:CHANGES].tolist():
         texture_3HW = VARIATIONS[number](texture_3HW, generator).clamp(0, 1)
@@ -112,9 +112,9 @@ def varied(texture_3HW: Tensor, generator: Generator) -> Tensor:
 
 
 def adjusted(image_3HW: Tensor, generator: Generator) -> Tensor:
-    """Mirrored or not, turned, and changed in brightness, hue and saturation, (3, H, W) in [0, 1].
+    """Random flip, rotation, brightness, hue and saturation, (3, H, W) in [0, 1].
 
-    Source: MemSeg, sec. 3.1, structural defects; the ranges, which it does not tell, are those of `varied`.
+    Source: MemSeg, sec. 3.1, structural defects; it gives no ranges, so those of `varied` are used.
     """
     if uniform(0, 1, generator) < 0.5:
         image_3HW = image_3HW.flip(2)

@@ -1,4 +1,4 @@
-"""Parts of encoder-decoder networks: double convolutions, keyed initial values, sizes that halve evenly.
+"""Building blocks of encoder-decoder networks: double convolutions, keyed initialisation, padding.
 
 Shapes: B images, C channels, H W pixels.
 """
@@ -15,7 +15,7 @@ from raydetect.blocks.seeding import keyed_seed
 
 @contextmanager
 def keyed_init(seed: int, *words: str) -> Iterator[None]:
-    """While the block runs, torch's global random numbers follow from `seed` and `words`; afterwards as before."""
+    """Seeds torch's global generator from `seed` and `words` within the block, then restores it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(keyed_seed(seed, *words))
         yield
@@ -31,7 +31,7 @@ def convolutions(in_channels: int, *widths: int) -> nn.Sequential:
 
 
 class UpConvolution(nn.Sequential):
-    """Twice the size, bilinear with aligned corners, then a convolution with batch norm and ReLU."""
+    """Bilinear upsampling by 2 with aligned corners, then convolution, batch norm and ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         """Builds the block."""
@@ -40,7 +40,7 @@ class UpConvolution(nn.Sequential):
 
 
 def normal_init(network: nn.Module, std: float = 0.02) -> None:
-    """Weights of convolutions from N(0, std), of batch norms from N(1, std); biases of batch norms 0 (DCGAN)."""
+    """DCGAN initialisation: convolutions N(0, std), batch norm weights N(1, std) and biases 0."""
     for part in network.modules():
         if isinstance(part, nn.Conv2d | nn.ConvTranspose2d):
             nn.init.normal_(part.weight, 0.0, std)
@@ -50,12 +50,12 @@ def normal_init(network: nn.Module, std: float = 0.02) -> None:
 
 
 def padded(images_BCHW: Tensor, multiple: int) -> Tensor:
-    """Images with their last row and column repeated until both sizes are multiples; crop what comes out."""
+    """Replicates the last row and column until both sizes are multiples; crop the output with `cropped`."""
     height, width = images_BCHW.shape[-2:]
     below, right = -height % multiple, -width % multiple
     return F.pad(images_BCHW, (0, right, 0, below), mode="replicate") if below or right else images_BCHW
 
 
 def cropped(maps_X: Tensor, size_px: Sequence[int]) -> Tensor:
-    """The upper left part of (height, width) `size_px`."""
+    """The top left region of (height, width) `size_px`."""
     return maps_X[..., : size_px[0], : size_px[1]]

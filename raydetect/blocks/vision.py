@@ -1,9 +1,9 @@
-"""The one door to torchvision, which opens faster than torchvision's own.
+"""Imports torchvision, faster than importing it directly; use this module for all torchvision imports.
 
-As it is loaded, torchvision 0.29's `ops.roi_align` takes one function out of `torch._dynamo`, and with it come torch's
-compiler, sympy and sharded training: as much time as all the rest of torchvision and half of torch. Nothing here calls
-that function. While torchvision is loaded, one of the same name stands there alone, and fetches torch's own when it is
-called. Training loads the compiler all the same: torch's optimizers ask for it.
+At import, torchvision 0.29's `ops.roi_align` imports one function from `torch._dynamo`, which loads torch's compiler,
+sympy and sharded training: as much time as the rest of torchvision and half of torch. Nothing here calls that function.
+While torchvision is imported, a stub module with that function takes its place and loads torch's own module on use.
+Training loads the compiler anyway, because torch's optimizers import it.
 """
 
 import importlib
@@ -17,27 +17,27 @@ COMPILER = "torch._dynamo.utils"
 
 
 class _Later(ModuleType):
-    """Stands for the compiler's module; anything but the one function loads it."""
+    """Stub for the compiler's module; any use loads the real one."""
 
     @staticmethod
     def is_compile_supported(device_type: str) -> bool:
-        """torch's own answer."""
+        """Calls torch's own function."""
         found: bool = _compiler().is_compile_supported(device_type)
         return found
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # the import system asks for such
+        if name.startswith("__"):  # looked up by the import system
             raise AttributeError(name)
         return getattr(_compiler(), name)
 
 
 def _compiler() -> ModuleType:
-    """torch's own module, whatever stands for it."""
-    _make_way()
+    """torch's own module, replacing the stub."""
+    _remove_stub()
     return importlib.import_module(COMPILER)
 
 
-def _make_way() -> None:
+def _remove_stub() -> None:
     if isinstance(sys.modules.get(COMPILER), _Later):
         del sys.modules[COMPILER]
 
@@ -51,7 +51,7 @@ def _without_the_compiler() -> Iterator[None]:
     try:
         yield
     finally:
-        _make_way()
+        _remove_stub()
 
 
 with _without_the_compiler():
@@ -59,6 +59,6 @@ with _without_the_compiler():
     from torchvision.models.feature_extraction import create_feature_extractor
     from torchvision.models.resnet import BasicBlock
     from torchvision.transforms import InterpolationMode
-    from torchvision.transforms import functional as transforms  # their second version loads the compiler too
+    from torchvision.transforms import functional as transforms  # v2 also loads the compiler
 
 __all__ = ["BasicBlock", "InterpolationMode", "create_feature_extractor", "models", "transforms"]

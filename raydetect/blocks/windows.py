@@ -1,4 +1,4 @@
-"""Square windows over a grid of patches, and harmonic means of what is said of windows.
+"""Square windows over a grid of patches, and harmonic means of window scores.
 
 Shapes: B images, h w grid, W windows, K patches of a window.
 """
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 def window_patches(grid: tuple[int, int], side: int) -> Tensor:
-    """The patches (row * w + column) of every window of `side` x `side` patches, at all positions, (W, K) int64."""
+    """Patch indices (row * w + column) of all windows of `side` x `side` patches, (W, K) int64."""
     numbers_hw = torch.arange(grid[0] * grid[1]).view(grid)
     return numbers_hw.unfold(0, side, 1).unfold(1, side, 1).reshape(-1, side * side)
 
 
 def spread_harmonic(scores_BW: Tensor, grid: tuple[int, int], side: int) -> Tensor:
-    """For every patch the harmonic mean of the scores, >= 0, of all windows that hold it, (B, h, w).
+    """Harmonic mean, for every patch, of the scores (>= 0) of all windows containing it, (B, h, w).
 
     Source: WinCLIP (arXiv 2303.14814), eq. 4.
     """
@@ -26,5 +26,5 @@ def spread_harmonic(scores_BW: Tensor, grid: tuple[int, int], side: int) -> Tens
 
 
 def harmonic_mean(parts: list[Tensor]) -> Tensor:
-    """Harmonic mean of tensors, >= 0, of shapes that go together."""
+    """Harmonic mean of non-negative, broadcastable tensors."""
     return len(parts) / torch.stack(torch.broadcast_tensors(*(1.0 / part for part in parts))).sum(0)

@@ -236,7 +236,7 @@ def words(**stated: object) -> DifferNet.Params:
 
 
 def test_the_head_follows_from_what_is_stated_and_settles_what_is_not() -> None:
-    with pytest.raises(SpecError, match="k_neighbors is of no use to head: flow; leave it out, or set head: differ"):
+    with pytest.raises(SpecError, match="k_neighbors has no effect with head: flow; remove it or set head: differ"):
         words(head="flow", k_neighbors=5)
     for stated in ({"head": "difference"}, {"k_neighbors": 5, "train_difference": True}, {"k_neighbors": 5}):
         params = words(backbone="wide_resnet50", **stated)

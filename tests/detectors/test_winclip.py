@@ -214,10 +214,10 @@ def test_the_input_size_is_the_models_own_or_the_users(params: dict[str, object]
 @pytest.mark.parametrize(
     ("params", "word"),
     [
-        ({"window_size": 230}, r"image_size \[230, 230\] is no multiple of 16 px, ViT-B-16-plus-240's patch"),
+        ({"window_size": 230}, r"image_size \[230, 230\] is not a multiple of 16 px, ViT-B-16-plus-240's patch"),
         ({"clip_model": "ViT-B/32", "scales": [8]}, r"larger than an image_size of \[224, 224\]"),
-        ({"clip_model": "RN50"}, "no plain CLIP with a vision transformer"),
-        ({"clip_model": "ViT-B-16-SigLIP"}, r"no plain CLIP .*timm_model_name"),
+        ({"clip_model": "RN50"}, "not a plain CLIP with a vision transformer"),
+        ({"clip_model": "ViT-B-16-SigLIP"}, r"not a plain CLIP .*timm_model_name"),
         ({"clip_model": "ViT-B/23"}, "ViT-B-32"),
         ({"prompts_normal": []}, "prompts_normal"),
     ],
@@ -233,7 +233,7 @@ def test_every_plain_model_of_open_clip_has_a_configuration() -> None:
         try:
             config = clip_config(name)
         except SpecError as error:
-            assert "no plain CLIP" in str(error), name
+            assert "not a plain CLIP" in str(error), name
             continue
         assert config.words == open_clip.get_model_config(name), name
 
