@@ -115,8 +115,7 @@ class Detector(abc.ABC):
         """Loads or randomly initialises (from the seed) the weights, and reads any other input needed before fitting.
 
         Returns:
-            What was loaded, as recorded in the artifact: "<name or URI> sha256:<digest>", "random seed:<n>" or "from
-            scratch".
+            What was loaded, for the artifact: "<name or URI> sha256:<digest>", "random seed:<n>" or "from scratch".
 
         Raises:
             ArtifactError: the weights are unavailable, do not match their digest, or lack a required tensor.

@@ -63,7 +63,7 @@ def _chosen(uri: str) -> tuple[list[Member], int]:
     except RaydetectError as error:
         raise ArtifactError(f"textures: {error}") from None
     if not kept:
-        raise ArtifactError(f"textures: {uri} contains no images. Give a folder or archive of images, or omit it.")
+        raise ArtifactError(f"textures: {uri} contains no images. Give a folder or archive of images or omit textures.")
     return sorted((member for _, _, member in kept), key=lambda member: member.key), seen
 
 

@@ -4,8 +4,8 @@ Positions that are unlikely at all levels are anomalous. The flows process singl
 a few hundred of them is independent of the image size.
 
 Source: Gudovskiy et al., "CFLOW-AD: Real-Time Unsupervised Anomaly Detection with Localization via Conditional
-Normalizing Flows", WACV 2022, arXiv 2107.12571, and its official code (gudovskiy/cflow-ad) where the paper is
-silent.
+Normalizing Flows", WACV 2022, arXiv 2107.12571, and its official code (gudovskiy/cflow-ad) where the paper
+is silent.
 Differs from the paper: a level's likelihoods are divided by the maximum over the training images, not the test set, so
 an image's score does not depend on other images; the map is the negative logarithm of the paper's aggregated likelihood
 instead of a constant minus it, which ranks pixels identically and does not saturate; a step uses the same number of

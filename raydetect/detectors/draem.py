@@ -3,8 +3,7 @@
 The second network learns to recognise defects from image and repair, so no examples of real defects are needed.
 
 Source: Zavrtanik, Kristan and Skocaj, "DRAEM - A discriminatively trained reconstruction embedding for surface anomaly
-detection", ICCV 2021, arXiv 2108.07610; where the paper is silent, the authors' code
-("code" below).
+detection", ICCV 2021, arXiv 2108.07610; where the paper is silent, the authors' code ("code" below).
 Differs from the paper: without `textures`, defects use procedural textures instead of the DTD data set; the saturation
 of textures is scaled by a factor; an epoch uses every image once, where the code samples with replacement; the last
 epoch is used.

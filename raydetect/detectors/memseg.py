@@ -3,14 +3,14 @@
 The feature pyramids of normal images form a memory; the head's input includes the difference to the nearest one.
 
 Source: Yang et al., "MemSeg: A semi-supervised method for image surface defect detection using differences and
-commonalities", arXiv 2205.00908. Its authors published no code: layers, optimizer and schedule follow the
-public implementation TooTouch/MemSeg ("code" below).
+commonalities", arXiv 2205.00908. Its authors published no code: layers, optimizer and schedule follow the public
+implementation TooTouch/MemSeg ("code" below).
 Differs from the paper: during training, an image is not matched with its own memory entry, since scored images are not
 in the memory; the stem is frozen with the levels, so the memory stays consistent with the head's input; the foreground
 is found by Otsu's threshold and the image border instead of a threshold per category; without `textures`, procedural
 textures replace DTD; images are resized without a crop; the last step is used instead of one chosen on test images.
 
-Shapes: B images, M memories, K neighbours, C channels, h w feature grid, H W pixels.
+Shapes: B images, M memory entries, K neighbours, C channels, h w feature grid, H W pixels.
 """
 
 import math

@@ -5,9 +5,9 @@ Given k normal images (WinCLIP+), windows and patches are also compared with tho
 Source: Jeong et al., "WinCLIP: Zero-/Few-Shot Anomaly Classification and Segmentation", CVPR 2023, arXiv 2303.14814:
 the compositional prompt ensemble (sec. 4.1), windows and harmonic means, eq. 4 (sec. 4.2), association with normal
 images, eqs. 5-7 (sec. 4.3).
-Differs from the paper: images are resized bilinearly (CLIP: bicubic). Where the paper is silent, as in
-public reproductions: text embeddings are averaged before normalisation, the temperature is 0.07, patches are the last
-block's tokens after its norm and before the projection, and the two maps of WinCLIP+ are averaged.
+Differs from the paper: images are resized bilinearly (CLIP: bicubic). Where the paper is silent, as in public
+reproductions: text embeddings are averaged before normalisation, the temperature is 0.07, patches are the last block's
+tokens after its norm and before the projection, and the two maps of WinCLIP+ are averaged.
 
 Shapes: B images, P patches on a grid h w, W windows, D embedding dim, C token width, H W pixels.
 """
