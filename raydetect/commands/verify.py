@@ -1,4 +1,4 @@
-"""`raydetect verify`: whether a results directory is what was written, and which shards are to be scored again."""
+"""`raydetect verify`: checks a results directory against its ledger and lists shards to rescore."""
 
 import json
 import sys
@@ -14,15 +14,15 @@ SHOWN_AFTER_SECONDS = 2.0
 @click.command()
 @click.argument("results")
 @storage_words
-@click.option("--repair", is_flag=True, help="Take the ledger records of damaged shards away.")
+@click.option("--repair", is_flag=True, help="Remove the ledger records of damaged shards.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verify(
     results: str, endpoint_url: str | None, profile: str | None, anon: bool, repair: bool, as_json: bool
 ) -> None:
     """Read every part and heatmap of a results directory and compare them with its ledger.
 
-    Exit code 0: all is whole; 1: something is damaged, also when --repair took the records of damaged shards away: the
-    same job then scores these again.
+    Exit code 0: intact; 1: damaged, even if --repair removed the records of damaged shards, so that running the same
+    job again rescores them.
     """
     with errors(BAD_JOB):
         from raydetect.console import shown
