@@ -261,8 +261,7 @@ def submit(job: Path, overrides: tuple[str, ...], address: str, no_wait: bool) -
 def serve(job: Path, overrides: tuple[str, ...], address: str | None, in_process: bool) -> None:
     """Serve detectors over HTTP, for single images and whole archives.
 
-    A local Ray serves until it is stopped; on a cluster the endpoints keep running, and running the same command again
-    rolls out changes.
+    Local endpoints run until stopped; on a cluster they keep running, and the same command again rolls out changes.
     """
     with errors(BAD_JOB):
         spec = expect(load(job, overrides), "serve", job)
