@@ -1,4 +1,4 @@
-"""The door: `raydetect`. Torch and Ray are loaded inside the commands that need them, so help is instant."""
+"""The `raydetect` command line. Commands import torch and Ray only when needed, so that `--help` is fast."""
 
 import json
 import os
@@ -45,9 +45,9 @@ if TYPE_CHECKING:
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="raydetect")
 def main() -> None:
-    """Finds the abnormal images in large archives: fits detectors, scores archives on Ray, keeps a ledger.
+    """Find anomalous images in large archives: fit detectors, score archives on Ray, keep a ledger.
 
-    Exit codes: 0 done, 1 the run failed, 2 the job file is wrong, 3 done with too many bad rows,
+    Exit codes: 0 success, 1 the run failed, 2 the job file is invalid, 3 finished with too many bad rows,
     4 an audit raised an alarm.
     """
 
@@ -56,7 +56,7 @@ def main() -> None:
 @job_file
 @overrides
 def check(job: Path, overrides: tuple[str, ...]) -> None:
-    """Find every mistake in a job file; touches no cluster."""
+    """Find all mistakes in a job file, without a cluster."""
     with errors(BAD_JOB):
         from raydetect.check import find_problems
         from raydetect.check.reading import source_lines
@@ -80,7 +80,7 @@ def check(job: Path, overrides: tuple[str, ...]) -> None:
 @cluster
 @click.option("--local", "in_process", is_flag=True, help="Run in this process, without Ray.")
 @click.option(
-    "--extend", metavar="ARTIFACT", help="Add the images to this artifact's memory bank instead of fitting anew."
+    "--extend", metavar="ARTIFACT", help="Add the images to this artifact's memory bank instead of fitting a new one."
 )
 def fit(job: Path, overrides: tuple[str, ...], address: str | None, in_process: bool, extend: str | None) -> None:
     """Fit a detector on normal images and write the artifact."""
@@ -113,19 +113,20 @@ def _print_fit(spec: "FitSpec", report: "FitReport") -> None:
 
     facts = report.facts
     images, seconds = facts["images"], facts["seconds"]
-    by = f" by {facts['workers']} workers" if facts["workers"] > 1 else ""
-    of = f" for each of {facts['categories']} categories" if "categories" in facts else ""
-    click.echo(f"Fitted {spec.detector.title}{of} on {images['fitted']} images{by} in {sum(seconds.values()):.0f} s.")
-    for phase, spent in seconds.items():
+    by_workers = f" by {facts['workers']} workers" if facts["workers"] > 1 else ""
+    per_category = f" for each of {facts['categories']} categories" if "categories" in facts else ""
+    total = sum(seconds.values())
+    click.echo(f"Fitted {spec.detector.title}{per_category} on {images['fitted']} images{by_workers} in {total:.0f} s.")
+    for phase, elapsed in seconds.items():
         peak = bytes_text(facts["peak_memory_bytes"][phase])
-        click.echo(f"  {phase:<10} {spent:8.1f} s   peak memory of a worker so far {peak}")
-    for measured in facts.get("members", [facts]):
-        if "coreset" in measured:
-            click.echo(_coreset_text(measured["coreset"]))
+        click.echo(f"  {phase:<10} {elapsed:8.1f} s   peak memory of a worker so far {peak}")
+    for member in facts.get("members", [facts]):
+        if "coreset" in member:
+            click.echo(_coreset_text(member["coreset"]))
     _print_labels(facts)
     click.echo(f"Weights: {facts['weights']}")
     if "random seed:" in str(facts["weights"]):
-        click.echo("Note: random weights find coarse defects only; give `weights:` a file for real use.")
+        click.echo("Note: random weights find only coarse defects; set `weights:` to a file for real use.")
     for reason in facts["bad_reasons"]:
         click.echo(f"Bad: {reason}")
     left_out = f"{images['bad']} bad and {images['labelled_anomalous_left_out']} labelled anomalous left out"
@@ -134,18 +135,18 @@ def _print_fit(spec: "FitSpec", report: "FitReport") -> None:
 
 
 def _print_labels(facts: Mapping[str, Any]) -> None:
-    """How labels were read, and whether that may be the wrong way round."""
+    """Prints how labels were read, and a note if they may be inverted."""
     from raydetect.archives.labels import labels_text
     from raydetect.left_out import left_out_of, left_out_text
 
-    counts = [(label, said, count) for label, said, count in facts["labels"]]
+    counts = [(label, text, count) for label, text, count in facts["labels"]]
     normal, anomalous = (sum(count for label, _, count in counts if label == wanted) for wanted in (0, 1))
     if normal or anomalous:
         click.echo(f"label: {labels_text(counts)}")
     if normal < anomalous:
         click.echo(
-            f"Note: only {normal:,} of {normal + anomalous:,} labelled images are normal. If labels are read the wrong "
-            "way round, set source.normal_names."
+            f"Note: only {normal:,} of {normal + anomalous:,} labelled images are normal. If labels are inverted, set "
+            "source.normal_names."
         )
     left_out = left_out_text(left_out_of(facts["left_out"]))
     if left_out:
@@ -154,7 +155,7 @@ def _print_labels(facts: Mapping[str, Any]) -> None:
 
 def _coreset_text(coreset: dict[str, Any]) -> str:
     proven = coreset["proven_ratio"]
-    ratio = "nothing is proven of it" if proven is None else f"at most {proven:.2f} times the best possible"
+    ratio = "without a proven bound" if proven is None else f"at most {proven:.2f} times the best possible"
     return (
         f"Memory bank: {coreset['rows']:,} of {coreset['of']:,} patch embeddings ({coreset['mode']}), covering radius "
         f"{coreset['covering_radius']:.3g}, {ratio}."
@@ -171,14 +172,14 @@ def _coreset_text(coreset: dict[str, Any]) -> str:
     multiple=True,
     type=click.Choice(sorted(BAD_STATUSES)),
     metavar="STATUS",
-    help="Score shards anew that hold rows with this status, such as unreadable or bad_shard.",
+    help="Rescore shards that contain rows with this status, such as unreadable or bad_shard.",
 )
 def score(job: Path, overrides: tuple[str, ...], address: str | None, in_process: bool, retry: tuple[str, ...]) -> None:
-    """Score an archive; started again, it goes on where it stopped."""
+    """Score an archive; running the same job again resumes it."""
     with errors(BAD_JOB):
         spec = expect(load(job, overrides), "score", job)
         if spec.engine == "serve" and not (in_process or address or os.environ.get("RAY_ADDRESS")):
-            raise SpecError("engine: serve needs the cluster on which `raydetect serve` runs. State --address.")
+            raise SpecError("engine: serve needs the cluster on which `raydetect serve` runs. Set --address.")
         from raydetect.plan import plan_score
 
         plan = plan_score(spec, retry=retry)
@@ -189,7 +190,7 @@ def score(job: Path, overrides: tuple[str, ...], address: str | None, in_process
     if plan.before is not None:
         click.echo(_changed_text(plan.before, plan), err=True)
     if done:
-        click.echo(f"{done} of {len(plan.shards)} shards are committed already; going on with the rest.", err=True)
+        click.echo(f"{done} of {len(plan.shards)} shards are committed already; continuing with the rest.", err=True)
     for note in plan.notes:
         click.echo(f"Note: {note}", err=True)
     with errors():
@@ -200,8 +201,8 @@ def _changed_text(before: Mapping[str, Any], plan: "ScorePlan") -> str:
     then, now, left = int(before["num_shards"]), len(plan.shards), len(plan.todo)
     added = f", {now - then:,} more" if now > then else ""
     return (
-        f"The archive has changed since the run was begun: it had {then:,} shards and has {now:,} now{added}. "
-        f"The {now - left:,} committed ones are the same; the other {left:,} are scored as they are now."
+        f"The archive has changed since the run was started: it had {then:,} shards and has {now:,} now{added}. "
+        f"The {now - left:,} committed ones are unchanged; the other {left:,} are scored in their current state."
     )
 
 
@@ -235,7 +236,7 @@ def _summary(plan: "ScorePlan", manifest: dict[str, Any]) -> None:
 @click.option("--address", required=True, help="Ray dashboard, http://HOST:8265.")
 @click.option("--no-wait", is_flag=True, help="Return as soon as the job is accepted.")
 def submit(job: Path, overrides: tuple[str, ...], address: str, no_wait: bool) -> None:
-    """Submit a job file to a cluster (Ray Jobs), follow it, and exit with its code."""
+    """Submit a job file to a cluster (Ray Jobs), follow its log and exit with its code."""
     with errors(BAD_JOB):
         values = job_values(job, overrides)
         parse(values, job)
@@ -257,9 +258,9 @@ def submit(job: Path, overrides: tuple[str, ...], address: str, no_wait: bool) -
 @cluster
 @click.option("--local", "in_process", is_flag=True, help="Run in this process, without Ray.")
 def serve(job: Path, overrides: tuple[str, ...], address: str | None, in_process: bool) -> None:
-    """Keep detectors warm behind HTTP, for single images and whole archives.
+    """Serve detectors over HTTP, for single images and whole archives.
 
-    On a local Ray until it is stopped; on a cluster the endpoints stay, and the same command again rolls out changes.
+    Local endpoints run until stopped; on a cluster they keep running, and the same command again rolls out changes.
     """
     with errors(BAD_JOB):
         spec = expect(load(job, overrides), "serve", job)
@@ -283,15 +284,15 @@ def serve(job: Path, overrides: tuple[str, ...], address: str | None, in_process
             from raydetect.distributed.serve_run import serve_on_ray
 
             serve_on_ray(spec, tokens, target, ready, _wait_for_signal)
-    click.echo(f"Deployed to {target}; it stays there." if target and not in_process else "Stopped.")
+    click.echo(f"Deployed to {target}; the endpoints keep running there." if target and not in_process else "Stopped.")
 
 
 def _wait_for_signal() -> None:
-    """Until SIGINT or SIGTERM comes, whoever handled them before."""
+    """Blocks until SIGINT or SIGTERM, then restores their handlers."""
     stop = threading.Event()
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     stop.wait()
-    for number, handler in before.items():
+    for number, handler in previous.items():
         signal.signal(number, handler)
 
 
@@ -300,7 +301,7 @@ def _wait_for_signal() -> None:
 @storage_words
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(results: str, endpoint_url: str | None, profile: str | None, anon: bool, as_json: bool) -> None:
-    """Progress of a results directory, from its ledger alone."""
+    """Show the progress of a results directory, using only its ledger."""
     with errors(BAD_JOB):
         from raydetect.sinks.results import progress
 
@@ -314,15 +315,15 @@ def status(results: str, endpoint_url: str | None, profile: str | None, anon: bo
 
 @main.command()
 @click.argument("name", required=False)
-@click.option("--compare", is_flag=True, help="A table to choose from.")
+@click.option("--compare", is_flag=True, help="Print a comparison table.")
 def detectors(name: str | None, compare: bool) -> None:
-    """List the detectors, or one detector's parameters with defaults and doc lines."""
+    """List the detectors, or the parameters of one detector with defaults and descriptions."""
     with errors(BAD_JOB):
         from raydetect.detectors._registry import detector_class, list_models
 
         if compare:
             if name is not None:
-                raise SpecError("--compare: compares all detectors. Leave the name out.")
+                raise SpecError("--compare: compares all detectors. Omit the name.")
             from raydetect import comparison
 
             comparison.print_comparison(*comparison.compare())

@@ -1,4 +1,4 @@
-"""What a person sees of a long step: a live display on a terminal, plain lines elsewhere (standard error)."""
+"""Progress of long steps on standard error: a live display on a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -26,13 +26,13 @@ LINE_SECONDS = 5.0
 
 
 class FitDisplay:
-    """Phases of a fit."""
+    """Progress display for the phases of a fit."""
 
     def __init__(self, after_seconds: float = 0.0) -> None:
-        """Chooses the display by whether standard error is a terminal or a notebook's cell.
+        """Uses a live display if standard error is a terminal or the code runs in a notebook.
 
         Args:
-            after_seconds: shows nothing of a step that takes less.
+            after_seconds: delay before anything is shown; shorter steps show nothing.
         """
         self._live = _live() if sys.stderr.isatty() or Console(stderr=True).is_jupyter else None
         self._shows_at = time.monotonic() + after_seconds
@@ -50,7 +50,7 @@ class FitDisplay:
             self._live.stop()
 
     def tick(self, phase: str, done: int, total: int | None) -> None:
-        """More of a phase is done."""
+        """Adds progress of a phase."""
         first = phase not in self._done
         self._done[phase] = self._done.get(phase, 0) + done
         now = time.monotonic()
@@ -63,16 +63,16 @@ class FitDisplay:
             return
         if now < self._shows_at:
             return
-        ended = total is not None and self._done[phase] >= total
-        if first or ended or now - self._line_at > LINE_SECONDS:
+        finished = total is not None and self._done[phase] >= total
+        if first or finished or now - self._line_at > LINE_SECONDS:
             self._line_at = now
-            of_all = f"/{total}" if total is not None else ""
-            _line(f"{phase}: {self._done[phase]}{of_all}" if done else phase)
+            of_total = f"/{total}" if total is not None else ""
+            _line(f"{phase}: {self._done[phase]}{of_total}" if done else phase)
 
 
 @contextmanager
 def shown(progress: bool, after_seconds: float) -> Iterator[Callable[[str, int, int | None], None]]:
-    """What to tell of a step: it is shown once the step takes long, or never."""
+    """Yields a progress callback that displays steps longer than `after_seconds`, or none if `progress` is False."""
     if not progress:
         yield lambda phase, done, total: None
         return
@@ -81,14 +81,14 @@ def shown(progress: bool, after_seconds: float) -> Iterator[Callable[[str, int, 
 
 
 class ScoreDisplay:
-    """Shards, images, images/s, bad rows and time left of a scoring run."""
+    """Progress display of a scoring run: shards, images, images/s, bad rows and time left."""
 
     def __init__(self, shards_done: int, shards_total: int, bytes_left: int) -> None:
-        """Begins at what earlier runs committed."""
+        """Starts with the shards committed by earlier runs."""
         self.shards_done, self.shards_total = shards_done, shards_total
         self.images = self.bad = self.flagged = self.bytes_done = 0
         self._bytes_left = bytes_left
-        self._begun: float | None = None
+        self._started: float | None = None
         self._line_at = 0.0
         self._live = _live() if sys.stderr.isatty() else None
         self._task: TaskID | None = None
@@ -106,9 +106,9 @@ class ScoreDisplay:
             self._live.stop()
 
     def part(self, part: Part, receipt: Receipt | None, shard_bytes: int = 0) -> None:
-        """A chunk is written, and with a receipt its shard is committed."""
-        if self._begun is None:
-            self._begun = time.monotonic() - part.seconds
+        """Adds a written chunk; a receipt means that its shard is committed."""
+        if self._started is None:
+            self._started = time.monotonic() - part.seconds
         self.images += part.rows
         self.bad += part.rows - part.statuses.get("ok", 0)
         self.flagged += part.flagged
@@ -124,27 +124,27 @@ class ScoreDisplay:
             _line(f"shards {self.shards_done}/{self.shards_total}, {self.note()}")
 
     def rate(self) -> float:
-        """Images per second since the first chunk began."""
-        if self._begun is None:
+        """Images per second since the first chunk started."""
+        if self._started is None:
             return 0.0
-        return self.images / max(time.monotonic() - self._begun, 1e-3)
+        return self.images / max(time.monotonic() - self._started, 1e-3)
 
     def note(self) -> str:
         """`412 images, 56.1 images/s, 3 bad, 12 flagged, 4 min left`."""
         text = f"{self.images:,} images, {self.rate():.1f} images/s, {self.bad} bad, {self.flagged} flagged"
-        if self._begun is not None and 0 < self.bytes_done < self._bytes_left:
-            spent = time.monotonic() - self._begun
-            text += f", {seconds_text(spent * (self._bytes_left / self.bytes_done - 1))} left"
+        if self._started is not None and 0 < self.bytes_done < self._bytes_left:
+            elapsed = time.monotonic() - self._started
+            text += f", {seconds_text(elapsed * (self._bytes_left / self.bytes_done - 1))} left"
         return text
 
 
 class _Done(ProgressColumn):
-    """`12/40`, or the count alone while the whole is unknown."""
+    """`12/40`, or only the count while the total is unknown."""
 
     _counted = MofNCompleteColumn()
 
     def render(self, task: Task) -> Text:
-        """The column's text."""
+        """Renders the column."""
         return self._counted.render(task) if task.total is not None else Text(f"{int(task.completed)}")
 
 

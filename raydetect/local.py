@@ -1,4 +1,4 @@
-"""A whole job in one process: the yardstick that every other way of running must equal."""
+"""Runs a whole job in one process: the reference that every other way of running must match."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,11 +25,11 @@ def fit(spec: FitSpec, tick: Tick) -> FitReport:
     """Fits a detector in this process and writes the artifact.
 
     Raises:
-        SpecError: the job cannot run as it is.
+        SpecError: the job cannot run with these settings.
         TooManyBadRows: too many images of the source are bad.
     """
-    extra = spec.calibration.source
-    calibration = None if extra is None else _chunks(spec, extra)
+    source = spec.calibration.source
+    calibration = None if source is None else _chunks(spec, source)
     device = _device(spec.resources.gpus_per_worker)
     report = fit_worker(spec, _chunks(spec, spec.source), calibration, Group(), tick, device)
     assert report is not None
@@ -43,11 +43,11 @@ def _chunks(spec: FitSpec | CalibrateSpec, source: SourceSpec) -> Iterator[Chunk
 
 
 def score(plan: ScorePlan, on_part: Callable[[Part, Receipt | None], None]) -> dict[str, Any]:
-    """Scores what is left of a plan in this process and returns the manifest.
+    """Scores the remaining shards of a plan in this process and returns the manifest.
 
     Raises:
-        ArchiveError: a bad shard or member, and the source says `fail`.
-        TooManyBadRows: the run is complete and too much of it is bad.
+        ArchiveError: a shard or member is bad and the source is set to `fail`.
+        TooManyBadRows: the run is complete but too many rows are bad.
     """
     spec = plan.spec
     torch.set_num_threads(spec.resources.cpus_per_worker)
@@ -70,7 +70,7 @@ def score(plan: ScorePlan, on_part: Callable[[Part, Receipt | None], None]) -> d
 
 
 def calibrate(spec: CalibrateSpec, tick: Tick) -> Recalibrated:
-    """Writes an artifact with a new calibration, without fitting.
+    """Writes an artifact with a new calibration, without refitting.
 
     Raises:
         RaydetectError: the artifact or the images cannot be used.

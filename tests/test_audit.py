@@ -299,7 +299,7 @@ def test_the_webhook_is_told_once_and_signed(place: Path, hook: str) -> None:
     path = job(place, webhook={"url": f"{hook}/T00CANARY"})
     assert "ready to audit" in call("check", path).output and not Receiver.got
     ended = call("audit", path, "--local", "--set", "night=tonight")
-    assert ended.exit_code == 0 and "Told the webhook of tonight." in ended.output
+    assert ended.exit_code == 0 and "Notified the webhook of tonight." in ended.output
     ((headers, body),) = Receiver.got
     assert json.loads(body) == summary(place, 1) and headers["X-Raydetect-Night"] == "tonight"
     moment, _, digest = headers["X-Raydetect-Signature"].partition(",v1=")
@@ -334,7 +334,7 @@ def test_a_webhook_that_fails_is_tried_again_and_then_said(place: Path, hook: st
     failed = call("audit", path, "--local")
     assert failed.exit_code == 1 and "did not take the summary" in failed.output and KEY not in failed.output
     retold = call("audit", path, "--local")
-    assert retold.exit_code == 0 and "Told the webhook of night-00001." in retold.output
+    assert retold.exit_code == 0 and "Notified the webhook of night-00001." in retold.output
     Receiver.answers = [500]
     words = ["--set", "alarm_when=['many: images > 1']", "--set", "night=next"]
     add_night(place, "b", "normal", 90, count=4)

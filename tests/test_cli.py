@@ -140,7 +140,7 @@ def test_detectors_are_compared_in_one_table() -> None:
         line = next(line for line in lines if line.split()[0] == name)
         assert f"{figures['image_auroc']:.3f}" in line
     refused = call("detectors", "patchcore", "--compare")
-    assert refused.exit_code == 2 and "Leave the name out" in refused.output
+    assert refused.exit_code == 2 and "Omit the name" in refused.output
 
 
 def test_a_score_job_from_check_to_status(place: Place) -> None:
@@ -264,7 +264,7 @@ def test_unreadable_images_are_tried_again_on_demand(place: Place, tmp_path: Pat
     words = ["--local", "--set", f"source.uri={tmp_path}/mixed", "--set", f"sink.uri={tmp_path}/results"]
     assert call("score", place.score, *words).exit_code == 0
     none = call("score", place.score, *words, "--retry", "unreadable")
-    assert none.exit_code == 0 and "No committed shard holds a row with the status unreadable." in none.stderr
+    assert none.exit_code == 0 and "No committed shard contains a row with status unreadable." in none.stderr
     assert "3 of 3 shards are committed already" in none.stderr
     ledger = Ledger(f"file://{tmp_path}/results", Storage())
     times = {receipt.shard: receipt.committed_unix for receipt in ledger.receipts()}
@@ -273,7 +273,7 @@ def test_unreadable_images_are_tried_again_on_demand(place: Place, tmp_path: Pat
     assert again.exit_code == 3 and "1 unreadable" in again.output
     retried = call("score", place.score, *words, "--retry", "unreadable")
     assert retried.exit_code == 0 and "Scored 6 images in 3 shards (6 ok)." in retried.stdout, retried.output
-    assert "Trying 1 rows with the status unreadable again: 1 shards are scored anew." in retried.stderr
+    assert "Retrying 1 rows with status unreadable: rescoring 1 shards." in retried.stderr
     assert "2 of 3 shards are committed already" in retried.stderr
     anew = {receipt.shard for receipt in ledger.receipts() if receipt.committed_unix != times[receipt.shard]}
     assert anew == {1}

@@ -98,7 +98,7 @@ def test_a_report_shows_no_image_from_outside_of_what_may_be_read(place: Path) -
             return (await c.get(f"/v1/archives/{run_id(f'file://{place}/results/strange/results')}/report")).text
 
     page = run(work())
-    assert page.count("images are not read from there") == shown > 0 and "Report of strange/results" in page
+    assert page.count("reading images from there is not allowed") == shown > 0 and "Report of strange/results" in page
 
 
 def test_a_run_is_cancelled_and_goes_on(place: Path) -> None:

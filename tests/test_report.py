@@ -191,7 +191,7 @@ def test_no_row_can_point_the_report_at_a_file_of_this_machine(tmp_path: Path) -
     wrong = [Row(**{**rows[0], "image_uri": f"github://x::{secret}", "heatmap_uri": f"zip://000000.png::{secret}"})]
     ledger.storage.write("memory://r/results/" + record["parts"][0]["path"], encode_rows(wrong))
     text = report_html(ledger)
-    assert "is no container of raydetect" in text and "is no heatmap of a results directory" in text
+    assert "unknown container" in text and "is not a heatmap of a results directory" in text
 
 
 def test_a_real_run_names_its_detector_and_measures_its_pictures() -> None:
@@ -205,7 +205,7 @@ def test_a_real_run_names_its_detector_and_measures_its_pictures() -> None:
     for row in all_rows(plan.ledger):
         assert 0 < row["brightness"] < 1 and row["sharpness"] > 0
     fit("seed=1")
-    assert "(another one is there now)" in report_html(plan.ledger, 0) and manifest["rows"] == 7
+    assert "(since replaced)" in report_html(plan.ledger, 0) and manifest["rows"] == 7
 
 
 def test_memory_does_not_grow_with_the_run(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_a_job_for_endpoints_needs_endpoints_and_a_server_a_free_port(place: Pat
     }
     (tmp_path / "score.yaml").write_text(yaml.safe_dump(job))
     ended = CliRunner().invoke(main, ["score", str(tmp_path / "score.yaml")])
-    assert ended.exit_code == 2 and "State --address" in ended.stderr
+    assert ended.exit_code == 2 and "Set --address" in ended.stderr
     assert not (place / "nowhere/run.json").exists()
     values = {"kind": "serve", "detectors": {"bottle": {"artifact": f"{place}/models/one", "flag": {"alpha": 0.1}}}}
     with socket.socket() as taken:

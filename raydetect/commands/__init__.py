@@ -1,1 +1,1 @@
-"""Commands with a module of their own, and what all commands share."""
+"""Commands that have their own module, and code shared by all commands."""

@@ -1,4 +1,4 @@
-"""`raydetect audit`: what is new, compared with the nights before; exit code 4 when a rule raises an alarm."""
+"""`raydetect audit`: compares new images with earlier nights; exit code 4 if a rule raises an alarm."""
 
 import os
 from collections.abc import Mapping
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 @cluster
 @in_process
 def audit(job: Path, overrides: tuple[str, ...], address: str | None, in_process: bool) -> None:
-    """Score what is new in an archive, compare it with earlier nights, and judge it by the job's rules.
+    """Score the new shards of an archive, compare them with earlier nights and apply the job's rules.
 
-    Started again it goes on, or gives the same answer. Exit code 4: a rule raised an alarm.
+    Running the same job again resumes it, or repeats its result. Exit code 4: a rule raised an alarm.
     """
     with errors(BAD_JOB):
         spec = expect(load(job, overrides), "audit", job)
@@ -33,51 +33,51 @@ def audit(job: Path, overrides: tuple[str, ...], address: str | None, in_process
         from raydetect.audit.webhook import webhook_of
 
         webhook = webhook_of(spec.webhook, os.environ)
-        made = Audit.of(spec)
+        audit_job = Audit.of(spec)
 
     def score(plan: "ScorePlan") -> dict[str, Any]:
         return run_score(plan, address, in_process)
 
     with errors():
-        judged = []
-        for claim in made.pending(lambda note: click.echo(f"Note: {note}", err=True)):
-            judged.append((claim, made.run(claim, score)))
-            _print(made, *judged[-1])
-        _end(made, webhook, judged)
+        results = []
+        for claim in audit_job.pending(lambda note: click.echo(f"Note: {note}", err=True)):
+            results.append((claim, audit_job.run(claim, score)))
+            _print(audit_job, *results[-1])
+        _finish(audit_job, webhook, results)
 
 
-def _end(made: "Audit", webhook: "Webhook | None", judged: list[tuple["Claim", dict[str, Any]]]) -> None:
-    """Tells the webhook, then ends as the rules say.
+def _finish(audit_job: "Audit", webhook: "Webhook | None", results: list[tuple["Claim", dict[str, Any]]]) -> None:
+    """Notifies the webhook and reports alarms.
 
     Raises:
-        WebhookError: it was not told, and no rule raised an alarm.
-        AlarmRaised: one did.
+        WebhookError: the webhook could not be notified, and no rule raised an alarm.
+        AlarmRaised: a rule raised an alarm.
     """
     from raydetect.audit.webhook import WebhookError
     from raydetect.errors import AlarmRaised
 
     problem: WebhookError | None = None
-    for claim, summary in judged:
+    for claim, summary in results:
         try:
-            if made.tell(claim, summary, webhook):
-                click.echo(f"Told the webhook of {claim.night}.")
+            if audit_job.tell(claim, summary, webhook):
+                click.echo(f"Notified the webhook of {claim.night}.")
         except WebhookError as error:
             problem = error
-    alarms = [f"{claim.night}: {name}" for claim, summary in judged for name in summary["alarms"]]
+    alarms = [f"{claim.night}: {name}" for claim, summary in results for name in summary["alarms"]]
     if alarms:
         if problem is not None:
             click.echo(f"Error: {problem}", err=True)
-        raise AlarmRaised(f"alarm: {'; '.join(alarms)}. Look at the report.")
+        raise AlarmRaised(f"alarm: {'; '.join(alarms)}. See the report.")
     if problem is not None:
         raise problem
 
 
-def _print(made: "Audit", claim: "Claim", summary: Mapping[str, Any]) -> None:
+def _print(audit_job: "Audit", claim: "Claim", summary: Mapping[str, Any]) -> None:
     from raydetect.audit.telling import values_text, verdict_text
 
     count = len(summary["baseline"]["nights"])
     nights = "night" if count == 1 else "nights"
-    before = f"compared with {count} earlier {nights}" if count else "with nothing to compare"
+    before = f"compared with {count} earlier {nights}" if count else "without earlier nights to compare with"
     click.echo(
         f"Audit {summary['night']}: {summary['images']:,} images in {summary['shards']:,} new shards, "
         f"{summary['flagged']:,} flagged, {summary['bad']:,} without a score; {before}."
@@ -87,4 +87,4 @@ def _print(made: "Audit", claim: "Claim", summary: Mapping[str, Any]) -> None:
         if rule["outcome"] != "calm":
             click.echo(f"  {rule['outcome']}: {rule['rule']} ({values_text(rule['values'])})")
     click.echo(f"Report: {summary['report']}")
-    click.echo(f"Summary: {made.nights.record_uri('summaries', claim.number)}")
+    click.echo(f"Summary: {audit_job.nights.record_uri('summaries', claim.number)}")

@@ -1,4 +1,4 @@
-"""`raydetect calibrate`: new thresholds for an artifact, without fitting it again."""
+"""`raydetect calibrate`: new thresholds for an artifact, without refitting."""
 
 from pathlib import Path
 
@@ -11,9 +11,9 @@ from raydetect.commands.door import BAD_JOB, errors, expect, job_file, load, ove
 @job_file
 @overrides
 def calibrate(job: Path, overrides: tuple[str, ...]) -> None:
-    """Score normal images that a fitted detector has not seen, and write it with thresholds from these.
+    """Write an artifact with new thresholds from normal images that its detector was not fitted on.
 
-    Runs in this process. For a fleet every category gets its own.
+    Runs in this process. In a fleet, every category gets its own thresholds.
     """
     with errors(BAD_JOB):
         spec = expect(load(job, overrides), "calibrate", job)
@@ -26,13 +26,13 @@ def calibrate(job: Path, overrides: tuple[str, ...]) -> None:
         from raydetect import local
         from raydetect.console import FitDisplay
     with errors(), FitDisplay() as display:
-        made = local.calibrate(spec, display.tick)
-    for category, count in made.held_out.items():
-        of = "" if category is None else f"{category}: "
+        result = local.calibrate(spec, display.tick)
+    for category, count in result.held_out.items():
+        prefix = "" if category is None else f"{category}: "
         click.echo(
-            f"{of}calibrated on {count:,} held-out normal images instead of {made.before[category]:,}; "
+            f"{prefix}calibrated on {count:,} held-out normal images instead of {result.before[category]:,}; "
             f"alpha and fdr from {1 / (count + 1):.2g} on."
         )
-    if made.bad:
-        click.echo(f"{made.bad:,} bad images left out.")
-    click.echo(f"Artifact: {made.uri} (sha256 {made.digest[:16]})")
+    if result.bad:
+        click.echo(f"{result.bad:,} bad images left out.")
+    click.echo(f"Artifact: {result.uri} (sha256 {result.digest[:16]})")

@@ -1,4 +1,4 @@
-"""`raydetect evaluate`: how good detectors are on labelled images, as a leaderboard."""
+"""`raydetect evaluate`: a leaderboard of detectors on labelled images."""
 
 import sys
 from pathlib import Path
@@ -19,26 +19,26 @@ if TYPE_CHECKING:
 @cluster
 @in_process
 def evaluate(job: Path, overrides: tuple[str, ...], address: str | None, in_process: bool) -> None:
-    """Fit detectors on labelled data, or take results that are there, and say how good they are.
+    """Fit detectors on labelled data, or use existing results, and measure their accuracy.
 
-    Started again, it goes on with the cells that are left.
+    Running the same job again continues with the unfinished cells.
     """
     with errors(BAD_JOB):
         spec = expect(load(job, overrides), "evaluate", job)
-        cells = None if spec.results else _planned(spec)
+        cells = None if spec.results else _plan(spec)
     with errors():
-        found = _judged(spec) if cells is None else _run(*cells, address, in_process)
-        _tell(spec, found)
+        found = _judge(spec) if cells is None else _run(*cells, address, in_process)
+        _report(spec, found)
 
 
-def _planned(spec: "EvaluateSpec") -> tuple["Evaluation", list["Cell"]]:
+def _plan(spec: "EvaluateSpec") -> tuple["Evaluation", list["Cell"]]:
     from raydetect.evaluation.cells import plan_evaluation
 
     evaluation = plan_evaluation(spec)
     todo = [cell for cell in evaluation.cells if evaluation.finished(cell) is None]
     done = len(evaluation.cells) - len(todo)
     if done:
-        click.echo(f"{done} of {len(evaluation.cells)} cells are finished already; going on with the rest.", err=True)
+        click.echo(f"{done} of {len(evaluation.cells)} cells are finished already; continuing with the rest.", err=True)
     return evaluation, todo
 
 
@@ -47,8 +47,8 @@ def _run(evaluation: "Evaluation", todo: list["Cell"], address: str | None, in_p
 
     def on_cell(cell: "Cell", body: dict[str, Any]) -> None:
         of = f" on {cell.category}" if cell.category else ""
-        place = f"cell {numbers[cell.digest]} of {len(evaluation.cells)}"
-        click.echo(f"{place}: {cell.line}{of}, seed {cell.seed}: {body['fit_seconds']:.0f} s to fit", err=True)
+        position = f"cell {numbers[cell.digest]} of {len(evaluation.cells)}"
+        click.echo(f"{position}: {cell.line}{of}, seed {cell.seed}: fitted in {body['fit_seconds']:.0f} s", err=True)
 
     if in_process:
         from raydetect.console import FitDisplay
@@ -66,19 +66,19 @@ def _run(evaluation: "Evaluation", todo: list["Cell"], address: str | None, in_p
     return [found for cell in evaluation.cells if (found := evaluation.finished(cell)) is not None]
 
 
-def _judged(spec: "EvaluateSpec") -> list[dict[str, Any]]:
+def _judge(spec: "EvaluateSpec") -> list[dict[str, Any]]:
     from raydetect.evaluation.scored import judge_results
 
     return [dict(judge_results(spec, uri)) for uri in spec.results]
 
 
-def _tell(spec: "EvaluateSpec", found: list[dict[str, Any]]) -> None:
+def _report(spec: "EvaluateSpec", found: list[dict[str, Any]]) -> None:
     from raydetect.evaluation.leaderboard import leaderboard, markdown, write_leaderboard
     from raydetect.storage import Storage, normalise_uri
 
-    places = write_leaderboard(normalise_uri(spec.output), Storage(spec.storage), found)
+    uris = write_leaderboard(normalise_uri(spec.output), Storage(spec.storage), found)
     sys.stdout.write(markdown(leaderboard(found)))
     images = sum(cell["test_images"] for cell in found)
     click.echo(f"Judged {images:,} images in {len(found):,} cells.")
-    for place in places:
-        click.echo(f"{'Figures' if 'figures' in place else 'Leaderboard'}: {place}")
+    for uri in uris:
+        click.echo(f"{'Figures' if 'figures' in uri else 'Leaderboard'}: {uri}")

@@ -1,4 +1,4 @@
-"""`raydetect report`: a results directory as one HTML file."""
+"""`raydetect report`: writes one HTML file for a results directory."""
 
 from pathlib import Path
 
@@ -17,10 +17,10 @@ from raydetect.commands.door import BAD_JOB, errors, ledger_of, prepare_output, 
 def report(
     results: str, output: Path, pictures: int, endpoint_url: str | None, profile: str | None, anon: bool
 ) -> None:
-    """Make one HTML file of a results directory: totals, charts, the most anomalous images, what was bad and why.
+    """Write one HTML file for a results directory: totals, charts, the most anomalous images, bad images and reasons.
 
-    The file needs no network. Images of the gallery are read from the archive of the run, with the endpoint that its
-    job names and keys from the environment.
+    The file needs no network. Images of the gallery are read from the run's archive, with the endpoint of its job and
+    credentials from the environment.
     """
     with errors(BAD_JOB):
         from raydetect.report.make import begun, page_of

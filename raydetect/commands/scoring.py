@@ -1,4 +1,4 @@
-"""Running a scoring plan with a display, on Ray or in this process."""
+"""Runs a scoring plan with a progress display, on Ray or in this process."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,29 +9,29 @@ if TYPE_CHECKING:
 
 
 def run_score(plan: "ScorePlan", address: str | None, in_process: bool) -> dict[str, Any]:
-    """Scores what is left of a plan, shown as it goes on; returns the manifest.
+    """Scores the remaining shards of a plan, showing progress, and returns the manifest.
 
     Args:
-        plan: the job.
-        address: of a cluster, or None.
-        in_process: without Ray.
+        plan: the scoring plan.
+        address: cluster address, or None.
+        in_process: run in this process, without Ray.
 
     Raises:
-        RaydetectError: the run failed, or is complete and too much of it is bad.
+        RaydetectError: the run failed, or is complete but too many rows are bad.
     """
     try:
         return _run_score(plan, address, in_process)
-    except MissingError as error:  # it was there when the job was planned, so the job file is not wrong
-        raise StorageError(f"{error} It was there when the run began; start the same job again.") from error
+    except MissingError as error:  # it existed when the job was planned, so the job file is valid
+        raise StorageError(f"{error} It existed when the run started; run the same job again.") from error
 
 
 def retried_text(plan: "ScorePlan", retry: tuple[str, ...]) -> str:
-    """What becomes of committed shards that hold rows to be tried again."""
-    words = " or ".join(retry)
+    """Describes which committed shards are rescored, because they contain rows to retry."""
+    statuses = " or ".join(retry)
     if not plan.retried:
-        return f"No committed shard holds a row with the status {words}."
+        return f"No committed shard contains a row with status {statuses}."
     rows, shards = sum(plan.retried.values()), len(plan.retried)
-    return f"Trying {rows:,} rows with the status {words} again: {shards:,} shards are scored anew."
+    return f"Retrying {rows:,} rows with status {statuses}: rescoring {shards:,} shards."
 
 
 def _run_score(plan: "ScorePlan", address: str | None, in_process: bool) -> dict[str, Any]:

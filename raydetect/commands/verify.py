@@ -1,4 +1,4 @@
-"""`raydetect verify`: whether a results directory is what was written, and which shards are to be scored again."""
+"""`raydetect verify`: checks a results directory against its ledger and lists shards to rescore."""
 
 import json
 import sys
@@ -21,8 +21,8 @@ def verify(
 ) -> None:
     """Read every part and heatmap of a results directory and compare them with its ledger.
 
-    Exit code 0: all is whole; 1: something is damaged, also when --repair took the records of damaged shards away: the
-    same job then scores these again.
+    Exit code 0: intact; 1: damaged, even if --repair removed the records of damaged shards, so that running the same
+    job again rescores them.
     """
     with errors(BAD_JOB):
         from raydetect.console import shown

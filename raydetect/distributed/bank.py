@@ -1,6 +1,6 @@
-"""Actors that each hold one piece of a memory bank which is larger than one device.
+"""Actors that each hold one shard of a memory bank too large for one device.
 
-The driver handles these classes too, so torch is loaded in the actors alone; `remote_search` is what asks them.
+The driver imports these classes too, so only the actors import torch. `remote_search` queries them.
 """
 
 from collections.abc import Iterator
@@ -18,18 +18,18 @@ from raydetect.plan import ScorePlan, only_record
 from raydetect.spec import ScoreSpec
 from raydetect.storage import Storage
 
-START_SECONDS = 1800  # a cluster may have to add nodes first
+START_SECONDS = 1800  # the cluster may have to add nodes first
 RESTARTS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Bank:
-    """The pieces of one bank.
+    """The shards of one bank.
 
     Attributes:
-        actors: handles, in order of rows.
-        num_rows: of the whole bank.
-        dims: of a row.
+        actors: actor handles, in row order.
+        num_rows: rows in the whole bank.
+        dims: length of a row.
     """
 
     actors: tuple[Any, ...]
@@ -38,13 +38,13 @@ class Bank:
 
 
 class BankActor:
-    """Searches one piece. A restarted one reads its rows again, so a lost actor costs time and nothing else."""
+    """Searches one shard. A restarted actor reads its rows again, so losing an actor only costs time."""
 
     def __init__(self, spec: ScoreSpec, artifact_uri: str, digest: str, number: int) -> None:
-        """Loads the piece.
+        """Loads the shard.
 
         Raises:
-            SpecError: the artifact is another one than the driver planned with.
+            SpecError: the artifact is not the one the driver planned with.
         """
         import torch
 
@@ -60,14 +60,14 @@ class BankActor:
         self.search = piece_search(self.record, self.storage, number, pieces, self.device)
 
     def ready(self, verify: bool) -> None:
-        """Returns when the piece is there; with `verify`, after the whole file's sha256 was checked."""
+        """Returns once the shard is loaded; with `verify`, also checks the sha256 of the whole file."""
         from raydetect.worker.tensor_file import TensorFile
 
         if verify:
             TensorFile.of(self.record, self.storage).verify()
 
     def nearest(self, patches_ND: np.ndarray, num_neighbors: int) -> tuple[np.ndarray, np.ndarray]:
-        """The K nearest rows of the piece, or all when it has fewer; numbers count from the piece's first row."""
+        """Distances and indices, within the shard, of the K nearest rows; of all rows if the shard has fewer."""
         import torch
 
         count = min(num_neighbors, self.search.num_rows)
@@ -76,7 +76,7 @@ class BankActor:
         return distance_NK.cpu().numpy(), index_NK.cpu().numpy()
 
     def rows(self, index_X: np.ndarray) -> np.ndarray:
-        """Rows of the piece."""
+        """Returns rows by their index within the shard."""
         import torch
 
         return self.search.rows(torch.tensor(index_X).to(self.device)).cpu().numpy()
@@ -84,7 +84,7 @@ class BankActor:
 
 @contextmanager
 def bank_actors(plan: ScorePlan, address: str | None) -> Iterator[Bank | None]:
-    """The pieces of the plan's bank while the block runs; None when it is not cut.
+    """Holds the plan's bank in actors while the block runs; yields None if the bank is not sharded.
 
     Raises:
         ArtifactError: the artifact is damaged.
@@ -95,14 +95,14 @@ def bank_actors(plan: ScorePlan, address: str | None) -> Iterator[Bank | None]:
         yield None
         return
     rows, dims = only_record(plan.artifact, plan.records).require_bank(resources.bank_shards)
-    kind = ray.remote(BankActor).options(
+    actor_class = ray.remote(BankActor).options(
         num_cpus=resources.cpus_per_worker,
         num_gpus=resources.gpus_per_worker,
         max_restarts=RESTARTS,
         max_task_retries=RESTARTS,
     )
-    words = (plan.spec, plan.artifact.uri, plan.artifact.digest)
-    actors = tuple(kind.remote(*words, number) for number in range(resources.bank_shards))
+    arguments = (plan.spec, plan.artifact.uri, plan.artifact.digest)
+    actors = tuple(actor_class.remote(*arguments, number) for number in range(resources.bank_shards))
     try:
         _wait(actors, address)
         yield Bank(actors, rows, dims)

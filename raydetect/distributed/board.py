@@ -1,14 +1,14 @@
-"""What the workers of a fit tell its driver. Its process loads no torch, so it is apart from `fit`."""
+"""An actor that collects the messages of fit workers. Apart from `fit`, so that its process does not import torch."""
 
 from raydetect.errors import RaydetectError
 from raydetect.records import FitReport
 
 
 class Board:
-    """What workers say: progress, the report, and errors."""
+    """Progress, report and errors reported by the workers."""
 
     def __init__(self) -> None:
-        """Nothing has been said."""
+        """Starts without any messages."""
         self._ticks: list[tuple[str, int, int | None]] = []
         self._done: dict[str, tuple[int, int | None]] = {}
         self._report: FitReport | None = None
@@ -16,30 +16,30 @@ class Board:
         self._final = False
 
     def begin(self) -> None:
-        """An attempt begins: what a lost one had done is taken back."""
+        """Starts an attempt and takes back the progress of a lost one."""
         self._ticks += [(phase, -done, total) for phase, (done, total) in self._done.items()]
         self._done.clear()
 
     def tick(self, ticks: list[tuple[str, int, int | None]]) -> None:
-        """More of some phases is done."""
+        """Adds progress: (phase, amount done since the last call, total)."""
         self._ticks += ticks
         for phase, done, total in ticks:
             self._done[phase] = (self._done.get(phase, (0, None))[0] + done, total)
 
     def report(self, report: FitReport) -> None:
-        """The artifact is written."""
+        """Stores the report once the artifact is written."""
         self._report = report
 
     def fail(self, error: RaydetectError, final: bool) -> None:
-        """A worker gave up on purpose. The first final error counts, which no other attempt would mend."""
+        """Stores an error raised by a worker. The first final error, which no retry can fix, is kept."""
         if not self._final:
             self._error, self._final = error, final
 
     def ticks(self) -> list[tuple[str, int, int | None]]:
-        """Progress since the last call."""
+        """Returns the progress since the last call."""
         ticks, self._ticks = self._ticks, []
         return ticks
 
     def outcome(self) -> tuple[FitReport | None, RaydetectError | None]:
-        """The report, and the error that counts."""
+        """Returns the report and the error."""
         return self._report, self._error

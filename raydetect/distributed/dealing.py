@@ -1,4 +1,4 @@
-"""Chunks dealt to the workers of a fit. Ray's process that deals loads no torch, so it is apart from `fit`."""
+"""Distributes chunks to fit workers. Apart from `fit`, so that the Ray process involved does not import torch."""
 
 import copy
 from typing import Any
@@ -10,22 +10,22 @@ from raydetect.distributed.ingest import Reading, limits
 
 
 class EveryChunk(ray.train.DataConfig):  # type: ignore[misc]
-    """Deals every chunk to one worker. Ray's own splitting drops rows until all workers have equally many."""
+    """Sends each chunk to exactly one worker. Ray's own splitting drops rows until all workers have equally many."""
 
     def __init__(self, reading: Reading) -> None:
-        """Deals what `reading` reads."""
+        """Stores how the archive is read."""
         super().__init__()
         self.reading = reading
 
     def configure(
-        self, datasets: dict[str, Dataset], world_size: int, worker_handles: Any, worker_node_ids: Any, **words: Any
+        self, datasets: dict[str, Dataset], world_size: int, worker_handles: Any, worker_node_ids: Any, **options: Any
     ) -> list[dict[str, DataIterator]]:
         """See `ray.train.DataConfig`."""
-        dealt: list[dict[str, DataIterator]] = [{} for _ in range(world_size)]
+        iterators: list[dict[str, DataIterator]] = [{} for _ in range(world_size)]
         for name, dataset in datasets.items():
-            mine = copy.copy(dataset)
-            mine.context.execution_options.resource_limits = limits(self.reading)
-            splits = mine.streaming_split(world_size, equal=False, locality_hints=worker_node_ids)
-            for words_of, split in zip(dealt, splits, strict=True):
-                words_of[name] = split
-        return dealt
+            split_dataset = copy.copy(dataset)
+            split_dataset.context.execution_options.resource_limits = limits(self.reading)
+            splits = split_dataset.streaming_split(world_size, equal=False, locality_hints=worker_node_ids)
+            for worker_iterators, split in zip(iterators, splits, strict=True):
+                worker_iterators[name] = split
+        return iterators

@@ -1,4 +1,4 @@
-"""Cells of an evaluation as Ray tasks: each in a process of its own, so that its peak memory is its own."""
+"""Evaluation cells as Ray tasks, each in its own process so that its peak memory can be measured."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,17 +18,17 @@ def evaluate(
     address: str | None,
     on_cell: Callable[[Cell, dict[str, Any]], None],
 ) -> None:
-    """Evaluates cells side by side, as many at a time as the cluster has room for.
+    """Evaluates cells in parallel, as many at a time as the cluster has resources for.
 
     Args:
-        evaluation: the job.
-        todo: cells that are left.
-        address: of a cluster, or None (see `session`).
-        on_cell: told of every finished cell.
+        evaluation: the evaluation job.
+        todo: unfinished cells.
+        address: cluster address, or None (see `session`).
+        on_cell: called with each finished cell and its results.
 
     Raises:
-        ClusterError: the cluster broke down; finished cells stay.
-        RaydetectError: a cell failed; those that were finished before stay.
+        ClusterError: the cluster failed; finished cells are kept.
+        RaydetectError: a cell failed; cells finished before it are kept.
     """
     refuse_memory_uris([evaluation.output])
     resources = evaluation.spec.resources
@@ -37,17 +37,17 @@ def evaluate(
         task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1)(_cell)
         with translated(address):
             job = ray.put(evaluation)
-            waiting = {task.remote(job, cell): cell for cell in todo}
-            while waiting:
-                done, _ = ray.wait(list(waiting), num_returns=1)
+            pending = {task.remote(job, cell): cell for cell in todo}
+            while pending:
+                done, _ = ray.wait(list(pending), num_returns=1)
                 body, error = ray.get(done[0])
                 if error:
                     raise error_of(error)
-                on_cell(waiting.pop(done[0]), body)
+                on_cell(pending.pop(done[0]), body)
 
 
 def _cell(evaluation: Evaluation, cell: Cell) -> tuple[dict[str, Any], str]:
-    """What the cell's file holds, or the error that ends the evaluation; an exception would arrive as text."""
+    """Returns the cell's results or its error; the driver would only receive a raised exception as text."""
     from raydetect.evaluation.run import run_cell
 
     try:

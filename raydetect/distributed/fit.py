@@ -1,7 +1,8 @@
-"""Fitting on Ray Train: Ray Data deals chunks of encoded images to workers, which fit together.
+"""Fitting on Ray Train: Ray Data distributes chunks of encoded images to workers, which fit one detector together.
 
-A lost worker or node ends the attempt; Ray Train then starts the workers that still fit on the cluster, which read
-the archive again. Rows are keyed and the result does not depend on the number of workers, so the artifact is the same.
+Losing a worker or node ends the attempt; Ray Train then restarts with as many workers as the cluster has room for, and
+they read the archive again. Rows are keyed and the result does not depend on the number of workers, so the artifact is
+the same.
 """
 
 import os
@@ -40,27 +41,27 @@ IMAGES, CALIBRATION, BEGUN = "images", "calibration", "begun"
 POLL_SECONDS = 0.3
 TICK_SECONDS = 0.2
 GIVE_UP_SECONDS = 10.0
-RESIZE_SECONDS = 600.0  # a fit that began on fewer workers than asked for starts again on a grown cluster, not sooner
+RESIZE_SECONDS = 600.0  # earliest restart with more workers after starting on fewer than requested
 
 
 def fit(spec: FitSpec, address: str | None, tick: "Tick") -> FitReport:
     """Fits on Ray and writes the artifact.
 
     Args:
-        spec: the job.
-        address: of a cluster, or None (see `session`).
-        tick: told of the progress of all workers together.
+        spec: the fit job.
+        address: cluster address, or None (see `session`).
+        tick: called with the combined progress of all workers.
 
     Raises:
-        SpecError: the job cannot run as it is.
+        SpecError: the job cannot run with these settings.
         TooManyBadRows: too many images of the source are bad.
-        ClusterError: the cluster broke down more than `max_failures` times.
+        ClusterError: the cluster failed more than `max_failures` times.
     """
     spec = _absolute(spec)
     extra = spec.calibration.source
     refuse_memory_uris([spec.artifact, *spec.source.uris(), *(extra.uris() if extra else ())])
-    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # a relative path, as of weights, means the same to workers
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # that a worker ended or is lost is seen by then
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # workers resolve relative paths, e.g. of weights, like the driver
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a finished or lost worker is noticed
     folder, storage = _ray_folder(spec), Storage(spec.storage)
     storage.write(join_uri(folder, BEGUN), b"")  # a place that cannot be written is told of now, and by us
     try:
@@ -76,23 +77,25 @@ def fit(spec: FitSpec, address: str | None, tick: "Tick") -> FitReport:
 
 
 def _fit(spec: FitSpec, address: str | None, tick: "Tick") -> FitReport:
-    extra = spec.calibration.source
+    calibration = spec.calibration.source
     with session(address, spec.resources):
-        datasets = {IMAGES: _dataset(spec, spec.source)} | ({CALIBRATION: _dataset(spec, extra)} if extra else {})
+        datasets = {IMAGES: _dataset(spec, spec.source)} | (
+            {CALIBRATION: _dataset(spec, calibration)} if calibration else {}
+        )
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
         trainer = _trainer(spec, datasets, board)
         with translated(address):
-            return _followed(trainer, board, tick)
+            return _run_trainer(trainer, board, tick)
 
 
 def _ray_folder(spec: FitSpec) -> str:
-    """Where Ray Train keeps notes of a run; it wants a place that all nodes reach."""
+    """Storage path for the state of a Ray Train run, which all nodes must reach."""
     return join_uri(spec.artifact, "ray-train")
 
 
 def _absolute(spec: FitSpec) -> FitSpec:
-    """The same job with URIs that mean the same in any working directory."""
+    """The same job with absolute URIs, valid in any working directory."""
     extend = None if spec.extend is None else normalise_uri(spec.extend)
     return replace(spec, artifact=normalise_uri(spec.artifact), extend=extend)
 
@@ -134,67 +137,67 @@ def _trainer(spec: FitSpec, datasets: dict[str, Dataset], board: ActorHandle) ->
     )
 
 
-def _work(words: dict[str, Any]) -> None:
-    """One worker; runs in its own process. Ray Train's controller handles this too, and needs no detectors."""
+def _work(config: dict[str, Any]) -> None:
+    """The training function of one worker. Imports detectors late: Ray Train's controller loads this module too."""
     import torch
 
     from raydetect.worker.fit import fit_worker
 
-    spec: FitSpec = words["spec"]
-    said = _Said(words["board"])
+    spec: FitSpec = config["spec"]
+    progress = _Progress(config["board"])
     device = torch.device("cuda" if spec.resources.gpus_per_worker else "cpu")
     group: Group = TorchGroup()
     if group.rank == 0:
-        ray.get(said.board.begin.remote())
-    group.gather_bytes(b"")  # nobody says anything before
+        ray.get(progress.board.begin.remote())
+    group.gather_bytes(b"")  # barrier: no worker reports before `begin`
     try:
         calibration = None if spec.calibration.source is None else _chunks(CALIBRATION)
-        report = fit_worker(spec, _chunks(IMAGES), calibration, group, said.tick, device)
-    except (StorageError, ClusterError) as error:  # another attempt may find storage and cluster well
-        ray.get(said.board.fail.remote(error, final=False))
+        report = fit_worker(spec, _chunks(IMAGES), calibration, group, progress.tick, device)
+    except (StorageError, ClusterError) as error:  # a retry may succeed
+        ray.get(progress.board.fail.remote(error, final=False))
         raise
     except RaydetectError as error:
-        ray.get(said.board.fail.remote(error, final=True))  # all workers have it (`shared_errors`), none waits
+        ray.get(progress.board.fail.remote(error, final=True))  # raised on all workers (`shared_errors`)
         return
-    said.flush()
+    progress.flush()
     if report is not None:
-        ray.get(said.board.report.remote(report))
+        ray.get(progress.board.report.remote(report))
 
 
 def _chunks(name: str) -> Iterator[Chunk]:
-    """This worker's chunks."""
+    """Yields this worker's chunks."""
     for table in ray.train.get_dataset_shard(name).iter_batches(batch_size=None, batch_format="pyarrow"):
         yield from unpack_chunks(table)
 
 
-class _Said:
-    """Progress of one worker, sent a few times a second."""
+class _Progress:
+    """Sends the progress of one worker a few times a second."""
 
     def __init__(self, board: ActorHandle) -> None:
         self.board = board
-        self._waiting: dict[str, tuple[int, int | None]] = {}
+        self._unsent: dict[str, tuple[int, int | None]] = {}
         self._sent = 0.0
 
     def tick(self, phase: str, done: int, total: int | None) -> None:
-        """More of a phase is done; the totals of all workers are summed by the driver."""
-        self._waiting[phase] = (self._waiting.get(phase, (0, None))[0] + done, total)
+        """Adds progress of a phase; the driver sums over all workers."""
+        self._unsent[phase] = (self._unsent.get(phase, (0, None))[0] + done, total)
         if time.monotonic() - self._sent > TICK_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Sends what has not been sent."""
-        self.board.tick.remote([(phase, done, total) for phase, (done, total) in self._waiting.items()])
-        self._waiting.clear()
+        """Sends the unsent progress."""
+        self.board.tick.remote([(phase, done, total) for phase, (done, total) in self._unsent.items()])
+        self._unsent.clear()
         self._sent = time.monotonic()
 
 
-def _followed(trainer: "_Trainer", board: ActorHandle, tick: "Tick") -> FitReport:
-    """Runs the trainer while a thread passes on what its workers say.
+def _run_trainer(trainer: "_Trainer", board: ActorHandle, tick: "Tick") -> FitReport:
+    """Runs the trainer while a thread forwards the progress of its workers.
 
-    The thread ends before this does, also on Ctrl-C: a thread that asks Ray after a session's end ends the process.
+    The thread is joined even on Ctrl-C: a thread that calls Ray after the session has ended kills the process.
     """
-    over = threading.Event()
-    listener = threading.Thread(target=_listen, args=(board, tick, over), daemon=True)
+    finished = threading.Event()
+    listener = threading.Thread(target=_forward_progress, args=(board, tick, finished), daemon=True)
     listener.start()
     failed: Exception | None = None
     try:
@@ -205,36 +208,36 @@ def _followed(trainer: "_Trainer", board: ActorHandle, tick: "Tick") -> FitRepor
     except Exception as error:
         failed = error
     finally:
-        over.set()
+        finished.set()
         listener.join()
-    report, said = ray.get(board.outcome.remote())
+    report, worker_error = ray.get(board.outcome.remote())
     if report is None:
-        raise said or failed or ClusterError("the fit ended without an artifact. Start it again.")
+        raise worker_error or failed or ClusterError("the fit ended without an artifact. Start it again.")
     return report
 
 
-def _listen(board: ActorHandle, tick: "Tick", over: threading.Event) -> None:
+def _forward_progress(board: ActorHandle, tick: "Tick", finished: threading.Event) -> None:
     last = False
     while not last:
-        last = over.wait(POLL_SECONDS)
+        last = finished.wait(POLL_SECONDS)
         try:
             ticks = ray.get(board.ticks.remote())
-        except ray.exceptions.RayError:  # the trainer ends by the same cause, and says so
+        except ray.exceptions.RayError:  # the trainer fails for the same reason and reports it
             return
         for phase, done, total in ticks:
             tick(phase, done, total)
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray gives no types
-    """Ctrl-C is a KeyboardInterrupt here, as in every command; Ray Train's own handler exits with 0 or 1."""
+    """Raises KeyboardInterrupt on Ctrl-C, like every command; Ray Train's own handler exits with 0 or 1."""
 
     _controller: ActorHandle | None = None
 
     def _register_sigint_handler(self, controller: ActorHandle) -> None:
-        """Leaves Python's handler in place; the run ends with the session."""
+        """Keeps Python's handler; the run ends with the session."""
         self._controller = controller
 
     def give_up(self) -> None:
-        """Has Ray Train take back what it reserved for the run; else a fit that begins soon finds fewer slots."""
+        """Releases the resources reserved for the run, so that a fit started right afterwards can have them."""
         if self._controller is not None:
             ray.wait([self._controller.abort.remote()], timeout=GIVE_UP_SECONDS)

@@ -1,7 +1,7 @@
-"""Shards to chunks of encoded images as Ray Data rows. Bytes travel between operators, never pixels.
+"""Reads shards into chunks of encoded images as Ray Data rows. Operators exchange encoded bytes, never pixels.
 
-One row is one chunk: its numbers, and its members as an Arrow table in IPC bytes. Ray may cut its blocks as it
-likes; a chunk is never cut.
+Each row is one chunk: its numbers, and its members as an Arrow table in IPC bytes. Ray may split its blocks anywhere
+without splitting a chunk.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from raydetect.spec import SourceSpec
 from raydetect.worker.read import read_chunks
 
 MAX_BLOCKS = 2000
-CHUNKS_HELD_PER_WORKER = 6  # being read, waiting and being scored
+CHUNKS_HELD_PER_WORKER = 6  # being read, queued and being scored
 BYTES_TYPES = {"data": pa.large_binary(), "label": pa.int8(), "notes": pa.list_(pa.string())}
 MEMBERS = pa.schema([(f.name, BYTES_TYPES.get(f.name, pa.string())) for f in dataclasses.fields(Member)])
 
@@ -33,12 +33,12 @@ class Reading:
     """How an archive is read in Ray tasks.
 
     Attributes:
-        archive: open.
-        source: the job's words about it.
-        chunk_images: images of a chunk, at most.
-        chunk_bytes: encoded bytes after which a chunk is closed.
-        readers: tasks that read at the same time.
-        consumers: workers that chunks wait for.
+        archive: the open archive.
+        source: its settings in the job.
+        chunk_images: maximum number of images per chunk.
+        chunk_bytes: encoded size at which a chunk is closed.
+        readers: number of concurrent read tasks.
+        consumers: number of workers that consume chunks.
     """
 
     archive: Archive
@@ -49,7 +49,7 @@ class Reading:
     consumers: int
 
     def tables(self, table: pa.Table) -> Iterator[pa.Table]:
-        """One table of one row for every chunk of the shards in `table`; runs in a Ray task."""
+        """Yields a one-row table for each chunk of the shards in `table`; runs in a Ray task."""
         for row in table.to_pylist():
             shard = row_shard(row)
             try:
@@ -60,9 +60,9 @@ class Reading:
 
 
 def chunk_dataset(reading: Reading, shards: Sequence[Shard]) -> Dataset:
-    """A lazy dataset with one row for each chunk of `shards`."""
+    """A lazy dataset with one row per chunk of `shards`."""
     context = DataContext.get_current()
-    context.target_max_block_size = 1  # a chunk is handed on as soon as it is read
+    context.target_max_block_size = 1  # pass each chunk on as soon as it is read
     context.execution_options.resource_limits = limits(reading)
     rows = [shard_row(shard) for shard in shards]
     listed = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS))
@@ -71,14 +71,14 @@ def chunk_dataset(reading: Reading, shards: Sequence[Shard]) -> Dataset:
         batch_format="pyarrow",
         batch_size=1,
         compute=TaskPoolStrategy(size=reading.readers),
-        num_cpus=0,  # reading waits for the network; all CPU slots belong to the workers
+        num_cpus=0,  # reading is I/O-bound; all CPUs go to the workers
     )
 
 
 def limits(reading: Reading) -> ExecutionResources:
-    """Bytes that may wait in the object store.
+    """The bytes that may be queued in the object store.
 
-    Without a limit readers run ahead until they fill it, and a large archive takes more memory.
+    Without a limit, readers run ahead until they fill it, and memory use grows with the archive.
     """
     return ExecutionResources.for_limits(
         object_store_memory=CHUNKS_HELD_PER_WORKER * reading.consumers * reading.chunk_bytes
@@ -103,10 +103,10 @@ def shard_row(shard: Shard) -> dict[str, object]:
 
 
 def row_shard(row: dict[str, object]) -> Shard:
-    """The shard of `shard_row`."""
-    words = dict(row)
-    start, stop, left_out = words.pop("start"), words.pop("stop"), _left_out(words.pop("left_out"))
-    return Shard(**words, left_out=left_out, span=None if start == -1 else (start, stop))  # type: ignore[arg-type]
+    """The inverse of `shard_row`."""
+    values = dict(row)
+    start, stop, left_out = values.pop("start"), values.pop("stop"), _left_out(values.pop("left_out"))
+    return Shard(**values, left_out=left_out, span=None if start == -1 else (start, stop))  # type: ignore[arg-type]
 
 
 def _left_out(text: object) -> dict[str, LeftOut]:
@@ -114,7 +114,7 @@ def _left_out(text: object) -> dict[str, LeftOut]:
 
 
 def pack_chunk(chunk: Chunk, error: RaydetectError | None = None) -> pa.Table:
-    """A chunk, or why there is none, as a table of one row."""
+    """A chunk, or the error that replaced it, as a one-row table."""
     columns = {name: [getattr(member, name) for member in chunk.members] for name in MEMBERS.names}
     buffer = io.BytesIO()
     table = pa.table(columns, schema=MEMBERS)
@@ -133,7 +133,7 @@ def pack_chunk(chunk: Chunk, error: RaydetectError | None = None) -> pa.Table:
 
 
 def unpack_chunks(table: pa.Table) -> Iterator[Chunk]:
-    """The chunks of `pack_chunk` tables.
+    """Yields the chunks packed by `pack_chunk`.
 
     Raises:
         RaydetectError: what ended the reading, such as a bad shard, and the source says `fail`; or the storage failed.
@@ -142,8 +142,6 @@ def unpack_chunks(table: pa.Table) -> Iterator[Chunk]:
         if table["error"][i].as_py():
             raise error_of(table["error"][i].as_py())
         with pa.ipc.open_stream(table["members"][i].as_buffer()) as reader:
-            members = tuple(
-                Member(**{**words, "notes": tuple(words["notes"])}) for words in reader.read_all().to_pylist()
-            )
+            members = tuple(Member(**{**row, "notes": tuple(row["notes"])}) for row in reader.read_all().to_pylist())
         numbers = (table["shard"][i].as_py(), table["number"][i].as_py(), table["last"][i].as_py())
         yield Chunk(*numbers, members, _left_out(table["left_out"][i].as_py()))

@@ -1,4 +1,4 @@
-"""Scoring on Ray Data: read tasks feed actors, actors write parts, the driver commits shards."""
+"""Scoring on Ray Data: read tasks feed actors, actors write parts and the driver commits shards."""
 
 import json
 import socket
@@ -27,10 +27,10 @@ CHUNKS_WAITING_PER_ACTOR = 2
 
 
 class ScoreActor:
-    """A warm Scorer in a Ray actor. The driver handles this class too, so torch is loaded in the actor alone."""
+    """A Ray actor that keeps a Scorer loaded. The driver imports this class too, so only the actor imports torch."""
 
     def __init__(self, spec: ScoreSpec, artifact: ArtifactIndex, sink: ResultsSink, bank: Bank | None) -> None:
-        """Loads an ordinary artifact, without its memory bank when that is in pieces elsewhere.
+        """Loads an ordinary artifact, without its memory bank if that is sharded over other actors.
 
         The detectors of a fleet are loaded when they are needed. An error of it ends the run at the first chunk.
         """
@@ -59,7 +59,7 @@ class ScoreActor:
     def __call__(self, table: pa.Table) -> pa.Table:
         """Scores and writes chunks; returns their parts as JSON, or the error that ends the run.
 
-        An exception would reach the driver as text.
+        The driver would only receive a raised exception as text.
         """
         try:
             parts = self._parts(table)
@@ -75,26 +75,26 @@ class ScoreActor:
             raise self.failure
         parts = []
         for chunk in unpack_chunks(table):
-            begun = time.perf_counter()
+            started = time.perf_counter()
             result = self.scorer.score_chunk(chunk)
             part = self.sink.write(chunk, result.rows, result.pictures, result.clipped_pixels)
-            part = replace(part, seconds=round(time.perf_counter() - begun, 3), host=socket.gethostname())
+            part = replace(part, seconds=round(time.perf_counter() - started, 3), host=socket.gethostname())
             parts.append(json.dumps(to_plain(part)))
         return parts
 
 
 def score(plan: ScorePlan, address: str | None, on_part: Callable[[Part, Receipt | None], None]) -> dict[str, Any]:
-    """Scores what is left of a plan on Ray and returns the manifest.
+    """Scores the remaining shards of a plan on Ray and returns the manifest.
 
     Args:
-        plan: the job.
-        address: of a cluster, or None (see `session`).
-        on_part: told of every part, and of the receipt when it completed its shard.
+        plan: the scoring plan.
+        address: cluster address, or None (see `session`).
+        on_part: called with each part, and with the receipt if the part completed its shard.
 
     Raises:
-        ArchiveError: a bad shard or member, and the source says `fail`.
-        ClusterError: the cluster broke down; what is committed stays.
-        TooManyBadRows: the run is complete and too much of it is bad.
+        ArchiveError: a shard or member is bad and the source is set to `fail`.
+        ClusterError: the cluster failed; committed shards are kept.
+        TooManyBadRows: the run is complete but too many rows are bad.
     """
     refuse_memory_uris([plan.ledger.uri, plan.artifact.uri, *(shard.uri for shard in plan.shards[:1])])
     plan.begin()
@@ -107,10 +107,10 @@ def score(plan: ScorePlan, address: str | None, on_part: Callable[[Part, Receipt
 
 
 def refuse_memory_uris(uris: Iterable[str]) -> None:
-    """`memory://` lives in one process only.
+    """Rejects `memory://` URIs, which are visible to one process only.
 
     Raises:
-        SpecError: one of the URIs is such a URL.
+        SpecError: one of the URIs starts with `memory://`.
     """
     for uri in uris:
         if uri.startswith("memory://"):

@@ -1,4 +1,4 @@
-"""How parts of the endpoints ask each other: again when a replica was lost, and with our errors."""
+"""Calls between the deployments of the endpoints, with retries after a lost replica and raydetect's errors."""
 
 import asyncio
 import time
@@ -20,27 +20,27 @@ from raydetect.records import Chunk, Part
 from raydetect.spec import ServeSpec
 
 APP, SCORER, DESK, DOOR = "raydetect", "Scorer", "Desk", "Door"
-CHUNKS_PER_REPLICA = 2  # of archives, scored or on their way; so many calls on each also bring more replicas
+CHUNKS_PER_REPLICA = 2  # archive chunks in flight per replica; also the target load for autoscaling
 TRIES, PAUSE_SECONDS = 4, 0.5
 LOST = (RayActorError, BackPressureError, DeploymentUnavailableError)
-listen_on_loopback()  # every replica imports this before it listens
+listen_on_loopback()  # every replica imports this module before it listens
 
 
 def model_id(index: ArtifactIndex) -> str:
-    """How Serve names an artifact version."""
+    """The model ID of an artifact version in Serve."""
     return f"{index.digest}@{index.uri}"
 
 
 @dataclass(frozen=True, slots=True)
 class Lanes:
-    """Ways from a door to replicas.
+    """Routes requests from a door to replicas.
 
-    When every replica has room for all served detectors, single images go to the one that has least to do. Otherwise
-    they go to those that hold the detector, as long as these have room for more requests.
+    If every replica can hold all served detectors, single images go to the least loaded replica. Otherwise they go to
+    replicas that have the detector loaded, as long as these accept more requests.
 
     Attributes:
-        spec: the job.
-        scorer: all replicas.
+        spec: the serve job.
+        scorer: handle of all replicas.
     """
 
     spec: ServeSpec
@@ -51,11 +51,11 @@ class Lanes:
         return self.scorer if self._spread else self.scorer.options(multiplexed_model_id=model_id(served.index))
 
     async def warm_up(self, served: Served) -> None:
-        """Has a version loaded: by every replica that has room for all, else by one.
+        """Loads a version: on all replicas if each can hold all detectors, else on one.
 
         Raises:
             ArtifactError, SpecError: it cannot be loaded.
-            Busy: no replica is there.
+            Busy: no replica is available.
         """
         name, rules = model_id(served.index), online_spec(self.spec, served.index.uri, served.flag)
         if self._spread:
@@ -69,33 +69,33 @@ class Lanes:
 
 
 def chunks_in_flight(spec: ServeSpec) -> int:
-    """Chunks of an archive that are with replicas at a time; enough to bring all of them."""
+    """Number of archive chunks in flight, enough to scale up to the maximum number of replicas."""
     return CHUNKS_PER_REPLICA * (spec.max_workers or spec.resources.num_workers)
 
 
 async def tried(ask: Callable[[], Awaitable[Any]]) -> Any:
-    """The answer of a deployment; asked again when the replica that had it was lost.
+    """Calls a deployment and retries if the replica that handled the call was lost.
 
     Raises:
-        Busy: it was lost every time.
-        RaydetectError: what the deployment raised.
+        Busy: a replica was lost on every try.
+        RaydetectError: raised by the deployment.
     """
     for left in reversed(range(TRIES)):
         try:
             return await ask()
         except LOST:
             if not left:
-                raise Busy("what scores images is not there just now. Try again.") from None
+                raise Busy("no scoring replica is available at the moment. Try again.") from None
             await asyncio.sleep(PAUSE_SECONDS)
         except RayError as error:
             raise translate(error, None) from error
 
 
 def send_chunk(scorer: DeploymentHandle, plan: ScorePlan, chunk: Chunk) -> Part:
-    """Has a replica score a chunk; sent again when the replica was lost, since its files are the same then.
+    """Scores a chunk on a replica; retries if the replica was lost, which is safe as it writes the same files.
 
     Raises:
-        RaydetectError: what the replica raised, or it was lost every time.
+        RaydetectError: raised by the replica, or a replica was lost on every try.
     """
     for left in reversed(range(TRIES)):
         try:

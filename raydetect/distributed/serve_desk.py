@@ -1,4 +1,4 @@
-"""The desk of the endpoints on Ray Serve: one deployment that knows versions and runs, and what doors see of it."""
+"""The desk on Ray Serve: one deployment that manages versions and archive runs, and the interface doors use."""
 
 import asyncio
 import time
@@ -27,17 +27,17 @@ from raydetect.records import Answer, Member
 from raydetect.spec import Heatmaps, ScoreSpec, ServeSpec
 from raydetect.storage import Storage
 
-VERSIONS_SECONDS = 0.5  # how long a door believes what the desk said of versions
+VERSIONS_SECONDS = 0.5  # how long a door caches the served versions
 
 
 class Desk:
-    """The one that knows which version of a detector serves, and runs archives."""
+    """The single deployment that tracks the served version of each detector and runs archives."""
 
     def __init__(self, spec: ServeSpec, scorer: DeploymentHandle) -> None:
         """Reads the records of all artifacts.
 
         Raises:
-            ArtifactError, SpecError: one cannot be served.
+            ArtifactError, SpecError: an artifact cannot be served.
         """
         self._spec, self._storage, self._lanes = spec, Storage(spec.storage), Lanes(spec, scorer)
         self._served = {name: load_served(name, served, self._storage) for name, served in spec.detectors.items()}
@@ -51,8 +51,8 @@ class Desk:
 
     async def replace(self, name: str, artifact: str) -> Served:
         """See `gateway.desk.Desk`."""
-        words = replace(self._spec.detectors[name], artifact=artifact)
-        served = await asyncio.to_thread(load_served, name, words, self._storage)
+        settings = replace(self._spec.detectors[name], artifact=artifact)
+        served = await asyncio.to_thread(load_served, name, settings, self._storage)
         await self._lanes.warm_up(served)
         self._served[name] = served
         return served
@@ -70,42 +70,42 @@ class Desk:
         return self._runner.cancel(uri)
 
     async def in_flight(self) -> int:
-        """How many chunks of one archive replicas take at a time; for jobs with `engine: serve`."""
+        """Number of chunks in flight per archive; for jobs with `engine: serve`."""
         return chunks_in_flight(self._spec)
 
 
 class DoorDesk:
-    """What a door asks: replicas for scores, the desk for all else. See `gateway.desk.Desk`."""
+    """The desk as seen by a door: replicas score, the desk does the rest. See `gateway.desk.Desk`."""
 
     def __init__(self, spec: ServeSpec) -> None:
-        """Finds the deployments of its application."""
+        """Looks up the deployments of its application."""
         self._spec = spec
         self._desk = serve.get_deployment_handle(DESK, APP)
         self._lanes = Lanes(spec, serve.get_deployment_handle(SCORER, APP))
         self._served: Mapping[str, Served] = {}
-        self._asked = -VERSIONS_SECONDS
+        self._fetched_at = -VERSIONS_SECONDS
         self._loaded: set[str] = set()
         self._loading = False
 
     async def served(self) -> Mapping[str, Served]:
-        """See `Desk.served`; as it was at most VERSIONS_SECONDS ago."""
-        if time.monotonic() - self._asked >= VERSIONS_SECONDS:
+        """See `Desk.served`; at most VERSIONS_SECONDS old."""
+        if time.monotonic() - self._fetched_at >= VERSIONS_SECONDS:
             self._served = await tried(lambda: self._desk.served.remote())
-            self._asked = time.monotonic()
+            self._fetched_at = time.monotonic()
         return self._served
 
     async def answer(self, served: Served, members: Sequence[Member], heatmaps: Sequence[Heatmaps]) -> Sequence[Answer]:
         """See `Desk.answer`."""
         rules, model = online_spec(self._spec, served.index.uri, served.flag), model_id(served.index)
         replica = self._lanes.towards(served)
-        found: Sequence[Answer] = await tried(lambda: replica.answer.remote(model, members, heatmaps, rules))
-        return found
+        answers: Sequence[Answer] = await tried(lambda: replica.answer.remote(model, members, heatmaps, rules))
+        return answers
 
     async def replace(self, name: str, artifact: str) -> Served:
         """See `Desk.replace`."""
-        made: Served = await tried(lambda: self._desk.replace.remote(name, artifact))
-        self._asked = -VERSIONS_SECONDS
-        return made
+        served: Served = await tried(lambda: self._desk.replace.remote(name, artifact))
+        self._fetched_at = -VERSIONS_SECONDS
+        return served
 
     async def start(self, spec: ScoreSpec) -> RunState:
         """See `Desk.start`."""
@@ -114,8 +114,8 @@ class DoorDesk:
 
     async def runs(self) -> Mapping[str, RunState]:
         """See `Desk.runs`."""
-        found: Mapping[str, RunState] = await tried(lambda: self._desk.runs.remote())
-        return found
+        runs: Mapping[str, RunState] = await tried(lambda: self._desk.runs.remote())
+        return runs
 
     async def cancel(self, uri: str) -> bool:
         """See `Desk.cancel`."""

@@ -1,9 +1,9 @@
-"""On a local Ray, replicas listen on loopback alone.
+"""Restricts the replicas of a local Ray to the loopback interface.
 
-Each replica of Serve opens a gRPC port on every interface of the machine, asks for no token there, and unpickles what
-comes (`ray.serve._private.replica`, for calls between deployments). `session` keeps all other processes of a local Ray
-on loopback by a variable, which replicas inherit; this does the same for them. Where a cluster has a token, Serve asks
-for it on that port.
+Each Serve replica opens a gRPC port on all interfaces, without a token, and unpickles whatever it receives
+(`ray.serve._private.replica`, for calls between deployments). `session` sets an environment variable, inherited by
+replicas, that keeps all other processes of a local Ray on loopback; this module does the same for replicas. On a
+cluster with token authentication, Serve requires the token on that port.
 """
 
 import os
@@ -17,7 +17,7 @@ open_port = replica.add_port_to_grpc_server
 
 
 def listen_on_loopback() -> None:
-    """For the replica of this process, before it listens; changes nothing on a cluster."""
+    """Patches the replica of this process before it opens its port; does nothing on a cluster."""
     if os.environ.get(ENABLE_RAY_CLUSTERS_ENV_VAR) == "0":
         replica.add_port_to_grpc_server = _open_on_loopback
 

@@ -1,4 +1,4 @@
-"""A replica of the endpoints: detectors kept warm, the least recently used one goes; people before archives."""
+"""A replica of the endpoints: an LRU cache of loaded detectors; single images take priority over archives."""
 
 import asyncio
 import logging
@@ -26,25 +26,25 @@ MILLISECONDS = [5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000]
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
-    """One image that waits for a batch."""
+class _Request:
+    """One image waiting for a batch."""
 
     model: str
     member: Member
     heatmaps: Heatmaps
     rules: ScoreSpec
     group: str
-    begun: float
+    arrived: float
 
 
 class _Meters:
-    """What Ray's Prometheus endpoint tells of a replica."""
+    """Prometheus metrics of a replica, exported by Ray."""
 
     def __init__(self) -> None:
-        self.images = metrics.Counter("raydetect_images", "Images that were asked for.", ("status", "kind"))
-        self.sizes = metrics.Histogram("raydetect_batch_images", "Images of one batch.", [1, 2, 4, 8, 16, 32, 64])
-        self.queued = metrics.Histogram("raydetect_queue_ms", "Until an image was in a batch.", MILLISECONDS)
-        self.spent = metrics.Histogram("raydetect_score_ms", "From arrival to row.", MILLISECONDS)
+        self.images = metrics.Counter("raydetect_images", "Images requested.", ("status", "kind"))
+        self.sizes = metrics.Histogram("raydetect_batch_images", "Images per batch.", [1, 2, 4, 8, 16, 32, 64])
+        self.queued = metrics.Histogram("raydetect_queue_ms", "Time from arrival to batch.", MILLISECONDS)
+        self.spent = metrics.Histogram("raydetect_score_ms", "Time from arrival to result.", MILLISECONDS)
 
     def count(self, statuses: Iterable[str], kind: str) -> None:
         for status in statuses:
@@ -52,10 +52,10 @@ class _Meters:
 
 
 class Scorer:
-    """Scores single images, in batches with those of other requests, and chunks of archives meanwhile."""
+    """Scores single images, batched across requests, alongside chunks of archives."""
 
     async def __init__(self, spec: ServeSpec) -> None:  # type: ignore[misc]
-        """Loads the detectors of the job file, as many as there is room for; Serve waits for it."""
+        """Loads as many detectors of the job file as fit in memory; Serve waits for it to return."""
         import torch
 
         from raydetect.worker.turns import Turns
@@ -71,8 +71,8 @@ class Scorer:
             try:
                 index = await asyncio.to_thread(read_index, normalise_uri(served.artifact), self._storage)
                 await self.warm_up(model_id(index), online_spec(spec, index.uri, served.flag))
-            except RaydetectError as error:  # another version may serve by now, and this one be gone
-                log.warning("%s: is not loaded at the start: %s", name, error)
+            except RaydetectError as error:  # the version may have been replaced and deleted
+                log.warning("%s: not loaded at startup: %s", name, error)
 
     def _loader(self) -> Callable[[str], Any]:
         from raydetect.worker.warm import SharedDetectors, Warm
@@ -91,7 +91,7 @@ class Scorer:
         return index
 
     async def warm_up(self, model: str, rules: ScoreSpec) -> None:
-        """Loads an artifact before requests come for it."""
+        """Loads an artifact ahead of requests."""
         warm = await self._get(model)
         await asyncio.to_thread(warm.warm_up, rules)
 
@@ -103,44 +103,45 @@ class Scorer:
         Raises:
             ArtifactError, SpecError: the artifact cannot be loaded.
         """
-        group, begun = model + digest(rules), time.perf_counter()
-        asked = [
-            _Asked(model, member, wanted, rules, group, begun) for member, wanted in zip(members, heatmaps, strict=True)
+        group, arrived = model + digest(rules), time.perf_counter()
+        requests = [
+            _Request(model, member, heatmap, rules, group, arrived)
+            for member, heatmap in zip(members, heatmaps, strict=True)
         ]
-        found: list[Answer | RaydetectError] = await asyncio.gather(*map(self._batched, asked))
+        found: list[Answer | RaydetectError] = await asyncio.gather(*map(self._batched, requests))
         answers = []
-        for one in found:
-            if isinstance(one, RaydetectError):
-                raise one
-            answers.append(one)
+        for answer in found:
+            if isinstance(answer, RaydetectError):
+                raise answer
+            answers.append(answer)
         self._meters.count((answer.row.status for answer in answers), "online")
-        self._meters.spent.observe(1000 * (time.perf_counter() - begun))
+        self._meters.spent.observe(1000 * (time.perf_counter() - arrived))
         return answers
 
     @serve.batch  # type: ignore[untyped-decorator]
-    async def _batched(self, asked: list[_Asked]) -> list[Answer | RaydetectError]:
-        self._meters.sizes.observe(len(asked))
+    async def _batched(self, requests: list[_Request]) -> list[Answer | RaydetectError]:
+        self._meters.sizes.observe(len(requests))
         now, answers = time.perf_counter(), dict[int, Answer | RaydetectError]()
         groups: dict[str, list[int]] = {}
-        for place, one in enumerate(asked):
-            self._meters.queued.observe(1000 * (now - one.begun))
-            groups.setdefault(one.group, []).append(place)
-        for places in groups.values():
-            answers |= dict(zip(places, await self._together([asked[place] for place in places]), strict=True))
-        return [answers[place] for place in range(len(asked))]
+        for i, request in enumerate(requests):
+            self._meters.queued.observe(1000 * (now - request.arrived))
+            groups.setdefault(request.group, []).append(i)
+        for indices in groups.values():
+            answers |= dict(zip(indices, await self._together([requests[i] for i in indices]), strict=True))
+        return [answers[i] for i in range(len(requests))]
 
-    async def _together(self, asked: Sequence[_Asked]) -> Sequence[Answer | RaydetectError]:
-        """Images of one artifact; its error is theirs alone, not that of the batch."""
+    async def _together(self, requests: Sequence[_Request]) -> Sequence[Answer | RaydetectError]:
+        """Scores images of one artifact; an error applies to these images only, not to the whole batch."""
         try:
-            warm = await self._get(asked[0].model)
-            members, heatmaps = [one.member for one in asked], [one.heatmaps for one in asked]
-            found: Sequence[Answer] = await asyncio.to_thread(warm.answer, members, heatmaps, asked[0].rules)
+            warm = await self._get(requests[0].model)
+            members, heatmaps = [request.member for request in requests], [request.heatmaps for request in requests]
+            found: Sequence[Answer] = await asyncio.to_thread(warm.answer, members, heatmaps, requests[0].rules)
         except RaydetectError as error:
-            return [error] * len(asked)
+            return [error] * len(requests)
         return found
 
     async def score_chunk(self, model: str, chunk: Chunk, spec: ScoreSpec, sink: ResultsSink) -> Part:
-        """Scores a chunk of an archive and writes its part."""
+        """Scores an archive chunk and writes its part."""
         warm = await self._get(model)
 
         def work() -> Part:

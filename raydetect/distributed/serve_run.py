@@ -1,4 +1,4 @@
-"""Starts the endpoints: on a local Ray for as long as the command runs, or on a cluster, where they stay."""
+"""Starts the endpoints: on a local Ray while the command runs, or on a cluster, where they keep running."""
 
 import os
 import socket
@@ -32,14 +32,14 @@ DESK_SECONDS = 60
 def serve_on_ray(
     spec: ServeSpec, tokens: Tokens, address: str | None, on_ready: Callable[[str, str], None], wait: Callable[[], None]
 ) -> None:
-    """Deploys the endpoints, which replaces what an earlier start deployed, without dropping a request.
+    """Deploys the endpoints, replacing an earlier deployment without dropping requests.
 
     Args:
-        spec: the job.
-        tokens: who may do what.
-        address: of a cluster, where the endpoints stay; None = a local Ray, until `wait` returns.
-        on_ready: told when requests are answered: of their URL, and of where Prometheus finds metrics.
-        wait: returns when a local Ray is to end.
+        spec: the serve job.
+        tokens: clients and their permissions.
+        address: address of a cluster, where the endpoints keep running; None = a local Ray, until `wait` returns.
+        on_ready: called with the URLs of the endpoints and of the Prometheus metrics once requests are served.
+        wait: returns when the local Ray should stop.
 
     Raises:
         ClusterError: the cluster cannot be reached, or the endpoints do not start.
@@ -50,7 +50,7 @@ def serve_on_ray(
         load_served(name, served, storage)
     if address is None:
         refuse_taken(spec.host, spec.port)
-        os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # 5 s are too few on a busy machine
+        os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # 5 s is too short on a busy machine
         os.environ.setdefault(CALLBACK, BOUNDED)
     with session(address, _resources(spec)):
         with translated(address):
@@ -67,15 +67,15 @@ def serve_on_ray(
 def score_through(
     plan: ScorePlan, address: str | None, on_part: Callable[[Part, Receipt | None], None]
 ) -> dict[str, Any]:
-    """Scores what is left of a plan by the warm replicas of a cluster's endpoints, and returns the manifest.
+    """Scores the remaining shards of a plan on the replicas of a cluster's endpoints, and returns the manifest.
 
     Args:
-        plan: the job.
-        address: of the cluster on which `raydetect serve` runs; None uses RAY_ADDRESS.
-        on_part: told of every part, and of the receipt when it completed its shard.
+        plan: the scoring plan.
+        address: address of the cluster running `raydetect serve`; None uses RAY_ADDRESS.
+        on_part: called with each part, and with the receipt if the part completed its shard.
 
     Raises:
-        ClusterError: no endpoints run there, or replicas were lost again and again; what is committed stays.
+        ClusterError: no endpoints run there, or replicas were lost repeatedly; committed shards are kept.
         RaydetectError: as for any scoring job.
     """
     refuse_memory_uris([plan.ledger.uri, plan.artifact.uri, *(shard.uri for shard in plan.shards[:1])])
@@ -87,8 +87,8 @@ def score_through(
                 scorer = serve.get_deployment_handle(SCORER, APP)
                 in_flight = serve.get_deployment_handle(DESK, APP).in_flight.remote().result(timeout_s=DESK_SECONDS)
             except Exception as error:
-                said = f"{address}: the endpoints of raydetect do not run there. Start `raydetect serve` first."
-                raise ClusterError(said) from error
+                message = f"{address}: no raydetect endpoints run there. Start `raydetect serve` first."
+                raise ClusterError(message) from error
             committer = Committer(plan)
             stream = Stream(plan, partial(send_chunk, scorer, plan), in_flight)
             for part in stream.parts():
@@ -97,16 +97,16 @@ def score_through(
 
 
 def metrics_uri() -> str:
-    """Where the first node gives its metrics, ours among them; every node does."""
+    """The metrics URL of the first node; every node exports metrics, including raydetect's."""
     node = next(node for node in ray.nodes() if node["Alive"])
     return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
 
 def refuse_taken(host: str, port: int) -> None:
-    """Says so when something else listens on the port.
+    """Checks that the port is free.
 
     Raises:
-        SpecError: it does, or the address is none of this machine.
+        SpecError: the port is taken, or the address does not belong to this machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with closing(socket.socket(family, socket.SOCK_STREAM)) as probe:

@@ -1,6 +1,6 @@
-"""The endpoints on Ray Serve: replicas keep detectors warm, one desk knows versions and runs, doors answer HTTP.
+"""The endpoints on Ray Serve: replicas keep detectors loaded, one desk manages versions and runs, doors serve HTTP.
 
-door (HTTP) ──> scorer (replicas, detectors multiplexed) <── desk (one): archive runs, which version serves
+door (HTTP) ──> scorer (replicas, multiplexed detectors) <── desk (one): archive runs, served versions
 """
 
 from collections.abc import Mapping
@@ -19,25 +19,25 @@ from raydetect.gateway.guard import Guard
 from raydetect.gateway.tokens import Tokens, read_tokens
 from raydetect.spec import ServeSpec, parse_job
 
-UNBOUNDED = 100_000  # `limits.max_requests` bounds what is in flight, so that more are told to come later
-BATCHES_WAITING = 4  # requests on one replica for each image of a batch, before others are asked
+UNBOUNDED = 100_000  # `limits.max_requests` limits requests in flight, so that clients are told to retry
+BATCHES_WAITING = 4  # requests queued on a replica per image of a batch, before other replicas are used
 UPSCALE_SECONDS = 5
 
 
 def application(values: Mapping[str, Any]) -> Application:
-    """The Serve application of a job file's values; `import_path` of Serve's own config files.
+    """Builds the Serve application from the values of a job file; the `import_path` of Serve config files.
 
     Raises:
-        SpecError: the job file or the tokens are wrong.
+        SpecError: the job file or the tokens are invalid.
     """
     spec = parse_job(dict(values), "serve")
     if not isinstance(spec, ServeSpec):
-        raise SpecError(f"serve: is a {spec.kind} job. State kind: serve.")
+        raise SpecError(f"serve: is a {spec.kind} job. Set kind: serve.")
     return bound(spec, read_tokens(spec))
 
 
 def bound(spec: ServeSpec, tokens: Tokens) -> Application:
-    """The application of a checked job."""
+    """Builds the Serve application of a validated job."""
 
     def door() -> Guard:
         return build_app(spec, tokens, DoorDesk(spec))
@@ -49,21 +49,21 @@ def bound(spec: ServeSpec, tokens: Tokens) -> Application:
         graceful_shutdown_timeout_s=60,
         **_replicas(spec),
     )
-    alone: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0}, "max_ongoing_requests": UNBOUNDED}
-    desk = serve.deployment(Desk, name=DESK).options(num_replicas=1, **alone)
-    doors = serve.deployment(serve.ingress(door)(_Door), name=DOOR).options(num_replicas=1, **alone)
+    options: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0}, "max_ongoing_requests": UNBOUNDED}
+    desk = serve.deployment(Desk, name=DESK).options(num_replicas=1, **options)
+    doors = serve.deployment(serve.ingress(door)(_Door), name=DOOR).options(num_replicas=1, **options)
     return doors.bind(desk.bind(spec, scorer.bind(spec)))
 
 
 class _Door:
-    """Holds the application of `bound`; its argument makes Serve deploy what it asks."""
+    """Wraps the door; its argument makes Serve deploy the desk."""
 
     def __init__(self, desk: DeploymentHandle) -> None:
-        """Nothing: the endpoints find the deployments by name."""
+        """Does nothing: the endpoints find the deployments by name."""
 
 
 def _replicas(spec: ServeSpec) -> dict[str, Any]:
-    """How many: those stated, or as many as calls in hand ask for, up to `max_workers`."""
+    """Replica options: a fixed number, or autoscaling with the load up to `max_workers`."""
     least, most = spec.resources.num_workers, spec.max_workers
     if most is None or most == least:
         return {"num_replicas": least}

@@ -1,4 +1,4 @@
-"""From a results directory to the report's text."""
+"""Builds the HTML report of a results directory."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,27 +15,27 @@ PICTURES = 48
 
 
 def begun(ledger: Ledger) -> dict[str, Any]:
-    """`run.json` of a scoring run.
+    """Returns `run.json` of a scoring run.
 
     Raises:
-        StorageError: no run was begun there.
+        StorageError: no run was started there.
     """
     run = ledger.run()
     if run is None:
-        raise MissingError(f"{ledger.uri}: holds no run.json, so no run was begun there. Check the URI.")
+        raise MissingError(f"{ledger.uri}: holds no run.json, so no run was started there. Check the URI.")
     return run
 
 
 def report_html(ledger: Ledger, pictures: int = PICTURES, extra: Extra | None = None) -> str:
-    """The report of a results directory, finished or not; reads every committed row once, and few images.
+    """The report of a results directory, finished or not; reads all committed rows once, but few images.
 
     Args:
-        ledger: of the results directory.
-        pictures: how many of the most anomalous images are shown.
-        extra: of an audit.
+        ledger: ledger of the results directory.
+        pictures: number of most anomalous images to show.
+        extra: additions of an audit.
 
     Raises:
-        StorageError: no run was begun there, or a record or part is missing or damaged.
+        StorageError: no run was started there, or a record or part is missing or damaged.
     """
     run = begun(ledger)
     return page_of(ledger, run, tally(ledger, run, pictures), extra)
@@ -44,14 +44,14 @@ def report_html(ledger: Ledger, pictures: int = PICTURES, extra: Extra | None = 
 def page_of(
     ledger: Ledger, run: Mapping[str, Any], found: Tally, extra: Extra | None = None, reach: Reach | None = None
 ) -> str:
-    """The same from rows that are counted already.
+    """The same, from rows that have already been tallied.
 
     Args:
-        ledger: of the results directory.
+        ledger: ledger of the results directory.
         run: its `run.json`.
-        found: its rows.
-        extra: of an audit.
-        reach: of archive and artifact; None = by the public words of `run.json`.
+        found: tally of its rows.
+        extra: additions of an audit.
+        reach: storages of the archive and the artifact; None = from the public settings in `run.json`.
 
     Raises:
         StorageError: a record is damaged.
@@ -61,14 +61,14 @@ def page_of(
 
 
 def detector_text(run: Mapping[str, Any], storage: Storage) -> str:
-    """What scored: names and counts when the artifact is still there as it was, else its digest alone."""
+    """Describes the artifact: names and counts if it is unchanged, else only its digest."""
     digest = str(run["result"]["artifact"])
     try:
         index = read_index(normalise_uri(run["spec"]["artifact"]), storage)
     except RaydetectError:
         return f"artifact {digest[:16]}"
     if index.digest != digest:
-        return f"artifact {digest[:16]} (another one is there now)"
+        return f"artifact {digest[:16]} (since replaced)"
     return _described(index)
 
 

@@ -45,7 +45,7 @@ def endpoints(line: Line, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     cluster = Cluster(initialize_head=True, connect=False, head_node_args=words)
     try:
         said = run(folder, "serve", str(folder / "serve.yaml"), "--address", cluster.address).text()
-        assert f"Serving widget at http://127.0.0.1:{port}" in said and "it stays there" in said
+        assert f"Serving widget at http://127.0.0.1:{port}" in said and "the endpoints keep running there" in said
         yield Endpoints(line, f"http://127.0.0.1:{port}", cluster.address, metrics_of(said), folder / "serve.yaml")
     finally:
         os.environ.pop("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S")
