@@ -2,14 +2,19 @@
 
 import re
 import time
+from pathlib import Path
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raydetect.archives.naming import FIELD, FIELDS, Naming, Pattern
 from raydetect.errors import SpecError
 from raydetect.spec import SourceSpec
+from raydetect.storage import Storage
+from raydetect.storage.globs import linear_glob
 
 ALL = "{category}{split}{defect}{label}{name}"
 
@@ -74,3 +79,36 @@ def test_no_name_takes_long(pattern: str, name: str) -> None:
 def test_a_pattern_without_end_is_refused() -> None:
     with pytest.raises(SpecError, match=r"source.pattern: has 1,006 letters, at most 1,000 are read"):
         Naming.of(SourceSpec(uri="a", pattern="{name}" + "a" * 1000))
+
+
+LETTERS = st.sampled_from(["*", "a", "b", "?", "[ab]", "-"])
+GLOBS = st.lists(LETTERS, min_size=1, max_size=9).map("".join).filter(lambda name: "**" not in name)
+NAMES = st.lists(st.sampled_from("ab-"), min_size=1, max_size=8).map("".join)
+
+
+@given(st.lists(GLOBS, min_size=1, max_size=3), st.lists(st.lists(NAMES, min_size=1, max_size=3), max_size=12))
+@settings(max_examples=150, deadline=None)
+def test_a_glob_names_what_fsspec_says(segments: list[str], paths: list[list[str]]) -> None:
+    fs = fsspec.filesystem("memory", skip_instance_cache=True)
+    fs.store, fs.pseudo_dirs = {}, [""]
+    for path in paths:
+        for depth in range(1, len(path)):
+            fs.pseudo_dirs.append("/" + "/".join(path[:depth]))
+        fs.store["/" + "/".join(path)] = MemoryFile(fs, "/" + "/".join(path))
+    pattern = "/" + "/".join(segments)
+    wide, is_meant = linear_glob(pattern)
+    assert [name for name in fs.glob(wide) if is_meant(name)] == fs.glob(pattern)
+
+
+def test_no_glob_takes_long_and_too_many_folders_are_refused(tmp_path: Path) -> None:
+    (tmp_path / ("a" * 250)).write_bytes(b"")
+    (tmp_path / "cam1_2026_11_28.tar").write_bytes(b"")
+    begun = time.process_time()
+    assert not list(Storage().glob(f"file://{tmp_path}/{'*a' * 20}b"))
+    assert [file.uri for file in Storage().glob(f"file://{tmp_path}/*_*_*_*.tar")] == [
+        f"file://{tmp_path}/cam1_2026_11_28.tar"
+    ]
+    assert time.process_time() - begun < 1.0
+    for pattern in ("**/a/**/b/**/c", "**/*a*b*c", "a**b"):
+        with pytest.raises(SpecError, match=r"Write fewer of them|stands for whole folders"):
+            list(Storage().glob(f"file://{tmp_path}/{pattern}"))

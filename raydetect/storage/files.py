@@ -17,6 +17,7 @@ from fsspec.spec import AbstractFileSystem
 
 from raydetect.errors import ChangedError, MissingError, SpecError, StorageError
 from raydetect.spec import StorageOptions
+from raydetect.storage.globs import linear_glob
 from raydetect.storage.local import remove_leftovers, write_local
 from raydetect.storage.stored_file import StoredFile
 from raydetect.storage.troubles import changed, translate
@@ -256,15 +257,17 @@ class Storage:
         """Every file that a pattern names, and every file below the folders that it names, sorted by URI.
 
         Raises:
+            SpecError: it has too many wildcards.
             StorageError: it cannot be listed.
         """
         fs, path = self.filesystem(uri)
+        wide, is_meant = linear_glob(path)
         try:
             fs.invalidate_cache()
             if "file" in fs.protocol:
                 fixed, pattern = _before_wildcards(path)
                 _refuse_closed_folders(fixed, float("inf") if "**" in pattern else pattern.count("/"))
-            named = dict(fs.glob(path, detail=True))
+            named = {name: entry for name, entry in fs.glob(wide, detail=True).items() if is_meant(name)}
             found = {name: entry for name, entry in named.items() if entry["type"] != "directory"}
             for name in sorted(named.keys() - found.keys()):
                 found |= _find(fs, name)
