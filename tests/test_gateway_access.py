@@ -1,6 +1,7 @@
 """Who may ask for what: tokens, scopes, prefixes, names of the server, and how much at a time."""
 
 import asyncio
+import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -153,6 +154,33 @@ def test_images_by_uri_are_read_within_what_is_allowed(place: Path) -> None:
         assert str(place / "secret") not in answer.text.replace(f"{place}/open/../secret", "")
     assert unknown.status_code == 422 and "colour" in unknown.json()["detail"]
     assert none.status_code == 422
+
+
+def test_named_images_have_together_the_bytes_of_a_body_and_none_is_a_pipe(place: Path) -> None:
+    folder = place / "open/large"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.png").write_bytes(encode(normal_image(7)) + bytes(900_000))
+    os.mkfifo(folder / "pipe.png")
+
+    async def work() -> list[Any]:
+        async with client(serve_spec(place)) as c:
+            uris = [f"{folder}/{name}" for name in ("0.png", "1.png", "2.png")]
+            three = await c.post(SCORE, json={"images": [{"uri": uri} for uri in uris]})
+            two = await c.post(SCORE, json={"images": [{"uri": uri} for uri in uris[:2]]})
+            pipe = await c.post(SCORE, json={"images": [{"uri": f"{folder}/pipe.png"}]})
+            return [three, two, pipe]
+
+    three, two, pipe = run(work())
+    assert three.status_code == 422 and "more than 2,000,000 bytes" in three.json()["detail"]
+    assert two.status_code == 200, two.text
+    assert pipe.status_code == 422 and pipe.json()["results"][0]["error"] == "it is no file. Name one."
+
+
+def test_bytes_in_flight_hold_at_least_one_body(place: Path) -> None:
+    with pytest.raises(SpecError, match="max_bytes_in_flight is less than max_body_bytes"):
+        serve_spec(place, limits={"max_body_bytes": 3, "max_bytes_in_flight": 2})
+    assert serve_spec(place, limits={"max_body_bytes": 3}).limits.bytes_in_flight == 12
 
 
 def test_too_many_requests_are_told_to_come_later(place: Path) -> None:

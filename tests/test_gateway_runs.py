@@ -1,6 +1,7 @@
 """Archives over HTTP in one process: the rows of a job, progress, cancelling, and people before archives."""
 
 import asyncio
+import json
 import threading
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from raydetect.spec import ScoreSpec, parse_job
 from raydetect.storage import Storage
 from raydetect.worker.turns import Turns
 from tests.made.archives import normal_files, pack
+from tests.made.images import encode, normal_image
 from tests.made.results import make_results, names_of
 from tests.made.server import client, make_place, run, serve_spec
 from tests.together.runs import rows_of
@@ -25,6 +27,45 @@ from tests.together.runs import rows_of
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """See `make_place`."""
     return make_place(tmp_path_factory.mktemp("gateway"))
+
+
+def test_links_out_of_the_allowed_folders_are_left_out_of_runs(place: Path) -> None:
+    source, outside = place / "open/linked", place / "outside"
+    for folder in (source / "a", outside):
+        folder.mkdir(parents=True)
+        (folder / "1.png").write_bytes(encode(normal_image(3)))
+    pack(f"file://{outside}/tars", ".tar", normal_files(4), 1)
+    tar = next((outside / "tars").iterdir())
+    (source / "a/2.png").symlink_to(outside / "1.png")
+    (source / "a/3.png").symlink_to(place / "open/loose/a.png")  # elsewhere, but allowed
+    (source / "b.tar").symlink_to(tar)
+    (source / "c").symlink_to(outside)
+    (place / "open/only").mkdir()
+    (place / "open/only/1.png").symlink_to(outside / "1.png")
+
+    async def work() -> list[Any]:
+        found = []
+        async with client(serve_spec(place)) as c:
+            for number, uri in enumerate((source, f"{source}/*/*.png", place / "open/only", f"{source}/b.tar")):
+                sink = {"uri": f"{place}/results/linked-{number}"}
+                words = {"detector": "bottle", "source": {"uri": str(uri)}, "sink": sink}
+                begun = await c.post("/v1/archives", json=words)
+                found.append(begun)
+                end = time.monotonic() + 30
+                while begun.status_code == 202 and time.monotonic() < end:
+                    if (await c.get(f"/v1/archives/{begun.json()['id']}")).json()["state"] != "running":
+                        break
+                    await asyncio.sleep(0.05)
+        return found
+
+    whole, pattern, only, named = run(work())
+    assert [answer.status_code for answer in (whole, pattern, only, named)] == [202, 202, 422, 403]
+    assert "linked_outside (1.png)" in only.json()["detail"]
+    for number, left_out in enumerate(({"a/2.png", "b.tar", "c"}, {"a/2.png", "c/1.png"})):
+        uri = f"file://{place}/results/linked-{number}"
+        assert {row["image_uri"].rpartition("/")[2] for row in rows_of(uri, Storage())} == {"1.png", "3.png"}
+        told = json.loads(Storage().read(f"{uri}/manifest.json"))["left_out"]["linked_outside"]
+        assert told["count"] == len(left_out) and set(told["names"]) == left_out
 
 
 def test_an_archive_run_gives_the_rows_of_a_job_and_can_be_asked_for_again(place: Path) -> None:

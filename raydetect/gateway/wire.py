@@ -7,8 +7,10 @@ import asyncio
 import json
 import resource
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from http import HTTPStatus
+from typing import Any, ClassVar, cast
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -16,7 +18,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 MOST_CONNECTIONS = 512
 BACKLOG = 256  # connections that the kernel holds until they are accepted, which may be all at once
 DETAILS = {
-    400: "this is no HTTP/1.1 request that can be read.",
+    400: "the request breaks the rules of HTTP/1.1.",
     408: "the head of the request took too long.",
     431: "the head of the request is too large.",
 }
@@ -46,6 +48,28 @@ class Bounds:
     answer_seconds: float = 30.0
 
 
+class _Ending:
+    """A transport whose `close` lets a client that still sends read its answer.
+
+    To close it at once would have the client's kernel throw the answer away, as soon as it is told that its bytes came
+    too late.
+    """
+
+    def __init__(self, transport: asyncio.Transport, still_sends: Callable[[], bool]) -> None:
+        self._transport, self._still_sends, self._half = transport, still_sends, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def close(self) -> None:
+        """Ends what is sent; and the connection, unless the client still sends and this is the first call."""
+        if self._half or self._transport.is_closing() or not self._still_sends() or not self._transport.can_write_eof():
+            self._transport.close()
+        else:
+            self._half = True
+            self._transport.write_eof()
+
+
 class Wire(H11Protocol):
     """uvicorn's protocol on h11, bounded.
 
@@ -66,6 +90,7 @@ class Wire(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client came; one that waits may have to go."""
         super().connection_made(transport)
+        self.transport = cast(asyncio.Transport, _Ending(transport, self._still_sends))
         transport.set_write_buffer_limits(0)  # so that `pause_writing` tells of every byte that is not taken
         self._note()
         self._begin_head()
@@ -82,7 +107,9 @@ class Wire(H11Protocol):
         self.waiting.pop(self, None)
 
     def data_received(self, data: bytes) -> None:
-        """Bytes came, of a head or of a body."""
+        """Bytes came, of a head or of a body; those that come after the last answer are thrown away."""
+        if self.conn.our_state is h11.CLOSED:
+            return
         if self in self.waiting:
             self._begin_head()
         super().data_received(data)
@@ -92,7 +119,7 @@ class Wire(H11Protocol):
         """An answer was given; what the client still sends of its request is read for a while."""
         super().on_response_complete()
         self._note()
-        if self in self.waiting and self.conn.their_state is h11.SEND_BODY:
+        if self in self.waiting and self._still_sends():
             self._begin_head()
 
     def pause_writing(self) -> None:
@@ -116,6 +143,9 @@ class Wire(H11Protocol):
     def _should_upgrade(self) -> bool:
         return False  # a websocket's handshake is a GET like any other here
 
+    def _still_sends(self) -> bool:
+        return self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
+
     def _note(self) -> None:
         """Whether the connection waits for its client."""
         in_hand = self.cycle is not None and not self.cycle.response_complete
@@ -136,10 +166,10 @@ class Wire(H11Protocol):
             self._head = None
 
     def _late(self) -> None:
-        if self.conn.trailing_data[0]:
+        if self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
             self._refuse(408)
         else:  # nothing came, or what is left of a refused request
-            self.transport.close()
+            self.transport.abort()
 
     def _refuse(self, status: int) -> None:
         """Says so, unless an answer was begun, and ends the connection."""
@@ -149,10 +179,11 @@ class Wire(H11Protocol):
         body = json.dumps({"detail": DETAILS.get(status, DETAILS[400])}).encode()
         headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE) and not self.transport.is_closing():
-            response = h11.Response(status_code=status, headers=headers)
-            for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+            response = h11.Response(status_code=status, headers=headers, reason=HTTPStatus(status).phrase)
+            for event in (response, h11.Data(data=body), h11.EndOfMessage(), h11.ConnectionClosed()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
+        self._begin_head()
 
     def _watch(self, left_bytes: int) -> None:
         self._answer = self.loop.call_later(self.bounds.answer_seconds, self._still_takes, left_bytes)

@@ -17,6 +17,7 @@ from raydetect.audit.measures import MEASURES
 from raydetect.audit.rules import parse_rules
 from raydetect.config import parse_yaml
 from raydetect.detectors._registry import build_from
+from raydetect.distributed.serve_proxy import BOUNDED, CALLBACK
 from raydetect.spec import AuditSpec, FitSpec, parse_job
 
 ROOT = Path(__file__).parents[2]
@@ -124,6 +125,7 @@ def test_the_image_is_built_on_the_pinned_ray_and_installs_this_project() -> Non
     text = (ROOT / "cluster" / "Dockerfile").read_text()
     assert f"FROM rayproject/ray:{PINNED_RAY.group(1)}-py311" in text
     assert "constraints.txt" in text and "RAY_AUTH_MODE=token" in text
+    assert f"ENV {CALLBACK}={BOUNDED}" in text
 
 
 @pytest.mark.parametrize("name", ["rayjob-score.yaml", "cronjob-audit.yaml"])

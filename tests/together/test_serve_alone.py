@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -56,6 +57,9 @@ def test_more_detectors_than_fit_and_more_replicas_under_load(tmp_path: Path) ->
         assert answer.status_code == 200, answer.text
         return [entry["image_score"] for entry in answer.json()["results"]]
 
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), PATIENCE) as endless:
+        endless.sendall(b"GET / HTTP/1.1\r\nx-a: " + b"a" * 70_000)
+        assert endless.recv(100).startswith(b"HTTP/1.1 431 ")
     first = {name: scores(name) for name in ("one", "two", "three")}
     assert len({tuple(found) for found in first.values()}) == 3
     stop = threading.Event()
