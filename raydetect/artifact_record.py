@@ -10,10 +10,14 @@ A fleet (`fleet_record`) has a record of the same name that lists one artifact f
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
 
 from raydetect import __version__
+from raydetect.config import validate
 from raydetect.errors import ArtifactError, MissingError, SpecError
 from raydetect.storage import Storage, join_uri
 
@@ -21,6 +25,8 @@ FORMAT_VERSION = 1
 # Fleets begin at 2: readers of format 1 alone, which would call a fleet damaged, ask to be updated instead.
 FORMATS = {"detector": FORMAT_VERSION, "fleet": 2}
 RECORD = "artifact.json"
+MAX_SIDE_PX = 16_384
+MAX_REASON = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +47,92 @@ class Calibration:
         """(low, high) of the fixed scale of heatmaps: the range of normal images, and nine more of it above."""
         width = max(self.map_high - self.map_low, 1e-6)
         return self.map_low, self.map_low + 10.0 * width
+
+
+def _ascending(scores: tuple[float, ...]) -> tuple[float, ...]:
+    if any(after < before for before, after in pairwise(scores)):
+        raise ValueError("is not in ascending order")
+    return scores
+
+
+Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 63)]
+Positive = Annotated[int, Field(strict=True, gt=0, lt=1 << 63)]
+Side = Annotated[int, Field(strict=True, gt=0, le=MAX_SIDE_PX)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, Field(min_length=1)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationShape:
+    """As `Calibration`."""
+
+    scores: Annotated[tuple[Finite, ...], AfterValidator(_ascending), Field(min_length=1)]
+    map_low: Finite
+    map_high: Finite
+
+    def __post_init__(self) -> None:
+        """Refuses a range that ends before it begins."""
+        if self.map_high < self.map_low:
+            raise ValueError(f"map_high = {self.map_high} is below map_low = {self.map_low}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParamsShape:
+    """What parameters of all detectors hold; each detector judges its own."""
+
+    image_size: tuple[Side, Side]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorsShape:
+    """Of the safetensors file."""
+
+    file: Name
+    sha256: Sha256
+    bytes: Positive
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BankShape:
+    """Of the memory bank: the name of its tensor, and its shape."""
+
+    tensor: Name
+    rows: Positive
+    dims: Positive
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceShape:
+    """Where the images of the fit lay."""
+
+    uri: str | tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpecShape:
+    """Of the job that fitted."""
+
+    source: SourceShape = field(default_factory=SourceShape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordShape:
+    """What the record of one detector must hold for those who read it; more may be there."""
+
+    detector: Name
+    params: ParamsShape
+    seed: Count
+    tensors: TensorsShape
+    calibration: CalibrationShape
+    bank: BankShape | None = None
+    images: Mapping[str, Count] = field(default_factory=dict)
+    images_per_second: Annotated[Finite, Field(ge=0)] = 0.0
+    spec: SpecShape = field(default_factory=SpecShape)
+    weights: str = ""
+    packages: Mapping[str, str] = field(default_factory=dict)
+    lineage: tuple[Mapping[str, Any], ...] = ()
+    members: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +214,11 @@ def read_body(uri: str, storage: Storage) -> tuple[str, dict[str, Any]]:
         raise ArtifactError(f"no artifact: {error} Run `raydetect fit` first or mend `artifact`.") from None
     try:
         body = json.loads(text)
-        version = int(body["format_version"])
-        kind = kind_of(body)
-    except (ValueError, KeyError, TypeError, AttributeError):
+        version, kind = body["format_version"], kind_of(body)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ArtifactError(f"{place}: not an artifact record. Fit again.") from None
+    if type(version) is not int or version < 1:
+        raise ArtifactError(f"{place}: not an artifact record (format_version is {version!r:.40}). Fit again.")
     if kind not in FORMATS:
         kinds = " or ".join(FORMATS)
         raise ArtifactError(
@@ -159,12 +252,23 @@ def parse_record(uri: str, digest: str, body: Mapping[str, Any]) -> ArtifactReco
     Raises:
         ArtifactError: it is damaged or a fleet.
     """
-    place = join_uri(uri, RECORD)
     if kind_of(body) == "fleet":
+        place = join_uri(uri, RECORD)
         raise ArtifactError(f"{place}: is a fleet, and one detector is needed here. Name the artifact of one category.")
-    record = ArtifactRecord(uri, digest, body)
+    checked(uri, body, RecordShape)
+    return ArtifactRecord(uri, digest, body)
+
+
+def checked(uri: str, body: Mapping[str, Any], shape: type) -> None:
+    """Refuses a record that is not of a shape.
+
+    Raises:
+        ArtifactError: it is not; says where.
+    """
+    place = join_uri(uri, RECORD)
     try:
-        _ = (record.calibration, record.image_size, body["detector"], body["seed"], body["tensors"]["sha256"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{place}: is damaged or foreign (at {error}). Fit again.") from None
-    return record
+        validate(shape, body, place)
+    except SpecError as error:
+        first, *more = str(error).removeprefix(f"{place}: ").rstrip(".").split("\n")
+        others = f", and {len(more):,} more" if more else ""
+        raise ArtifactError(f"{place}: is damaged or foreign ({first[:MAX_REASON]}{others}). Fit again.") from None

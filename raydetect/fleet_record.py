@@ -15,9 +15,37 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from raydetect.artifact_record import FORMATS, ArtifactRecord, kind_of, parse_record, read_body, read_record, write_json
+from raydetect.artifact_record import (
+    FORMATS,
+    ArtifactRecord,
+    Sha256,
+    checked,
+    kind_of,
+    parse_record,
+    read_body,
+    read_record,
+    write_json,
+)
 from raydetect.errors import ArtifactError, SpecError
 from raydetect.storage import Storage, join_uri
+from raydetect.tensor_header import check_bank, read_header
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberShape:
+    """What an index says of one category."""
+
+    folder: str
+    digest: Sha256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetShape:
+    """What an index must hold for those who read it; more may be there."""
+
+    categories: Mapping[str, MemberShape]
+    packages: Mapping[str, str] = field(default_factory=dict)
+
 
 FOLDER = re.compile(r"categories/[a-z0-9_-]+")
 SLUG_LETTERS = 40
@@ -106,12 +134,8 @@ def read_index(uri: str, storage: Storage) -> ArtifactIndex:
     if kind_of(body) != "fleet":
         parse_record(uri, digest, body)
         return ArtifactIndex(uri, digest, body)
-    try:
-        entries = {
-            str(name): (str(entry["folder"]), str(entry["digest"])) for name, entry in body["categories"].items()
-        }
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{uri}: the index of the fleet is damaged (at {error}). Fit again.") from None
+    checked(uri, body, FleetShape)
+    entries = {name: (entry["folder"], entry["digest"]) for name, entry in body["categories"].items()}
     if not entries:
         raise ArtifactError(f"{uri}: the index of the fleet names no category. Fit again.")
     for name, (folder, _) in entries.items():
@@ -126,11 +150,16 @@ def read_index(uri: str, storage: Storage) -> ArtifactIndex:
 def read_records(index: ArtifactIndex, storage: Storage) -> dict[str | None, ArtifactRecord]:
     """The record of every detector by category, checked against the index; under None that of an ordinary artifact.
 
+    The headers of their tensors are read too, so that what does not go together is found while a job is planned.
+
     Raises:
         ArtifactError: a member is missing, damaged, or another one than the index names; says of which category.
+        StorageError: the storage failed.
     """
     if not index.categories:
-        return {None: parse_record(index.uri, index.digest, index.body)}
+        record = parse_record(index.uri, index.digest, index.body)
+        check_bank(record, read_header(record, storage))
+        return {None: record}
     with ThreadPoolExecutor(READERS) as pool:
         records = pool.map(lambda name: _read_member(index, name, storage), index.categories)
         return dict(zip(index.categories, records, strict=True))
@@ -140,6 +169,7 @@ def _read_member(index: ArtifactIndex, category: str, storage: Storage) -> Artif
     ref = index.categories[category]
     try:
         record = read_record(ref.uri, storage)
+        check_bank(record, read_header(record, storage))
     except ArtifactError as error:
         raise ArtifactError(f"{index.uri}: category {category!r}: {error}") from None
     if record.digest != ref.digest:

@@ -14,9 +14,10 @@ from raydetect.blocks.search import cut_bank
 from raydetect.errors import ArtifactError, SpecError, StorageError
 from raydetect.plan import plan_score
 from raydetect.storage import Storage
+from raydetect.tensor_header import tensors_uri
 from raydetect.worker.artifact import load_artifact
 from raydetect.worker.bank import piece_search, sharded_search
-from raydetect.worker.tensor_file import TensorFile, tensors_uri
+from raydetect.worker.tensor_file import TensorFile
 from tests.test_local import FIT, SCORE, data, fit, rows, run, spec_of  # noqa: F401 (a fixture)
 
 CPU = torch.device("cpu")

@@ -18,8 +18,11 @@ from raydetect.detectors._registry import build_detector
 from raydetect.errors import ArtifactError, MissingError, SpecError
 from raydetect.fleet_record import ArtifactIndex, ArtifactRef
 from raydetect.storage import Storage, join_uri
-from raydetect.worker.tensor_file import TensorFile, tensors_uri
+from raydetect.tensor_header import check_bank
+from raydetect.worker.tensor_file import TensorFile
+from raydetect.worker.trial import load_checked, require_finite
 
+FEW_ROWS = 256  # of a bank that lies elsewhere: enough to try its detector with
 PACKAGES = ("raydetect", "torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "ray")
 
 
@@ -100,9 +103,12 @@ def save_artifact(
         facts: further entries of the record: spec, weights, counts, times.
 
     Raises:
+        ArtifactError: a tensor holds a value that is not finite.
         StorageError: it cannot be written.
     """
-    data = save({k: v.detach().cpu().contiguous() for k, v in detector.tensors().items()})
+    tensors = {k: v.detach().cpu().contiguous() for k, v in detector.tensors().items()}
+    require_finite(tensors, uri)
+    data = save(tensors)
     sha256 = hashlib.sha256(data).hexdigest()
     file_name = f"tensors-{sha256[:16]}.safetensors"
     storage.write(join_uri(uri, file_name), data)
@@ -134,34 +140,38 @@ def load_artifact(uri: str, storage: Storage, search: Search | None = None) -> A
         search: holds the memory bank, which is then neither read nor checked here; see `worker/bank.py`.
 
     Raises:
-        ArtifactError: a file is missing, damaged or of a newer format.
+        ArtifactError: a file is missing, damaged, of a newer format, or not what its detector needs.
     """
     record = read_record(uri, storage)
     body = record.body
     try:
         detector = build_detector(body["detector"], body["params"], body["seed"])
-    except SpecError as error:
+    except (SpecError, ValueError, TypeError, OverflowError) as error:
         raise ArtifactError(f"{uri}: this raydetect cannot build its detector ({error}). Fit again.") from None
+    file = TensorFile.of(record, storage)
+    check_bank(record, file.entries)
     if search is None:
-        detector.load_tensors(_read_tensors(uri, storage, body["tensors"]))
+        load_checked(detector, _read_tensors(file), file.uri, record.digest)
     else:
-        file = TensorFile.of(record, storage)
-        detector.load_beside(file.read([name for name in file.entries if name != body["bank"]["tensor"]]), search)
+        bank = body["bank"]
+        others = file.read([name for name in file.entries if name != bank["tensor"]])
+        in_its_place = torch.zeros((min(bank["rows"], FEW_ROWS), bank["dims"]))
+        load_checked(detector, {**others, bank["tensor"]: in_its_place}, file.uri, record.digest)
+        detector.load_beside(others, search)
     return Artifact(detector, record)
 
 
-def _read_tensors(uri: str, storage: Storage, entry: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    place = tensors_uri(uri, entry)
+def _read_tensors(file: TensorFile) -> dict[str, torch.Tensor]:
     try:
-        data = storage.read(place)
+        data = file.storage.read(file.uri)
     except MissingError as error:
         raise ArtifactError(f"the artifact is incomplete: {error} Fit again.") from None
-    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-        raise ArtifactError(f"{place}: its sha256 is not the record's. Fit again or copy it anew.")
+    if hashlib.sha256(data).hexdigest() != file.sha256:
+        raise ArtifactError(f"{file.uri}: its sha256 is not the record's. Fit again or copy it anew.")
     try:
         return load(data)
     except SafetensorError as error:
-        raise ArtifactError(f"{place}: not a safetensors file ({error}). Fit again.") from None
+        raise ArtifactError(f"{file.uri}: not a safetensors file ({error}). Fit again.") from None
 
 
 def package_versions() -> dict[str, str]:

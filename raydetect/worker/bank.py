@@ -6,7 +6,9 @@ from raydetect.artifact_record import ArtifactRecord
 from raydetect.blocks.search import Search, ShardedSearch, cut_bank
 from raydetect.detectors._registry import build_detector
 from raydetect.storage import Storage
+from raydetect.tensor_header import tensors_uri
 from raydetect.worker.tensor_file import TensorFile
+from raydetect.worker.trial import require_finite
 
 
 def piece_search(record: ArtifactRecord, storage: Storage, number: int, pieces: int, device: torch.device) -> Search:
@@ -28,6 +30,7 @@ def piece_search(record: ArtifactRecord, storage: Storage, number: int, pieces: 
     start, stop = cut_bank(record.require_bank(pieces)[0], pieces)[number]
     body = record.body
     piece_MD = TensorFile.of(record, storage).rows(body["bank"]["tensor"], start, stop)
+    require_finite({body["bank"]["tensor"]: piece_MD}, tensors_uri(record.uri, body["tensors"]))
     detector = build_detector(body["detector"], body["params"], body["seed"])
     return detector.piece_search(piece_MD.to(device))
 

@@ -18,6 +18,7 @@ from raydetect.fleet_record import ArtifactIndex, member_uri, read_index, read_r
 from raydetect.records import OK, Chunk, Member
 from raydetect.spec import CalibrateSpec, public_spec
 from raydetect.storage import Storage, join_uri, normalise_uri
+from raydetect.tensor_header import tensors_uri
 from raydetect.worker.artifact import load_artifact, package_versions
 from raydetect.worker.cache import CachedImage, ImageCache, ReadImages
 from raydetect.worker.calibrate import calibrate
@@ -25,7 +26,6 @@ from raydetect.worker.holdout import normal_keys
 from raydetect.worker.one_fit import Tick
 from raydetect.worker.preprocess import DecodeRules, decode_all
 from raydetect.worker.read import refuse_bad_member
-from raydetect.worker.tensor_file import tensors_uri
 
 
 @dataclass(frozen=True, slots=True)
