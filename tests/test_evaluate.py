@@ -27,7 +27,8 @@ from raydetect.records import Member
 from raydetect.spec import EvaluateSpec, LabelledSpec, parse_job
 from raydetect.storage import Storage
 from raydetect.worker.artifact import load_artifact
-from raydetect.worker.preprocess import DecodeRules, Pixels, decode_member
+from raydetect.worker.opening import DecodeRules
+from raydetect.worker.preprocess import Pixels, decode_member
 from raydetect.worker.score import score_batches
 from tests.made.archives import mixed_files, normal_files, pack
 from tests.made.images import DEFECTS, defect_image, encode, normal_image

@@ -9,7 +9,8 @@ from PIL import Image
 from raydetect.errors import MemberError
 from raydetect.records import Member
 from raydetect.worker.masks import decode_mask
-from raydetect.worker.preprocess import DecodeRules, Pixels, decode_member
+from raydetect.worker.opening import DecodeRules
+from raydetect.worker.preprocess import Pixels, decode_member
 
 APPLY, IGNORE = DecodeRules(10**6, True), DecodeRules(10**6, False)
 MARKS = np.zeros((40, 64), bool)

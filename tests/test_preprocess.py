@@ -4,6 +4,7 @@ import io
 import struct
 import time
 import zlib
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,20 +17,14 @@ from raydetect.errors import MemberError
 from raydetect.records import BAD_STATUSES, OK, Member
 from raydetect.spec import SourceSpec
 from raydetect.storage import Storage
-from raydetect.worker import preprocess
-from raydetect.worker.depth import scale_table, significant_bits
+from raydetect.worker import opening, preprocess
+from raydetect.worker.depth import scale_table
 from raydetect.worker.given import GivenImage
 from raydetect.worker.jpeg import NotByTurboError, check_scans, decode_jpeg, sample_bits, segments, without_exif
+from raydetect.worker.opening import FORMATS, DecodeRules
 from raydetect.worker.pages import gif_frames
-from raydetect.worker.preprocess import (
-    FORMATS,
-    DecodeRules,
-    Pixels,
-    decode_all,
-    decode_image,
-    decode_member,
-    light_and_edges,
-)
+from raydetect.worker.png import significant_bits
+from raydetect.worker.preprocess import Pixels, decode_all, decode_image, decode_member, light_and_edges
 from raydetect.worker.tiff import pages as tiff_pages
 
 RULES = DecodeRules.of(SourceSpec(uri="memory://x"))
@@ -565,14 +560,17 @@ def test_pictures_of_an_mpo_are_read_by_their_first() -> None:
 
 
 @pytest.mark.parametrize("error", [struct.error("x"), RecursionError(), MemoryError(), OverflowError("y"), KeyError(1)])
-@pytest.mark.parametrize("place", ["to_rgb", "light_and_edges", "pages_of", "orientation_of"])
+@pytest.mark.parametrize(
+    ("module", "place"),
+    [(opening, "resized"), (preprocess, "light_and_edges"), (opening, "pages_of"), (opening, "orientation_of")],
+)
 def test_whatever_is_raised_is_the_status_of_one_image(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, place: str
+    monkeypatch: pytest.MonkeyPatch, error: Exception, module: ModuleType, place: str
 ) -> None:
     def fails(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(preprocess, place, fails)
+    monkeypatch.setattr(module, place, fails)
     found = decoded(encoded(Image.fromarray(COLOUR), "PNG"))
     assert found.status == "corrupt" and found.error.startswith("k: ")
 

@@ -17,7 +17,8 @@ from raydetect.metrics.conformal import p_values
 from raydetect.spec import CalibrateSpec, parse_job
 from raydetect.storage import Storage
 from raydetect.worker.artifact import load_artifact
-from raydetect.worker.preprocess import DecodeRules, decode_member
+from raydetect.worker.opening import DecodeRules
+from raydetect.worker.preprocess import decode_member
 from raydetect.worker.recalibrate import Recalibrated
 from raydetect.worker.score import score_batches
 from tests.made.archives import mixed_files, normal_files, pack, tar_bytes

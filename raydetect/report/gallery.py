@@ -13,6 +13,7 @@ from raydetect.errors import MemberError, RaydetectError
 from raydetect.report.pictures import Pictures, why_not
 
 SIDE_PX, QUALITY = 360, 78
+DRAWN_PX = 1024  # the longest side of an image over which a heatmap is drawn
 JPEG_URI = "data:image/jpeg;base64,"
 
 
@@ -58,7 +59,7 @@ def _card(place: int, row: Mapping[str, Any], pictures: Pictures) -> Card:
     notes: list[str] = []
     image = overlay = None
     try:
-        image = pictures.decoded(pictures.encoded(row["image_uri"]))
+        image = pictures.decoded(pictures.encoded(row["image_uri"]), DRAWN_PX)
     except (MemberError, RaydetectError) as error:
         notes.append(f"No image: {why_not(error)}")
     try:

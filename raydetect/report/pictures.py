@@ -1,6 +1,5 @@
 """Pictures of rows: images from the archive and heatmaps from the results directory."""
 
-import io
 import re
 import zipfile
 from collections.abc import Callable, Mapping
@@ -12,12 +11,14 @@ import numpy as np
 from PIL import Image
 
 from raydetect.errors import MemberError, RaydetectError, SpecError, StorageError
-from raydetect.sinks.heatmaps import overlay_png, read_map_png
+from raydetect.sinks.heatmaps import overlay_png, read_map_png, read_png
 from raydetect.sinks.ledger import Ledger
 from raydetect.spec import StorageOptions
 from raydetect.storage import Storage, check_uri, join_uri, translate
-from raydetect.worker.preprocess import DecodeRules, decode_image
+from raydetect.worker.opening import DecodeRules
+from raydetect.worker.preprocess import decode_image
 
+MAX_HEATMAP_BYTES = 256 << 20
 CONTAINERS = ("tar", "zip", "parquetrow", "member", "tarzst")
 HEATMAP = re.compile(r"zip://(\d{6,}\.png)::.*/heatmaps/(\d{5,}-\d{4,}\.zip)")
 
@@ -56,6 +57,7 @@ class Pictures:
             StorageError, SpecError: it cannot be read, is not allowed, or has another scheme.
         """
         inner, chained, container = image_uri.partition("::")
+        limit = int(self.run["spec"]["source"]["max_image_bytes"])
         if not self.allows(container if chained else image_uri):
             raise StorageError(f"{image_uri}: reading images from there is not allowed.")
         if not chained:
@@ -65,22 +67,25 @@ class Pictures:
             raise SpecError(f"{image_uri}: unknown container {scheme!r}. Known: {', '.join(CONTAINERS)}.")
         check_uri(container)
         try:
-            data: bytes = self._archive(scheme, container).cat_file(member)
+            with self._archive(scheme, container).open(member, "rb") as handle:
+                data: bytes = handle.read(limit + 1)
         except RaydetectError:
             raise
         except Exception as error:
             raise translate(image_uri, "read", error) from error
+        if len(data) > limit:
+            raise StorageError(f"{image_uri}: is of more than source.max_image_bytes = {limit:,}.")
         return data
 
-    def decoded(self, data: bytes) -> Image.Image:
-        """Decodes an image of the run at its original size, with the run's settings.
+    def decoded(self, data: bytes, longest_px: int | None = None) -> Image.Image:
+        """Decodes an image of the run at its original size, or no longer than `longest_px`, with the run's settings.
 
         Raises:
             MemberError: it cannot be decoded.
         """
         source = self.run["spec"]["source"]
         rules = DecodeRules(int(source["max_pixels"]), source["exif_orientation"] == "apply")
-        return decode_image(data, rules)
+        return decode_image(data, rules, longest_px)
 
     def heatmap(self, row: Mapping[str, Any]) -> bytes | None:
         """The stored heatmap PNG of a row; None if it has none.
@@ -96,6 +101,8 @@ class Pictures:
         path = join_uri(self.ledger.uri, "heatmaps", found.group(2))
         try:
             with self.ledger.storage.open(path) as handle, zipfile.ZipFile(handle) as archive:
+                if archive.getinfo(found.group(1)).file_size > MAX_HEATMAP_BYTES:
+                    raise zipfile.BadZipFile("a heatmap that is too large")
                 return archive.read(found.group(1))
         except (KeyError, zipfile.BadZipFile, OSError) as error:
             raise StorageError(f"{path}: holds no {found.group(1)} ({type(error).__name__}).") from None
@@ -182,9 +189,5 @@ def why_not(error: MemberError | RaydetectError) -> str:
 
 
 def _png(data: bytes) -> Image.Image:
-    try:
-        picture = Image.open(io.BytesIO(data), formats=("PNG",))
-        picture.load()
-    except Exception as error:
-        raise StorageError(f"a heatmap is not a complete PNG ({type(error).__name__}).") from None
+    picture = read_png(data)
     return picture.convert("RGB") if picture.mode != "RGB" else picture

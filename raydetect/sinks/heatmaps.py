@@ -5,6 +5,8 @@ import io
 import numpy as np
 from PIL import Image
 
+from raydetect.errors import StorageError
+
 # Control points (position, red, green, blue) of a dark-violet to pale-yellow ramp of rising lightness, which stays
 # readable with every kind of colour blindness and in grey print.
 RAMP = (
@@ -17,6 +19,8 @@ RAMP = (
 NORMAL_SHARE = 0.1
 OPAQUE = 0.72
 DEEPEST = 65535
+BAND_PIXELS = 1 << 18  # mixed at once, in some hundred bytes each
+MAX_PIXELS = 1 << 26  # of a heatmap that is read; those written are no larger than a detector's input, or 1024 px long
 
 
 def ramp_colours(level_HW: np.ndarray) -> np.ndarray:
@@ -40,12 +44,21 @@ def overlay_png(image_HW3: np.ndarray, map_HW: np.ndarray, low: float, high: flo
     """
     height, width = image_HW3.shape[:2]
     resized = Image.fromarray(map_HW.astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC)
-    share_HW = (np.asarray(resized) - low) / (high - low) / NORMAL_SHARE
+    resized_HW, drawn_HW3 = np.asarray(resized), np.empty_like(image_HW3)
+    step = max(1, BAND_PIXELS // width)
+    for rows in (slice(top, top + step) for top in range(0, height, step)):
+        share_HW = (resized_HW[rows] - low) / (high - low) / NORMAL_SHARE
+        drawn_HW3[rows] = _mixed(image_HW3[rows], share_HW)
+    return _png(Image.fromarray(drawn_HW3))
+
+
+def _mixed(image_HW3: np.ndarray, share_HW: np.ndarray) -> np.ndarray:
     level_HW = np.clip((share_HW - 1.0) / 2.0, 0.0, 1.0)
     soft_HW = np.clip((share_HW - 0.9) / 0.4, 0.0, 1.0)
     alpha_HW1 = (OPAQUE * soft_HW * (0.55 + 0.45 * level_HW))[..., None]
     mixed = (1.0 - alpha_HW1) * image_HW3.astype(np.float32) + alpha_HW1 * ramp_colours(level_HW)
-    return _png(Image.fromarray(np.clip(np.rint(mixed), 0, 255).astype(np.uint8)))
+    mixed_HW3: np.ndarray = np.clip(np.rint(mixed), 0, 255).astype(np.uint8)
+    return mixed_HW3
 
 
 def map_png(map_HW: np.ndarray, low: float, high: float) -> tuple[bytes, int]:
@@ -66,9 +79,30 @@ def map_png(map_HW: np.ndarray, low: float, high: float) -> tuple[bytes, int]:
 
 
 def read_map_png(data: bytes, low: float, high: float) -> np.ndarray:
-    """The map of `map_png`, float32; pixels inside the scale are off by at most (high - low) / 65535 / 2."""
-    values_HW = np.asarray(Image.open(io.BytesIO(data), formats=("PNG",))).astype(np.float64)
+    """The map of `map_png`, float32; pixels inside the scale are off by at most (high - low) / 65535 / 2.
+
+    Raises:
+        StorageError: it is damaged.
+    """
+    values_HW = np.asarray(read_png(data)).astype(np.float64)
     return (low + values_HW / DEEPEST * (high - low)).astype(np.float32)
+
+
+def read_png(data: bytes) -> Image.Image:
+    """A stored heatmap.
+
+    Raises:
+        StorageError: it is no whole PNG, or of more pixels than any heatmap has.
+    """
+    try:
+        picture = Image.open(io.BytesIO(data), formats=("PNG",))
+        if picture.width * picture.height > MAX_PIXELS:
+            raise ValueError(f"{picture.width} x {picture.height} px are more than any heatmap has")
+        picture.load()
+    except Exception as error:
+        reason = str(error) if type(error) is ValueError else type(error).__name__
+        raise StorageError(f"a heatmap cannot be read as PNG ({reason}).") from None
+    return picture
 
 
 def _png(picture: Image.Image) -> bytes:

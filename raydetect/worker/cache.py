@@ -19,7 +19,8 @@ from raydetect.left_out import LeftOutCount, left_out_of, left_out_text
 from raydetect.records import OK, Chunk, LeftOut, Member
 from raydetect.spec import SourceSpec
 from raydetect.storage import Scratch
-from raydetect.worker.preprocess import DecodeRules, Pixels, decode_all
+from raydetect.worker.opening import DecodeRules
+from raydetect.worker.preprocess import Pixels, decode_all
 from raydetect.worker.read import refuse_bad_member
 
 SHARED_AT_ONCE = 64

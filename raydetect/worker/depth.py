@@ -1,5 +1,6 @@
-"""Grey of more than eight bits to eight, by one fixed scale for all images: a table, applied row by row."""
+"""Grey of more than eight bits to eight, by one fixed scale for all images: a table, applied strip by strip."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -8,10 +9,9 @@ from PIL import Image
 
 from raydetect.errors import MemberError
 
+SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 LEVELS = 65536
-STRIP = 1 << 18  # values that are looked up at once: indexes take eight bytes each
-PNG_START = b"\x89PNG\r\n\x1a\n"
-MAX_CHUNKS = 1000
+STRIP = 1 << 18  # values that are looked at at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,55 +30,55 @@ class GreyDepth:
     maybe_bits: int | None = None
 
 
+FULL_DEPTH = GreyDepth()
+
+
+def settled(picture: Image.Image, depth: GreyDepth) -> GreyDepth:
+    """What all values of a grey picture say of its depth; of other pictures as it is.
+
+    Raises:
+        MemberError: unsupported_mode: values of more than 16 bits.
+    """
+    if picture.mode not in SIXTEEN_BIT:
+        return depth
+    if picture.mode == "I" and not all(_fits(values) for values in _strips(picture)):
+        raise MemberError("unsupported_mode", "32-bit integer pixels have no fixed 8-bit scale. Convert them first.")
+    if depth.maybe_bits is None:
+        return depth
+    in_lower = _in_lower_bits(picture, depth.maybe_bits)
+    return GreyDepth(depth.maybe_bits if in_lower else depth.bits, depth.inverted)
+
+
 def eight_bits(picture: Image.Image, depth: GreyDepth) -> Image.Image:
     """Mode L of a picture in one of Pillow's 16-bit modes, or in mode I with values of 16 bits.
 
-    Raises:
-        MemberError: unsupported_mode: values of more bits.
+    Args:
+        picture: small, since it is copied: a band of a large one.
+        depth: settled.
     """
     values_HW = np.asarray(picture)
-    if values_HW.dtype.itemsize > 2 and (values_HW.min() < 0 or values_HW.max() >= LEVELS):
-        raise MemberError("unsupported_mode", "32-bit integer pixels have no fixed 8-bit scale. Convert them first.")
-    bits = depth.bits
-    if depth.maybe_bits is not None and _in_lower_bits(values_HW, depth.maybe_bits):
-        bits = depth.maybe_bits
-    table = scale_table(bits, depth.inverted)
-    out_HW = np.empty(values_HW.shape, np.uint8)
-    for rows in _strips(values_HW):
-        out_HW[rows] = table[values_HW[rows]]
-    return Image.fromarray(out_HW)
+    return Image.fromarray(np.take(scale_table(depth.bits, depth.inverted), values_HW))
 
 
+@functools.cache
 def scale_table(bits: int, inverted: bool) -> np.ndarray:
     """uint8 by value: round(255 * value / (2^bits - 1)), more than white is white."""
     white = (1 << bits) - 1
     values = np.minimum(np.arange(LEVELS), white)
     values = white - values if inverted else values
-    return ((2 * 255 * values + white) // (2 * white)).astype(np.uint8)
+    table = ((2 * 255 * values + white) // (2 * white)).astype(np.uint8)
+    table.flags.writeable = False  # it is shared
+    return table
 
 
-def significant_bits(data: bytes) -> int | None:
-    """Bits of the sBIT chunk of a grey 16-bit PNG, None when it has none that matters; never raises."""
-    if not data.startswith(PNG_START) or data[24:26] != b"\x10\0":  # depth 16, colour type grey
-        return None
-    place = len(PNG_START)
-    for _ in range(MAX_CHUNKS):
-        size, kind = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
-        if kind == b"sBIT" and size == 1 and place + 8 < len(data):
-            bits = data[place + 8]
-            return bits if 0 < bits < 16 else None
-        if kind in (b"IDAT", b"IEND", b""):
-            return None
-        place += 12 + size
-    return None
-
-
-def _in_lower_bits(values_HW: np.ndarray, bits: int) -> bool:
+def _in_lower_bits(picture: Image.Image, bits: int) -> bool:
     """Whether no value needs more bits, and one at least is none that a writer of upper bits makes."""
-    if values_HW.max() >= 1 << bits:
-        return False
-    upper = _upper_values(bits)
-    return not all(upper[values_HW[rows]].all() for rows in _strips(values_HW))
+    upper, all_upper = _upper_values(bits), True
+    for values_HW in _strips(picture):
+        if values_HW.max() >= 1 << bits:
+            return False
+        all_upper = all_upper and bool(upper[values_HW].all())
+    return not all_upper
 
 
 def _upper_values(bits: int) -> np.ndarray:
@@ -96,7 +96,11 @@ def _upper_values(bits: int) -> np.ndarray:
     return found
 
 
-def _strips(values_HW: np.ndarray) -> Iterator[slice]:
-    height, width = values_HW.shape
-    step = max(1, STRIP // max(1, width))
-    return (slice(start, start + step) for start in range(0, height, step))
+def _strips(picture: Image.Image) -> Iterator[np.ndarray]:
+    width, height = picture.size
+    step = max(1, STRIP // width)
+    return (np.asarray(picture.crop((0, top, width, min(top + step, height)))) for top in range(0, height, step))
+
+
+def _fits(values_HW: np.ndarray) -> bool:
+    return bool(values_HW.min() >= 0 and values_HW.max() < LEVELS)

@@ -24,7 +24,8 @@ from raydetect.records import Chunk, Member
 from raydetect.spec import SourceSpec
 from raydetect.storage import Storage, translate
 from raydetect.worker.masks import decode_mask
-from raydetect.worker.preprocess import DecodeRules, Pixels, decode_all
+from raydetect.worker.opening import DecodeRules
+from raydetect.worker.preprocess import Pixels, decode_all
 from raydetect.worker.score import score_batches
 
 

@@ -16,8 +16,10 @@ from raydetect.errors import MemberError, RaydetectError, SpecError, StorageErro
 from raydetect.records import OK, Member
 from raydetect.spec import FIT_CHUNK_IMAGES, SourceSpec
 from raydetect.storage import Storage, normalise_uri
+from raydetect.worker.bands import whole
 from raydetect.worker.exif import upright
-from raydetect.worker.preprocess import DecodeRules, Pixels, decode_all, depth_of, to_rgb
+from raydetect.worker.opening import DecodeRules, depth_of
+from raydetect.worker.preprocess import Pixels, decode_all
 
 KINDS = "an array (N, H, W, 3) or (N, H, W) of uint8, or a list of such images, of paths, URIs or PIL pictures"
 NAMED = 10
@@ -76,7 +78,7 @@ class GivenImage:
         if isinstance(self.content, np.ndarray):
             return _ppm(self.content)
         try:
-            return _ppm(np.asarray(to_rgb(upright(self.content), depth_of(self.content)), dtype=np.uint8))
+            return _ppm(np.asarray(whole(upright(self.content), depth_of(self.content), 1), dtype=np.uint8))
         except MemberError:
             raise
         except Exception as error:  # a picture opened from a file is decoded here

@@ -18,7 +18,7 @@ import simplejpeg
 
 from raydetect.errors import MemberError
 
-COLOURS = {"RGB": ("RGB", 3), "L": ("GRAY", 1), "CMYK": ("CMYK", 4)}
+COLOURS = {"RGB": ("RGBX", 4), "L": ("GRAY", 1), "CMYK": ("CMYK", 4)}
 END = b"\xff\xd9"
 SOI, EOI, SOS, DHT, APP0, APP1, APP14 = 0xD8, 0xD9, 0xDA, 0xC4, 0xE0, 0xE1, 0xEE
 BARE = {0x01, SOI, EOI, *range(0xD0, 0xD8)}  # markers without a body
@@ -39,7 +39,7 @@ class NotByTurboError(Exception):
 
 
 def decode_jpeg(data: bytes, size: tuple[int, int], mode: str) -> np.ndarray:
-    """Pixels uint8 (H, W, C) of a JPEG; of CMYK the stored, that is inverted, values.
+    """Pixels uint8 (H, W, C) of a JPEG: of RGB with a fourth byte, as Pillow keeps them; of CMYK as stored, inverted.
 
     Args:
         data: the file.

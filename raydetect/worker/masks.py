@@ -10,9 +10,10 @@ import numpy as np
 from PIL import Image
 
 from raydetect.errors import MemberError
-from raydetect.worker.depth import LEVELS
+from raydetect.worker.depth import LEVELS, SIXTEEN_BIT
 from raydetect.worker.exif import SIDEWAYS, turned
-from raydetect.worker.preprocess import JPEGS, SIXTEEN_BIT, DecodeRules, Loaded, Pixels, load_image
+from raydetect.worker.opening import JPEGS, DecodeRules, Loaded, loaded_image
+from raydetect.worker.preprocess import Pixels
 
 MAX_IDS = 16
 COLOURS = {"RGB": 3, "RGBA": 3, "RGBX": 3, "L": 1, "LA": 1, "P": 1, "PA": 1, "1": 1}  # channels that are no alpha
@@ -31,8 +32,8 @@ def decode_mask(data: bytes, image: Pixels, rules: DecodeRules) -> np.ndarray:
     Raises:
         MemberError: it cannot be decoded.
     """
-    loaded = load_image(data, rules)
-    marks_HW = _marks(loaded, data)
+    with loaded_image(data, rules) as loaded:
+        marks_HW = _marks(loaded, data)
     orientation, size = loaded.orientation, marks_HW.shape[::-1]
     if orientation == 1 and image.orientation in SIDEWAYS and size == image.stored_size != (image.width, image.height):
         orientation = image.orientation

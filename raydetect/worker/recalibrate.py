@@ -24,7 +24,8 @@ from raydetect.worker.cache import CachedImage, ImageCache, ReadImages
 from raydetect.worker.calibrate import calibrate
 from raydetect.worker.holdout import normal_keys
 from raydetect.worker.one_fit import Tick
-from raydetect.worker.preprocess import DecodeRules, decode_all
+from raydetect.worker.opening import DecodeRules
+from raydetect.worker.preprocess import decode_all
 from raydetect.worker.read import refuse_bad_member
 
 

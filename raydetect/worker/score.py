@@ -24,7 +24,8 @@ from raydetect.sinks.heatmaps import map_png, overlay_png
 from raydetect.spec import Heatmaps, ScoreSpec
 from raydetect.worker.artifact import DetectorSource
 from raydetect.worker.judge import Judge, Judges
-from raydetect.worker.preprocess import DecodeRules, Pixels, decode_all, decode_image
+from raydetect.worker.opening import DecodeRules
+from raydetect.worker.preprocess import Pixels, decode_all, decode_image
 from raydetect.worker.read import refuse_bad_member
 
 OVERLAY_MAX_PX = 1024
@@ -246,8 +247,7 @@ class Scorer:
             picture, clipped = map_png(item.anomaly_map_HW, judge.map_low, judge.map_high)
             work.result.clipped_pixels += clipped
         else:
-            image = decode_image(work.chunk.members[item.position].data, self.rules)
-            image.thumbnail((OVERLAY_MAX_PX, OVERLAY_MAX_PX))
+            image = decode_image(work.chunk.members[item.position].data, self.rules, OVERLAY_MAX_PX)
             picture = overlay_png(np.asarray(image), item.anomaly_map_HW, judge.map_low, judge.map_high)
         work.result.pictures[item.position] = picture
 

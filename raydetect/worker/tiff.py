@@ -12,8 +12,10 @@ MAX_VALUES = 8  # of one tag; more samples in a pixel change nothing here
 UNSIGNED = {1: "B", 3: "H", 4: "L", 13: "L", 16: "Q"}  # TIFF type: struct code
 SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC = 254, 256, 257, 258, 259, 262
-ORIENTATION, SAMPLES, SAMPLE_FORMAT = 274, 277, 339
-READ = {SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, ORIENTATION, SAMPLES, SAMPLE_FORMAT}
+ORIENTATION, SAMPLES, TILE_WIDTH, TILE_HEIGHT, SAMPLE_FORMAT = 274, 277, 322, 323, 339
+READ = {
+    SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, ORIENTATION, SAMPLES, TILE_WIDTH, TILE_HEIGHT, SAMPLE_FORMAT
+}  # fmt: skip
 SAMPLE_FORMATS = {1: "unsigned integers", 2: "signed integers", 3: "floating point", 4: "undefined"}
 COMPRESSIONS = {
     1: "none", 2: "CCITT RLE", 3: "CCITT G3", 4: "CCITT G4", 5: "LZW", 6: "old JPEG", 7: "JPEG", 8: "deflate",
@@ -160,6 +162,11 @@ def _described(page: Directory) -> str:
 def has_scale(page: Directory) -> bool:
     """Whether the largest value of its samples is white: not so of signed integers, and of more than 16 bits."""
     return (page.first(SAMPLE_FORMAT, 1) != 2 and page.first(BITS, 1) <= 16) or page.first(SAMPLE_FORMAT, 1) == 3
+
+
+def tile_size(page: Directory) -> tuple[int, int]:
+    """(width, height) in px of its tiles, (0, 0) when it has none; a tile may be larger than its image."""
+    return page.first(TILE_WIDTH, 0), page.first(TILE_HEIGHT, 0)
 
 
 def first_page(data: bytes) -> Directory | None:
