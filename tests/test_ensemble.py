@@ -343,7 +343,7 @@ def test_members_that_do_not_localise_leave_the_map_to_the_others() -> None:
 def test_a_member_without_a_scale_is_named() -> None:
     cache = filled(8, 2)
     constant = of(Brightness(0, SMALL), Brightness(2, SMALL, constant=True))
-    with pytest.raises(CalibrationError, match="colour-2: scores all held-out normal images alike"):
+    with pytest.raises(CalibrationError, match="colour-2: scores all held-out normal images the same"):
         set_scales(constant, cache, sorted(cache.images), 8, Group(), lambda _: None)
     with pytest.raises(SpecError, match=r"needs at least 4 held-out normal images.*there are 3"):
         choose_scaling(["a", "b", "c"], 0, Group())
@@ -518,7 +518,7 @@ def test_labelled_images_reach_the_members_that_learn_from_them_alone(monkeypatc
     plain_info = STFPM.info
     monkeypatch.setattr(STFPM, "training_loss", watched)
     monkeypatch.setattr(STFPM, "info", Info())
-    with pytest.raises(SpecError, match="ensemble of patchcore, stfpm, stfpm: learns from some anomalous images"):
+    with pytest.raises(SpecError, match="ensemble of patchcore, stfpm, stfpm: needs labelled anomalous images"):
         ensemble(BANK, STUDENT, second).fit(images())
     found = ensemble(BANK, STUDENT, second).fit(np.concatenate([images(), bad]), y, holdout_ratio=0.5)
     assert seen == {0.2: 0, 0.1: 3 * 3}

@@ -201,7 +201,7 @@ WRONG: list[tuple[Any, str]] = [
     (np.zeros((0, 8, 8, 3), np.uint8), "is empty"),
     (np.zeros((8, 8, 3), np.uint8), r"shape of one image|Give images\[None\]"),
     (np.zeros((8, 8), np.uint8), r"Give images\[None\]"),
-    (np.zeros((2, 3, 8, 8), np.uint8), r"colours first\. Give images\.transpose"),
+    (np.zeros((2, 3, 8, 8), np.uint8), r"channels first\. Give images\.transpose"),
     (np.zeros((2, 8, 8, 4), np.uint8), r"has shape \(2, 8, 8, 4\)"),
     (np.zeros((2, 8, 8, 3), np.float32), r"holds float32\. Give uint8: \(255"),
     (np.zeros((2, 8, 8), np.uint16), "holds uint16.*by their paths"),

@@ -204,7 +204,9 @@ def test_a_fit_without_a_labelled_anomalous_image_is_refused_in_one_sentence() -
     assert find_problems(job("both", PATTERN)) == [] == find_problems(job("packed", PATTERN))
     assert find_problems(job("loose", PATTERN, detector={"name": "riad"})) == []
     for place in ("loose", "packed"):
-        with pytest.raises(SpecError, match="devnet learns from some anomalous images, and none of 5 is labelled so"):
+        with pytest.raises(
+            SpecError, match="devnet needs labelled anomalous images, and none of 5 is labelled anomalous"
+        ):
             local.fit(job(place, PATTERN), lambda *_: None)
     facts = local.fit(job("both", PATTERN), lambda *_: None).facts
     assert facts["images"] == {"fitted": 8, "held_out": 1, "labelled_anomalous_left_out": 0, "bad": 0}
@@ -216,7 +218,7 @@ def test_every_category_of_a_fleet_needs_one() -> None:
     spec = job("two", PATTERN, per_category=True)
     (sentence,) = find_problems(spec)
     assert "no path of category 'gadget' tells of one" in sentence
-    with pytest.raises(SpecError, match=r"category 'gadget': .*none of 5 is labelled so"):
+    with pytest.raises(SpecError, match=r"category 'gadget': .*none of 5 is labelled anomalous"):
         local.fit(spec, lambda *_: None)
     pack("memory://two", "", [(name.replace("widget", "gadget"), data) for name, data in SPOILT], 1)
     assert find_problems(spec) == [] and local.fit(spec, lambda *_: None).facts["categories"] == 2
