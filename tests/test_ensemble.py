@@ -576,7 +576,7 @@ def test_what_an_ensemble_cannot_do_is_said() -> None:
         job(both, "memory://x", extend="memory://y")
     pack("memory://ensemble/normal", "", normal_files(12), 1)
     half = find_problems(job({"ensemble": [BANK]}, "memory://x", precision="bfloat16"))
-    assert half == ["precision: ensemble of patchcore is not trained, so only float32 fits it. Remove it."]
+    assert half == ["precision: ensemble of patchcore is not trained, so only float32 is supported. Remove it."]
     assert find_problems(job(both, "memory://x", precision="bfloat16")) == []
     large = {**BANK, "params": {**BANK["params"], "image_size": [64, 64]}}  # type: ignore[dict-item]
     sizes = find_problems(job({"ensemble": [STUDENT, large]}, "memory://x"))
@@ -605,7 +605,7 @@ def test_wrong_members_in_python_are_refused() -> None:
         (lambda: create_ensemble(["patchcoer"]), "Did you mean 'patchcore'"),
         (lambda: create_ensemble([3]), "one is of type int"),  # type: ignore[list-item]
         (lambda: create_ensemble([create_ensemble(["stfpm"])]), "is an ensemble itself"),
-        (lambda: create_ensemble([create_model("stfpm", seed=2)], seed=1), "has a seed of its own"),
+        (lambda: create_ensemble([create_model("stfpm", seed=2)], seed=1), "has its own seed"),
         (lambda: create_ensemble(["stfpm"], weights=[1, 2]), "2 weights for 1 members"),
         (lambda: create_ensemble(["stfpm"], weights=[-1]), "greater than 0"),
         (lambda: create_ensemble(["stfpm", "patchcore"]).set_class_name("x"), "ensemble of stfpm, patchcore: scores"),

@@ -345,7 +345,7 @@ def test_labelled_anomalies_are_left_out_unless_the_detector_learns_from_them(mo
     monkeypatch.setattr(STFPM, "training_loss", watched)
     monkeypatch.setattr(STFPM, "info", replace(STFPM.info, labels="some anomalous"))
     for given in (None, [0] * 15):
-        with pytest.raises(SpecError, match=r"stfpm: learns from some anomalous images\. Call fit\(images, y=labels\)"):
+        with pytest.raises(SpecError, match=r"stfpm: needs labelled anomalous images\. Call fit\(images, y=labels\)"):
             model("stfpm").fit(np.concatenate([normal, bad]), given)
     model("stfpm").fit(np.concatenate([normal, bad]), np.array(y, bool), holdout_ratio=0.5)
     assert sum(seen) == 2 * 3 and len(seen) == 2 * (6 + 3)  # two epochs
