@@ -1,4 +1,4 @@
-"""A table to choose a detector by: its facts, and what `make reproduce` measured of it (`detectors/measured.json`)."""
+"""A table for choosing a detector: properties and the results of `make reproduce` (`detectors/measured.json`)."""
 
 import json
 import sys
@@ -39,15 +39,15 @@ FIGURES = (
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One row.
+    """One row of the table.
 
     Attributes:
-        name: of the registry.
-        needs: which images fitting needs.
-        localises: whether the anomaly map shows where.
+        name: of the detector in the registry.
+        needs: images required for fitting.
+        localises: whether the anomaly map locates the anomaly.
         fit: how it is fitted.
-        measured: of `make reproduce`; empty when it was not run for this detector.
-        published: accuracy with its source.
+        measured: results of `make reproduce`; empty if it was not run for this detector.
+        published: published accuracy with its source.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Comparison:
 
 
 def compare() -> tuple[list[Comparison], str]:
-    """Every detector, and on what and where it was measured."""
+    """Returns a row for every detector, and a description of the data and machine of the measurements."""
     stored = json.loads(resources.files("raydetect.detectors").joinpath(FILE).read_text())
     rows = []
     for name in list_models():
@@ -72,7 +72,7 @@ def compare() -> tuple[list[Comparison], str]:
 
 
 def print_comparison(rows: Sequence[Comparison], where: str) -> None:
-    """Prints the table, PLAIN_WIDTH letters wide where standard output is no terminal."""
+    """Prints the table, PLAIN_WIDTH characters wide if standard output is not a terminal."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name, justify in COLUMNS:
         table.add_column(name, justify=justify, overflow="fold")

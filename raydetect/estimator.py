@@ -1,7 +1,7 @@
-"""The notebook face: `create_model(...).fit(images).predict(images)`, in this process, without Ray.
+"""The Python interface: `create_model(...).fit(images).predict(images)`, in this process, without Ray.
 
-A fit here is the fit of a job, and scores are those of a job's rows, to the bit (`worker/direct.py`). `save` writes
-the artifact that `raydetect score` reads.
+Fits and scores are bit-identical to those of jobs (`worker/direct.py`). `save` writes the artifact that
+`raydetect score` reads.
 """
 
 from collections.abc import Iterator
@@ -32,13 +32,13 @@ NOT_SAVED = "not saved"
 
 
 class Estimator:
-    """A detector, or an ensemble, to fit and to ask in Python; `create_model` and `create_ensemble` make one.
+    """A detector or ensemble to fit and use in Python, created by `create_model` or `create_ensemble`.
 
-    `images` is everywhere one of: an array (N, H, W, 3) or (N, H, W) of uint8; or a list of such images of any sizes,
-    of paths, of URIs, of PIL pictures. Images that cannot be read are an error that names all of them, never scores.
+    `images` is always an array (N, H, W, 3) or (N, H, W) of uint8, or a list of such images of any sizes, of paths,
+    URIs or PIL images. Images that cannot be read raise an error that lists all of them; they never get a score.
 
     Attributes:
-        spec: which algorithm, with which parameters.
+        spec: the algorithm and its parameters.
         seed: of every random choice.
         settings: see `configure`.
 
@@ -58,10 +58,10 @@ class Estimator:
         """Checks every parameter; loads no weights.
 
         Raises:
-            SpecError: an unknown name, or unknown or bad parameters.
+            SpecError: the name is unknown, or a parameter is unknown or invalid.
         """
         if not isinstance(seed, int) or seed < 0:
-            raise SpecError(f"seed: is {seed!r}. Give an integer from 0 on.")
+            raise SpecError(f"seed: is {seed!r}. Give a non-negative integer.")
         self.spec = plain_spec(spec, seed)
         self.seed = seed
         self.settings = Settings()
@@ -69,10 +69,11 @@ class Estimator:
         self._is_renamed = False
 
     def configure(self, **settings: Any) -> "Estimator":
-        """Sets how the model runs, and returns it.
+        """Changes how the model runs, and returns it.
 
         Args:
-            **settings: `device`, `threads`, `batch_size`, `storage` (a mapping as in a job file); others stay.
+            **settings: `device`, `threads`, `batch_size`, `storage` (a mapping as in a job file); settings that are not
+                given keep their values.
 
         >>> from raydetect import create_model
         >>> create_model("patchcore").configure(threads=2, batch_size=8).settings.batch_size
@@ -84,23 +85,23 @@ class Estimator:
         return self
 
     def fit(self, images: Any, y: Any = None, *, holdout_ratio: float = 0.1, progress: bool = True) -> "Estimator":
-        """Fits on normal images and returns the model; an earlier fit is forgotten.
+        """Fits on normal images and returns the model; replaces an earlier fit.
 
         Args:
             images: see the class.
-            y: labels 0 (normal) and 1 (anomalous); none = all are normal. Anomalous images are left out, unless the
+            y: labels 0 (normal) and 1 (anomalous); None = all are normal. Anomalous images are ignored, unless the
                 detector learns from them.
-            holdout_ratio: share of the normal images that is not fitted and sets thresholds, chosen by keyed hash.
-            progress: whether a fit of more than two seconds shows how far it is.
+            holdout_ratio: share of the normal images held out to set thresholds, chosen by keyed hash.
+            progress: whether to show the progress of a fit that takes more than two seconds.
 
         Raises:
-            SpecError: the images or labels are not what is needed.
-            BadImagesError: images cannot be read; it names all of them.
+            SpecError: the images or labels are invalid or too few.
+            BadImagesError: images cannot be read; the error lists all of them.
         """
         given = given_images(images, y)
         refuse_doubles(given)
         if learns_from_labels(build_from(self.spec, self.seed)) and all(image.label != 1 for image in given):
-            raise SpecError(f"{self.spec.title}: learns from some anomalous images. Call fit(images, y=labels).")
+            raise SpecError(f"{self.spec.title}: needs labelled anomalous images. Call fit(images, y=labels).")
         spec = self._fit_spec(len(given), holdout_ratio)
         with torch_threads(spec.resources.cpus_per_worker), shown(progress, SHOW_AFTER_SECONDS) as tick:
             self._fitted = fit_given(spec, given, torch.device(self.settings.device), tick)
@@ -111,13 +112,13 @@ class Estimator:
         """Raw image scores (N,) float32, higher = more anomalous. Neither clamped nor probabilities: see `p_values`.
 
         Raises:
-            NotFittedError: there is no fit yet.
-            BadImagesError: images cannot be read or have no finite score; it names all of them.
+            NotFittedError: the model is not fitted.
+            BadImagesError: images cannot be read or have no finite score; the error lists all of them.
         """
         return np.array([scored.image_score for scored, _ in self._scored(images, progress)], dtype=np.float32)
 
     def predict(self, images: Any, *, alpha: float = 0.01, progress: bool = True) -> np.ndarray:
-        """Labels (N,) int64: 1 = anomalous. A normal image gets 1 with probability at most `alpha`.
+        """Predicted labels (N,) int64, 1 = anomalous. A normal image gets 1 with probability at most `alpha`.
 
         Raises:
             SpecError: too few images were held out for this alpha.
@@ -127,7 +128,7 @@ class Estimator:
         return (self.predict_proba(images, progress=progress).astype(np.float64) >= threshold).astype(np.int64)
 
     def p_values(self, images: Any, *, progress: bool = True) -> np.ndarray:
-        """Conformal p-values (N,) float64: the share of held-out normal images that score at least as high, plus one.
+        """Conformal p-values (N,) float64: (1 + held-out normal images that score at least as high) / (held out + 1).
 
         Raises:
             NotFittedError, BadImagesError: as `predict_proba`.
@@ -136,9 +137,9 @@ class Estimator:
         return conformal.p_values(self._held_out_scores(), scores_N)
 
     def predict_anomaly_map(self, images: Any, *, progress: bool = True) -> "np.ndarray | list[np.ndarray]":
-        """Anomaly maps (N, H, W) float32, each at its image's own size; a list where sizes differ.
+        """Anomaly maps (N, H, W) float32, each at its image's original size; a list of arrays if sizes differ.
 
-        Costs 4 bytes for every pixel of all images.
+        Uses 4 bytes of memory for every pixel of all images.
 
         Raises:
             NotFittedError, BadImagesError: as `predict_proba`.
@@ -147,23 +148,23 @@ class Estimator:
         return np.stack(maps) if len({found.shape for found in maps}) == 1 else maps
 
     def threshold(self, alpha: float = 0.01) -> float:
-        """The image score from which on `predict` says 1.
+        """The lowest image score for which `predict` returns 1.
 
         Raises:
             SpecError: too few images were held out for this alpha.
-            NotFittedError: there is no fit yet.
+            NotFittedError: the model is not fitted.
         """
         validate(FlagSpec, {"alpha": alpha}, "predict")
         return conformal.threshold_for(self._held_out_scores(), alpha, "alpha")
 
     def set_class_name(self, name: str) -> "Estimator":
-        """Says what the images show, such as "screw", to a detector that scores by text.
+        """Sets what the images show, such as "screw", for a detector that scores by text.
 
-        A fitted one scores by the new words at once. Its thresholds were calibrated under the other words, so
-        `predict`, `p_values` and `save` ask for another fit first. An ensemble, whose scale was too, forgets its fit.
+        A fitted detector uses the new name at once. Its thresholds were calibrated with the old name, so `predict`,
+        `p_values` and `save` require another fit. An ensemble discards its fit, because its scale depends on the name.
 
         Raises:
-            SpecError: no detector in it scores by text.
+            SpecError: no detector of the model scores by text.
         """
         spec = with_class_name(self.spec, name, self.seed)
         detector = None if self._fitted is None else self._fitted.detector
@@ -179,48 +180,48 @@ class Estimator:
         """Writes the artifact that `raydetect score` and `create_model.load` read, and returns its digest.
 
         Raises:
-            NotFittedError: there is no fit yet.
-            StorageError: it cannot be written.
+            NotFittedError: the model is not fitted.
+            StorageError: the artifact cannot be written.
         """
-        fitted, place = self._require_calibrated(), normalise_uri(uri)
+        fitted, target = self._require_calibrated(), normalise_uri(uri)
         facts = dict(fitted.facts)
         if facts.get("spec", {}).get("artifact") == NOT_SAVED:
-            facts["spec"] = {**facts["spec"], "artifact": place}
+            facts["spec"] = {**facts["spec"], "artifact": target}
         storage = Storage(self.settings.storage)
-        return save_artifact(place, storage, self.spec.name, fitted.detector, fitted.calibration, facts)
+        return save_artifact(target, storage, self.spec.name, fitted.detector, fitted.calibration, facts)
 
     @classmethod
     def load(cls, uri: str, **settings: Any) -> "Estimator":
-        """A fitted model from an artifact, written by `save` or by a job.
+        """Loads a fitted model from an artifact written by `save` or by a job.
 
         Args:
-            uri: its folder.
+            uri: folder of the artifact.
             **settings: see `configure`.
 
         Raises:
-            ArtifactError: it is missing, damaged, or a fleet.
+            ArtifactError: the artifact is missing, damaged, or a fleet.
         """
         storage = Storage(Settings().changed(settings).storage)
         artifact = load_artifact(normalise_uri(uri), storage)
         body = artifact.record.body
-        found = cls(spec_of_record(body), body["seed"])
-        found._fitted = Fitted(artifact.detector, artifact.record.calibration, body)
-        return found.configure(**settings)
+        model = cls(spec_of_record(body), body["seed"])
+        model._fitted = Fitted(artifact.detector, artifact.record.calibration, body)
+        return model.configure(**settings)
 
     def get_params(self) -> dict[str, Any]:
-        """Everything that `create_model`, or `create_ensemble`, takes, with all defaults filled in."""
+        """All arguments of `create_model` or `create_ensemble`, with defaults filled in."""
         if not self.spec.ensemble:
             return full_params(self.spec.members[0], self.seed)
-        words = [{"name": m.name, "preset": m.preset, "params": m.params} for m in self.spec.ensemble]
-        members = [Estimator(validate(DetectorSpec, word, "member"), self.seed) for word in words]
+        specs = [{"name": m.name, "preset": m.preset, "params": m.params} for m in self.spec.ensemble]
+        members = [Estimator(validate(DetectorSpec, spec, "member"), self.seed) for spec in specs]
         return {"members": members, "weights": self.spec.weights, "seed": self.seed}
 
     def __repr__(self) -> str:
-        """The call that makes this model, with what differs from the presets alone."""
+        """The call that creates this model, with only the arguments that differ from the preset."""
         return call_text(self.spec, self.seed)
 
     def _fit_spec(self, count: int, holdout_ratio: float) -> FitSpec:
-        """The job that a fit here is, for the code that fits and for the record."""
+        """The equivalent fit job, for the fitting code and for the record."""
         settings = self.settings
         gpus = 0 if settings.device == "cpu" else 1
         values = {
@@ -251,7 +252,7 @@ class Estimator:
         fitted = self._require_fitted()
         if self._is_renamed:
             raise SpecError(
-                f"{self.spec.title}: has a new class name since its fit, and thresholds go with it. Fit again."
+                f"{self.spec.title}: has a new class name since its fit, so its thresholds are invalid. Fit again."
             )
         return fitted
 

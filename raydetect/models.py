@@ -1,4 +1,4 @@
-"""Makes models by name, for Python: `from raydetect import create_ensemble, create_model, list_models`."""
+"""Creates models by name, for Python: `from raydetect import create_ensemble, create_model, list_models`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ __all__ = ["Estimator", "create_ensemble", "create_model", "list_models"]
 
 
 class _CreateModel:
-    """Makes a model by the name of its algorithm; `list_models()` names them all.
+    """Creates a model by the name of its algorithm; `list_models()` lists the names.
 
     >>> create_model("patchcore", backbone="resnet18")
     create_model('patchcore', backbone='resnet18')
@@ -23,22 +23,23 @@ class _CreateModel:
     """
 
     def __call__(self, name: str, preset: Preset = "paper", seed: int = 0, **params: Any) -> Estimator:
-        """An unfitted model; nothing is loaded yet.
+        """Creates an unfitted model; loads nothing yet.
 
         Args:
             name: one of `list_models()`.
-            preset: "paper", the published parameters; "smoke", small and quick ones for trying things out.
+            preset: "paper" for the published parameters, "smoke" for small and fast ones to try things out.
             seed: of every random choice.
-            **params: what differs from the preset; `raydetect detectors NAME` describes them.
+            **params: parameters that differ from the preset; `raydetect detectors NAME` describes them.
 
         Raises:
-            SpecError: an unknown name or parameter, with the nearest match, or a bad value.
+            SpecError: the name or a parameter is unknown (the message suggests the nearest match), or a value is
+                invalid.
         """
         values = {"name": name, "preset": preset, "params": params}
         return Estimator(validate(DetectorSpec, values, "create_model"), seed)
 
     def load(self, uri: str, **settings: Any) -> Estimator:
-        """A fitted model from an artifact; see `Estimator.load`."""
+        """Loads a fitted model from an artifact; see `Estimator.load`."""
         return Estimator.load(uri, **settings)
 
 
@@ -48,18 +49,19 @@ create_model = _CreateModel()
 def create_ensemble(
     members: Sequence[Estimator | str], weights: Sequence[float] | None = None, seed: int = 0
 ) -> Estimator:
-    """An unfitted model that scores by the weighted mean of several detectors, each on a common scale.
+    """Creates an unfitted model that scores by the weighted mean of several detectors on a common scale.
 
-    All are fitted on the same images, in one artifact. `raydetect/detectors/_ensemble.py` states the scale.
+    All members are fitted on the same images and saved in one artifact. `raydetect/detectors/_ensemble.py` defines the
+    scale.
 
     Args:
-        members: models of one detector each, or names. What they were fitted on is not used.
-        weights: of the mean; only their ratios matter; none = equal.
+        members: models of one detector each, or names. Earlier fits of the models are not used.
+        weights: of the mean; only their ratios matter; None = equal.
         seed: of every member.
 
     Raises:
-        SpecError: no member, one that is an ensemble itself or has another seed, members that differ in image_size, or
-            weights that do not fit.
+        SpecError: there are no members, a member is an ensemble or has another seed, members differ in image_size, or
+            the weights are invalid.
 
     >>> create_ensemble([create_model("patchcore", image_size=(224, 224)), create_model("stfpm")])
     Traceback (most recent call last):
@@ -70,8 +72,8 @@ def create_ensemble(
     if isinstance(members, str) or not members:
         raise SpecError("members: give a list of models or names, such as ['patchcore', 'stfpm'].")
     specs = [_member(member, seed) for member in members]
-    words = {"ensemble": specs, "weights": None if weights is None else list(weights)}
-    return Estimator(validate(DetectorSpec, words, "create_ensemble"), seed)
+    values = {"ensemble": specs, "weights": None if weights is None else list(weights)}
+    return Estimator(validate(DetectorSpec, values, "create_ensemble"), seed)
 
 
 def _member(member: Estimator | str, seed: int) -> MemberSpec:
@@ -82,7 +84,5 @@ def _member(member: Estimator | str, seed: int) -> MemberSpec:
     if member.spec.ensemble:
         raise SpecError(f"members: {member!r} is an ensemble itself. Give its members one by one.")
     if member.seed not in (0, seed):
-        raise SpecError(
-            f"members: {member!r} has a seed of its own, and all members share one. Set create_ensemble's seed."
-        )
+        raise SpecError(f"members: {member!r} has its own seed, but all members share one. Set create_ensemble's seed.")
     return member.spec.members[0]

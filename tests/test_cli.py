@@ -402,10 +402,10 @@ def test_check_says_in_a_sentence_what_is_damaged_or_useless(place: Place, tmp_p
     damaged = checked("damaged", tar_bytes(mixed_files(2, 0))[:2000])
     assert damaged.exit_code == 0 and "ready to score" in damaged.output
     empty = checked("empty", tar_bytes([("x.json", b"{}")]))
-    assert empty.exit_code == 2 and "gives no image; left out: 1 sidecar_without_image" in empty.output
+    assert empty.exit_code == 2 and "has no images; left out: 1 sidecar_without_image" in empty.output
     labels = [("0.png", normal_files(1)[0][1]), ("0.cls", b"1")]
     anomalous = checked("anomalous", tar_bytes(labels), "fit")
-    assert anomalous.exit_code == 2 and "gives no normal image (label: 1 = 1 (1))" in anomalous.output
+    assert anomalous.exit_code == 2 and "has no normal images (label: 1 = 1 (1))" in anomalous.output
     buffer = io.BytesIO()
     pq.write_table(pa.table({"a": pa.array([b"x"]), "b": pa.array([b"x"])}), buffer)
     columns = checked("columns", buffer.getvalue())

@@ -343,7 +343,7 @@ def test_members_that_do_not_localise_leave_the_map_to_the_others() -> None:
 def test_a_member_without_a_scale_is_named() -> None:
     cache = filled(8, 2)
     constant = of(Brightness(0, SMALL), Brightness(2, SMALL, constant=True))
-    with pytest.raises(CalibrationError, match="colour-2: scores all held-out normal images alike"):
+    with pytest.raises(CalibrationError, match="colour-2: scores all held-out normal images the same"):
         set_scales(constant, cache, sorted(cache.images), 8, Group(), lambda _: None)
     with pytest.raises(SpecError, match=r"needs at least 4 held-out normal images.*there are 3"):
         choose_scaling(["a", "b", "c"], 0, Group())
@@ -518,7 +518,7 @@ def test_labelled_images_reach_the_members_that_learn_from_them_alone(monkeypatc
     plain_info = STFPM.info
     monkeypatch.setattr(STFPM, "training_loss", watched)
     monkeypatch.setattr(STFPM, "info", Info())
-    with pytest.raises(SpecError, match="ensemble of patchcore, stfpm, stfpm: learns from some anomalous images"):
+    with pytest.raises(SpecError, match="ensemble of patchcore, stfpm, stfpm: needs labelled anomalous images"):
         ensemble(BANK, STUDENT, second).fit(images())
     found = ensemble(BANK, STUDENT, second).fit(np.concatenate([images(), bad]), y, holdout_ratio=0.5)
     assert seen == {0.2: 0, 0.1: 3 * 3}
@@ -576,7 +576,7 @@ def test_what_an_ensemble_cannot_do_is_said() -> None:
         job(both, "memory://x", extend="memory://y")
     pack("memory://ensemble/normal", "", normal_files(12), 1)
     half = find_problems(job({"ensemble": [BANK]}, "memory://x", precision="bfloat16"))
-    assert half == ["precision: ensemble of patchcore is not trained, so only float32 fits it. Remove it."]
+    assert half == ["precision: ensemble of patchcore is not trained, so only float32 is supported. Remove it."]
     assert find_problems(job(both, "memory://x", precision="bfloat16")) == []
     large = {**BANK, "params": {**BANK["params"], "image_size": [64, 64]}}  # type: ignore[dict-item]
     sizes = find_problems(job({"ensemble": [STUDENT, large]}, "memory://x"))
@@ -605,7 +605,7 @@ def test_wrong_members_in_python_are_refused() -> None:
         (lambda: create_ensemble(["patchcoer"]), "Did you mean 'patchcore'"),
         (lambda: create_ensemble([3]), "one is of type int"),  # type: ignore[list-item]
         (lambda: create_ensemble([create_ensemble(["stfpm"])]), "is an ensemble itself"),
-        (lambda: create_ensemble([create_model("stfpm", seed=2)], seed=1), "has a seed of its own"),
+        (lambda: create_ensemble([create_model("stfpm", seed=2)], seed=1), "has its own seed"),
         (lambda: create_ensemble(["stfpm"], weights=[1, 2]), "2 weights for 1 members"),
         (lambda: create_ensemble(["stfpm"], weights=[-1]), "greater than 0"),
         (lambda: create_ensemble(["stfpm", "patchcore"]).set_class_name("x"), "ensemble of stfpm, patchcore: does"),

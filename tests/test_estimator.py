@@ -201,7 +201,7 @@ WRONG: list[tuple[Any, str]] = [
     (np.zeros((0, 8, 8, 3), np.uint8), "is empty"),
     (np.zeros((8, 8, 3), np.uint8), r"shape of one image|Give images\[None\]"),
     (np.zeros((8, 8), np.uint8), r"Give images\[None\]"),
-    (np.zeros((2, 3, 8, 8), np.uint8), r"colours first\. Give images\.transpose"),
+    (np.zeros((2, 3, 8, 8), np.uint8), r"channels first\. Give images\.transpose"),
     (np.zeros((2, 8, 8, 4), np.uint8), r"has shape \(2, 8, 8, 4\)"),
     (np.zeros((2, 8, 8, 3), np.float32), r"holds float32\. Give uint8: \(255"),
     (np.zeros((2, 8, 8), np.uint16), "holds uint16.*by their paths"),
@@ -345,7 +345,7 @@ def test_labelled_anomalies_are_left_out_unless_the_detector_learns_from_them(mo
     monkeypatch.setattr(STFPM, "training_loss", watched)
     monkeypatch.setattr(STFPM, "info", replace(STFPM.info, labels="some anomalous"))
     for given in (None, [0] * 15):
-        with pytest.raises(SpecError, match=r"stfpm: learns from some anomalous images\. Call fit\(images, y=labels\)"):
+        with pytest.raises(SpecError, match=r"stfpm: needs labelled anomalous images\. Call fit\(images, y=labels\)"):
             model("stfpm").fit(np.concatenate([normal, bad]), given)
     model("stfpm").fit(np.concatenate([normal, bad]), np.array(y, bool), holdout_ratio=0.5)
     assert sum(seen) == 2 * 3 and len(seen) == 2 * (6 + 3)  # two epochs

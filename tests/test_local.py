@@ -239,7 +239,7 @@ def test_damaged_artifacts_are_refused() -> None:
 
 @pytest.mark.usefixtures("data")
 def test_too_small_a_calibration_is_refused_before_anything_runs() -> None:
-    with pytest.raises(SpecError, match="at least 99 held-out normal images, the artifact has 12"):
+    with pytest.raises(SpecError, match="at least 99 held-out normal images, but the artifact has 12"):
         run("flag.alpha=0.01")
     _, manifest = run("flag={threshold: 0.0}", "sink.heatmaps=none")
     assert manifest["flagged"] == 17

@@ -111,7 +111,7 @@ def test_every_category_of_a_fleet_gets_its_own_and_one_without_images_is_refuse
     records = read_records(index, storage)
     assert {name: len(record.calibration.scores) for name, record in records.items()} == made.held_out
     assert made.held_out == {category: 3 + turn for turn, category in enumerate(CATEGORIES)}
-    with pytest.raises(SpecError, match="no normal image of the source is there to calibrate it"):
+    with pytest.raises(SpecError, match="the source has no normal image to calibrate it on"):
         calibrated(source={"uri": f"{root}/two"}, **{**words, "output": f"{root}/other"})
     assert not storage.exists(f"{root}/other")
 

@@ -151,7 +151,7 @@ def test_a_kept_state_goes_on_to_the_bit(tmp_path: Path, monkeypatch: pytest.Mon
     checkpoints.clear()
     assert not list((tmp_path / "states").iterdir())
     Storage().write(f"file://{tmp_path}/states/epoch-000001.safetensors", b"nothing of use")
-    with pytest.raises(StorageError, match="no state of this fit"):
+    with pytest.raises(StorageError, match="not a checkpoint of this fit"):
         train(Group(), checkpoints)
 
 

@@ -1,6 +1,6 @@
-"""Every mistake of a job file that can be found without a cluster, in seconds.
+"""Finds every mistake in a job file that can be found without a cluster, in seconds.
 
-Only what a kind of job needs is loaded: the checks of jobs that score are over before torch would have started.
+Each kind of job imports only what it needs: the checks of scoring jobs finish in less time than importing torch takes.
 """
 
 from raydetect.check.places import Check
@@ -9,10 +9,10 @@ from raydetect.spec import AuditSpec, CalibrateSpec, EvaluateSpec, FitSpec, JobS
 
 
 def find_problems(spec: JobSpec) -> list[str]:
-    """One sentence for each mistake; empty when the job can run.
+    """Returns one sentence for each mistake; empty if the job can run.
 
     Raises:
-        StorageError: a storage failed, and nothing else is wrong, so the job may be right.
+        StorageError: a storage failed and nothing else is wrong, so the job may be correct.
     """
     found = [error for check in _checks(spec) if (error := _error(check))]
     if not found and isinstance(spec, ScoreSpec):

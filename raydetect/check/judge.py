@@ -1,4 +1,4 @@
-"""Mistakes of evaluations and calibrations; these load torch."""
+"""Checks of evaluation and calibration jobs; they import torch."""
 
 from functools import partial
 
@@ -15,7 +15,7 @@ from raydetect.worker.recalibrate import refuse_fitted
 
 
 def evaluate_checks(spec: EvaluateSpec) -> list[Check]:
-    """What an evaluation needs."""
+    """Returns the checks of an evaluation job."""
     checks: list[Check] = [lambda: reachable(spec.output, spec.storage, "output")]
     if spec.results:
         storage = Storage(spec.storage)
@@ -24,7 +24,7 @@ def evaluate_checks(spec: EvaluateSpec) -> list[Check]:
 
 
 def calibrate_checks(spec: CalibrateSpec) -> list[Check]:
-    """What a calibration needs."""
+    """Returns the checks of a calibration job."""
     storage = Storage(spec.storage)
 
     def fits() -> None:

@@ -1,4 +1,4 @@
-"""Where a job reads and writes."""
+"""Checks of the locations where a job reads and writes."""
 
 from collections.abc import Callable
 
@@ -11,23 +11,23 @@ Check = Callable[[], object]  # raises a RaydetectError for a mistake
 
 
 def first_shard(source: SourceSpec, options: StorageOptions) -> None:
-    """There is something to read.
+    """Checks that the source has something to read.
 
     Raises:
-        ArchiveError: there is not.
+        ArchiveError: the source is empty.
     """
     next(iter(open_archive(source, Storage(options)).shards()))
 
 
 def reachable(uri: str, options: StorageOptions, word: str) -> None:
-    """The bucket must be there; folders are made when something is written.
+    """Checks that the bucket of a URI exists; folders are created on write.
 
     Raises:
-        SpecError: it is not.
+        SpecError: the bucket does not exist.
     """
     uri = normalise_uri(uri)
     storage = Storage(options)
     scheme, _, rest = uri.partition("://")
     bucket = f"{scheme}://{rest.partition('/')[0]}"
     if scheme == "s3" and not storage.exists(bucket):
-        raise SpecError(f"{word}: the bucket {bucket} does not exist. Create it or mend the URI.")
+        raise SpecError(f"{word}: the bucket {bucket} does not exist. Create it or correct the URI.")

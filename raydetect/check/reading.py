@@ -1,4 +1,4 @@
-"""What a job will make of its source, said before it runs: labels, what is left out, and notes on the listing."""
+"""Describes how a job will read its source, before it runs: labels, files left out, and notes on the listing."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ MAX_IMAGES, MAX_BYTES = 1000, 128 << 20
 
 
 def source_lines(spec: JobSpec) -> list[str]:
-    """One line for each fact; reads the first images, at most MAX_IMAGES of them and MAX_BYTES.
+    """Returns one line for each fact; reads only the first images, up to MAX_IMAGES and MAX_BYTES.
 
     Raises:
         RaydetectError: the source cannot be read.
@@ -46,25 +46,25 @@ def source_lines(spec: JobSpec) -> list[str]:
 
 
 def _refuse_useless(spec: JobSpec, counts: Counter[tuple[int | None, str]], left_out: LeftOutCount) -> None:
-    """What a job would refuse after it has read everything.
+    """Refuses a source that the job would refuse after reading everything.
 
     Raises:
-        SpecError: there is no image, or none to fit.
+        SpecError: there is no image, or no normal image to fit on.
     """
     assert isinstance(spec, FitSpec | ScoreSpec | AuditSpec | CalibrateSpec)
     where = ", ".join(spec.source.uris())
     if not counts:
-        told = left_out_text(left_out.found) or "nothing"
-        raise SpecError(f"{where}: gives no image; left out: {told}. Check source.uri, format and pattern.")
+        text = left_out_text(left_out.found) or "nothing"
+        raise SpecError(f"{where}: has no images; left out: {text}. Check source.uri, format and pattern.")
     if isinstance(spec, FitSpec) and all(label == 1 for label, _ in counts):
-        told = labels_text([(*key, count) for key, count in counts.items()])
-        raise SpecError(f"{where}: gives no normal image (label: {told}). Set source.normal_names, or add some.")
+        text = labels_text([(*key, count) for key, count in counts.items()])
+        raise SpecError(f"{where}: has no normal images (label: {text}). Set source.normal_names, or add some.")
 
 
 def _first_members(
     archive: Archive, listing: Listing, source: SourceSpec, left_out: LeftOutCount
 ) -> Iterator[Member | None]:
-    """The first members, and None behind the last when there are no more."""
+    """Yields the first members, then None if these are all."""
     left_out.add_all(listing.shards[0].left_out)
     held = 0
     members = chain.from_iterable(read_members(archive, shard, source, left_out) for shard in listing.shards)

@@ -1,4 +1,4 @@
-"""A memory bank in pieces: each holder reads only its own rows of the artifact's file."""
+"""Splits a memory bank into pieces; each holder reads only its own rows of the artifact's file."""
 
 import torch
 
@@ -12,19 +12,19 @@ from raydetect.worker.trial import require_finite
 
 
 def piece_search(record: ArtifactRecord, storage: Storage, number: int, pieces: int, device: torch.device) -> Search:
-    """The search over one piece of an artifact's memory bank.
+    """Creates the search over one piece of an artifact's memory bank.
 
-    The sha256 of the file is not checked here, as a piece cannot tell it: see `TensorFile.verify`.
+    The file's sha256 is not checked here, because it covers the whole file: see `TensorFile.verify`.
 
     Args:
         record: of the artifact.
-        storage: reaches it.
-        number: of the piece, from 0 on.
-        pieces: that the bank is cut into.
-        device: where the piece is held.
+        storage: gives access to it.
+        number: index of the piece, from 0.
+        pieces: number of pieces.
+        device: device of the piece.
 
     Raises:
-        SpecError: the detector has no bank that can be cut, or it has fewer rows.
+        SpecError: the detector has no bank that can be split, or the bank has fewer rows than pieces.
         ArtifactError, StorageError: the file is damaged or cannot be read.
     """
     start, stop = cut_bank(record.require_bank(pieces)[0], pieces)[number]
@@ -36,7 +36,7 @@ def piece_search(record: ArtifactRecord, storage: Storage, number: int, pieces: 
 
 
 def sharded_search(record: ArtifactRecord, storage: Storage, pieces: int, device: torch.device) -> Search | None:
-    """All pieces in this process, checked; None for one piece, which is the artifact's own search.
+    """Creates the search over all pieces in this process and checks the file; None if there is only one piece.
 
     Raises:
         As `piece_search`.

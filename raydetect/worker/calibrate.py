@@ -1,4 +1,4 @@
-"""Scores of held-out normal images: what thresholds, p-values and the heatmap scale come from."""
+"""Scores held-out normal images, from which thresholds, p-values and the heatmap scale are derived."""
 
 from collections.abc import Callable
 
@@ -25,13 +25,13 @@ def calibrate(
     group: Group,
     tick: Callable[[int], None],
 ) -> Calibration:
-    """Scores the images of `keys` on every worker, and puts the scores of all together.
+    """Scores the images of `keys` on every worker and gathers all scores.
 
     Raises:
-        CalibrationError: no image, or a score that is not finite.
+        CalibrationError: there are no images, or a score is not finite.
     """
     scores: list[float] = []
-    ends = torch.full((2,), -torch.inf, dtype=torch.float64)  # (- smallest, largest) map value
+    ends = torch.full((2,), -torch.inf, dtype=torch.float64)  # (-minimum, maximum) of all maps
     pixels = (Pixels(cache.pixels([key])[0]) for key in keys)
     for scored in score_batches(detector, pixels, batch_size):
         scores.append(scored.image_score)

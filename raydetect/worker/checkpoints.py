@@ -1,7 +1,7 @@
-"""Mid-training states of a gradient detector: one safetensors file on the artifact's storage, replaced as it goes.
+"""Training checkpoints of a gradient-based detector: one safetensors file beside the artifact, replaced each time.
 
-They belong to one fit of one set of images: a killed worker, node or driver goes on from the last one, and another
-fit does not find them. The artifact's commit removes them.
+Checkpoints belong to one fit of one set of images: after a worker, node or driver was killed, the fit resumes from the
+last one, and other fits do not find them. They are deleted when the artifact is committed.
 """
 
 import json
@@ -19,18 +19,18 @@ from raydetect.errors import StorageError
 from raydetect.storage import Storage, join_uri
 
 NAME = re.compile(r"/epoch-(\d{6})\.safetensors$")
-MODULE, OPTIMIZER, WORDS = "module.", "optimizer.", "words"
+MODULE, OPTIMIZER, FIELDS = "module.", "optimizer.", "words"
 
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """One state.
+    """One checkpoint.
 
     Attributes:
         tensors: of module and optimizer, by prefixed name.
         groups: the optimizer's parameter groups.
-        plain: what of the optimizer's state is no tensor.
-        losses: of the epochs that are done.
+        plain: the entries of the optimizer's state that are not tensors.
+        losses: mean loss of each completed epoch.
     """
 
     tensors: Mapping[str, Tensor]
@@ -39,7 +39,7 @@ class Kept:
     losses: list[float]
 
     def restore(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Puts it back."""
+        """Loads the checkpoint into the module and the optimizer."""
         module.load_state_dict({n.removeprefix(MODULE): v for n, v in self.tensors.items() if n.startswith(MODULE)})
         states: dict[int, dict[str, Any]] = {int(number): dict(entries) for number, entries in self.plain.items()}
         for name, value in self.tensors.items():
@@ -51,12 +51,12 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoints:
-    """The states of one fit.
+    """The checkpoints of one fit.
 
     Attributes:
         uri: their folder.
-        storage: reaches it.
-        every: epochs from one to the next.
+        storage: gives access to it.
+        every: interval in epochs.
     """
 
     uri: str
@@ -64,7 +64,7 @@ class Checkpoints:
     every: int
 
     def save(self, module: nn.Module, optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
-        """Writes the state after `len(losses)` epochs, then removes earlier ones."""
+        """Writes the checkpoint after `len(losses)` epochs, then deletes earlier ones."""
         state = optimizer.state_dict()
         tensors = {MODULE + name: value for name, value in module.state_dict().items()}
         plain: dict[str, dict[str, Any]] = {}
@@ -74,15 +74,15 @@ class Checkpoints:
                     tensors[f"{OPTIMIZER}{number}.{name}"] = value
                 else:
                     plain.setdefault(str(number), {})[name] = value
-        words = {"groups": state["param_groups"], "plain": plain, "losses": losses}
-        tensors[WORDS] = torch.frombuffer(bytearray(json.dumps(words).encode()), dtype=torch.uint8)
+        fields = {"groups": state["param_groups"], "plain": plain, "losses": losses}
+        tensors[FIELDS] = torch.frombuffer(bytearray(json.dumps(fields).encode()), dtype=torch.uint8)
         data = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
         earlier = self._found()
         self.storage.write(join_uri(self.uri, f"epoch-{len(losses):06d}.safetensors"), data)
         self._delete({epoch: uri for epoch, uri in earlier.items() if epoch != len(losses)})
 
     def last(self) -> "Kept | None":
-        """The last state, None when there is none.
+        """The last checkpoint, None if there is none.
 
         Raises:
             StorageError: it is damaged.
@@ -90,17 +90,19 @@ class Checkpoints:
         found = self._found()
         if not found:
             return None
-        place = found[max(found)]
+        uri = found[max(found)]
         try:
-            tensors = load(self.storage.read(place))
-            words = json.loads(tensors.pop(WORDS).numpy().tobytes())
-            return Kept(tensors, words["groups"], words["plain"], [float(loss) for loss in words["losses"]])
+            tensors = load(self.storage.read(uri))
+            fields = json.loads(tensors.pop(FIELDS).numpy().tobytes())
+            return Kept(tensors, fields["groups"], fields["plain"], [float(loss) for loss in fields["losses"]])
         except (KeyError, ValueError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:160]
-            raise StorageError(f"{place}: is no state of this fit ({reason}). Remove it to train anew.") from None
+            raise StorageError(
+                f"{uri}: is not a checkpoint of this fit ({reason}). Remove it to train from the start."
+            ) from None
 
     def clear(self) -> None:
-        """Removes them all."""
+        """Deletes all checkpoints."""
         self._delete(self._found())
 
     def _delete(self, found: Mapping[int, str]) -> None:

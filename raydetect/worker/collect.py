@@ -1,4 +1,4 @@
-"""Collecting: every image of a worker passes the detector once, and leaves keyed rows."""
+"""Collects keyed rows: one forward pass of the detector over each image of a worker."""
 
 from collections.abc import Callable
 
@@ -20,10 +20,10 @@ def collect(
     max_bytes: int,
     tick: Callable[[int], None],
 ) -> FitState:
-    """The state of the images in `keys` on this worker.
+    """Collects the rows of the images in `keys` on this worker.
 
-    Every forward pass sees exactly `batch_size` images (zeros fill up), so an image leaves the same rows whatever
-    the number of workers.
+    Every forward pass has exactly `batch_size` images (zero-padded), so an image gives the same rows for any number
+    of workers.
     """
     state = FitState(group, max_bytes)
     for start in range(0, len(keys), batch_size):

@@ -1,4 +1,4 @@
-"""A fit and a scoring of images given in Python, by the code of jobs: the same images give the same bits."""
+"""Fits and scores images given in Python with the code that jobs use: the same images give bit-identical results."""
 
 import math
 from collections.abc import Iterator
@@ -29,27 +29,27 @@ WHERE = "fit(images)"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How a model runs in Python; nothing of it belongs to the algorithm."""
+    """Settings for running a model in Python; none of them belongs to the algorithm."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:NUMBER")] = "cpu"
-    threads: Annotated[int | None, Field(ge=1, description="CPU threads; none = as many as torch is set to")] = None
-    batch_size: Annotated[int, Field(ge=1, description="images in one forward pass of collecting and scoring")] = 16
-    storage: Annotated[StorageOptions, Field(description="how URIs are reached, as in a job file")] = field(
+    threads: Annotated[int | None, Field(ge=1, description="CPU threads; none = torch's current number")] = None
+    batch_size: Annotated[int, Field(ge=1, description="images in one forward pass when collecting and scoring")] = 16
+    storage: Annotated[StorageOptions, Field(description="options for accessing URIs, as in a job file")] = field(
         default_factory=StorageOptions
     )
 
     def changed(self, values: dict[str, Any]) -> "Settings":
-        """The same with some of them set.
+        """A copy with some settings changed.
 
         Raises:
-            SpecError: unknown or bad ones, or a GPU that is not there.
+            SpecError: a setting is unknown or invalid, or there is no GPU.
         """
         kept = {name: getattr(self, name) for name in self.__slots__ if name not in values}
-        made = validate(Settings, {**kept, **values}, "settings")
-        if made.device != "cpu" and not torch.cuda.is_available():
-            raise SpecError(f"device: torch sees no GPU here for {made.device!r}. Use device='cpu'.")
-        return made
+        settings = validate(Settings, {**kept, **values}, "settings")
+        if settings.device != "cpu" and not torch.cuda.is_available():
+            raise SpecError(f"device: torch sees no GPU here for {settings.device!r}. Use device='cpu'.")
+        return settings
 
     @property
     def num_threads(self) -> int:
@@ -58,11 +58,11 @@ class Settings:
 
 
 def fit_given(spec: FitSpec, given: list[GivenImage], device: torch.device, tick: Tick) -> Fitted:
-    """Fits in this process and writes nothing.
+    """Fits in this process; writes nothing.
 
     Raises:
-        SpecError: too few images, or the detector cannot do what is asked.
-        BadImagesError: images cannot be read; it names all of them.
+        SpecError: too few images, or the detector does not support what the job asks for.
+        BadImagesError: images cannot be read; the error lists all of them.
     """
     image_size = build_from(spec.detector, spec.seed).params.image_size
     phases = Phases()
@@ -78,10 +78,10 @@ def fit_given(spec: FitSpec, given: list[GivenImage], device: torch.device, tick
 def score_given(
     detector: Detector, given: list[GivenImage], settings: Settings, tick: Tick
 ) -> Iterator[tuple[Scored, tuple[int, int]]]:
-    """Score and map of every image, in order, with its own (height, width).
+    """Yields the score and map of every image in order, with the image's original (height, width).
 
     Raises:
-        BadImagesError: after the last image, when some cannot be read or have no finite score; it names all of them.
+        BadImagesError: after the last image, if some cannot be read or have no finite score; the error lists them.
     """
     sizes: list[tuple[int, int]] = []
     bad: list[tuple[int, str, str]] = []
@@ -99,7 +99,7 @@ def score_given(
 def _pixels(
     detector: Detector, given: list[GivenImage], settings: Settings, sizes: list[tuple[int, int]]
 ) -> Iterator[Pixels]:
-    """Pixels of every image; notes its own size."""
+    """Yields the pixels of every image and appends its original size to `sizes`."""
     image_size, storage = detector.params.image_size, Storage(settings.storage)
     for _, pixels in decode_given(given, image_size, storage, settings.num_threads):
         sizes.append((pixels.height or 0, pixels.width or 0))
@@ -107,8 +107,8 @@ def _pixels(
 
 
 def resized(anomaly_map_HW: np.ndarray, size_px: tuple[int, int]) -> np.ndarray:
-    """A map at another (height, width), antialiased bilinear as images are; one of that size already is unchanged."""
+    """Resizes a map to (height, width) by antialiased bilinear interpolation, as images are; no-op for equal sizes."""
     if anomaly_map_HW.shape == size_px:
         return anomaly_map_HW
-    picture = Image.fromarray(anomaly_map_HW.astype(np.float32))
-    return np.asarray(picture.resize(size_px[::-1], Image.Resampling.BILINEAR))
+    image = Image.fromarray(anomaly_map_HW.astype(np.float32))
+    return np.asarray(image.resize(size_px[::-1], Image.Resampling.BILINEAR))

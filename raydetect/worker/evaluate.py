@@ -1,9 +1,9 @@
-"""One cell of an evaluation: fits a detector, or takes one that is there, and judges labelled images by it.
+"""Evaluates a fitted detector on labelled images, for one cell of an evaluation.
 
-Maps stay where they are made: every image goes into mergeable summaries (`metrics/quality.py`) at once. Maps and masks
+Maps are not stored or sent: every image goes straight into mergeable summaries (`metrics/quality.py`). Maps and masks
 are compared at the detector's input size; masks are read by the rules of `masks.py` and resized by nearest neighbour.
-An anomalous image without a mask, or whose mask has no pixel left at that size, is judged as an image and left out of
-the pixel figures.
+An anomalous image without a mask, or whose mask has no pixel left at that size, counts in the image metrics and not in
+the pixel metrics.
 """
 
 import resource
@@ -30,20 +30,20 @@ from raydetect.worker.score import score_batches
 
 
 class MaskError(RaydetectError):
-    """A mask is missing, is no image, or has another shape than its image."""
+    """A mask is missing, is not an image, or differs in shape from its image."""
 
 
 @dataclass(slots=True)
 class Judged:
-    """What judging an archive gave.
+    """The result of evaluating a detector on an archive.
 
     Attributes:
-        quality: summaries of all images with a label.
-        images: that have a score.
-        bad: images without one.
-        unlabelled: images that say nothing of their label; they are scored and not judged.
-        seconds: reading, decoding, scoring and summing.
-        score_seconds: of these, scoring alone, decoding not counted.
+        quality: summaries of all labelled images.
+        images: number of images with a score.
+        bad: number of images without one.
+        unlabelled: number of images without a label; they are scored but not evaluated.
+        seconds: time to read, decode, score and summarise.
+        score_seconds: the part of `seconds` spent on scoring, without decoding.
     """
 
     quality: Quality
@@ -55,14 +55,14 @@ class Judged:
 
 
 class Masks:
-    """Reads masks by URI; an archive is opened once for masks that follow each other."""
+    """Reads masks by URI; consecutive masks from the same archive open it only once."""
 
     def __init__(self, storage: Storage, rules: DecodeRules) -> None:
-        """Opens nothing yet.
+        """Creates a reader; nothing is opened yet.
 
         Args:
-            storage: reaches the masks.
-            rules: of the images, which are those of their masks.
+            storage: gives access to the masks.
+            rules: decoding rules of the images, which apply to their masks too.
         """
         self.rules = rules
         self._storage, self._container = storage, ""
@@ -91,37 +91,37 @@ class Masks:
 def judge_images(
     detector: Detector, chunks: Iterable[Chunk], source: SourceSpec, storage: Storage, batch_size: int, threads: int
 ) -> Judged:
-    """Scores labelled images and sums their scores and maps up.
+    """Scores labelled images and summarises their scores and maps.
 
     Args:
         detector: fitted, on its device.
         chunks: encoded images.
-        source: the job file's words about them.
-        storage: reaches the masks.
+        source: the job file's settings for them.
+        storage: gives access to the masks.
         batch_size: images in one forward pass.
-        threads: that decode.
+        threads: number of decoding threads.
 
     Raises:
         MaskError: a mask cannot be used.
         ValueError: a score or map is not finite.
     """
-    found, begun = Judged(Quality()), time.perf_counter()
+    found, started = Judged(Quality()), time.perf_counter()
     size, rules = detector.params.image_size, DecodeRules.of(source)
     masks = Masks(storage, rules)
     for chunk in chunks:
         pixels = list(decode_all(chunk.members, rules, size, threads))
         found.bad += sum(item.image_HWC is None for item in pixels)
         _judge_chunk(detector, chunk, pixels, found, masks, batch_size)
-    found.seconds = time.perf_counter() - begun
+    found.seconds = time.perf_counter() - started
     return found
 
 
 def _judge_chunk(
     detector: Detector, chunk: Chunk, pixels: list[Pixels], found: Judged, masks: Masks, batch_size: int
 ) -> None:
-    begun = time.perf_counter()
+    started = time.perf_counter()
     scored = list(score_batches(detector, pixels, batch_size))
-    found.score_seconds += time.perf_counter() - begun
+    found.score_seconds += time.perf_counter() - started
     for item in scored:
         member = chunk.members[item.position]
         found.images += 1
@@ -135,12 +135,12 @@ def _judge_chunk(
 
 
 def read_mask(member: Member, shape: tuple[int, ...], pixels: Pixels, masks: Masks) -> np.ndarray | None:
-    """The mask of an image at a map's size, bool (H, W); all False for a normal image, None when it is not known.
+    """The mask of an image at a map's size, bool (H, W); all False for a normal image, None if unknown.
 
-    `masks.py` tells which of its levels are a defect, and how it is turned.
+    `masks.py` defines which levels are a defect, and the orientation of the mask.
 
     Raises:
-        MaskError: it cannot be read, or has another shape than the image.
+        MaskError: it cannot be read, or differs in shape from the image.
     """
     if member.label == 0:
         return np.zeros(shape, bool)
@@ -149,12 +149,12 @@ def read_mask(member: Member, shape: tuple[int, ...], pixels: Pixels, masks: Mas
     try:
         values = decode_mask(masks.read(member.mask_uri), pixels, masks.rules)
     except (StorageError, MemberError) as error:
-        said = f"{member.key}: its mask {member.mask_uri} cannot be read ({error}). Mend or remove it."
-        raise MaskError(said) from None
+        message = f"{member.key}: its mask {member.mask_uri} cannot be read ({error}). Repair or remove it."
+        raise MaskError(message) from None
     if values.shape != (pixels.height, pixels.width):
         raise MaskError(
             f"{member.key}: is {pixels.width} x {pixels.height} px and its mask {values.shape[1]} x {values.shape[0]}. "
-            "Give the mask of this image."
+            "Provide a mask of the image's size."
         )
     resized = Image.fromarray(values).resize((shape[1], shape[0]), Image.Resampling.NEAREST)
     mask_HW = np.asarray(resized)
@@ -162,7 +162,7 @@ def read_mask(member: Member, shape: tuple[int, ...], pixels: Pixels, masks: Mas
 
 
 def peak_memory_bytes(device: torch.device) -> dict[str, int]:
-    """The most that this process, and its GPU, held so far."""
+    """Peak memory of this process, and of its GPU, so far."""
     found = {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10}
     if device.type == "cuda":
         found["peak_gpu_bytes"] = int(torch.cuda.max_memory_allocated(device))
@@ -170,7 +170,7 @@ def peak_memory_bytes(device: torch.device) -> dict[str, int]:
 
 
 def member_chunks(members: Iterable[Member], chunk_images: int) -> Iterator[Chunk]:
-    """Loose members as chunks of one shard."""
+    """Groups loose members into chunks of one shard."""
     waiting: list[Member] = []
     number = 0
     for member in members:

@@ -1,4 +1,4 @@
-"""One worker's part of a fit job: the archive is read and decoded once, then one detector or a fleet is fitted."""
+"""One worker's part of a fit job: reads and decodes the archive once, then fits one detector or a fleet."""
 
 from collections.abc import Iterable
 
@@ -25,21 +25,21 @@ def fit_worker(
     tick: Tick,
     device: torch.device,
 ) -> FitReport | None:
-    """One worker's part of a job, from encoded images on.
+    """Runs one worker's part of a fit job, starting from encoded images.
 
     Args:
         spec: the job.
         chunks: this worker's encoded images.
-        calibration: likewise of the separate calibration archive, when the job names one.
+        calibration: this worker's encoded images of the separate calibration archive, if the job has one.
         group: the workers.
-        tick: told of progress.
+        tick: progress callback.
         device: torch device of this worker.
 
     Returns:
-        On the first worker, what was made.
+        The report on the first worker, None on the others.
 
     Raises:
-        SpecError: the job cannot run as it is.
+        SpecError: the job cannot run as specified.
         TooManyBadRows: too many images are bad.
     """
     torch.set_num_threads(spec.resources.cpus_per_worker)

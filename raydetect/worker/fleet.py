@@ -1,4 +1,4 @@
-"""Fitting a fleet: images go to the worker that owns their category, and every worker fits its categories alone."""
+"""Fits a fleet: images move to the worker that owns their category, and every worker fits its categories on its own."""
 
 import json
 from collections import Counter
@@ -25,14 +25,14 @@ def fit_fleet(work: OneFit, read: ReadFacts) -> FitReport | None:
     Each member equals the artifact of a job on the images of its category alone.
 
     Args:
-        work: with the images that this worker has read.
-        read: what reading the source gave, for the record.
+        work: the fit, with the images this worker has read.
+        read: facts from reading the source, for the record.
 
     Returns:
-        On the first worker, what was made.
+        The report on the first worker, None on the others.
 
     Raises:
-        SpecError: an image has no category, or a category cannot be fitted; says which.
+        SpecError: an image has no category, or a category cannot be fitted; the message names it.
     """
     group = work.group
     counts = _categories(work)
@@ -54,7 +54,7 @@ def fit_fleet(work: OneFit, read: ReadFacts) -> FitReport | None:
 
 
 def share_out(counts: Mapping[str, int], size: int) -> dict[str, int]:
-    """The worker of every category: the largest first, each to whom has least so far."""
+    """Assigns categories to workers: the largest first, each to the worker with the fewest images so far."""
     load = [0] * size
     owners = {}
     for category, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
@@ -65,17 +65,17 @@ def share_out(counts: Mapping[str, int], size: int) -> dict[str, int]:
 
 def _categories(work: OneFit) -> dict[str, int]:
     here = Counter(image.category for image in work.cache.images.values())
-    nameless = here.pop(None, 0)
-    texts = work.group.gather_bytes(json.dumps([nameless, here]).encode())
-    found = [json.loads(text) for text in texts]
-    missing = sum(words[0] for words in found)
+    uncategorised = here.pop(None, 0)
+    texts = work.group.gather_bytes(json.dumps([uncategorised, here]).encode())
+    gathered = [json.loads(text) for text in texts]
+    missing = sum(count for count, _ in gathered)
     if missing:
         raise SpecError(
-            f"{work.where}: {missing} image(s) have no category, by which per_category chooses their detector. "
+            f"{work.where}: {missing} image(s) have no category, and per_category fits one detector for each. "
             "Add {category} to source.pattern."
         )
     total: Counter[str] = Counter()
-    for _, counts in found:
+    for _, counts in gathered:
         total.update(counts)
     return dict(total)
 

@@ -1,6 +1,6 @@
-"""Images given in Python: arrays, pictures, paths and URIs, as members that are read when they are needed.
+"""Images given in Python (arrays, PIL images, paths, URIs), turned into members that are read on demand.
 
-Arrays and pictures become uncompressed PPM bytes, so that they pass the decoder of archives and meet the same rules.
+Arrays and PIL images are encoded as uncompressed PPM, so they go through the same decoder and rules as archives.
 """
 
 import os
@@ -21,34 +21,34 @@ from raydetect.worker.exif import upright
 from raydetect.worker.opening import DecodeRules, depth_of
 from raydetect.worker.preprocess import Pixels, decode_all
 
-KINDS = "an array (N, H, W, 3) or (N, H, W) of uint8, or a list of such images, of paths, URIs or PIL pictures"
+KINDS = "an array (N, H, W, 3) or (N, H, W) of uint8, or a list of such images, of paths, URIs or PIL images"
 NAMED = 10
 RULES = DecodeRules.of(SourceSpec(uri=""))
 NOT_THERE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 class BadImagesError(RaydetectError):
-    """Images that cannot be used. A notebook has no rows with a status, so all of them are named at once.
+    """Images that cannot be used. A notebook has no rows with a status, so one error lists all of them.
 
     Attributes:
-        bad: (position, key, sentence) of every one.
+        bad: (position, key, message) of each.
     """
 
     def __init__(self, bad: list[tuple[int, str, str]], total: int) -> None:
-        """Names the first ones in the message."""
+        """Creates the error; its message lists the first bad images."""
         self.bad = bad
-        named = " ".join(f"[{position}] {sentence}" for position, _, sentence in bad[:NAMED])
+        first = " ".join(f"[{position}] {message}" for position, _, message in bad[:NAMED])
         more = f" And {len(bad) - NAMED} more: see `bad` of this error." if len(bad) > NAMED else ""
-        super().__init__(f"{len(bad)} of {total} images cannot be used: {named}{more} Leave them out or mend them.")
+        super().__init__(f"{len(bad)} of {total} images cannot be used: {first}{more} Remove or repair them.")
 
 
 @dataclass(frozen=True, slots=True)
 class GivenImage:
-    """One image as it was given.
+    """One image as passed by the caller.
 
     Attributes:
-        key: `<folder>#<name>` of a path or URI, as a job has it; `array#000012` of what has a position only.
-        content: uint8 array (H, W, 3) or (H, W), picture, or URI.
+        key: `<folder>#<name>` for a path or URI, as in a job; `array#000012` (the position) for anything else.
+        content: uint8 array (H, W, 3) or (H, W), PIL image, or URI.
         label: 0 normal, 1 anomalous, None unknown.
     """
 
@@ -57,7 +57,7 @@ class GivenImage:
     label: int | None = None
 
     def member(self, storage: Storage) -> Member:
-        """Its encoded bytes, or the reason why there are none.
+        """Encodes the image as a member; one that cannot be encoded gets a status and the reason.
 
         Raises:
             StorageError: the storage itself cannot be reached.
@@ -81,19 +81,19 @@ class GivenImage:
             return _ppm(np.asarray(whole(upright(self.content), depth_of(self.content), 1), dtype=np.uint8))
         except MemberError:
             raise
-        except Exception as error:  # a picture opened from a file is decoded here
-            raise MemberError("corrupt", f"the picture cannot be decoded ({error}).") from None
+        except Exception as error:  # a PIL image opened from a file is decoded here
+            raise MemberError("corrupt", f"the image cannot be decoded ({error}).") from None
 
 
 def given_images(images: Any, y: Any = None) -> list[GivenImage]:
-    """One entry for each image, in order. Cheap: no file is opened, no pixel copied.
+    """Lists the images in order, one entry each. Cheap: opens no file and copies no pixels.
 
     Args:
         images: see `KINDS`.
-        y: labels 0 and 1, as many as images; none = unknown.
+        y: labels 0 and 1, one for each image; None = unknown.
 
     Raises:
-        SpecError: they are something else, or none; says what to do.
+        SpecError: the images or labels are invalid, or there are none; the message says what to do.
     """
     found = [_given(item, position) for position, item in enumerate(_items(images))]
     if not found:
@@ -104,10 +104,10 @@ def given_images(images: Any, y: Any = None) -> list[GivenImage]:
 
 
 def refuse_doubles(given: Iterable[GivenImage]) -> None:
-    """An image that is given twice would count once in a fit.
+    """Refuses an image that is given twice, as it would count only once in a fit.
 
     Raises:
-        SpecError: one is; names it.
+        SpecError: an image is given twice; the message names it.
     """
     seen: set[str] = set()
     for image in given:
@@ -119,10 +119,10 @@ def refuse_doubles(given: Iterable[GivenImage]) -> None:
 def decode_given(
     given: list[GivenImage], image_size: tuple[int, int], storage: Storage, threads: int
 ) -> Iterator[tuple[GivenImage, Pixels]]:
-    """Pixels of every image, in order, at (height, width) `image_size`; nothing more is yielded after a bad one.
+    """Yields the pixels of every image in order, at (height, width) `image_size`, up to the first bad image.
 
     Raises:
-        BadImagesError: after the last image, when some are bad.
+        BadImagesError: after the last image, if some are bad.
         StorageError: the storage itself cannot be reached.
     """
     bad: list[tuple[int, str, str]] = []
@@ -142,7 +142,7 @@ def _items(images: Any) -> list[Any]:
     if isinstance(images, str | bytes | os.PathLike):
         raise SpecError(f"images: is one path, {str(images)!r}. Give a list, such as sorted(glob('normal/*.png')).")
     if isinstance(images, Image.Image):
-        raise SpecError("images: is one picture. Give a list: [picture].")
+        raise SpecError("images: is a single PIL image. Give a list: [image].")
     if isinstance(images, np.ndarray) and images.dtype.kind not in "OUT":
         return _array_items(images)
     try:
@@ -154,9 +154,9 @@ def _items(images: Any) -> list[Any]:
 def _array_items(images: np.ndarray) -> list[Any]:
     shape = images.shape
     if len(shape) == 2 or (len(shape) == 3 and shape[2] == 3):
-        raise SpecError(f"images: has the shape {shape} of one image. Give images[None].")
+        raise SpecError(f"images: has shape {shape}, that of a single image. Give images[None].")
     if len(shape) == 4 and shape[3] != 3 and shape[1] == 3:
-        raise SpecError(f"images: has shape {shape}, colours first. Give images.transpose(0, 2, 3, 1).")
+        raise SpecError(f"images: has shape {shape}, channels first. Give images.transpose(0, 2, 3, 1).")
     if len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] != 3):
         raise SpecError(f"images: has shape {shape}. Give (N, H, W, 3) or (N, H, W).")
     if images.dtype != np.uint8:
@@ -192,14 +192,14 @@ def _labels(y: Any, count: int) -> list[int]:
     labels = np.asarray(y)
     if labels.shape != (count,):
         raise SpecError(f"y: has shape {labels.shape}. Give one label for each of the {count} images.")
-    strange = [value for value in labels.tolist() if value not in (0, 1)]
-    if strange:
-        raise SpecError(f"y: holds {strange[0]!r}. Give 0 for normal and 1 for anomalous images.")
+    invalid = [value for value in labels.tolist() if value not in (0, 1)]
+    if invalid:
+        raise SpecError(f"y: holds {invalid[0]!r}. Give 0 for normal and 1 for anomalous images.")
     return [int(value) for value in labels.tolist()]
 
 
 def _ppm(pixels: np.ndarray) -> bytes:
-    """Binary PPM (colour) or PGM (grey)."""
+    """Encodes pixels as binary PPM (colour) or PGM (grey)."""
     height, width = pixels.shape[:2]
     kind = b"P6" if pixels.ndim == 3 else b"P5"
     return b"%s %d %d 255\n" % (kind, width, height) + np.ascontiguousarray(pixels).tobytes()

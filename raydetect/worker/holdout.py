@@ -1,4 +1,4 @@
-"""Which normal images calibrate, set a scale or are collected: a function of their keys, whoever has read them."""
+"""Selects normal images to calibrate on, to set a scale or to collect, by their keys alone on any number of workers."""
 
 import torch
 
@@ -19,7 +19,7 @@ def normal_keys(cache: ImageCache) -> list[str]:
 
 
 def choose_images(keys: list[str], count: int, seed: int, group: Group, purpose: str = "collected") -> list[str]:
-    """Those among this worker's keys that are of the `count` images of all workers with the smallest keyed hash."""
+    """This worker's keys among the `count` images of all workers with the smallest keyed hash."""
     if count == 0:
         return []
     marks_I = marks_of(keys, seed, purpose)
@@ -28,38 +28,38 @@ def choose_images(keys: list[str], count: int, seed: int, group: Group, purpose:
 
 
 def drop_doubles(cache: ImageCache, group: Group) -> None:
-    """An image that two workers have read stays with the one of smaller rank."""
+    """Drops the images that a worker of smaller rank has also read."""
     keys = sorted(cache.images)
     marks_I = marks_of(keys, 0)
     before = group.gather(marks_I)[: group.rank]
     if before:
-        doubled = torch.isin(marks_I, torch.cat(before))
-        cache.forget([key for key, twice in zip(keys, doubled.tolist(), strict=True) if twice])
+        duplicates = torch.isin(marks_I, torch.cat(before))
+        cache.forget([key for key, duplicate in zip(keys, duplicates.tolist(), strict=True) if duplicate])
 
 
 def choose_holdout(keys: list[str], ratio: float, seed: int, group: Group, where: str) -> frozenset[str]:
-    """The share of all workers' normal images that calibrates: those with the smallest keyed hash; at least one.
+    """Selects the calibration images among the normal images of all workers: those with the smallest keyed hash.
 
     Args:
         keys: this worker's normal images.
-        ratio: share of all.
+        ratio: share of all normal images to select; at least one image is selected.
         seed: of the job.
         group: the workers.
         where: the source, for the message.
 
     Returns:
-        Those among `keys`.
+        The selected images among `keys`.
 
     Raises:
-        SpecError: fewer than two normal images in all.
+        SpecError: there are fewer than two normal images in total.
     """
     marks_I = marks_of(keys, seed)
-    everyone = torch.cat(group.gather(marks_I)).sort().values
-    if len(everyone) < 2:
+    all_marks = torch.cat(group.gather(marks_I)).sort().values
+    if len(all_marks) < 2:
         raise SpecError(
-            f"{where}: has {len(everyone)} usable normal image(s); one to fit and one to calibrate are needed. "
-            "Add images or state calibration.source."
+            f"{where}: has {len(all_marks)} usable normal image(s); at least one to fit and one to calibrate are "
+            "needed. Add images or set calibration.source."
         )
-    count = min(max(1, round(ratio * len(everyone))), len(everyone) - 1)
-    limit = int(everyone[count - 1])
+    count = min(max(1, round(ratio * len(all_marks))), len(all_marks) - 1)
+    limit = int(all_marks[count - 1])
     return frozenset(key for key, mark in zip(keys, marks_I.tolist(), strict=True) if mark <= limit)

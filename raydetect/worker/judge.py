@@ -1,4 +1,4 @@
-"""A loaded detector with what its calibration makes of scores; and the few of a fleet that stay loaded."""
+"""A loaded detector with the decision rule from its calibration, and a cache of a fleet's loaded detectors."""
 
 import gc
 import threading
@@ -15,16 +15,16 @@ from raydetect.worker.artifact import Artifact, DetectorSource
 
 
 class Decision:
-    """p-values, threshold and flags of image scores under one calibration and one flag rule."""
+    """Computes p-values, threshold and flags of image scores for one calibration and one flag rule."""
 
     def __init__(self, flag: FlagSpec, calibration: Calibration) -> None:
-        """Precomputes the threshold.
+        """Computes the threshold.
 
         Raises:
             SpecError: the calibration is too small for `flag.alpha`.
         """
         self._scores = np.asarray(calibration.scores, dtype=np.float64)
-        self._is_left_open = flag.fdr is not None
+        self._is_deferred = flag.fdr is not None
         if flag.smallest_p is None:
             assert flag.threshold is not None
             self._threshold = flag.threshold
@@ -33,24 +33,24 @@ class Decision:
 
     @property
     def threshold(self) -> float | None:
-        """Scores from here on are flagged; None when the whole archive decides."""
-        return None if self._is_left_open else self._threshold
+        """The lowest score that is flagged; None if flags depend on the whole archive (`fdr`)."""
+        return None if self._is_deferred else self._threshold
 
     def of(self, image_score: float) -> tuple[float, bool | None]:
-        """(p-value, flagged) of one image score; flagged is None when the whole archive decides."""
+        """(p-value, flagged) of one image score; flagged is None if it depends on the whole archive."""
         p_value = float(p_values(self._scores, np.asarray([image_score]))[0])
-        return p_value, None if self._is_left_open else self.may_flag(image_score)
+        return p_value, None if self._is_deferred else self.may_flag(image_score)
 
     def may_flag(self, image_score: float) -> bool:
-        """Whether an image is flagged, or may be: with `fdr` no p-value above the level ever is."""
+        """Whether an image is flagged or, with `fdr`, may be: a p-value above the level is never flagged."""
         return image_score >= self._threshold
 
 
 class Judge:
-    """One artifact at work: its detector on the device, its decision rule and the scale of its heatmaps."""
+    """An artifact loaded for scoring: its detector on the device, its decision rule and its heatmap scale."""
 
     def __init__(self, artifact: Artifact, flag: FlagSpec, device: torch.device) -> None:
-        """Moves the detector to the device.
+        """Moves the detector to the device and computes the decision rule.
 
         Raises:
             SpecError: the calibration is too small for `flag.alpha`.
@@ -64,20 +64,19 @@ class Judge:
 
 
 class Judges:
-    """Loads judges when they are needed and keeps those used last.
+    """Loads judges on demand and keeps the most recently used ones.
 
-    Threads may share it. A judge that a thread still uses when it is dropped stays in memory until that thread is
-    done with it.
+    Thread-safe. An evicted judge stays in memory until no thread uses it any more.
     """
 
     def __init__(self, source: DetectorSource, flag: FlagSpec, device: torch.device, limit: int) -> None:
-        """Loads what scores images without a category: an ordinary artifact at once, of a fleet nothing yet.
+        """Loads the detector for images without a category, if there is one; a fleet's detectors are loaded later.
 
         Args:
             source: of the artifacts.
-            flag: the job's rule.
+            flag: the job's flag rule.
             device: of the detectors.
-            limit: how many stay loaded, at least 1.
+            limit: maximum number of loaded judges, at least 1.
 
         Raises:
             ArtifactError, SpecError: the artifact cannot be loaded or does not fit the rule.
@@ -85,12 +84,12 @@ class Judges:
         self._source, self._flag, self._device, self._limit = source, flag, device, limit
         self._kept: OrderedDict[ArtifactRef, Judge] = OrderedDict()
         self._lock = threading.Lock()
-        alone = source.index.for_category(None)
-        if alone is not None:
-            self.get(alone)
+        default = source.index.for_category(None)
+        if default is not None:
+            self.get(default)
 
     def get(self, ref: ArtifactRef) -> Judge:
-        """The judge of an artifact; drops the least recently used one before it loads one too many.
+        """Returns the judge of an artifact; at the limit, evicts the least recently used one before loading.
 
         Raises:
             ArtifactError: the artifact is missing, damaged or was replaced.
@@ -100,7 +99,7 @@ class Judges:
             if found is None:
                 if len(self._kept) == self._limit:
                     self._kept.popitem(last=False)
-                    gc.collect()  # the traced graph of a backbone refers to itself, and would hold its weights for long
+                    gc.collect()  # the traced graph of a backbone is a reference cycle that would keep its weights
                 found = Judge(self._source.load(ref), self._flag, self._device)
                 self._kept[ref] = found
             self._kept.move_to_end(ref)

@@ -1,7 +1,7 @@
-"""The fit of one detector on images that are read: hold out, collect or train, calibrate, write the artifact.
+"""Fits one detector on decoded images: hold out, collect or train, calibrate, write the artifact.
 
-A collecting detector works on the images that its worker has read, a training one on all images, which the workers
-give to each other. What comes out is the same on any number of workers.
+A collecting detector processes the images its worker has read; a trained one needs all images, which the workers
+exchange. The result is the same for any number of workers.
 """
 
 import json
@@ -32,18 +32,18 @@ from raydetect.worker.scale import choose_scaling, set_scales
 from raydetect.worker.train import Trainer
 
 Tick = Callable[[str, int, int | None], None]
-"""Called with a phase's name, how much more of it is done, and the whole of all workers when known."""
+"""Progress callback: phase name, increment, and the total over all workers (None if unknown)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """A fitted detector that is not written yet.
+    """A fitted detector that has not been written yet.
 
     Attributes:
-        detector: fitted.
+        detector: the fitted detector.
         calibration: from held-out normal images.
-        facts: what else the artifact's record holds.
-        checkpoints: states that the commit of the artifact makes superfluous.
+        facts: other fields of the artifact's record.
+        checkpoints: training checkpoints to delete once the artifact is committed.
     """
 
     detector: Detector
@@ -54,19 +54,19 @@ class Fitted:
 
 @dataclass(slots=True)
 class OneFit:
-    """The fit of one detector on images that are read already.
+    """The fit of one detector on decoded images.
 
     Attributes:
         spec: the job.
-        uri: where the artifact goes; none = nowhere, and no states of a training are kept.
-        group: the workers that fit it.
+        uri: where the artifact is written; None = it is not written, and no training checkpoints are kept.
+        group: the workers that fit the detector.
         cache: this worker's images.
-        judged: this worker's images of a separate calibration archive; none = hold out a share of `cache`.
-        tick: told of progress.
+        judged: this worker's images from a separate calibration archive; None = hold out a share of `cache`.
+        tick: progress callback.
         device: torch device of this worker.
         where: the source, for messages.
-        phases: measured so far.
-        shared: whether every worker has all images already.
+        phases: measurements so far.
+        shared: whether every worker already holds all images.
     """
 
     spec: FitSpec
@@ -81,43 +81,45 @@ class OneFit:
     shared: bool = False
 
     def run(self, read: ReadFacts) -> FitReport | None:
-        """Fits, and on the first worker writes the artifact.
+        """Fits the detector; the first worker writes the artifact.
 
         Args:
-            read: what reading the source gave, for the record.
+            read: facts from reading the source, for the record.
 
         Returns:
-            On the first worker, what was made.
+            The report on the first worker, None on the others.
 
         Raises:
-            SpecError: too few images, or the detector cannot do what the job asks.
+            SpecError: too few images, or the detector does not support what the job asks for.
         """
         assert self.uri is not None
         fitted = self.fit(read)
         if self.group.rank:
             return None
         storage, name = Storage(self.spec.storage), self.spec.detector.name
-        made = save_artifact(self.uri, storage, name, fitted.detector, fitted.calibration, fitted.facts)
+        artifact_digest = save_artifact(self.uri, storage, name, fitted.detector, fitted.calibration, fitted.facts)
         for checkpoints in fitted.checkpoints:
             checkpoints.clear()
-        return FitReport(self.uri, made, fitted.facts)
+        return FitReport(self.uri, artifact_digest, fitted.facts)
 
     def fit(self, read: ReadFacts) -> Fitted:
-        """Fits, on every worker, and writes nothing but states of a training.
+        """Fits on every worker; writes nothing but training checkpoints.
 
         Raises:
-            SpecError: too few images, or the detector cannot do what the job asks.
+            SpecError: too few images, or the detector does not support what the job asks for.
         """
         storage = Storage(self.spec.storage)
-        detector, words = self._detector(storage)
+        detector, facts = self._detector(storage)
         detector.to(self.device)
-        kept: list[Checkpoints] = []
+        checkpoints: list[Checkpoints] = []
         with self.phases.phase("fit"):
             held_out = self._held_out()
             fit_keys = self._fit_keys(held_out, learns_from_labels(detector))
             counts = self._counts(fit_keys)
             self._require_labels(detector, fit_keys)
-            trained = [self._run_phases(part, number, fit_keys, storage, kept) for number, part in parts(detector)]
+            trained = [
+                self._run_phases(part, number, fit_keys, storage, checkpoints) for number, part in parts(detector)
+            ]
         if isinstance(detector, Ensemble):
             with self.phases.phase("scale"):
                 held_out = self._scale(detector, held_out, counts)
@@ -125,19 +127,19 @@ class OneFit:
             tick = self._ticker("calibrate", self._count(len(held_out)))
             calibration = calibrate(detector, self._judged(), held_out, self.spec.batch_size, self.group, tick)
         counts |= {"held_out": len(calibration.scores), "bad": read.bad}
-        words |= {
+        facts |= {
             **merged_facts(detector.facts(), trained),
             **measured_facts(self.spec, self.phases, self.group, counts),
             **read.plain(),
         }
-        return Fitted(detector, calibration, words, tuple(kept))
+        return Fitted(detector, calibration, facts, tuple(checkpoints))
 
     def _run_phases(
-        self, part: Detector, number: int | None, keys: list[str], storage: Storage, kept: list[Checkpoints]
+        self, part: Detector, number: int | None, keys: list[str], storage: Storage, checkpoints: list[Checkpoints]
     ) -> dict[str, Any]:
-        """Takes a detector, or one of an ensemble, through its phases; returns what a training tells."""
+        """Runs the phases of a detector or ensemble member; returns facts about its training."""
         name = "" if number is None else f"{self.spec.detector.members[number].name} {number + 1}: "
-        told: dict[str, Any] = {}
+        facts: dict[str, Any] = {}
         normal = [key for key in keys if self.cache.images[key].label != 1]
         if part.info.labels == "none":
             keys = normal
@@ -147,12 +149,12 @@ class OneFit:
             else:
                 trainer = self._trainer(part, number, keys, storage)
                 losses = trainer.run(self._on_first(f"{name}train epochs"))
-                told = {"losses": [round(x, 6) for x in losses], "resumed_epochs": trainer.resumed_epochs}
-                kept += [trainer.checkpoints] if trainer.checkpoints else []
-        return told
+                facts = {"losses": [round(x, 6) for x in losses], "resumed_epochs": trainer.resumed_epochs}
+                checkpoints += [trainer.checkpoints] if trainer.checkpoints else []
+        return facts
 
     def _scale(self, ensemble: Ensemble, held_out: list[str], counts: dict[str, int]) -> list[str]:
-        """Sets the common scale by some of the held-out images, and returns the others."""
+        """Sets the common scale from some of the held-out images and returns the others."""
         scaling, held_out = choose_scaling(held_out, self.spec.seed, self.group)
         counts["scaled"] = self._count(len(scaling))
         tick = self._ticker("scale", counts["scaled"] * len(ensemble.members))
@@ -160,7 +162,7 @@ class OneFit:
         return held_out
 
     def _detector(self, storage: Storage) -> tuple[Detector, dict[str, Any]]:
-        """The detector before it is fitted, and what the record says of where it comes from."""
+        """The detector before fitting, and the record's fields on its origin."""
         name = self.spec.detector.name
         fresh = build_from(self.spec.detector, self.spec.seed)
         if self.spec.extend is None:
@@ -170,7 +172,8 @@ class OneFit:
         changed += differences(earlier.record.body["detector"], name, "detector")
         if changed:
             raise SpecError(
-                f"{self.spec.extend}: was fitted otherwise ({'; '.join(changed)}). Extend it with the same detector."
+                f"{self.spec.extend}: was fitted with other settings ({'; '.join(changed)}). "
+                "Extend it with the same detector."
             )
         entry = {
             "artifact": earlier.record.uri,
@@ -181,7 +184,7 @@ class OneFit:
         return earlier.detector, {"weights": earlier.record.body["weights"], "lineage": lineage}
 
     def _held_out(self) -> list[str]:
-        """This worker's keys to calibrate on, sorted."""
+        """This worker's calibration keys, sorted."""
         if self.judged is not None:
             return normal_keys(self.judged)
         ratio, seed = self.spec.calibration.holdout_ratio, self.spec.seed
@@ -189,10 +192,9 @@ class OneFit:
 
     def _fit_keys(self, held_out: list[str], with_labels: bool) -> list[str]:
         """This worker's keys to fit on, sorted; anomalous images only for detectors that learn from labels."""
-        apart = set(held_out) if self.judged is None else set()
-        normal = normal_keys(self.cache)
-        found = list(self.cache.images) if with_labels else normal
-        return sorted(set(found) - apart)
+        excluded = set(held_out) if self.judged is None else set()
+        usable = list(self.cache.images) if with_labels else normal_keys(self.cache)
+        return sorted(set(usable) - excluded)
 
     def _counts(self, fit_keys: list[str]) -> dict[str, int]:
         images = self.cache.images
@@ -205,9 +207,9 @@ class OneFit:
             anomalous = self._count(sum(self.cache.images[key].label == 1 for key in fit_keys))
             if not anomalous:
                 raise SpecError(
-                    f"{self.where}: {self.spec.detector.title} learns from some anomalous images, and none of "
-                    f"{self._count(len(fit_keys))} is labelled so. Add some, and let {{defect}} or {{label}} of "
-                    "source.pattern, a sidecar or a label column tell them."
+                    f"{self.where}: {self.spec.detector.title} needs labelled anomalous images, and none of "
+                    f"{self._count(len(fit_keys))} is labelled anomalous. Add some, and label them by {{defect}} or "
+                    "{label} in source.pattern, a sidecar or a label column."
                 )
 
     def _judged(self) -> ImageCache:
@@ -233,17 +235,17 @@ class OneFit:
         detector.finish(state, self._on_first(f"{name}finish"))
 
     def _trainer(self, detector: Detector, number: int | None, keys: list[str], storage: Storage) -> Trainer:
-        """Gives every worker all images, and finds the states of an earlier, killed start."""
+        """Gives every worker all images and finds the checkpoints of an earlier run that was killed."""
         if not self.shared:
             self.cache.share(self.group, lambda _: True)
             self.shared = True
         texts = self.group.gather_bytes(json.dumps(keys).encode())
-        everyone = sorted(key for text in texts for key in json.loads(text))
-        name = digest({"spec": result_words(public_spec(self.spec)), "keys": everyone, "member": number})[:16]
+        all_keys = sorted(key for text in texts for key in json.loads(text))
+        name = digest({"spec": result_words(public_spec(self.spec)), "keys": all_keys, "member": number})[:16]
         checkpoints = None
         if self.uri is not None:
             checkpoints = Checkpoints(join_uri(self.uri, f"training-{name}"), storage, self.spec.checkpoint_epochs)
-        return Trainer(detector, self.cache, everyone, self.group, self.spec.precision, checkpoints)
+        return Trainer(detector, self.cache, all_keys, self.group, self.spec.precision, checkpoints)
 
     def _count(self, here: int) -> int:
         return int(self.group.sum(torch.tensor([here]))[0])
@@ -252,5 +254,5 @@ class OneFit:
         return lambda done: self.tick(phase, done, total)
 
     def _on_first(self, phase: str) -> Callable[[int, int], None]:
-        """Progress that all workers make together: the first one tells it."""
+        """Progress callback of a step that all workers do together; only the first one reports it."""
         return lambda done, total: None if self.group.rank else self.tick(phase, done, total)

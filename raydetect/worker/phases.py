@@ -1,4 +1,4 @@
-"""Seconds, peak memory and threads of the phases of a fit."""
+"""Time and peak memory of the phases of a fit, and the number of torch threads."""
 
 import resource
 import time
@@ -15,7 +15,7 @@ from raydetect.spec import FitSpec, public_spec
 
 @dataclass(slots=True)
 class Phases:
-    """Seconds, and the peak memory of this process up to the end, of each phase."""
+    """Seconds of each phase, and this process's peak memory at its end."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
@@ -23,13 +23,13 @@ class Phases:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Measures one phase."""
-        begun = time.perf_counter()
+        started = time.perf_counter()
         yield
-        self.seconds[name] = round(time.perf_counter() - begun, 3)
+        self.seconds[name] = round(time.perf_counter() - started, 3)
         self.peak_bytes[name] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
     def over(self, group: Group) -> dict[str, dict[str, float]]:
-        """The largest of all workers."""
+        """The maximum over all workers."""
         names = list(self.seconds)
         here = torch.tensor([[self.seconds[n], float(self.peak_bytes[n])] for n in names], dtype=torch.float64)
         most = group.max(here)
@@ -40,7 +40,7 @@ class Phases:
 
 
 def measured_facts(spec: FitSpec, phases: Phases, group: Group, counts: Mapping[str, int]) -> dict[str, Any]:
-    """What the record tells of how a fit went; `counts` are images by what was done with them."""
+    """The record's fields on how a fit went; `counts` is the number of images by their use."""
     measured = phases.over(group)
     rate = counts["held_out"] / max(measured["seconds"]["calibrate"], 1e-9) / group.size
     return {
@@ -53,16 +53,16 @@ def measured_facts(spec: FitSpec, phases: Phases, group: Group, counts: Mapping[
 
 
 def merged_facts(facts: Mapping[str, Any], trained: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What a detector measured, with what its training told; for an ensemble, member by member."""
+    """Merges the facts of a detector with those of its training; for an ensemble, member by member."""
     if "members" not in facts:
         return {**trained[0], **facts}
-    members = [{**told, **own} for told, own in zip(trained, facts["members"], strict=True)]
+    members = [{**training, **own} for training, own in zip(trained, facts["members"], strict=True)]
     return {**facts, "members": members}
 
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """Sets torch's CPU threads while the block runs, and puts them back."""
+    """Sets the number of torch's CPU threads for the block and restores it afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

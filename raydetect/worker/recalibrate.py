@@ -1,7 +1,7 @@
-"""New thresholds for a fitted artifact: normal images that it has not seen are scored, nothing is fitted.
+"""Recalibrates a fitted artifact: scores normal images it has not seen to set new thresholds, without fitting.
 
-The new artifact has the tensors of the old one and a record that names it (`lineage`). A fleet gets a new calibration
-for every category, from images of that category.
+The new artifact has the tensors of the old one and a record that refers to it (`lineage`). A fleet gets a new
+calibration for every category, from images of that category.
 """
 
 from collections.abc import Iterable
@@ -31,14 +31,14 @@ from raydetect.worker.read import refuse_bad_member
 
 @dataclass(frozen=True, slots=True)
 class Recalibrated:
-    """What was made.
+    """The result of a recalibration.
 
     Attributes:
         uri: of the new artifact.
-        digest: its digest.
-        held_out: calibration images by category; under None those of an ordinary artifact.
-        before: likewise of the old artifact.
-        bad: images that could not be used.
+        digest: of the new artifact.
+        held_out: number of calibration images by category; the key is None for an artifact that is not a fleet.
+        before: the same numbers for the old artifact.
+        bad: number of images that could not be used.
     """
 
     uri: str
@@ -50,7 +50,7 @@ class Recalibrated:
 
 @dataclass(slots=True)
 class _Images:
-    """Decoded images by category, each at the size of its detector."""
+    """Decoded images by category, each at its detector's input size."""
 
     caches: dict[str | None, ImageCache]
     found: ReadImages = field(default_factory=ReadImages)
@@ -60,9 +60,9 @@ def recalibrate(spec: CalibrateSpec, chunks: Iterable[Chunk], tick: Tick, device
     """Scores the images of the source and writes the artifact with the new calibration.
 
     Raises:
-        SpecError: a category has no image, or the detector was fitted on this source.
+        SpecError: a category has no normal image, or the detector was fitted on this source.
         ArtifactError: the artifact is missing or damaged.
-        TooManyBadRows: too many images are bad; nothing is written.
+        TooManyBadRows: too many images are bad; nothing is digests.
         CalibrationError: a score is not finite.
     """
     torch.set_num_threads(spec.resources.cpus_per_worker)
@@ -72,33 +72,35 @@ def recalibrate(spec: CalibrateSpec, chunks: Iterable[Chunk], tick: Tick, device
     refuse_fitted(spec, records.values())
     images = _read(spec, index, records, chunks, tick)
     bad = images.found.judge(Group(), spec.max_bad_fraction, ", ".join(spec.source.uris())).bad
-    made = {name: _new_calibration(spec, record, images.caches[name], tick, device) for name, record in records.items()}
-    written = {
-        name: _write(spec, record, made[name], uri if name is None else member_uri(uri, name), bad)
+    calibrations = {
+        name: _new_calibration(spec, record, images.caches[name], tick, device) for name, record in records.items()
+    }
+    digests = {
+        name: _write(spec, record, calibrations[name], uri if name is None else member_uri(uri, name), bad)
         for name, record in records.items()
     }
-    members = {name: digest for name, digest in written.items() if name is not None}
-    made_digest = write_fleet(uri, storage, members, index.body) if members else written[None]
-    held_out = {name: len(calibration.scores) for name, calibration in made.items()}
+    members = {name: digest for name, digest in digests.items() if name is not None}
+    new_digest = write_fleet(uri, storage, members, index.body) if members else digests[None]
+    held_out = {name: len(calibration.scores) for name, calibration in calibrations.items()}
     before = {name: len(record.calibration.scores) for name, record in records.items()}
-    return Recalibrated(uri, made_digest, held_out, before, bad)
+    return Recalibrated(uri, new_digest, held_out, before, bad)
 
 
 def refuse_fitted(spec: CalibrateSpec, records: Iterable[ArtifactRecord]) -> None:
-    """Images that a detector was fitted on score too low to calibrate it.
+    """Refuses a source that a detector was fitted on, as its images score too low for a calibration.
 
     Raises:
-        SpecError: a URI of the source is one that it was fitted on.
+        SpecError: a detector was fitted on one of the source's URIs.
     """
-    mine = {normalise_uri(uri).rstrip("/") for uri in spec.source.uris()}
+    uris = {normalise_uri(uri).rstrip("/") for uri in spec.source.uris()}
     for record in records:
         source = record.body.get("spec", {}).get("source", {}).get("uri", [])
         fitted = [source] if isinstance(source, str) else source
-        both = sorted(mine & {normalise_uri(uri).rstrip("/") for uri in fitted})
-        if both:
+        common = sorted(uris & {normalise_uri(uri).rstrip("/") for uri in fitted})
+        if common:
             raise SpecError(
-                f"source.uri: the detector was fitted on {both[0]}, and p-values hold only for images that it has not "
-                "seen. Name other normal images."
+                f"source.uri: the detector was fitted on {common[0]}, and p-values are valid only for images it has "
+                "not seen. Use other normal images."
             )
 
 
@@ -142,7 +144,7 @@ def _new_calibration(
 ) -> Calibration:
     keys = normal_keys(cache)
     if not keys:
-        raise SpecError(f"{record.uri}: no normal image of the source is there to calibrate it. Add some.")
+        raise SpecError(f"{record.uri}: the source has no normal image to calibrate it on. Add some.")
     detector = load_artifact(record.uri, Storage(spec.storage)).detector.to(device)
     return calibrate(detector, cache, keys, spec.batch_size, Group(), lambda done: tick("calibrate", done, None))
 

@@ -1,7 +1,7 @@
-"""Puts the members of an ensemble on a common scale, by some of the held-out normal images.
+"""Puts the members of an ensemble on a common scale, from some of the held-out normal images.
 
-They are other images than those that set the threshold: a score that was scaled by an image is not exchangeable with
-the score of a new one, and p-values would no longer be honest.
+These images do not set the threshold as well: the score of an image that set the scale is not exchangeable with the
+score of a new one, and p-values would no longer be valid.
 """
 
 from collections.abc import Callable
@@ -19,23 +19,23 @@ from raydetect.worker.holdout import choose_images
 from raydetect.worker.preprocess import Pixels
 from raydetect.worker.score import score_batches
 
-MOST_IMAGES, LEAST_IMAGES = 64, 2  # a median over 64 images is within a sixth of a deviation
+MOST_IMAGES, LEAST_IMAGES = 64, 2  # a median of 64 has a standard error of a sixth of a deviation
 
 
 def choose_scaling(keys: list[str], seed: int, group: Group) -> tuple[list[str], list[str]]:
-    """(those that set the scale, those that set the threshold) among this worker's held-out images.
+    """Splits this worker's held-out images into (those that set the scale, those that set the threshold).
 
-    By keyed hash: at most half of all workers' images and at most `MOST_IMAGES` set the scale.
+    The split is by keyed hash: at most half of all workers' images and at most `MOST_IMAGES` set the scale.
 
     Raises:
-        SpecError: there are too few.
+        SpecError: there are too few held-out images.
     """
     total = int(group.sum(torch.tensor([len(keys)]))[0])
     count = min(MOST_IMAGES, total // 2)
     if count < LEAST_IMAGES:
         raise SpecError(
-            f"an ensemble needs at least {2 * LEAST_IMAGES} held-out normal images, some for the scale of its members "
-            f"and others for the threshold; there are {total}. Add images or raise holdout_ratio."
+            f"an ensemble needs at least {2 * LEAST_IMAGES} held-out normal images, some to scale its members and "
+            f"others to set the threshold; there are {total}. Add images or raise holdout_ratio."
         )
     chosen = set(choose_images(keys, count, seed, group, "scale"))
     return sorted(chosen), [key for key in keys if key not in chosen]
@@ -44,10 +44,10 @@ def choose_scaling(keys: list[str], seed: int, group: Group) -> tuple[list[str],
 def set_scales(
     ensemble: Ensemble, cache: ImageCache, keys: list[str], batch_size: int, group: Group, tick: Callable[[int], None]
 ) -> None:
-    """Every member scores the images of `keys` on every worker; the scores of all make its scale.
+    """Sets each member's scale from its scores of the images in `keys` on all workers.
 
     Raises:
-        CalibrationError: a member's score is not finite, or the same for all images.
+        CalibrationError: a member's score is not finite, or is the same for all images.
     """
     scales = []
     for spec, member in zip(ensemble.params.members, ensemble.members, strict=True):
@@ -57,7 +57,7 @@ def set_scales(
         scale = Scale.of(measured_M3)
         if scale.spread <= 0 or (member.info.localises and scale.map_spread <= 0):
             raise CalibrationError(
-                f"{spec.name}: scores all held-out normal images alike, so nothing tells its scale. Leave it out of "
+                f"{spec.name}: scores all held-out normal images the same, so its scale is undefined. Remove it from "
                 "the ensemble, or add normal images that differ."
             )
         scales.append(scale)
@@ -67,7 +67,7 @@ def set_scales(
 def _measure(
     member: Detector, cache: ImageCache, keys: list[str], batch_size: int, tick: Callable[[int], None]
 ) -> torch.Tensor:
-    """Image score, median pixel and highest pixel of every image, (M, 3) float64."""
+    """Image score, median and maximum of the anomaly map for every image, (M, 3) float64."""
     pixels = (Pixels(cache.pixels([key])[0]) for key in keys)
     rows = []
     for scored in score_batches(member, pixels, batch_size):

@@ -1,4 +1,4 @@
-"""A deliberate error of one worker becomes the error of all, so that none waits for a worker that gave up."""
+"""Raises one worker's error on all workers, so that the others do not wait for a worker that has stopped."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,11 +9,11 @@ from raydetect.errors import RaydetectError, error_of, error_text
 
 @contextmanager
 def shared_errors(group: Group) -> Iterator[None]:
-    """Every worker runs the block; no collective may be inside it.
+    """Runs the block on every worker and raises any worker's error on all; the block must contain no collective.
 
     Raises:
-        RaydetectError: the block of some worker raised it; of several, that of the smallest rank. Its kind and its
-            message are the same on all.
+        RaydetectError: the block raised it on some worker; if on several, the error of the smallest rank. Type and
+            message are the same on all workers.
     """
     own: RaydetectError | None = None
     try:

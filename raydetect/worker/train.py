@@ -1,9 +1,9 @@
-"""Training a gradient detector on one or several workers: the same global batches whatever their number.
+"""Trains a gradient-based detector on one or several workers, with the same global batches for any number of workers.
 
-Every worker holds all images; of each global batch it takes every size-th, gradients are averaged by
-DistributedDataParallel, and batch norms see the whole batch. The order is keyed by seed and epoch, and an epoch is
-cut into batches of nearly equal size, so none is too small for the workers. Learning rates are a function of the
-epochs done, so that a training that goes on needs no more than tensors.
+Every worker holds all images and takes every size-th image of each global batch; gradients are averaged by
+DistributedDataParallel, and batch norms see the whole batch. The order depends on seed and epoch only, and an epoch
+is split into batches of nearly equal size, so that none is too small for the workers. Learning rates are a function
+of the completed epochs, so resuming needs only tensors.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ class TrainingDiverged(RaydetectError):
 
 
 class _Loss(nn.Module):
-    """A detector's loss as a module, whose parameters DistributedDataParallel watches."""
+    """A detector's loss as a module, so that DistributedDataParallel can wrap its parameters."""
 
     def __init__(self, detector: Detector, module: nn.Module) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class _Loss(nn.Module):
 
 @dataclass(slots=True)
 class Trainer:
-    """One worker's part of a training.
+    """One worker's part of a training run.
 
     Attributes:
         detector: with weights loaded.
@@ -51,8 +51,8 @@ class Trainer:
         keys: images to train on, the same on every worker.
         group: the workers.
         precision: "float32" or "bfloat16" (autocast).
-        checkpoints: where states are kept; none = nowhere.
-        resumed_epochs: how many epochs an earlier start had done.
+        checkpoints: where checkpoints are checkpoint; None = nowhere.
+        resumed_epochs: number of epochs that were restored from a checkpoint.
     """
 
     detector: Detector
@@ -67,19 +67,19 @@ class Trainer:
         """Trains to the end and returns the mean loss of every epoch.
 
         Args:
-            tick: told how many more epochs are done, and of how many.
+            tick: called with the number of newly completed epochs and the total.
 
         Raises:
             TrainingDiverged: a loss is not finite.
             SpecError: a batch has fewer images than there are workers.
         """
         plan = self.detector.begin_training(len(self.keys))
-        kept = self.checkpoints.last() if self.checkpoints else None
-        losses = [] if kept is None else kept.losses
+        checkpoint = self.checkpoints.last() if self.checkpoints else None
+        losses = [] if checkpoint is None else checkpoint.losses
         self.resumed_epochs = len(losses)
-        rates = [float(words["lr"]) for words in plan.optimizer.param_groups]
-        if kept is not None:
-            kept.restore(plan.module, plan.optimizer)
+        rates = [float(param_group["lr"]) for param_group in plan.optimizer.param_groups]
+        if checkpoint is not None:
+            checkpoint.restore(plan.module, plan.optimizer)
         tick(len(losses), plan.epochs)
         loss_of = self._loss_module(plan)
         with shared_batch_norm(plan.module) if self.group.size > 1 else nullcontext():
@@ -107,8 +107,8 @@ class Trainer:
         batches, drawn = self._batches(plan, epoch), 0
         for number, keys in enumerate(batches):
             factor = plan.rate(epoch + number / len(batches))
-            for words, rate in zip(plan.optimizer.param_groups, rates, strict=True):
-                words["lr"] = rate * factor
+            for param_group, rate in zip(plan.optimizer.param_groups, rates, strict=True):
+                param_group["lr"] = rate * factor
             mine = keys[self.group.rank :: self.group.size]
             share = len(mine) / len(keys)
             draws = range(drawn, drawn + len(keys))[self.group.rank :: self.group.size]
@@ -126,13 +126,13 @@ class Trainer:
             batches = even_batches(shuffled(self.keys, self.detector.seed, epoch), plan.batch_size)
         if min(map(len, batches)) < self.group.size:
             raise SpecError(
-                f"{len(self.keys)} images in batches of {plan.batch_size} leave fewer than one for each of "
+                f"{len(self.keys)} images in batches of {plan.batch_size} leave a batch with fewer images than the "
                 f"{self.group.size} workers. Lower resources.num_workers."
             )
         return batches
 
     def _step(self, plan: TrainingPlan, loss_of: nn.Module, piece: Any, share: float, epoch: int) -> float:
-        """One optimizer step; the loss over the images of all workers, of which this one has `share`."""
+        """Takes one optimizer step; returns the loss over the images of all workers, of which this one has `share`."""
         with self._autocast():
             loss = loss_of(piece)
         value = float(self.group.sum(loss.detach().double().cpu() * share))
@@ -152,7 +152,7 @@ class Trainer:
 
 
 def even_batches(keys: list[str], batch_size: int) -> list[list[str]]:
-    """Consecutive batches of at most `batch_size`, whose lengths differ by one at most; the smaller ones last."""
+    """Splits keys into consecutive batches of at most `batch_size`; sizes differ by at most one, smaller ones last."""
     count = -(-len(keys) // batch_size)
     least, longer = divmod(len(keys), count)
     batches, start = [], 0

@@ -1,14 +1,14 @@
-"""One device, two kinds of work: people who wait go before archives."""
+"""Shares one device between two kinds of work: online requests take priority over archives."""
 
 import threading
 from types import TracebackType
 
 
 class Turns:
-    """A lock with two doors. Whoever holds it keeps it; among those who wait, `online` goes first."""
+    """A lock with two doors. The holder is never interrupted; of the waiting threads, `online` goes first."""
 
     def __init__(self) -> None:
-        """Free."""
+        """Creates an unlocked lock."""
         self._condition = threading.Condition()
         self._held = False
         self._online_waiting = 0
@@ -16,7 +16,7 @@ class Turns:
         self.bulk = Door(self, False)
 
     def take(self, online: bool) -> None:
-        """Waits for the turn."""
+        """Acquires the lock, waiting if needed."""
         with self._condition:
             self._online_waiting += online
             while self._held or (not online and self._online_waiting):
@@ -25,17 +25,17 @@ class Turns:
             self._held = True
 
     def give(self) -> None:
-        """Ends the turn."""
+        """Releases the lock."""
         with self._condition:
             self._held = False
             self._condition.notify_all()
 
 
 class Door:
-    """One way into `Turns`, as a context manager."""
+    """A context manager that acquires `Turns` with one priority."""
 
     def __init__(self, turns: Turns, online: bool) -> None:
-        """`online` goes first."""
+        """Creates a door; `online` has priority."""
         self._turns, self._online = turns, online
 
     def __enter__(self) -> None:

@@ -1,4 +1,4 @@
-"""Detectors kept warm in one process: single images now, chunks of an archive meanwhile, by the same Scorer as jobs."""
+"""Keeps detectors loaded in one process, to score single images and archive chunks with the same Scorer as jobs."""
 
 import threading
 import weakref
@@ -22,14 +22,14 @@ SCORERS_KEPT = 8
 
 
 class SharedDetectors:
-    """The detectors of one index, each in memory once however many scorers use it.
+    """The detectors of one index, each loaded once and shared by all scorers.
 
-    A detector is loaded while nothing is scored: to cut a backbone, torch.fx replaces how modules are called, for all
-    threads of the process.
+    Detectors are loaded while nothing is scored: to truncate a backbone, torch.fx patches module calls in all threads
+    of the process.
     """
 
     def __init__(self, index: ArtifactIndex, storage: Storage, turns: Turns) -> None:
-        """Loads nothing yet."""
+        """Creates the cache; nothing is loaded yet."""
         self._turn = turns.online
         self._stored = StoredDetectors(index, storage)
         self._detectors: weakref.WeakValueDictionary[ArtifactRef, Detector] = weakref.WeakValueDictionary()
@@ -38,11 +38,11 @@ class SharedDetectors:
 
     @property
     def index(self) -> ArtifactIndex:
-        """Answers which artifact scores which category."""
+        """Maps each category to the artifact that scores it."""
         return self._stored.index
 
     def load(self, ref: ArtifactRef) -> Artifact:
-        """The artifact of a ref of the index.
+        """Returns the artifact of a ref in the index.
 
         Raises:
             ArtifactError: it is missing or damaged, or was replaced since the index was read.
@@ -59,7 +59,7 @@ class SharedDetectors:
 
 @dataclass(slots=True)
 class Warm:
-    """One artifact or fleet at work: scorers of several rules around the same detectors."""
+    """An artifact or fleet loaded for scoring: one scorer for each set of rules, sharing the same detectors."""
 
     detectors: SharedDetectors
     device: str
@@ -68,11 +68,11 @@ class Warm:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def answer(self, members: Sequence[Member], heatmaps: Sequence[Heatmaps], spec: ScoreSpec) -> list[Answer]:
-        """Scores single images, which go before the chunks of archives.
+        """Scores single images, ahead of archive chunks.
 
         Args:
             members: encoded images.
-            heatmaps: when each gets one.
+            heatmaps: heatmap setting of each image.
             spec: the rules; see `gateway.rules`.
 
         Raises:
@@ -83,7 +83,7 @@ class Warm:
         return [Answer(replace(row, chunk=""), result.pictures.get(i)) for i, row in enumerate(result.rows)]
 
     def warm_up(self, spec: ScoreSpec) -> None:
-        """Loads an ordinary artifact, so that the first image does not wait for it; of a fleet nothing.
+        """Loads a single artifact, so that the first image does not wait for it; loads nothing for a fleet.
 
         Raises:
             ArtifactError, SpecError: the artifact cannot be loaded or does not fit `flag`.
@@ -91,11 +91,11 @@ class Warm:
         self._scorer(spec, self.turns.online)
 
     def score_chunk(self, chunk: Chunk, spec: ScoreSpec) -> ChunkResult:
-        """Scores a chunk of an archive, while no single image waits.
+        """Scores a chunk of an archive while no single image is waiting.
 
         Raises:
             ArtifactError, SpecError: the artifact cannot be loaded or does not fit `flag`.
-            BadMemberError: an image is bad and the source says `on_bad_member: fail`.
+            BadMemberError: an image is bad and the source has `on_bad_member: fail`.
         """
         return self._scorer(spec, self.turns.bulk).score_chunk(chunk)
 

@@ -200,11 +200,13 @@ def test_a_fit_without_a_labelled_anomalous_image_is_refused_in_one_sentence() -
     pack("memory://both", "", [*NORMAL, *SPOILT], 1)
     for spec in (job("loose", PATTERN), job("both", None)):
         (sentence,) = find_problems(spec)
-        assert sentence.startswith("source.pattern: devnet learns from some anomalous images, and no path tells of one")
+        assert sentence.startswith("source.pattern: devnet needs labelled anomalous images, and no path is labelled")
     assert find_problems(job("both", PATTERN)) == [] == find_problems(job("packed", PATTERN))
     assert find_problems(job("loose", PATTERN, detector={"name": "riad"})) == []
     for place in ("loose", "packed"):
-        with pytest.raises(SpecError, match="devnet learns from some anomalous images, and none of 5 is labelled so"):
+        with pytest.raises(
+            SpecError, match="devnet needs labelled anomalous images, and none of 5 is labelled anomalous"
+        ):
             local.fit(job(place, PATTERN), lambda *_: None)
     facts = local.fit(job("both", PATTERN), lambda *_: None).facts
     assert facts["images"] == {"fitted": 8, "held_out": 1, "labelled_anomalous_left_out": 0, "bad": 0}
@@ -215,8 +217,8 @@ def test_every_category_of_a_fleet_needs_one() -> None:
     pack("memory://two", "", [*NORMAL, *SPOILT, *other], 1)
     spec = job("two", PATTERN, per_category=True)
     (sentence,) = find_problems(spec)
-    assert "no path of category 'gadget' tells of one" in sentence
-    with pytest.raises(SpecError, match=r"category 'gadget': .*none of 5 is labelled so"):
+    assert "no path of category 'gadget' is labelled" in sentence
+    with pytest.raises(SpecError, match=r"category 'gadget': .*none of 5 is labelled anomalous"):
         local.fit(spec, lambda *_: None)
     pack("memory://two", "", [(name.replace("widget", "gadget"), data) for name, data in SPOILT], 1)
     assert find_problems(spec) == [] and local.fit(spec, lambda *_: None).facts["categories"] == 2
@@ -226,9 +228,7 @@ def test_in_python_labels_are_given_beside_the_images() -> None:
     words = {**CASE.sized(), "hidden_dims": [128, 64], "margin": 5.0, "epochs": 1, "steps_per_epoch": 2}
     images = IMAGES.permute(0, 2, 3, 1).numpy()
     for y in (None, [0] * 8):
-        with pytest.raises(
-            SpecError, match=r"devnet: learns from some anomalous images\. Call fit\(images, y=labels\)"
-        ):
+        with pytest.raises(SpecError, match=r"devnet: needs labelled anomalous images\. Call fit\(images, y=labels\)"):
             create_model("devnet", "smoke", **words).fit(images, y)
     with pytest.raises(SpecError, match="usable normal image"):
         create_model("devnet", "smoke", **words).fit(images, [1] * 8)
