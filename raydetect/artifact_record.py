@@ -27,6 +27,7 @@ FORMATS = {"detector": FORMAT_VERSION, "fleet": 2}
 RECORD = "artifact.json"
 MAX_SIDE_PX = 16_384
 MAX_REASON = 200
+MAX_FLOAT32 = 3.4028234663852886e38  # scores and maps are float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +56,7 @@ def _ascending(scores: tuple[float, ...]) -> tuple[float, ...]:
     return scores
 
 
-Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Finite = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-MAX_FLOAT32, le=MAX_FLOAT32)]
 Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 63)]
 Positive = Annotated[int, Field(strict=True, gt=0, lt=1 << 63)]
 Side = Annotated[int, Field(strict=True, gt=0, le=MAX_SIDE_PX)]
@@ -133,6 +134,12 @@ class RecordShape:
     packages: Mapping[str, str] = field(default_factory=dict)
     lineage: tuple[Mapping[str, Any], ...] = ()
     members: tuple[Mapping[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuses a calibration of which some scores were lost."""
+        count, noted = len(self.calibration.scores), self.images.get("held_out")
+        if noted not in (None, count):
+            raise ValueError(f"images.held_out is {noted}, and calibration.scores has {count}")
 
 
 @dataclass(frozen=True, slots=True)

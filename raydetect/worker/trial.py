@@ -37,7 +37,8 @@ def load_checked(detector: Detector, tensors: Mapping[str, Tensor], place: str, 
                 detector.score(torch.zeros((1, 3, height, width), dtype=torch.uint8, device=detector.device))
             _tried.add(digest)
     except ArtifactError as error:
-        raise ArtifactError(f"{place}: {str(error).removeprefix(f'{place}: ')}") from None
+        said = str(error).removeprefix(f"{place}: ").removeprefix("the artifact: ").removesuffix(" Fit again.")
+        raise ArtifactError(f"{place}: {said} Fit again.") from None
     except Exception as error:  # torch has many kinds for what does not fit
         reason = " ".join(str(error).split())[:REASON] or type(error).__name__
         raise ArtifactError(

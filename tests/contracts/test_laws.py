@@ -18,6 +18,7 @@ from raydetect.detectors._registry import build_detector, detector_class, list_m
 from raydetect.errors import ArtifactError, RaydetectError, SpecError
 from raydetect.storage import Storage
 from raydetect.worker.artifact import load_artifact, save_artifact
+from raydetect.worker.trial import load_checked
 from tests.contracts import cases
 from tests.contracts.cases import CASES, SIZE_PX, Case
 
@@ -245,6 +246,23 @@ def test_a_missing_tensor_is_named(case: Case) -> None:
     detector = case.build()
     with pytest.raises(ArtifactError, match=r"has no tensor|misses"):
         detector.load_tensors(tensors)
+
+
+def _others(value: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A tensor of another type, of another shape, and with a value that is not finite."""
+    yield value.double() if value.dtype != torch.float64 else value.float()
+    yield value[..., : value.shape[-1] // 2] if value.ndim and value.shape[-1] > 1 else value[None]
+    if value.is_floating_point():
+        yield torch.full_like(value, torch.inf)
+
+
+def test_tensors_of_another_kind_are_refused_before_it_scores(case: Case) -> None:
+    tensors = dict(fitted(case).tensors())
+    load_checked(case.build(), tensors, "its file", f"{case.id}, whole")
+    kinds = {name.partition(".")[0]: name for name in sorted(tensors)}  # one of each network, and what is none
+    for number, (name, other) in enumerate((n, other) for n in kinds.values() for other in _others(tensors[n])):
+        with pytest.raises(ArtifactError, match=r"^its file: .*Fit again\.$"):
+            load_checked(case.build(), {**tensors, name: other}, "its file", f"{case.id}, {number}")
 
 
 @pytest.mark.parametrize("size", [(32, 32), (65, 97), (33, 40), (200, 48)])
