@@ -17,16 +17,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import Tensor
 
-from raydetect import local
-from raydetect.artifact_record import read_record
-from raydetect.cli import main
+from raydetect.artifacts.fleet import member_uri
+from raydetect.artifacts.record import read_record
+from raydetect.artifacts.store import load_artifact
+from raydetect.cli.main import main
 from raydetect.errors import ArtifactError, SpecError, StorageError
-from raydetect.fleet_record import member_uri
-from raydetect.plan import ScorePlan, plan_score
+from raydetect.local import jobs
+from raydetect.planning.plan import ScorePlan, plan_score
 from raydetect.storage import Storage
-from raydetect.worker.artifact import load_artifact
-from tests.made.archives import mixed_files, normal_files, pack
-from tests.test_local import FIT, SCORE, fit, rows, spec_of
+from tests.builders.archives import mixed_files, normal_files, pack
+from tests.local.test_local import FIT, SCORE, fit, rows, spec_of
 
 ARTIFACT = "memory://data/artifact"
 RECORD = f"{ARTIFACT}/artifact.json"
@@ -89,7 +89,7 @@ def planned() -> ScorePlan:
 
 def scored() -> list[tuple[Any, ...]]:
     plan = planned()
-    local.score(plan, lambda *_: None)
+    jobs.score(plan, lambda *_: None)
     return [tuple(row[name] for name in ("key", "image_score", "p_value", "flagged")) for row in rows(plan)]
 
 
@@ -159,18 +159,18 @@ def _expected(stored: Files) -> list[tuple[Any, ...]]:
     ],
 )
 def test_a_calibration_that_cannot_be_is_refused_when_the_job_is_planned(
-    stored: Files, change: Callable[[dict[str, Any]], object], said: str, tmp_path: Path
+    stored: Files, change: Callable[[dict[str, Any]], object], message: str, tmp_path: Path
 ) -> None:
     body = body_of(stored)
     change(body["calibration"])
     rewrite(body)
     with pytest.raises(ArtifactError) as caught:
         planned()
-    assert said in str(caught.value) and "artifact.json: is damaged or foreign (" in str(caught.value)
+    assert message in str(caught.value) and "artifact.json: is damaged or foreign (" in str(caught.value)
     (tmp_path / "job.yaml").write_text(yaml.safe_dump({**SCORE, "flag": {"alpha": 0.2}}))
     for words in (["check"], ["score", "--local"], ["plan"]):
         ended = CliRunner().invoke(main, [*words, str(tmp_path / "job.yaml")])
-        assert ended.exit_code == 2 and said in ended.output, ended.output
+        assert ended.exit_code == 2 and message in ended.output, ended.output
     assert not Storage().exists("memory://data/results/run.json")
 
 
@@ -192,14 +192,14 @@ def halved(tensors: dict[str, Tensor], name: str) -> None:
     ],
 )
 def test_tensors_of_another_kind_are_refused_before_an_image_is_scored(
-    stored: Files, name: str, change: Callable[[dict[str, Tensor], str], object], said: str
+    stored: Files, name: str, change: Callable[[dict[str, Tensor], str], object], message: str
 ) -> None:
     tensors = load(stored[place_of(stored)])
     name = next(known for known in tensors if known == name or known.endswith(name))
     change(tensors, name)
     rewrite(body_of(stored), save(tensors))
-    with pytest.raises(ArtifactError, match=said) as caught:
-        local.score(planned(), lambda *_: None)
+    with pytest.raises(ArtifactError, match=message) as caught:
+        jobs.score(planned(), lambda *_: None)
     assert "tensors-new.safetensors: " in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -221,7 +221,7 @@ def test_a_bank_of_other_dims_is_refused_when_the_job_is_planned_and_also_when_i
         Storage().delete_folder("memory://data/results")
         plan = plan_score(spec_of(SCORE, "flag={alpha: 0.2}", f"resources.bank_shards={pieces}"))
         with pytest.raises(ArtifactError, match=rf"do not fit .* \(patches have {dims} dims, the bank has {dims // 2}"):
-            local.score(plan, lambda *_: None)
+            jobs.score(plan, lambda *_: None)
 
 
 @pytest.mark.usefixtures("_placed")
@@ -267,7 +267,7 @@ def test_a_storage_that_fails_is_no_fault_of_an_artifact(monkeypatch: pytest.Mon
         (lambda b: b.update(format_version="2"), "format_version is '2'"),
     ],
 )
-def test_an_index_of_a_fleet_that_cannot_be_is_refused(change: Callable[[Any], object], said: str) -> None:
+def test_an_index_of_a_fleet_that_cannot_be_is_refused(change: Callable[[Any], object], message: str) -> None:
     pack("memory://data/normal", ".tar", normal_files(12), 1)
     pack("memory://data/mixed", ".tar", mixed_files(3, 1), 1)
     fit("per_category=true", "source.pattern={category}/train/{defect}/{name}.png", "calibration.holdout_ratio=0.6")
@@ -277,7 +277,7 @@ def test_an_index_of_a_fleet_that_cannot_be_is_refused(change: Callable[[Any], o
     rewrite(body)
     with pytest.raises(ArtifactError) as caught:
         planned()
-    assert said in str(caught.value), caught.value
+    assert message in str(caught.value), caught.value
 
 
 @pytest.mark.usefixtures("_placed")
@@ -288,7 +288,7 @@ def test_what_calibrate_would_copy_is_checked_too(stored: Files) -> None:
     words = {"kind": "calibrate", "source": {"uri": "memory://data/mixed"}, "artifact": ARTIFACT}
     spec = spec_of({**words, "output": "memory://data/new"})
     with pytest.raises(ArtifactError, match="values of 'bank' are not finite"):
-        local.calibrate(spec, lambda *_: None)
+        jobs.calibrate(spec, lambda *_: None)
     with pytest.raises((ArtifactError, SpecError)):
-        local.fit(spec_of(FIT, f"extend={ARTIFACT}", "artifact=memory://data/more"), lambda *_: None)
+        jobs.fit(spec_of(FIT, f"extend={ARTIFACT}", "artifact=memory://data/more"), lambda *_: None)
     assert not Storage().exists("memory://data/new")

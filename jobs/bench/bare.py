@@ -8,11 +8,11 @@ import torch
 
 from jobs.bench.job import SIZE_PX
 from jobs.bench.load import BATCH, pictures
+from raydetect.artifacts.store import load_artifact
+from raydetect.config import ScoreSpec, parse_job
 from raydetect.records import Chunk, Member
-from raydetect.spec import ScoreSpec, parse_job
+from raydetect.scoring.scorer import Scorer
 from raydetect.storage import Storage
-from raydetect.worker.artifact import load_artifact
-from raydetect.worker.score import Scorer
 
 
 def scorer(folder: Path) -> Scorer:

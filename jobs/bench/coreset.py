@@ -22,10 +22,10 @@ import torch
 
 from jobs.bench.record import write
 from jobs.bench.search import BATCH, images, resnet18
-from raydetect.blocks.coreset import Coreset, choose_coreset
-from raydetect.blocks.group import Group
-from raydetect.blocks.neighbors import BankSearch
-from raydetect.blocks.rows import KeyedRows
+from raydetect.blocks.coresets.coreset import Coreset, choose_coreset
+from raydetect.blocks.coresets.group import Group
+from raydetect.blocks.coresets.keyed_rows import KeyedRows
+from raydetect.blocks.search.neighbors import BankSearch
 
 RATIO = 0.1
 ROWS_PER_IMAGE = 1024

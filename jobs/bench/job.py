@@ -13,15 +13,15 @@ from typing import Any
 import yaml
 
 from jobs.bench.record import write
-from raydetect.config import to_plain
-from raydetect.plan import plan_score
+from raydetect.config import parse_job
+from raydetect.config.validation import to_plain
+from raydetect.planning.plan import plan_score
 from raydetect.records import Part, Receipt
 from raydetect.sinks.ledger import Ledger
-from raydetect.spec import parse_job
 from raydetect.storage import Storage
-from tests.made.archives import normal_files, pack, tar_bytes
-from tests.made.images import encode, normal_image
-from tests.together.test_submit import WITH_TOKEN, running_head
+from tests.builders.archives import normal_files, pack, tar_bytes
+from tests.builders.images import encode, normal_image
+from tests.whole_jobs.test_submit import WITH_TOKEN, running_head
 
 SIZE_PX = 256
 SHARDS = 24
@@ -73,21 +73,21 @@ def bare(path: str) -> None:
     """Reads, decodes and scores every chunk in one process without a sink; prints the time at which each chunk ends."""
     import torch
 
-    from raydetect.archives.base import cut_chunks
-    from raydetect.worker.artifact import load_artifact
-    from raydetect.worker.score import Scorer
+    from raydetect.archives.base import chunk_members
+    from raydetect.artifacts.store import load_artifact
+    from raydetect.scoring.scorer import Scorer
 
     plan = plan_score(parse_job(yaml.safe_load(Path(path).read_text()), path))  # type: ignore[arg-type]
     torch.set_num_threads(plan.spec.resources.cpus_per_worker)
     scorer = Scorer(load_artifact(plan.artifact.uri, Storage()), plan.spec)
     for shard in plan.shards:
-        for chunk in cut_chunks(shard, plan.archive.read(shard), plan.spec.chunk_images, plan.spec.chunk_bytes):
+        for chunk in chunk_members(shard, plan.archive.read(shard), plan.spec.chunk_images, plan.spec.chunk_bytes):
             print(time.time(), len(scorer.score_chunk(chunk).rows), flush=True)
 
 
 def on_ray(path: str) -> None:
     """Runs the whole job on a local Ray; prints the same."""
-    from raydetect.distributed.score import score
+    from raydetect.distributed.scoring.score import score
 
     def on_part(part: Part, receipt: Receipt | None) -> None:
         print(time.time(), part.rows, flush=True)

@@ -11,8 +11,8 @@ import httpx
 import numpy as np
 
 from jobs.bench.job import SIZE_PX
-from tests.made.images import encode, normal_image
-from tests.test_gateway_fuzz import BOUNDARY, form, mutated
+from tests.builders.images import encode, normal_image
+from tests.gateway.test_gateway_fuzz import BOUNDARY, form, mutated
 
 BATCH, AT_ONCE = 16, 8
 SMALL_PX = 64

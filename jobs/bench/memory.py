@@ -16,9 +16,9 @@ import yaml
 
 from jobs.bench.record import write
 from raydetect.storage import normalise_uri
-from tests.made.archives import normal_files, pack
-from tests.made.images import encode, normal_image
-from tests.together.runs import descendants
+from tests.builders.archives import normal_files, pack
+from tests.builders.images import encode, normal_image
+from tests.whole_jobs.runs import descendants
 
 PART_IMAGES = 400
 SIZE_PX = 400  # noise does not compress: about 480 kB each

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 
 from jobs.bench.record import alternate, ratio, write
-from raydetect.blocks.coreset import choose_coreset
-from raydetect.blocks.group import Group
-from raydetect.blocks.neighbors import BankSearch
-from raydetect.blocks.rows import KeyedRows
+from raydetect.blocks.coresets.coreset import choose_coreset
+from raydetect.blocks.coresets.group import Group
+from raydetect.blocks.coresets.keyed_rows import KeyedRows
+from raydetect.blocks.search.neighbors import BankSearch
 from raydetect.detectors._registry import build_detector
 from raydetect.detectors.patchcore import PatchCore
-from tests.made.images import defect_image, normal_image
+from tests.builders.images import defect_image, normal_image
 
 BANKS = (2_000, 20_000)
 BATCH = 8

@@ -20,7 +20,7 @@ import yaml
 from jobs.bench.job import PYTHON, SIZE_PX, fit
 from jobs.bench.load import BATCH, NAME, SMALL, SMALL_PX, pictures
 from jobs.bench.record import write
-from tests.made.archives import normal_files, pack
+from tests.builders.archives import normal_files, pack
 
 ROUNDS, SINGLES, BATCHES, REQUESTS, KILLED, FUZZED = 3, 50, 30, 10_000, 3_000, 10_000
 KILL_AFTER_SECONDS = 6

@@ -22,13 +22,13 @@ from PIL import Image
 
 from jobs.bench.record import alternate, ratio, write
 from jobs.bench.search import MEAN, STD
-from raydetect.blocks.group import Group
+from raydetect.blocks.augment.textures import procedural_texture
+from raydetect.blocks.coresets.group import Group
 from raydetect.blocks.seeding import keyed_generator
-from raydetect.blocks.textures import procedural_texture
 from raydetect.detectors._registry import build_detector
-from raydetect.worker.cache import CachedImage, ImageCache
-from raydetect.worker.train import Trainer
-from tests.made.images import normal_image
+from raydetect.fitting.image_cache import CachedImage, ImageCache
+from raydetect.fitting.train import Trainer
+from tests.builders.images import normal_image
 
 BARE: dict[str, Any] = {"post_processor": False, "evaluator": False, "visualizer": False}
 RESNET: dict[str, Any] = {"backbone": "resnet18", "weights": "random"}

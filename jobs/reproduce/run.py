@@ -25,17 +25,17 @@ import torch
 from PIL import Image
 
 from jobs.bench.record import alternate, machine, ratio
-from raydetect.blocks.backbone import Backbone
-from raydetect.config import parse_yaml
+from raydetect.artifacts.store import load_artifact
+from raydetect.blocks.backbones.backbone import Backbone
+from raydetect.config.validation import parse_yaml
 from raydetect.detectors._base import Detector
 from raydetect.detectors._registry import detector_class, list_models
 from raydetect.errors import RaydetectError
+from raydetect.images.decode import Pixels
 from raydetect.metrics.pro import aupro
 from raydetect.metrics.roc import auroc
+from raydetect.scoring.scorer import score_batches
 from raydetect.storage import Storage, normalise_uri
-from raydetect.worker.artifact import load_artifact
-from raydetect.worker.preprocess import Pixels
-from raydetect.worker.score import score_batches
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

@@ -4,18 +4,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
-from raydetect.archives import parquet, tar, tar_index
-from raydetect.archives import zip as zip_format
+from raydetect.archives.access import is_alone, others_of
 from raydetect.archives.base import Archive, Listing, is_hidden, is_unsafe, readable
-from raydetect.archives.naming import Naming
+from raydetect.archives.formats import parquet, tar, tar_index
+from raydetect.archives.formats import zip as zip_format
+from raydetect.archives.formats.loose_files import KINDS, group_files, read_prefix
 from raydetect.archives.own_results import without_results
-from raydetect.archives.prefix import KINDS, group_files, read_prefix
+from raydetect.archives.path_patterns import Naming
 from raydetect.archives.samples import left_out_reason
-from raydetect.archives.unreadable import is_alone, others_of
+from raydetect.config import SourceSpec
 from raydetect.errors import ArchiveError, SpecError, StorageError, UnreadableError
 from raydetect.left_out import NAMED, WITHDRAWN, LeftOutCount, left_out_text
 from raydetect.records import Member, Shard
-from raydetect.spec import SourceSpec
 from raydetect.storage import FileInfo, Storage, normalise_uri, relative_to
 
 CONTAINERS = {"tar": tar.SUFFIXES, "zip": zip_format.SUFFIXES, "parquet": parquet.SUFFIXES}
@@ -77,13 +77,13 @@ class MixedArchive(Archive):
     def read(self, shard: Shard, left_out: LeftOutCount | None = None) -> Iterator[Member]:
         """Streams a shard with the reader of its format."""
         left_out = LeftOutCount() if left_out is None else left_out
-        begun = False
+        started = False
         try:
             for member in READERS[shard.format](shard, self.source, self.storage, self.naming, left_out):
-                begun = True
+                started = True
                 yield member
         except UnreadableError as error:
-            if begun or not is_alone(error, self.storage, others_of(shard.uri, self._files())):
+            if started or not is_alone(error, self.storage, others_of(shard.uri, self._files())):
                 raise StorageError(str(error)) from error
             yield Member(shard.key, shard.uri, status="unreadable", error=str(error))
 

@@ -17,9 +17,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from raydetect.config import WebhookSpec
 from raydetect.errors import RaydetectError, SpecError
-from raydetect.gateway.allow import WEB, NotAllowed, Prefixes, resolved
-from raydetect.spec import WebhookSpec
+from raydetect.gateway.allowed_uris import WEB, NotAllowed, Prefixes, resolved
 
 SECRET, ALLOW = "RAYDETECT_WEBHOOK_SECRET", "RAYDETECT_WEBHOOK_ALLOW"
 LEAST_LETTERS = 16

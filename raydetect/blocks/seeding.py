@@ -58,7 +58,7 @@ def mixed_hash(values_N: Tensor, seed: int) -> Tensor:
     return mixed_N ^ ((mixed_N >> 31) & ((1 << 33) - 1))
 
 
-class Undrawn(TorchFunctionMode):
+class SkipInitialisation(TorchFunctionMode):
     """Skips random weight initialisation of networks built in the block; weights are undefined until loaded.
 
     Initialisation takes most of the time of building a network.

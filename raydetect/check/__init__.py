@@ -3,9 +3,9 @@
 Each kind of job imports only what it needs: the checks of scoring jobs finish in less time than importing torch takes.
 """
 
-from raydetect.check.places import Check
+from raydetect.check.locations import Check
+from raydetect.config import AuditSpec, CalibrateSpec, EvaluateSpec, FitSpec, JobSpec, ScoreSpec, ServeSpec
 from raydetect.errors import RaydetectError, is_outage
-from raydetect.spec import AuditSpec, CalibrateSpec, EvaluateSpec, FitSpec, JobSpec, ScoreSpec, ServeSpec
 
 
 def find_problems(spec: JobSpec) -> list[str]:
@@ -16,7 +16,7 @@ def find_problems(spec: JobSpec) -> list[str]:
     """
     found = [error for check in _checks(spec) if (error := _error(check))]
     if not found and isinstance(spec, ScoreSpec):
-        from raydetect.plan import plan_score
+        from raydetect.planning.plan import plan_score
 
         found = [error for error in [_error(lambda: plan_score(spec))] if error]
     if found and all(is_outage(error) for error in found):
@@ -30,9 +30,9 @@ def _checks(spec: JobSpec) -> list[Check]:
 
         return fit_checks(spec)
     if isinstance(spec, EvaluateSpec | CalibrateSpec):
-        from raydetect.check import judge
+        from raydetect.check import evaluate
 
-        return judge.evaluate_checks(spec) if isinstance(spec, EvaluateSpec) else judge.calibrate_checks(spec)
+        return evaluate.evaluate_checks(spec) if isinstance(spec, EvaluateSpec) else evaluate.calibrate_checks(spec)
     from raydetect.check import score
 
     if isinstance(spec, ServeSpec):

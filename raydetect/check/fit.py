@@ -1,14 +1,14 @@
 """Checks of a fit job. They build its detector, so they import torch."""
 
-from raydetect.archives.naming import Naming
+from raydetect.archives.formats.loose_files import loose_names
 from raydetect.archives.open import open_archive
-from raydetect.archives.prefix import loose_names
-from raydetect.artifact_record import read_record
-from raydetect.check.places import Check, first_shard, reachable
+from raydetect.archives.path_patterns import Naming
+from raydetect.artifacts.record import read_record
+from raydetect.check.locations import Check, first_shard, reachable
+from raydetect.config import FitSpec, ResourceSpec, source_storage
 from raydetect.detectors._ensemble import learns_from_labels, parts
 from raydetect.detectors._registry import build_from
 from raydetect.errors import SpecError
-from raydetect.spec import FitSpec, ResourceSpec, source_storage
 from raydetect.storage import Storage, normalise_uri
 
 

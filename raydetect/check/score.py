@@ -3,16 +3,16 @@
 import os
 from functools import partial
 
+from raydetect.artifacts.fleet import read_index, read_records
 from raydetect.audit.measures import MEASURES
 from raydetect.audit.rules import parse_rules
 from raydetect.audit.webhook import webhook_of
-from raydetect.check.places import Check, first_shard, reachable
-from raydetect.fleet_record import read_index, read_records
-from raydetect.gateway.allow import Prefixes
-from raydetect.gateway.desk import load_served
-from raydetect.gateway.tokens import read_tokens
-from raydetect.plan import plan_score
-from raydetect.spec import AuditSpec, ScoreSpec, ServeSpec, night_score, sink_storage, source_storage
+from raydetect.check.locations import Check, first_shard, reachable
+from raydetect.config import AuditSpec, ScoreSpec, ServeSpec, night_score, sink_storage, source_storage
+from raydetect.gateway.allowed_uris import Prefixes
+from raydetect.gateway.backend import load_served
+from raydetect.gateway.http.tokens import read_tokens
+from raydetect.planning.plan import plan_score
 from raydetect.storage import Storage, join_uri, normalise_uri
 
 

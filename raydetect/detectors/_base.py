@@ -12,13 +12,13 @@ import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor
 
-from raydetect.blocks.rows import FitState
-from raydetect.blocks.search import Search
-from raydetect.config import STRICT
+from raydetect.blocks.coresets.keyed_rows import FitState
+from raydetect.blocks.search.search import Search
+from raydetect.config.validation import STRICT
 from raydetect.errors import RaydetectError, SpecError
 
 Phase = Literal["collect", "train"]
-Tick = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 
 
 class NotFittedError(RaydetectError):
@@ -137,7 +137,7 @@ class Detector(abc.ABC):
         """Rows to store for a batch of normal images, by name: (B, R, D); only when "collect" is in `phases`."""
         raise TypeError(f"{type(self).__name__} has no collect phase")
 
-    def finish(self, state: FitState, tick: Tick) -> None:
+    def finish(self, state: FitState, on_progress: ProgressCallback) -> None:
         """Fits from the rows collected by all workers, replacing any earlier fit. Called on every worker.
 
         Args:

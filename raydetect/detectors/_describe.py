@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from raydetect.config import to_plain
+from raydetect.config import ENSEMBLE, DetectorSpec, MemberSpec
+from raydetect.config.validation import to_plain
 from raydetect.detectors._registry import build_detector, build_from, detector_class
 from raydetect.errors import SpecError
-from raydetect.spec import ENSEMBLE, DetectorSpec, MemberSpec
 
 CLASS_NAME = "class_name"  # parameter of detectors that use text prompts
 

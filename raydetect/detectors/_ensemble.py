@@ -25,10 +25,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from raydetect.config import digest
+from raydetect.config import ENSEMBLE, MemberSpec
+from raydetect.config.validation import digest
 from raydetect.detectors._base import Detector, DetectorInfo, NotFittedError, Scores
 from raydetect.errors import ArtifactError
-from raydetect.spec import ENSEMBLE, MemberSpec
 
 SCALES = "scales"
 MAD_TO_DEVIATION = 1.4826

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from raydetect.blocks.backbone import Backbone
-from raydetect.blocks.seeding import Undrawn
+from raydetect.blocks.backbones.backbone import Backbone
+from raydetect.blocks.seeding import SkipInitialisation
 from raydetect.detectors._base import Detector, NotFittedError
 from raydetect.detectors._weights import load_backbone
 from raydetect.errors import ArtifactError
@@ -62,7 +62,7 @@ class NetworkDetector(Detector):
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Restores all networks."""
-        with Undrawn():
+        with SkipInitialisation():
             self.networks = self.make_networks()
         for name, network in self.networks.items():
             prefix = f"{name}."

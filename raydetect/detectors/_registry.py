@@ -7,11 +7,11 @@ from functools import cache
 from typing import Any
 
 import raydetect.detectors as package
-from raydetect.config import nearest, to_plain, validate
+from raydetect.config import ENSEMBLE, DetectorSpec, MemberSpec, Preset
+from raydetect.config.validation import nearest, to_plain, validate
 from raydetect.detectors._base import Detector
 from raydetect.detectors._ensemble import Ensemble
 from raydetect.errors import SpecError
-from raydetect.spec import ENSEMBLE, DetectorSpec, MemberSpec, Preset
 
 ALIASES = {"cflow_ad": "cflow"}
 """Alternative names of detectors."""

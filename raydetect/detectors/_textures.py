@@ -11,9 +11,9 @@ from torch import Tensor
 
 from raydetect.archives.open import open_archive
 from raydetect.blocks.seeding import keyed_seed
+from raydetect.config import SourceSpec
 from raydetect.errors import ArtifactError, RaydetectError
 from raydetect.records import OK, Member
-from raydetect.spec import SourceSpec
 from raydetect.storage import Storage
 
 MAX_TEXTURES = 1000

@@ -26,10 +26,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from raydetect.blocks.backbone import Backbone, bare_name, is_timm
-from raydetect.blocks.seeding import Undrawn
-from raydetect.blocks.vision import models
-from raydetect.config import nearest
+from raydetect.blocks.backbones.backbone import Backbone, bare_name, is_timm
+from raydetect.blocks.backbones.vision import models
+from raydetect.blocks.seeding import SkipInitialisation
+from raydetect.config.validation import nearest
 from raydetect.errors import ArtifactError, SpecError, StorageError
 from raydetect.storage import Storage, normalise_uri
 
@@ -56,7 +56,7 @@ def load_backbone(name: str, layers: tuple[str, ...], weights: str, seed: int) -
         ArtifactError: the weights are unavailable, damaged, or lack a used tensor.
         SpecError: an unknown name or layer.
     """
-    with nullcontext() if weights == RANDOM else Undrawn():
+    with nullcontext() if weights == RANDOM else SkipInitialisation():
         backbone = Backbone(name, layers, seed)
     if weights == RANDOM:
         return backbone, f"random seed:{seed} sha256:{backbone.digest()}"

@@ -26,9 +26,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from raydetect.blocks.anomaly_map import unlikely
-from raydetect.blocks.backbone import Backbone
-from raydetect.blocks.flows import (
+from raydetect.blocks.backbones.backbone import Backbone
+from raydetect.blocks.coresets.keyed_rows import FitState
+from raydetect.blocks.maps.anomaly_map import negative_log_mean_likelihood
+from raydetect.blocks.networks.flows import (
     Chain,
     Invertible,
     Rotation,
@@ -37,9 +38,8 @@ from raydetect.blocks.flows import (
     random_permutation,
     random_rotation,
 )
-from raydetect.blocks.rows import FitState
 from raydetect.blocks.seeding import keyed_generator, keyed_seed
-from raydetect.detectors._base import Batch, Detector, DetectorInfo, Scores, Tick, TrainingPlan
+from raydetect.detectors._base import Batch, Detector, DetectorInfo, ProgressCallback, Scores, TrainingPlan
 from raydetect.detectors._networks import NetworkDetector
 from raydetect.detectors._weights import WeightsName, load_backbone
 
@@ -247,7 +247,7 @@ class CFlow(NetworkDetector):
         levels = self._fibres(self.networks[BACKBONE](batch.images_BCHW))
         return {HIGHEST: torch.stack([self.networks[FLOWS](fibres).amax(1) for fibres in levels], 1)[:, None]}
 
-    def finish(self, state: FitState, tick: Tick) -> None:
+    def finish(self, state: FitState, on_progress: ProgressCallback) -> None:
         """Stores the maxima over the training images of all workers."""
         flows = self.networks[FLOWS]
         assert isinstance(flows, LevelFlows)
@@ -264,7 +264,7 @@ class CFlow(NetworkDetector):
         grids = [features_BChw.shape[2:] for features_BChw in levels]
         found = zip(grids, self._fibres(levels), flows.highest_L, strict=True)
         relative = [(flows(fibres) - highest).unflatten(1, grid) for grid, fibres, highest in found]
-        map_BHW = unlikely(relative, (images_BCHW.shape[-2], images_BCHW.shape[-1]))
+        map_BHW = negative_log_mean_likelihood(relative, (images_BCHW.shape[-2], images_BCHW.shape[-1]))
         return Scores(map_BHW.flatten(1).amax(1), map_BHW)
 
 

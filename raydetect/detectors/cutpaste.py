@@ -25,15 +25,15 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from raydetect.blocks import pasting
-from raydetect.blocks.anomaly_map import upsample
-from raydetect.blocks.backbone import Backbone
-from raydetect.blocks.gaussian import Gaussian, fit_gaussian
-from raydetect.blocks.grad_cam import grad_cam, unit
-from raydetect.blocks.patch_windows import pooled_windows, spread
-from raydetect.blocks.rows import FitState
+from raydetect.blocks.augment import cut_and_paste
+from raydetect.blocks.backbones.backbone import Backbone
+from raydetect.blocks.coresets.gaussian import Gaussian, fit_gaussian
+from raydetect.blocks.coresets.keyed_rows import FitState
+from raydetect.blocks.maps.anomaly_map import upsample
+from raydetect.blocks.maps.grad_cam import grad_cam, unit
+from raydetect.blocks.maps.patch_windows import pooled_windows, spread
 from raydetect.blocks.seeding import in_rounds, keyed_generator, keyed_seed
-from raydetect.detectors._base import Batch, Detector, DetectorInfo, Scores, Tick, TrainingPlan
+from raydetect.detectors._base import Batch, Detector, DetectorInfo, ProgressCallback, Scores, TrainingPlan
 from raydetect.detectors._networks import FineTuned
 from raydetect.detectors._weights import IMAGENET, RANDOM
 from raydetect.errors import SpecError
@@ -215,18 +215,18 @@ class CutPaste(FineTuned):
     def _versions(self, image_CHW: Tensor, random: torch.Generator) -> list[Tensor]:
         """The jittered and shifted image, and its `augment_type` augmentations; float32 in [0, 1]."""
         p = self.params
-        image_CHW = pasting.jittered(image_CHW.float() / 255, p.jitter, random)
-        image_CHW = pasting.shifted(image_CHW, p.shift_ratio, random)
+        image_CHW = cut_and_paste.jittered(image_CHW.float() / 255, p.jitter, random)
+        image_CHW = cut_and_paste.shifted(image_CHW, p.shift_ratio, random)
         if p.level == "patch":
             self._require_windows(image_CHW)
-            image_CHW = pasting.cropped(image_CHW, (p.patch_size_px, p.patch_size_px), random)
+            image_CHW = cut_and_paste.cropped(image_CHW, (p.patch_size_px, p.patch_size_px), random)
         versions = [image_CHW]
         if p.augment_type != "scar":
-            versions.append(pasting.paste_patch(image_CHW, p.area_ratio, p.aspect_ratio, p.jitter, random))
+            versions.append(cut_and_paste.paste_patch(image_CHW, p.area_ratio, p.aspect_ratio, p.jitter, random))
         if p.augment_type != "normal":
             scale = p.image_size[0] / 256
             width, length = ((low * scale, high * scale) for low, high in (p.scar_width_px, p.scar_length_px))
-            versions.append(pasting.paste_scar(image_CHW, width, length, p.scar_degrees, p.jitter, random))
+            versions.append(cut_and_paste.paste_scar(image_CHW, width, length, p.scar_degrees, p.jitter, random))
         return versions
 
     def end_training(self) -> None:
@@ -239,7 +239,7 @@ class CutPaste(FineTuned):
         """The embedding of every image, or of each of its windows."""
         return {EMBEDDINGS: unit(self._pooled(batch.images_BCHW)).flatten(1, -2)}
 
-    def finish(self, state: FitState, tick: Tick) -> None:
+    def finish(self, state: FitState, on_progress: ProgressCallback) -> None:
         """Fits the Gaussian of normal embeddings."""
         gaussian, self.shrinkage = fit_gaussian(state.rows[EMBEDDINGS])
         self.networks[GAUSSIAN] = gaussian.to(self.device)

@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from raydetect.blocks.anomaly_map import smooth, smooth_upsampled
-from raydetect.blocks.backbone import Backbone
+from raydetect.blocks.backbones.backbone import Backbone
+from raydetect.blocks.backbones.vision import transforms
+from raydetect.blocks.maps.anomaly_map import smooth, smooth_upsampled
 from raydetect.blocks.seeding import in_rounds, keyed_generator, keyed_seed, keyed_unit
-from raydetect.blocks.vision import transforms
 from raydetect.detectors._base import Batch, Detector, DetectorInfo, Scores, TrainingPlan
 from raydetect.detectors._networks import FineTuned
 from raydetect.errors import SpecError

@@ -6,7 +6,7 @@ patches, and a small network trained on simulated defects weights the difference
 
 Source: Rudolph et al., "Same Same But DifferNet: Semi-Supervised Defect Detection with Normalizing Flows", WACV 2021,
 arXiv 2008.12577, and its official code (marco-rudolph/differnet) where the paper is silent. `head: difference` is
-not a published method (`blocks/difference.py`).
+not a published method (`blocks/search/difference.py`).
 Differs from the paper: scoring uses evenly spaced angles, the same for all images, instead of random ones, so scores
 are reproducible; brightness is not augmented, which is the official code's default; the factor of the soft clamp is
 2 / pi, where the official code has 0.636; gradients are rotated back bilinearly, not by splines; the last epoch is used
@@ -23,16 +23,16 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from raydetect.blocks.anomaly_map import smooth_upsampled
-from raydetect.blocks.backbone import Backbone
-from raydetect.blocks.coreset import Coreset, choose_coreset
-from raydetect.blocks.difference import DifferenceNet, Differences, NormalPatches
-from raydetect.blocks.image_flow import image_flow, negative_log_likelihood, turned_features, unlikeliness
-from raydetect.blocks.planted import planted
-from raydetect.blocks.pyramid import patch_embeddings
-from raydetect.blocks.rows import FitState
+from raydetect.blocks.augment.simulated_defect import simulate_defect
+from raydetect.blocks.backbones.backbone import Backbone
+from raydetect.blocks.backbones.patch_embeddings import patch_embeddings
+from raydetect.blocks.coresets.coreset import Coreset, choose_coreset
+from raydetect.blocks.coresets.keyed_rows import FitState
+from raydetect.blocks.maps.anomaly_map import smooth_upsampled
+from raydetect.blocks.networks.image_flow import image_flow, negative_log_likelihood, turned_features, unlikeliness
+from raydetect.blocks.search.difference import DifferenceNet, Differences, NormalPatches
 from raydetect.blocks.seeding import keyed_generator, keyed_seed, keyed_unit
-from raydetect.detectors._base import Batch, Detector, DetectorInfo, Phase, Scores, Tick, TrainingPlan
+from raydetect.detectors._base import Batch, Detector, DetectorInfo, Phase, ProgressCallback, Scores, TrainingPlan
 from raydetect.detectors._networks import NetworkDetector
 from raydetect.detectors._weights import WeightsName, load_backbone
 from raydetect.errors import ArtifactError
@@ -131,7 +131,7 @@ class DifferNet(NetworkDetector):
                 raise ValueError(f"{given[0]} has no effect with head: flow; remove it or set head: difference")
             values = {**values, "head": head}
             if not values.get("layers"):
-                values["layers"] = usual_layers(str(values.get("backbone", "alexnet")), head)
+                values["layers"] = default_layers(str(values.get("backbone", "alexnet")), head)
             defaults = dict(zip(DIFFERENCE_ONLY, (K_NEIGHBORS, True), strict=True)) if head == DIFFERENCE else {}
             return {**defaults, **{name: value for name, value in values.items() if value is not None}}
 
@@ -236,12 +236,12 @@ class DifferNet(NetworkDetector):
             return super().collect(batch)
         return {EMBEDDINGS: patch_embeddings(self._backbone()(batch.images_BCHW)).flatten(1, 2)}
 
-    def finish(self, state: FitState, tick: Tick) -> None:
+    def finish(self, state: FitState, on_progress: ProgressCallback) -> None:
         """Stores a coreset of all patches for comparison."""
         rows, k = state.rows[EMBEDDINGS], self.params.k_neighbors or K_NEIGHBORS
         count = min(rows.total(), max(k, round(rows.total() * self.params.coreset_sampling_ratio)))
         self.coreset = choose_coreset(
-            rows, count, seed=self.seed, device=self.device, tick=lambda more: tick(more, count)
+            rows, count, seed=self.seed, device=self.device, on_progress=lambda more: on_progress(more, count)
         )
         self.normal = NormalPatches(self.coreset.rows_MD.to(self.device), k, self.coreset.keys_M)
         if "train" not in self.phases:
@@ -254,7 +254,7 @@ class DifferNet(NetworkDetector):
     def _planted(self, batch: Batch) -> Differences:
         """Differences of patches inside and outside planted defects from the patches of other images."""
         draws = [keyed_generator(self.seed, "defect", batch.epoch, key) for key in batch.keys]
-        images, masks = zip(*map(planted, batch.images_BCHW, draws), strict=True)
+        images, masks = zip(*map(simulate_defect, batch.images_BCHW, draws), strict=True)
         embeddings_BhwD = patch_embeddings(self._backbone()(torch.stack(images)))
         return self._normal().taught(embeddings_BhwD, masks, batch.keys, draws)
 
@@ -295,7 +295,7 @@ class DifferNet(NetworkDetector):
         return self
 
 
-def usual_layers(backbone: str, head: str) -> tuple[str, ...]:
+def default_layers(backbone: str, head: str) -> tuple[str, ...]:
     """Default layers of a backbone."""
     if head == "flow":
         return ("features",) if backbone.startswith(("alexnet", "vgg")) else ("layer4",)

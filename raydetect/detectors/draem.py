@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Generator, Tensor, nn
 
-from raydetect.blocks.losses import focal_loss, ssim_loss
+from raydetect.blocks.augment.synthesis import blend, perlin_mask, turned, uniform
+from raydetect.blocks.augment.textures import Textures, varied
+from raydetect.blocks.networks.losses import focal_loss, ssim_loss
+from raydetect.blocks.networks.unet import UpConvolution, convolutions, cropped, keyed_init, normal_init, padded
 from raydetect.blocks.seeding import keyed_generator
-from raydetect.blocks.synthesis import blend, perlin_mask, turned, uniform
-from raydetect.blocks.textures import Textures, varied
-from raydetect.blocks.unet import UpConvolution, convolutions, cropped, keyed_init, normal_init, padded
 from raydetect.detectors._base import Batch, Detector, DetectorInfo, Scores, TrainingPlan
 from raydetect.detectors._networks import NetworkDetector
 from raydetect.detectors._textures import load_textures

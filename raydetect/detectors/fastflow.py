@@ -20,9 +20,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from raydetect.blocks.anomaly_map import unlikely
-from raydetect.blocks.backbone import Backbone
-from raydetect.blocks.flows import Chain, flow_step, random_permutation
+from raydetect.blocks.backbones.backbone import Backbone
+from raydetect.blocks.maps.anomaly_map import negative_log_mean_likelihood
+from raydetect.blocks.networks.flows import Chain, flow_step, random_permutation
 from raydetect.blocks.seeding import keyed_generator, keyed_seed
 from raydetect.detectors._base import Batch, Detector, DetectorInfo, Scores, TrainingPlan
 from raydetect.detectors._networks import NetworkDetector
@@ -172,7 +172,9 @@ class FastFlow(NetworkDetector):
                 f"fastflow: was fitted on images of {self.params.image_size} px, given {size_px}. Resize them."
             )
         levels = self.networks[BACKBONE](images_BCHW)
-        map_BHW = unlikely([-0.5 * z_BChw.square().mean(1) for z_BChw, _ in self._run_flows(levels)], size_px)
+        map_BHW = negative_log_mean_likelihood(
+            [-0.5 * z_BChw.square().mean(1) for z_BChw, _ in self._run_flows(levels)], size_px
+        )
         return Scores(map_BHW.flatten(1).amax(1), map_BHW)
 
 

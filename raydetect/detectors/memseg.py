@@ -22,15 +22,15 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor, nn
 
-from raydetect.blocks.backbone import Backbone
-from raydetect.blocks.fusion import MaskDecoder, Memory, MultiScaleFusion, deepest_stage
-from raydetect.blocks.losses import focal_loss
-from raydetect.blocks.rows import FitState
-from raydetect.blocks.seeding import Undrawn, keyed_generator
-from raydetect.blocks.synthesis import blend, foreground, perlin_mask, shuffled_tiles, uniform
-from raydetect.blocks.textures import Textures, adjusted
-from raydetect.blocks.unet import keyed_init
-from raydetect.detectors._base import Batch, Detector, DetectorInfo, Scores, Tick, TrainingPlan
+from raydetect.blocks.augment.synthesis import blend, foreground, perlin_mask, shuffled_tiles, uniform
+from raydetect.blocks.augment.textures import Textures, adjusted
+from raydetect.blocks.backbones.backbone import Backbone
+from raydetect.blocks.coresets.keyed_rows import FitState
+from raydetect.blocks.networks.fusion import MaskDecoder, Memory, MultiScaleFusion, deepest_stage
+from raydetect.blocks.networks.losses import focal_loss
+from raydetect.blocks.networks.unet import keyed_init
+from raydetect.blocks.seeding import SkipInitialisation, keyed_generator
+from raydetect.detectors._base import Batch, Detector, DetectorInfo, ProgressCallback, Scores, TrainingPlan
 from raydetect.detectors._networks import NetworkDetector
 from raydetect.detectors._textures import load_textures
 from raydetect.detectors._weights import WeightsName, load_backbone
@@ -168,7 +168,7 @@ class MemSeg(NetworkDetector):
         wanted = used if p.deepest_layer is None else (*used, p.deepest_layer)
         whole, source = load_backbone(p.backbone, wanted, p.weights, self.seed)
         weights, prefix = whole.weights(), f"{p.deepest_layer}."
-        with Undrawn():
+        with SkipInitialisation():
             backbone = Backbone(p.backbone, used, self.seed)
         backbone.load(weights, p.weights)
         self._shapes(backbone)
@@ -217,7 +217,7 @@ class MemSeg(NetworkDetector):
         levels = self.networks[BACKBONE](batch.images_BCHW)[1:]
         return {f"level{i}": level.flatten(2).transpose(1, 2) for i, level in enumerate(levels)}
 
-    def finish(self, state: FitState, tick: Tick) -> None:
+    def finish(self, state: FitState, on_progress: ProgressCallback) -> None:
         """Stores the images of all workers in the memory."""
         self.is_fitted = False
         self._memory_keys = state.rows["level0"].everyone()
@@ -233,7 +233,7 @@ class MemSeg(NetworkDetector):
             for i, stride in enumerate(STRIDES[1:])
         ]
         self.networks[MEMORY] = Memory(levels).to(self.device)
-        tick(self._num_memories, self._num_memories)
+        on_progress(self._num_memories, self._num_memories)
 
     def facts(self) -> dict[str, Any]:
         """How many images are in memory."""

@@ -16,16 +16,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from raydetect.blocks.anomaly_map import smooth_upsampled
-from raydetect.blocks.backbone import Backbone
-from raydetect.blocks.coreset import Coreset, CoresetMode, choose_coreset
-from raydetect.blocks.faiss_search import BANK_INDEX, FaissSearch, IvfPqSearch, recall_at_1, require_faiss
-from raydetect.blocks.neighbors import BankSearch
-from raydetect.blocks.pyramid import patch_embeddings
-from raydetect.blocks.rows import FitState, KeyedRows
-from raydetect.blocks.search import Search
-from raydetect.blocks.seeding import Undrawn
-from raydetect.detectors._base import Batch, Detector, DetectorInfo, NotFittedError, Scores, Tick
+from raydetect.blocks.backbones.backbone import Backbone
+from raydetect.blocks.backbones.patch_embeddings import patch_embeddings
+from raydetect.blocks.coresets.coreset import Coreset, CoresetMode, choose_coreset
+from raydetect.blocks.coresets.keyed_rows import FitState, KeyedRows
+from raydetect.blocks.maps.anomaly_map import smooth_upsampled
+from raydetect.blocks.search.faiss_search import BANK_INDEX, FaissSearch, IvfPqSearch, recall_at_1, require_faiss
+from raydetect.blocks.search.neighbors import BankSearch
+from raydetect.blocks.search.search import Search
+from raydetect.blocks.seeding import SkipInitialisation
+from raydetect.detectors._base import Batch, Detector, DetectorInfo, NotFittedError, ProgressCallback, Scores
 from raydetect.detectors._weights import WeightsName, load_backbone
 from raydetect.errors import ArtifactError
 
@@ -112,7 +112,7 @@ class PatchCore(Detector):
         """Patch embeddings of every image."""
         return {EMBEDDINGS: self._embed(batch.images_BCHW).flatten(1, 2)}
 
-    def finish(self, state: FitState, tick: Tick) -> None:
+    def finish(self, state: FitState, on_progress: ProgressCallback) -> None:
         """Chooses the coreset over the images of all workers."""
         rows = state.rows[EMBEDDINGS]
         self.num_embeddings = rows.total_stands_for()
@@ -125,7 +125,7 @@ class PatchCore(Detector):
             mode=self.params.coreset_mode,
             projected_dims=self.params.projected_dims,
             device=self.device,
-            tick=lambda more: tick(more, count),
+            on_progress=lambda more: on_progress(more, count),
         )
         self.search = self._make_search(self.coreset.rows_MD.to(self.device))
         self.recall = {} if self.search.exact else self._measured_recall(rows)
@@ -227,7 +227,7 @@ class PatchCore(Detector):
 
     def load_beside(self, tensors: Mapping[str, Tensor], search: Search) -> None:
         """Restores the backbone; `search` holds the bank."""
-        with Undrawn():
+        with SkipInitialisation():
             backbone = Backbone(self.params.backbone, self.params.layers, self.seed)
         backbone.load({name.removeprefix(BACKBONE): value for name, value in tensors.items()}, "the artifact")
         self.backbone = backbone.freeze().to(self.device)

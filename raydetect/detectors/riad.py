@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Generator, Tensor, nn
 
-from raydetect.blocks.anomaly_map import upsample
-from raydetect.blocks.backbone import Backbone
-from raydetect.blocks.losses import msgms_loss, msgms_maps, ssim_loss
+from raydetect.blocks.backbones.backbone import Backbone
+from raydetect.blocks.maps.anomaly_map import upsample
+from raydetect.blocks.networks.losses import msgms_loss, msgms_maps, ssim_loss
+from raydetect.blocks.networks.unet import convolutions, cropped, keyed_init, padded
 from raydetect.blocks.seeding import keyed_generator
-from raydetect.blocks.unet import convolutions, cropped, keyed_init, padded
 from raydetect.detectors._base import Batch, Detector, DetectorInfo, Scores, TrainingPlan
 from raydetect.detectors._networks import NetworkDetector
 from raydetect.detectors._weights import load_backbone

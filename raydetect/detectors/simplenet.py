@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from raydetect.blocks.anomaly_map import smooth_upsampled
-from raydetect.blocks.backbone import Backbone
-from raydetect.blocks.product import product
-from raydetect.blocks.pyramid import patch_embeddings, pooled_patch_embeddings
+from raydetect.blocks.backbones.backbone import Backbone
+from raydetect.blocks.backbones.patch_embeddings import patch_embeddings, pooled_patch_embeddings
+from raydetect.blocks.maps.anomaly_map import smooth_upsampled
+from raydetect.blocks.search.matrix_product import product
 from raydetect.blocks.seeding import keyed_generator, keyed_seed
 from raydetect.detectors._base import Batch, Detector, DetectorInfo, Scores, TrainingPlan
 from raydetect.detectors._networks import NetworkDetector

@@ -21,13 +21,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from raydetect.blocks.anomaly_map import smooth_upsampled
-from raydetect.blocks.backbone import Backbone
-from raydetect.blocks.correspondence import PyramidGallery, PyramidLayout
-from raydetect.blocks.neighbors import BankSearch
-from raydetect.blocks.rows import FitState
-from raydetect.blocks.seeding import Undrawn
-from raydetect.detectors._base import Batch, Detector, DetectorInfo, NotFittedError, Scores, Tick
+from raydetect.blocks.backbones.backbone import Backbone
+from raydetect.blocks.coresets.keyed_rows import FitState
+from raydetect.blocks.maps.anomaly_map import smooth_upsampled
+from raydetect.blocks.search.correspondence import PyramidGallery, PyramidLayout
+from raydetect.blocks.search.neighbors import BankSearch
+from raydetect.blocks.seeding import SkipInitialisation
+from raydetect.detectors._base import Batch, Detector, DetectorInfo, NotFittedError, ProgressCallback, Scores
 from raydetect.detectors._weights import WeightsName, load_backbone
 from raydetect.errors import ArtifactError, SpecError
 
@@ -128,7 +128,7 @@ class SPADE(Detector):
         parts = [levels] if self.params.level_fusion == "concatenate" else [[level] for level in levels]
         return [(PyramidLayout.of(tuple((x.shape[-2], x.shape[-1]) for x in part)), part) for part in parts]
 
-    def finish(self, state: FitState, tick: Tick) -> None:
+    def finish(self, state: FitState, on_progress: ProgressCallback) -> None:
         """Gathers the images of all workers."""
         tensors = {name: rows.everything() for name, rows in sorted(state.rows.items())}
         count = len(tensors[POOLED])
@@ -137,7 +137,7 @@ class SPADE(Detector):
             raise SpecError("spade: images of different sizes were collected. Use one image_size for all.")
         whole = {name: rows.view(count, -1, rows.shape[1]) for name, rows in tensors.items() if name[:6] == LEVEL}
         self._fill({POOLED: tensors[POOLED], GRIDS: grids_NL2[0], **whole})
-        tick(count, count)
+        on_progress(count, count)
 
     def _fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Builds the searches."""
@@ -218,7 +218,7 @@ class SPADE(Detector):
         for name in (POOLED, GRIDS, *(LEVEL + level for level in self.params.feature_levels)):
             if name not in tensors:
                 raise ArtifactError(f"spade: the artifact has no tensor {name!r}. Fit again.")
-        with Undrawn():
+        with SkipInitialisation():
             backbone = Backbone(self.params.backbone, self._layers(), self.seed)
         backbone.load({name.removeprefix(BACKBONE): value for name, value in tensors.items()}, "the artifact")
         self.backbone = backbone.freeze().to(self.device)

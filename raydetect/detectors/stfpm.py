@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from raydetect.blocks.anomaly_map import upsample
-from raydetect.blocks.backbone import Backbone
+from raydetect.blocks.backbones.backbone import Backbone
+from raydetect.blocks.maps.anomaly_map import upsample
 from raydetect.detectors._base import Batch, Detector, DetectorInfo, Scores, TrainingPlan
 from raydetect.detectors._networks import NetworkDetector
 from raydetect.detectors._weights import load_backbone

@@ -21,14 +21,22 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from raydetect.blocks.anomaly_map import upsample
-from raydetect.blocks.backbone import tensors_digest
-from raydetect.blocks.clip import PIXEL_MEAN, PIXEL_STD, ImageTower, TextTower, build_clip, clip_config, load_clip
-from raydetect.blocks.neighbors import BankSearch
-from raydetect.blocks.prompts import ANOMALOUS_STATES, NORMAL_STATES, compose
-from raydetect.blocks.rows import FitState
-from raydetect.blocks.windows import harmonic_mean, spread_harmonic, window_patches
-from raydetect.detectors._base import Batch, Detector, DetectorInfo, Scores, Tick
+from raydetect.blocks.backbones.backbone import tensors_digest
+from raydetect.blocks.backbones.clip import (
+    PIXEL_MEAN,
+    PIXEL_STD,
+    ImageTower,
+    TextTower,
+    build_clip,
+    clip_config,
+    load_clip,
+)
+from raydetect.blocks.backbones.prompts import ANOMALOUS_STATES, NORMAL_STATES, compose
+from raydetect.blocks.coresets.keyed_rows import FitState
+from raydetect.blocks.maps.anomaly_map import upsample
+from raydetect.blocks.maps.windows import harmonic_mean, spread_harmonic, window_patches
+from raydetect.blocks.search.neighbors import BankSearch
+from raydetect.detectors._base import Batch, Detector, DetectorInfo, ProgressCallback, Scores
 from raydetect.detectors._networks import NetworkDetector
 from raydetect.detectors._weights import RANDOM, clip_facts, clip_weights
 from raydetect.errors import ArtifactError, SpecError
@@ -189,12 +197,12 @@ class WinCLIP(NetworkDetector):
             **{f"{MEMORY}{s}": torch.cat([windows[s] for *_, windows in found]) for s in sides},
         }
 
-    def finish(self, state: FitState, tick: Tick) -> None:
+    def finish(self, state: FitState, on_progress: ProgressCallback) -> None:
         """Gathers the normal images of all workers."""
         rows = state.rows if self.params.k_shot else {}
         self.memory = {name: BankSearch(kept.everything().to(self.device)) for name, kept in sorted(rows.items())}
         self.freeze()
-        tick(1, 1)
+        on_progress(1, 1)
 
     def facts(self) -> dict[str, Any]:
         """Number of normal images in memory."""

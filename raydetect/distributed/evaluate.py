@@ -6,7 +6,7 @@ from typing import Any
 import ray
 
 from raydetect.distributed.ray_errors import translated
-from raydetect.distributed.score import refuse_memory_uris
+from raydetect.distributed.scoring.score import refuse_memory_uris
 from raydetect.distributed.session import session
 from raydetect.errors import RaydetectError, error_of, error_text
 from raydetect.evaluation.cells import Cell, Evaluation

@@ -14,8 +14,8 @@ from ray._private import ray_constants
 from ray._private import worker as ray_worker
 from ray.data import DataContext
 
+from raydetect.config import ResourceSpec
 from raydetect.distributed.ray_errors import translate
-from raydetect.spec import ResourceSpec
 
 LOOPBACK = "127.0.0.1"
 STARTING_AT_ONCE = 8  # actors without CPU slots start beside the workers; Ray warns past four times the slots

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raydetect.sinks.cells import cell as csv_cell
+from raydetect.sinks.csv_cells import cell as csv_cell
 from raydetect.storage import Storage, join_uri
 
 ALL = "mean of categories"

@@ -98,12 +98,12 @@ def _entry(first: bool, body: Mapping[str, Any]) -> str:
 
 
 def _info(pictures: Pictures, threshold: float | None, polygons: bool) -> dict[str, Any]:
-    said = threshold if threshold is not None else "above the highest value of held-out normal images"
+    message = threshold if threshold is not None else "above the highest value of held-out normal images"
     return {
         "description": f"anomalies found by raydetect {__version__}, not labelled by people",
         "results": pictures.ledger.uri,
         "artifact": str(pictures.run["result"]["artifact"]),
-        "map_threshold": said,
+        "map_threshold": message,
         "outlines": "polygons; holes are filled" if polygons else "run lengths",
     }
 

@@ -10,7 +10,7 @@ from PIL import Image
 from raydetect.errors import MemberError, RaydetectError
 from raydetect.export.naming import file_name
 from raydetect.report.pictures import Pictures, why_not
-from raydetect.sinks.cells import cell
+from raydetect.sinks.csv_cells import cell
 from raydetect.sinks.rows import read_rows
 from raydetect.storage import whole_file, whole_text
 

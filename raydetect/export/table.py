@@ -3,7 +3,7 @@
 import csv
 from pathlib import Path
 
-from raydetect.sinks.cells import cell
+from raydetect.sinks.csv_cells import cell
 from raydetect.sinks.ledger import Ledger
 from raydetect.sinks.parquet import SCHEMA
 from raydetect.sinks.rows import read_rows

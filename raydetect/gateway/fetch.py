@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from raydetect.errors import MemberError, StorageError
-from raydetect.gateway.allow import WEB, resolved
+from raydetect.gateway.allowed_uris import WEB, resolved
 from raydetect.storage import Storage
 
 UNREADABLE = "unreadable"

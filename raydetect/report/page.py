@@ -21,7 +21,7 @@ from raydetect.report.pictures import Pictures
 from raydetect.report.run_charts import Figure, distribution_figure, p_limit, timeline_figure
 from raydetect.report.tally import MAX_BAD_PER_STATUS, CategorySums, Tally
 from raydetect.sinks.ledger import Ledger
-from raydetect.sinks.results import fdr_text, labelled_auroc, notes_text
+from raydetect.sinks.run_progress import fdr_text, labelled_auroc, notes_text
 
 MAX_LABELLED = 1_000_000  # above it the AUROC, which needs all labelled scores at once, is left out
 MAX_CATEGORY_ROWS = 300
@@ -78,7 +78,7 @@ def render(
         loader=FunctionLoader(_part), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     script, style = _part("report.js"), _part("report.css")
-    gallery = cards(found.foremost.rows(), pictures)
+    gallery = cards(found.top_images.rows(), pictures)
     manifest = ledger.manifest()
     figures = [distribution_figure(found, p_limit(run, manifest)), timeline_figure(found.timeline)]
     return environment.get_template("report.html").render(

@@ -10,13 +10,13 @@ import fsspec
 import numpy as np
 from PIL import Image
 
+from raydetect.config import StorageOptions
 from raydetect.errors import MemberError, RaydetectError, SpecError, StorageError
+from raydetect.images.decode import decode_image
+from raydetect.images.opening import DecodeRules
 from raydetect.sinks.heatmaps import overlay_png, read_map_png, read_png
 from raydetect.sinks.ledger import Ledger
-from raydetect.spec import StorageOptions
 from raydetect.storage import Storage, check_uri, join_uri, translate
-from raydetect.worker.opening import DecodeRules
-from raydetect.worker.preprocess import decode_image
 
 MAX_HEATMAP_BYTES = 256 << 20
 CONTAINERS = ("tar", "zip", "parquetrow", "member", "tarzst")

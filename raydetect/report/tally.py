@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 
 from raydetect.metrics.histogram import Histogram
 from raydetect.records import OK
-from raydetect.report.foremost import Foremost
 from raydetect.report.timeline import Timeline
+from raydetect.report.top_images import TopImages
 from raydetect.sinks.ledger import Ledger, Totals
 from raydetect.sinks.rows import read_rows
 
@@ -53,7 +53,7 @@ class Tally:
     """
 
     measure: str
-    foremost: Foremost
+    top_images: TopImages
     totals: Totals = field(default_factory=Totals)
     timeline: Timeline = field(default_factory=Timeline)
     distributions: dict[int | None, Histogram] = field(default_factory=dict)
@@ -67,7 +67,7 @@ class Tally:
         scored = table.filter(pc.equal(table["status"], OK))
         self._add_distributions(scored)
         self._add_categories(table)
-        self.foremost.add(scored)
+        self.top_images.add(scored)
         if scored.num_rows < table.num_rows:
             self._add_bad(table.filter(pc.not_equal(table["status"], OK)))
         if self.threshold is None and self.measure == "image_score" and scored.num_rows:
@@ -127,7 +127,7 @@ def tally(
         StorageError: a record or part is missing or damaged.
     """
     measure = measure_of(run)
-    found = Tally(measure, Foremost(pictures, by_p_value=measure == "p_value"))
+    found = Tally(measure, TopImages(pictures, by_p_value=measure == "p_value"))
     shard = -1
     for receipt, _, table in read_rows(ledger, COLUMNS):
         if receipt.shard != shard:

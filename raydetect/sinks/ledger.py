@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from raydetect.config import differences, to_plain, validate
+from raydetect.config.validation import differences, to_plain, validate
 from raydetect.errors import DamagedError, IncompleteError, MissingError, ResumeError, SpecError, StorageError
 from raydetect.left_out import LeftOutCount
 from raydetect.records import Receipt
-from raydetect.sinks.shapes import Manifest, Run
+from raydetect.sinks.schemas import Manifest, Run
 from raydetect.storage import Storage, join_uri
 
 log = logging.getLogger("raydetect.sinks")
@@ -264,10 +264,10 @@ class Ledger:
         return body
 
     def _damaged(self, name: str, reason: str) -> DamagedError:
-        return DamagedError(f"{join_uri(self.uri, name)}: is damaged ({reason.rstrip('.')}). {mend(self.uri)}")
+        return DamagedError(f"{join_uri(self.uri, name)}: is damaged ({reason.rstrip('.')}). {repair_hint(self.uri)}")
 
 
-def mend(uri: str) -> str:
+def repair_hint(uri: str) -> str:
     """What to do about damaged results."""
     return f"`raydetect verify {shlex.quote(uri)} --repair` takes away what is damaged; the same job makes it again."
 

@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 
 from raydetect.errors import DamagedError, MissingError, SpecError
 from raydetect.records import OK, Part, Receipt
-from raydetect.sinks.agreement import NAMED, listed_files, named, rows_digest
-from raydetect.sinks.flags import archive_flags
-from raydetect.sinks.ledger import Ledger, Totals, mend
+from raydetect.sinks.archive_flags import archive_flags
+from raydetect.sinks.consistency import NAMED, listed_files, names_text, rows_digest
+from raydetect.sinks.ledger import Ledger, Totals, repair_hint
 from raydetect.storage import join_uri
 
 READERS, AHEAD = 8, 16
@@ -39,7 +39,7 @@ KINDS = {
     "keys": "keys that more than one scored row has",
     "manifest": "sums of manifest.json that differ from those of the records",
 }
-Tick = Callable[[str, int, int | None], None]
+ProgressCallback = Callable[[str, int, int | None], None]
 Damage = tuple[str, str]  # its kind, and the name of what is damaged
 
 
@@ -113,7 +113,7 @@ class Verification:
             repaired: the records of damaged shards were taken away.
         """
         lines = [
-            f"{KINDS[kind]}: {found.count:,} ({named(found.names, found.count)})" if kind != "run" else KINDS[kind]
+            f"{KINDS[kind]}: {found.count:,} ({names_text(found.names, found.count)})" if kind != "run" else KINDS[kind]
             for kind, found in self.damage.items()
         ]
         if self.unnamed:
@@ -126,11 +126,11 @@ class Verification:
         if repaired:
             taken = f"manifest.json and the ledger records of {len(self.damaged):,} shards are taken away"
             return [*lines, f"{what}: {taken}. Start the same job again; it makes what is missing."]
-        said = f"{len(self.damaged):,} shards are damaged" if self.damaged else "not all whole"
-        return [*lines, f"{what}: {said}. {mend(self.uri)}"]
+        message = f"{len(self.damaged):,} shards are damaged" if self.damaged else "not all whole"
+        return [*lines, f"{what}: {message}. {repair_hint(self.uri)}"]
 
 
-def verify(ledger: Ledger, tick: Tick) -> Verification:
+def verify(ledger: Ledger, on_progress: ProgressCallback) -> Verification:
     """Reads every record, part and heatmap zip, and compares each with what was noted when it was written.
 
     Args:
@@ -146,24 +146,24 @@ def verify(ledger: Ledger, tick: Tick) -> Verification:
     run = _run(ledger, bool(committed), found)
     manifest = _manifest(ledger, found)
     found.finished = manifest is not None
-    _judge_run(run, committed, found)
+    _check_run(run, committed, found)
     files, keys, totals = listed_files(ledger), bytearray(), Totals()
     flags = archive_flags(manifest)
     for shard in _read_ahead(ledger, committed):
-        tick("verified shards", 1, len(committed))
+        on_progress("verified shards", 1, len(committed))
         for kind, name in shard.damage:
             found.add(kind, name, shard.index)
         if shard.receipt is None:
             continue
         keys += shard.keys
-        _judge_record(shard.receipt, run, found)
+        _check_record(shard.receipt, run, found)
         totals.add(shard.receipt if flags is None else flags.receipt(shard.receipt))
         for part in shard.receipt.parts:
             files.pop(part.path, None)
             files.pop(part.heatmap_path, None)
     found.unnamed = len(files)
-    _judge_keys(ledger, committed, keys, found)
-    _judge_sums(run, manifest, totals, found)
+    _check_keys(ledger, committed, keys, found)
+    _check_sums(run, manifest, totals, found)
     found.shards, found.parts, found.rows = totals.shards, totals.parts, totals.rows
     return found
 
@@ -200,7 +200,7 @@ def _manifest(ledger: Ledger, found: Verification) -> dict[str, Any] | None:
         return None
 
 
-def _judge_run(run: Mapping[str, Any] | None, committed: Iterable[int], found: Verification) -> None:
+def _check_run(run: Mapping[str, Any] | None, committed: Iterable[int], found: Verification) -> None:
     """Whether there is a record of each shard when the run says that it is finished."""
     if run is None:
         return
@@ -216,7 +216,7 @@ def _judge_run(run: Mapping[str, Any] | None, committed: Iterable[int], found: V
             found.add("foreign_records", _record(index), index)
 
 
-def _judge_record(receipt: Receipt, run: Mapping[str, Any] | None, found: Verification) -> None:
+def _check_record(receipt: Receipt, run: Mapping[str, Any] | None, found: Verification) -> None:
     """Whether a record is of the job, and its parts make a whole shard."""
     name = _record(receipt.shard)
     if run is not None and receipt.run not in ("", rows_digest(run)):
@@ -273,9 +273,9 @@ def _read_shard(ledger: Ledger, index: int) -> _Shard:
     for part in shard.receipt.parts:
         data = _whole(ledger, part.path, part.sha256, shard.damage)
         if data is not None:
-            shard.damage += _judge_rows(part, data, shard.keys)
+            shard.damage += _check_rows(part, data, shard.keys)
         if part.heatmap_path:
-            shard.damage += _judge_heatmaps(ledger, part)
+            shard.damage += _check_heatmaps(ledger, part)
         elif part.heatmaps:
             shard.damage.append(("counts", part.path))
     return shard
@@ -294,7 +294,7 @@ def _whole(ledger: Ledger, path: str, sha256: str, damage: list[Damage]) -> byte
     return data
 
 
-def _judge_rows(part: Part, data: bytes, keys: bytearray) -> list[Damage]:
+def _check_rows(part: Part, data: bytes, keys: bytearray) -> list[Damage]:
     """Compares the rows of a part with its record, and notes their keys."""
     table = _table(data)
     if table is None:
@@ -306,7 +306,7 @@ def _judge_rows(part: Part, data: bytes, keys: bytearray) -> list[Damage]:
     return [] if same else [("counts", part.path)]
 
 
-def _judge_heatmaps(ledger: Ledger, part: Part) -> list[Damage]:
+def _check_heatmaps(ledger: Ledger, part: Part) -> list[Damage]:
     """Compares a zip with its record; what an older raydetect wrote has no sha256 and is opened."""
     damage: list[Damage] = []
     data = _whole(ledger, part.heatmap_path, part.heatmap_sha256, damage)
@@ -341,7 +341,7 @@ def _digest(key: str) -> bytes:
     return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()
 
 
-def _judge_keys(ledger: Ledger, committed: Sequence[int], keys: bytearray, found: Verification) -> None:
+def _check_keys(ledger: Ledger, committed: Sequence[int], keys: bytearray, found: Verification) -> None:
     """Notes keys that came twice; only then are the parts read a second time, to name them."""
     keys_N = np.frombuffer(keys, dtype=f"S{DIGEST_BYTES}")
     keys_N.sort()
@@ -371,7 +371,7 @@ def _parts(ledger: Ledger, index: int) -> tuple[Part, ...]:
         return ()
 
 
-def _judge_sums(
+def _check_sums(
     run: Mapping[str, Any] | None, manifest: Mapping[str, Any] | None, totals: Totals, found: Verification
 ) -> None:
     """Compares the manifest with the sums of the records, unless other damage explains a difference."""

@@ -15,12 +15,12 @@ from typing import Any
 import fsspec
 from fsspec.spec import AbstractFileSystem
 
+from raydetect.config import StorageOptions
 from raydetect.errors import ChangedError, MissingError, SpecError, StorageError
-from raydetect.spec import StorageOptions
+from raydetect.storage.error_translation import changed, translate
 from raydetect.storage.globs import linear_glob
-from raydetect.storage.local import remove_leftovers, write_local
+from raydetect.storage.local_files import remove_leftovers, write_local
 from raydetect.storage.stored_file import StoredFile
-from raydetect.storage.troubles import changed, translate
 from raydetect.storage.uris import check_uri, normalise_uri
 
 log = logging.getLogger("raydetect.storage")

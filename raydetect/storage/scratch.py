@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from raydetect.errors import StorageError
-from raydetect.storage.troubles import disk_reason
+from raydetect.storage.error_translation import disk_reason
 
 PART_BYTES = 4 << 20
 

@@ -11,19 +11,20 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torch import nn
 
-from raydetect import create_model, local
-from raydetect.blocks.backbone import Backbone
+from raydetect import create_model
+from raydetect.blocks.backbones.backbone import Backbone
 from raydetect.blocks.seeding import keyed_generator, keyed_unit
 from raydetect.check import find_problems
+from raydetect.config import FitSpec, parse_job
 from raydetect.detectors._base import Batch
 from raydetect.detectors._registry import build_detector
 from raydetect.detectors.devnet import DevNet, deviation_loss, worst_mean
 from raydetect.errors import SpecError
-from raydetect.spec import FitSpec, parse_job
+from raydetect.local import jobs
+from tests.builders.archives import normal_files, pack
+from tests.builders.bottle import aurocs, fit_in_memory, read_bottles
+from tests.builders.images import DEFECTS, defect_image, encode, normal_image
 from tests.contracts.cases import CASES, as_batch
-from tests.made.archives import normal_files, pack
-from tests.made.bottle import aurocs, fit_in_memory, read_bottles
-from tests.made.images import DEFECTS, defect_image, encode, normal_image
 
 IMAGES = as_batch([*(normal_image(i, 64) for i in range(4)), *(defect_image(i, "spot", 64)[0] for i in range(4))])
 KEYS, LABELS = [f"image-{i}" for i in range(8)], [0, 0, 0, 0, 1, 1, 1, 1]
@@ -207,8 +208,8 @@ def test_a_fit_without_a_labelled_anomalous_image_is_refused_in_one_sentence() -
         with pytest.raises(
             SpecError, match="devnet needs labelled anomalous images, and none of 5 is labelled anomalous"
         ):
-            local.fit(job(place, PATTERN), lambda *_: None)
-    facts = local.fit(job("both", PATTERN), lambda *_: None).facts
+            jobs.fit(job(place, PATTERN), lambda *_: None)
+    facts = jobs.fit(job("both", PATTERN), lambda *_: None).facts
     assert facts["images"] == {"fitted": 8, "held_out": 1, "labelled_anomalous_left_out": 0, "bad": 0}
 
 
@@ -219,9 +220,9 @@ def test_every_category_of_a_fleet_needs_one() -> None:
     (sentence,) = find_problems(spec)
     assert "no path of category 'gadget' is labelled" in sentence
     with pytest.raises(SpecError, match=r"category 'gadget': .*none of 5 is labelled anomalous"):
-        local.fit(spec, lambda *_: None)
+        jobs.fit(spec, lambda *_: None)
     pack("memory://two", "", [(name.replace("widget", "gadget"), data) for name, data in SPOILT], 1)
-    assert find_problems(spec) == [] and local.fit(spec, lambda *_: None).facts["categories"] == 2
+    assert find_problems(spec) == [] and jobs.fit(spec, lambda *_: None).facts["categories"] == 2
 
 
 def test_in_python_labels_are_given_beside_the_images() -> None:
