@@ -15,8 +15,8 @@ DISK = {
     errno.EDQUOT: "the disk quota is used up. Free some space or raise it, and start the same command again.",
     errno.EFBIG: "it is larger than the disk or `ulimit -f` allows. Name another place or raise the limit.",
     errno.EROFS: "the disk is mounted read-only. Mount it writable or name another place.",
-    errno.EACCES: "permission denied. Change who may write there or name another place.",
-    errno.EPERM: "the operation is not permitted. Change who may write there or name another place.",
+    errno.EACCES: "permission denied. Change who may read and write there, or name another place.",
+    errno.EPERM: "the operation is not permitted. Change who may read and write there, or name another place.",
     errno.EIO: "the disk reports an input/output error. Check it, and start the same command again.",
 }
 ABSENT = ("NoSuchKey", "NoSuchVersion", "404")
@@ -71,7 +71,9 @@ def _of_storage(uri: str, verb: str, error: Exception, code: str, text: str) -> 
     if isinstance(error, FileNotFoundError):
         return MissingError(f"{uri}: not found. Check the path.")
     if isinstance(error, OSError) and error.errno in DISK and is_local(uri):
-        return StorageError(f"{uri}: cannot {verb} it: {DISK[error.errno]}")
+        place = str(error.filename or "")
+        of = f" ({place})" if place and place != uri.removeprefix("file://") else ""
+        return StorageError(f"{uri}: cannot {verb} it{of}: {DISK[error.errno]}")
     if "connect" in type(error).__name__.lower() or "Could not connect" in text:
         return StorageError(f"{uri}: the storage cannot be reached ({text}). Check storage.endpoint_url.")
     return StorageError(f"{uri}: cannot {verb} it ({type(error).__name__}: {text}).")

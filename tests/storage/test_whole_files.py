@@ -133,7 +133,7 @@ def test_parts_are_on_the_disk_before_the_record_that_names_them(
         (errno.ENOSPC, "no space is left on the disk. Free some and start the same command again."),
         (errno.EDQUOT, "the disk quota is used up."),
         (errno.EROFS, "the disk is mounted read-only. Mount it writable or name another place."),
-        (errno.EACCES, "permission denied. Change who may write there"),
+        (errno.EACCES, "permission denied. Change who may read and write there"),
     ],
 )
 def test_a_disk_that_refuses_is_one_sentence_with_the_place_and_what_to_do(
