@@ -128,7 +128,7 @@ def test_parts_are_on_the_disk_before_the_record_that_names_them(
 
 
 @pytest.mark.parametrize(
-    ("number", "said"),
+    ("number", "message"),
     [
         (errno.ENOSPC, "no space is left on the disk. Free some and start the same command again."),
         (errno.EDQUOT, "the disk quota is used up."),

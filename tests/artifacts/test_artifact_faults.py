@@ -147,7 +147,7 @@ def _expected(stored: Files) -> list[tuple[Any, ...]]:
 
 @pytest.mark.usefixtures("_placed")
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda c: c["scores"].reverse(), "calibration.scores: is not in ascending order"),
         (lambda c: c["scores"].__setitem__(-1, math.nan), "calibration.scores.6: should be a finite number"),
@@ -181,7 +181,7 @@ def halved(tensors: dict[str, Tensor], name: str) -> None:
 @pytest.mark.usefixtures("_placed")
 @pytest.mark.parametrize("name", ["bank", "num_embeddings", "backbone.conv1.weight", "backbone.bn1.running_var"])
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda t, n: t.pop(n), "tensor|is not there"),
         (lambda t, n: t.update({n: t[n].double()}), "float64 of .* and the detector needs|is F64 of"),
@@ -258,7 +258,7 @@ def test_a_storage_that_fails_is_no_fault_of_an_artifact(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda b: b.update(categories=[]), "categories"),
         (lambda b: b["categories"]["widget"].update(digest="x"), "categories.widget.digest: "),
