@@ -131,7 +131,7 @@ class MemberReader:
 
     def _described(self, sample: Sample, arranged: Arrangement, key: str) -> Member | None:
         entry = sample.entry
-        if not has_suffix(entry.name) and not self._is_image(entry):
+        if entry.is_named and not has_suffix(entry.name) and not self._is_image(entry):
             self.left_out.add("no_suffix", readable(entry.name))
             return None
         name = self.directory.safe_name(entry)

@@ -8,7 +8,7 @@ import zstandard
 
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 BUFFER_BYTES = 1 << 20
-FEED_BYTES = 4096  # of a zstd frame at a time; they become 128 MB at most
+FEED_BYTES = 2048  # of a zstd frame at a time; they become 64 MB at most
 
 
 def is_compressed(start: bytes) -> bool:

@@ -2,37 +2,43 @@
 
 `parquetrow://COLUMN/ROW::URL` is the fsspec URL of one cell; the small filesystem below opens it.
 
-Rows of a table are no files, so their names need not differ. Names come from the first column of NAME_COLUMNS, or the
-`path` beside the bytes, in which every name is usable and stands once. Where there is no such column, a row whose name
-is unusable, or stands twice, is named by its number (`row-17`), and its own name stands in `meta`. `./a` and `a` are
-one name.
+`parquet_names.py` says how rows are named, `parquet_cells.py` what bounds the memory.
 """
 
 import io
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.archive import AbstractArchiveFileSystem
 
-from raydetect.archives.base import composed, key_of, listed_file, readable, safe_name
+from raydetect.archives.base import composed, key_of, listed_file, readable
 from raydetect.archives.directory import too_many_bytes, with_facts, with_words
+from raydetect.archives.formats.parquet_cells import (
+    WORDS,
+    bytes_of,
+    cell_bytes,
+    columns_to_read,
+    refuse_long_footer,
+    unpacked_too_far,
+    word,
+)
+from raydetect.archives.formats.parquet_names import RowNames, row_names
 from raydetect.archives.formats.zip import REPAIR
 from raydetect.archives.path_patterns import Naming
-from raydetect.archives.samples import tidy
 from raydetect.config import SourceSpec
-from raydetect.errors import ArchiveError, MemberError, RaydetectError, SpecError
+from raydetect.errors import ArchiveError, RaydetectError, SpecError
 from raydetect.left_out import LeftOutCount
 from raydetect.records import Member, Shard
 from raydetect.storage import Storage
 
 SUFFIXES = (".parquet", ".pq")
-NAME_COLUMNS = ("key", "path", "name", "file_name")
-ROWS_AT_ONCE = 16
+MAX_CLASSES_BYTES = 4 << 20  # of the JSON that names classes
+BUFFER_BYTES = 8 << 20  # that are read ahead of each column
 
 
 def read_parquet(
@@ -47,11 +53,12 @@ def read_parquet(
     """
     with storage.open(shard.uri, listed_file(shard)) as handle:
         try:
-            file = pq.ParquetFile(handle)
+            refuse_long_footer(handle, shard.uri)
+            file = pq.ParquetFile(handle, buffer_size=BUFFER_BYTES)
             image = image_column(file.schema_arrow, source, shard.uri)
-            rows = RowReader(shard.uri, image, source, naming, left_out, row_names(file, image), _classes(file))
-            for first_row, group in _groups(file, shard):
-                yield from _group_members(file, group, first_row, rows)
+            names = row_names(file, image, shard.uri)
+            rows = RowReader(shard.uri, image, source, naming, left_out, names, _classes(file, shard.uri))
+            yield from _members(file, shard, rows)
         except RaydetectError:
             raise
         except Exception as error:  # whatever hostile bytes make the library raise
@@ -92,61 +99,14 @@ def _holds_images(kind: pa.DataType) -> bool:
     return any(test(kind) for test in tests)
 
 
-@dataclass(frozen=True, slots=True)
-class RowNames:
-    """Names of all rows of a file, also of those that other shards read.
-
-    Attributes:
-        names: as the column has them, None where there is none.
-        keys: the name of every row in its key.
-    """
-
-    names: Sequence[str | None]
-    keys: Sequence[str]
-
-
-def row_names(file: pq.ParquetFile, image: str) -> RowNames:
-    """Names of the rows, from one pass over the columns that may hold them."""
-    count = file.metadata.num_rows
-    first: list[str | None] | None = None
-    for values in _name_columns(file, image):
-        names = [value if isinstance(value, str) and value else None for value in values]
-        unique = len({name and tidy(name) for name in names}) == count
-        if unique and all(name is not None and _is_usable(name, row) for row, name in enumerate(names)):
-            return RowNames(names, [str(name) for name in names])
-        first = first or names
-    chosen = first or [None] * count
-    often = Counter(tidy(name) for name in chosen if name is not None)
-    keys = [
-        name if name is not None and often[tidy(name)] == 1 and _is_usable(name, row) else f"row-{row}"
-        for row, name in enumerate(chosen)
-    ]
-    return RowNames(chosen, keys)
-
-
-def _name_columns(file: pq.ParquetFile, image: str) -> Iterator[list[Any]]:
-    for name in NAME_COLUMNS:
-        if name in file.schema_arrow.names and name != image:
-            yield file.read(columns=[name]).column(0).to_pylist()
-    kind = file.schema_arrow.field(image).type
-    if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0:
-        cells = file.read(columns=[f"{image}.path"]).column(0).to_pylist()
-        yield [cell and cell.get("path") for cell in cells]
-
-
-def _is_usable(name: str, row: int) -> bool:
-    if tidy(name).startswith("row-") and tidy(name) != f"row-{row}":
-        return False
-    try:
-        return bool(safe_name(name)) and "://" not in name
-    except MemberError:
-        return False
-
-
-def _classes(file: pq.ParquetFile) -> dict[str, list[str]]:
+def _classes(file: pq.ParquetFile, uri: str) -> dict[str, list[str]]:
     """Names of the classes that numbers of a column stand for, as Hugging Face writes them into the schema."""
+    text = (file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
+    if len(text) > MAX_CLASSES_BYTES:
+        said = f"{len(text):,} bytes are more than {MAX_CLASSES_BYTES:,}. Write the file without them."
+        raise ArchiveError(f"{uri}: the names of classes in its schema are too long: {said}")
     try:
-        told = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
+        told = json.loads(text)
         features = told["info"]["features"]
         found = {name: feature.get("names") for name, feature in features.items() if isinstance(feature, dict)}
         return {name: _in_order(names) for name, names in found.items() if isinstance(names, list | dict)}
@@ -174,16 +134,30 @@ def _groups(file: pq.ParquetFile, shard: Shard) -> Iterator[tuple[int, int]]:
         row += entry.num_rows
 
 
-def _group_members(file: pq.ParquetFile, group: int, first_row: int, rows: "RowReader") -> Iterator[Member]:
-    known = (rows.image, "mask", "label", "category", "defect")
-    columns = [name for name in known if name in file.schema_arrow.names]
-    row = first_row
-    for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=columns):
-        for words in batch.to_pylist():
-            member = rows.member(words, row)
-            if member is not None:
-                yield member
-            row += 1
+def _members(file: pq.ParquetFile, shard: Shard, rows: "RowReader") -> Iterator[Member]:
+    """Members of the row groups that can be read.
+
+    Raises:
+        ArchiveError: after them, when there are others.
+    """
+    not_read = ""
+    for first_row, group in _groups(file, shard):
+        columns = columns_to_read(file, group, rows.image)
+        why_not = unpacked_too_far(file, group, columns)
+        not_read = not_read or why_not
+        if not why_not:
+            yield from _group_members(file, group, first_row, columns, rows)
+    if not_read:
+        raise ArchiveError(f"{shard.uri}: {not_read}, so its rows were not read. Write it without such a column.")
+
+
+def _group_members(
+    file: pq.ParquetFile, group: int, first_row: int, columns: list[str], rows: "RowReader"
+) -> Iterator[Member]:
+    for row, batch in enumerate(file.iter_batches(1, row_groups=[group], columns=columns), first_row):
+        member = rows.member({name: batch.column(name) for name in batch.schema.names}, row)
+        if member is not None:
+            yield member
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,9 +172,9 @@ class RowReader:
     names: RowNames
     classes: Mapping[str, Sequence[str]]
 
-    def member(self, words: dict[str, Any], row: int) -> Member | None:
-        """One row as a member; None when the pattern leaves it out."""
-        name, key_name = self.names.names[row], self.names.keys[row]
+    def member(self, cells: Mapping[str, pa.Array], row: int) -> Member | None:
+        """One row, its cells by column, as a member; None when the pattern leaves it out."""
+        name, key_name = self.names.name(row), self.names.key(row)
         facts = self.naming.read(_path(name or key_name))
         if facts is None:
             is_mask = self.naming.is_mask(_path(name or key_name))
@@ -210,19 +184,18 @@ class RowReader:
         member = Member(
             key_of(self.uri, key_name),
             f"parquetrow://{self.image}/{row}::{self.uri}",
-            mask_uri=f"parquetrow://mask/{row}::{self.uri}" if words.get("mask") is not None else None,
+            mask_uri=f"parquetrow://mask/{row}::{self.uri}" if "mask" in cells and cells["mask"][0].is_valid else None,
             meta=json.dumps({"row": row, **beside}),
         )
-        member = with_words(with_facts(member, facts), self._words(words), self.naming, self.classes.get("label", ()))
-        cell = words[self.image]
-        data = (cell.get("bytes") if isinstance(cell, dict) else cell) or b""
-        if len(data) > self.source.max_image_bytes:
-            return too_many_bytes(member, len(data), self.source.max_image_bytes)
-        return replace(member, data=data)
+        member = with_words(with_facts(member, facts), self._words(cells), self.naming, self.classes.get("label", ()))
+        data = cell_bytes(cells[self.image][0])
+        if data.size > self.source.max_image_bytes:
+            return too_many_bytes(member, data.size, self.source.max_image_bytes)
+        return replace(member, data=data.to_pybytes())
 
-    def _words(self, words: dict[str, Any]) -> dict[str, Any]:
+    def _words(self, cells: Mapping[str, pa.Array]) -> dict[str, Any]:
         """What columns say, with names in place of the numbers of classes."""
-        found = {name: words.get(name) for name in ("label", "category", "defect")}
+        found = {name: word(cells[name]) if name in cells else None for name in WORDS}
         for name in ("category", "defect"):
             number, classes = found[name], self.classes.get(name, ())
             if isinstance(number, int) and 0 <= number < len(classes):
@@ -255,7 +228,7 @@ class ParquetRowFileSystem(AbstractArchiveFileSystem):  # type: ignore[misc]
             import fsspec
 
             fo = fsspec.open(fo, protocol=target_protocol, **(target_options or {})).open()
-        self._file = pq.ParquetFile(fo)
+        self._file = pq.ParquetFile(fo, buffer_size=BUFFER_BYTES)
 
     def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> io.BytesIO:
         """The cell's bytes.
@@ -270,13 +243,20 @@ class ParquetRowFileSystem(AbstractArchiveFileSystem):  # type: ignore[misc]
         for group in range(self._file.metadata.num_row_groups):
             rows = self._file.metadata.row_group(group).num_rows
             if row < rows:
-                cell = self._file.read_row_group(group, columns=[column]).column(0)[row].as_py()
-                data = cell.get("bytes") if isinstance(cell, dict) else cell
-                if data is None:
-                    raise FileNotFoundError(path)
-                return io.BytesIO(data)
+                return io.BytesIO(self._cell(group, row, column))
             row -= rows
         raise FileNotFoundError(path)
+
+    def _cell(self, group: int, row: int, column: str) -> bytes:
+        path = bytes_of(self._file.schema_arrow, column)
+        if unpacked_too_far(self._file, group, [path]):
+            raise OSError(f"{unpacked_too_far(self._file, group, [path])}, so it is not read")
+        batches = self._file.iter_batches(1, row_groups=[group], columns=[path])
+        cell = next(islice(batches, row, None)).column(0)[0]
+        if not cell.is_valid or (isinstance(cell, pa.StructScalar) and not cell["bytes"].is_valid):
+            raise FileNotFoundError(column)
+        data: bytes = cell_bytes(cell).to_pybytes()
+        return data
 
     def _get_dirs(self) -> None:
         """Rows are opened by number and never listed."""

@@ -6,11 +6,15 @@ from dataclasses import dataclass, field, replace
 from typing import IO, Any
 
 from raydetect.archives.formats.zip import REPAIR
+from raydetect.archives.name_limits import FILE_BYTES, MAX_NAME_BYTES, NameCount
 from raydetect.archives.samples import Entry
 from raydetect.errors import ArchiveError, RaydetectError
 from raydetect.left_out import LeftOutCount
 
 BLOCK = 512
+GLOBAL, GNU_NAMES = tarfile.XGLTYPE, (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+LONG = (GLOBAL, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, *GNU_NAMES)  # headers whose length is free
+MAX_GLOBAL_BYTES = 1 << 20  # of all headers that hold for what follows, since they are kept
 DRAIN_BYTES = 1 << 20
 Keep = Callable[[tarfile.TarFile, tarfile.TarInfo], None]
 
@@ -20,6 +24,7 @@ class _StrictTar(tarfile.TarFile):
 
     bytes_after_end = 0
     is_several = False
+    global_bytes = 0
 
 
 class _StrictTarInfo(tarfile.TarInfo):
@@ -27,7 +32,14 @@ class _StrictTarInfo(tarfile.TarInfo):
 
     A tar ends with blocks of zeros, so one that was cut between two members is told from a whole one. What follows the
     zeros is another tar, which GNU tar reads with --ignore-zeros, or bytes that are counted.
+
+    A header that is too long for what it says (a name, mostly) is passed over, and its member has no name.
+
+    Attributes:
+        passed_bytes: of headers before this one that were passed over.
     """
+
+    passed_bytes = 0
 
     @classmethod
     def fromtarfile(cls, tar: Any) -> "_StrictTarInfo":
@@ -39,6 +51,38 @@ class _StrictTarInfo(tarfile.TarInfo):
             raise tarfile.ReadError(f"damaged member header ({error})") from None
         except tarfile.EmptyHeaderError:  # type: ignore[attr-defined]
             raise tarfile.ReadError("cut between two members: it has no end-of-archive block") from None
+
+    def _proc_member(self, tar: Any) -> "_StrictTarInfo":
+        if self.type == GLOBAL:
+            tar.global_bytes += self.size
+            if tar.global_bytes > MAX_GLOBAL_BYTES:
+                raise tarfile.ReadError(f"global headers of more than {MAX_GLOBAL_BYTES:,} bytes")
+        elif self.type in LONG and self.size > MAX_NAME_BYTES:
+            return self._passed_over(tar)
+        return super()._proc_member(tar)  # type: ignore[misc, no-any-return]
+
+    def _passed_over(self, tar: Any) -> "_StrictTarInfo":
+        tar.fileobj.seek(tar.fileobj.tell() + self._block(self.size))  # type: ignore[attr-defined]
+        try:
+            found = self.fromtarfile(tar)
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"nothing follows a header of {self.size:,} bytes") from error
+        found.offset, found.passed_bytes = self.offset, self.size
+        return found
+
+    def _proc_sparse(self, tar: Any) -> "_StrictTarInfo":
+        """Passes over the map of a sparse member, which is not read and whose map may be as long as the tar."""
+        found: Any = self
+        _, is_extended, size = found._sparse_structs
+        while is_extended:
+            is_extended = bool(tar.fileobj.read(BLOCK)[504])
+        found.sparse, found.offset_data = [], tar.fileobj.tell()
+        tar.offset = found.offset_data + found._block(self.size)
+        found.size = size
+        return self
+
+    def _proc_gnusparse_10(self, member: Any, headers: Any, tar: Any) -> None:
+        member.sparse = []
 
     @classmethod
     def _of_next_tar(cls, tar: Any) -> "_StrictTarInfo":
@@ -113,20 +157,23 @@ def read_headers(
     Raises:
         StorageError: the storage failed.
     """
-    found, last = TarHeaders(), "its start"
+    found, last, count = TarHeaders(), "its start", NameCount(uri)
     try:
         with _StrictTar.open(
             fileobj=stream, mode=mode, tarinfo=_StrictTarInfo, encoding="utf-8", errors="surrogateescape"
         ) as tar:  # type: ignore[call-overload]
-            for info in tar:
-                if info.offset >= stop:
-                    break
+            while (info := tar.next()) is not None and info.offset < stop:
+                tar.members.clear()  # those of the library, a kilobyte each
                 last = info.name
                 if not info.isdir():
-                    found.entries.append(_entry(info))
+                    entry = _entry(info)
+                    count.add(FILE_BYTES + len(entry.name))
+                    found.entries.append(entry)
                     if keep is not None:
                         keep(tar, info)
             found.bytes_after_end, found.is_several = tar.bytes_after_end, tar.is_several
+    except ArchiveError as error:
+        found.broken = str(error)
     except RaydetectError:
         raise
     except Exception as error:  # whatever hostile bytes make the library raise
@@ -135,7 +182,13 @@ def read_headers(
     return found
 
 
-def _entry(info: tarfile.TarInfo) -> Entry:
+def _entry(info: Any) -> Entry:
+    if info.passed_bytes:
+        name = f"{info.name}...@{info.offset}"
+        said = (
+            f"its header is of {info.passed_bytes:,} bytes, more than {MAX_NAME_BYTES:,}, so it has no name. Rename it."
+        )
+        return Entry(name, info.offset_data, info.size, name, "unsafe_name", said, is_named=False)
     found = Entry(info.name, info.offset_data, info.size, info.name)
     if info.issparse():
         return replace(found, status="corrupt", error="is a sparse member. Pack it without --sparse.")

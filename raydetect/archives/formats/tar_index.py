@@ -15,6 +15,7 @@ from raydetect.storage import FileInfo, Storage
 INDEX_SUFFIX = ".idx"
 VERSION = "v1.2"
 MAX_TAIL_BYTES = 1 << 20
+MAX_INDEX_BYTES = 64 << 20  # about a million members
 ITEM = re.compile(r"(\S+) (\d+) (\d+) ")
 
 
@@ -49,7 +50,10 @@ def read_index(place: str, storage: Storage) -> list[Component]:
         StorageError: it cannot be read.
     """
     with storage.open(place) as handle:  # it knows the size, so an answer that was cut is no damage
-        data = handle.read()
+        data = handle.read(MAX_INDEX_BYTES + 1)
+    if len(data) > MAX_INDEX_BYTES:
+        said = f"is of more than {MAX_INDEX_BYTES:,} bytes. Pack fewer files into one tar, or remove the index."
+        raise ArchiveError(f"{place}: {said}")
     try:
         lines = data.decode("utf-8", "surrogateescape").splitlines()
         version, count = lines[0].split()
