@@ -31,7 +31,7 @@ class LabelReading:
 
     Attributes:
         label: 0 normal, 1 anomalous, None unknown.
-        said: the value as people wrote it, "" where there was none.
+        raw: the value as people wrote it, "" where there was none.
         note: why a value gave no label, else "".
     """
 

@@ -103,8 +103,8 @@ def _classes(file: pq.ParquetFile, uri: str) -> dict[str, list[str]]:
     """Names of the classes that numbers of a column stand for, as Hugging Face writes them into the schema."""
     text = (file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
     if len(text) > MAX_CLASSES_BYTES:
-        said = f"{len(text):,} bytes are more than {MAX_CLASSES_BYTES:,}. Write the file without them."
-        raise ArchiveError(f"{uri}: the names of classes in its schema are too long: {said}")
+        message = f"{len(text):,} bytes are more than {MAX_CLASSES_BYTES:,}. Write the file without them."
+        raise ArchiveError(f"{uri}: the names of classes in its schema are too long: {message}")
     try:
         told = json.loads(text)
         features = told["info"]["features"]

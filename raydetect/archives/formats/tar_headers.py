@@ -185,10 +185,10 @@ def read_headers(
 def _entry(info: Any) -> Entry:
     if info.passed_bytes:
         name = f"{info.name}...@{info.offset}"
-        said = (
+        message = (
             f"its header is of {info.passed_bytes:,} bytes, more than {MAX_NAME_BYTES:,}, so it has no name. Rename it."
         )
-        return Entry(name, info.offset_data, info.size, name, "unsafe_name", said, is_named=False)
+        return Entry(name, info.offset_data, info.size, name, "unsafe_name", message, is_named=False)
     found = Entry(info.name, info.offset_data, info.size, info.name)
     if info.issparse():
         return replace(found, status="corrupt", error="is a sparse member. Pack it without --sparse.")

@@ -52,8 +52,8 @@ def read_index(place: str, storage: Storage) -> list[Component]:
     with storage.open(place) as handle:  # it knows the size, so an answer that was cut is no damage
         data = handle.read(MAX_INDEX_BYTES + 1)
     if len(data) > MAX_INDEX_BYTES:
-        said = f"is of more than {MAX_INDEX_BYTES:,} bytes. Pack fewer files into one tar, or remove the index."
-        raise ArchiveError(f"{place}: {said}")
+        message = f"is of more than {MAX_INDEX_BYTES:,} bytes. Pack fewer files into one tar, or remove the index."
+        raise ArchiveError(f"{place}: {message}")
     try:
         lines = data.decode("utf-8", "surrogateescape").splitlines()
         version, count = lines[0].split()

@@ -55,8 +55,8 @@ class LookedAt(io.RawIOBase):
         """
         size = -1 if size is None else size
         if self.reads_directory and size > MAX_DIRECTORY_BYTES:
-            said = f"is of {size:,} bytes, more than {MAX_DIRECTORY_BYTES:,}. Pack fewer files into one zip."
-            raise ArchiveError(f"{self._uri}: its directory {said}")
+            message = f"is of {size:,} bytes, more than {MAX_DIRECTORY_BYTES:,}. Pack fewer files into one zip."
+            raise ArchiveError(f"{self._uri}: its directory {message}")
         data = bytes(self._handle.read(size))
         if self.reads_directory and data.startswith(ENTRY):
             bare = without_false_flags(data, NameCount(self._uri))
