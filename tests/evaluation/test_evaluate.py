@@ -241,7 +241,7 @@ def test_finished_cells_are_not_evaluated_again(evaluated: tuple[Path, str, Resu
     assert (found["categories"], found["artifact"]["uri"]) == (kept["categories"], kept["artifact"]["uri"])
     (root / "out" / "cells" / gone).write_text("{")
     broken = call("evaluate", job, "--local")
-    assert broken.exit_code == 2 and "is damaged. Remove it" in broken.output
+    assert broken.exit_code == 1 and "is damaged. Remove it" in broken.output
     (root / "out" / "cells" / gone).write_text(json.dumps(found))
 
 

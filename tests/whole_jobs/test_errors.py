@@ -68,4 +68,4 @@ def test_a_place_that_takes_no_file_ends_a_fit_as_in_one_process(line: Line, clu
     fit: FitSpec = job_of(fit_job(line, "nowhere", 1, artifact=f"{tmp_path}/file/artifact"))
     kind, text, code = ending(fit_on_ray, fit, cluster)
     assert (kind.__name__, code) == ("StorageError", 1) and f"{tmp_path}/file/artifact/" in text
-    assert text.partition(": ")[2].startswith("cannot write it (NotADirectoryError") and "Ray" not in text
+    assert text.partition(": ")[2].startswith("cannot write it (") and "Ray" not in text
