@@ -16,10 +16,10 @@ import fsspec
 from fsspec.archive import AbstractArchiveFileSystem
 
 from raydetect.archives.directory import Directory
+from raydetect.archives.formats.decompression import is_compressed, unpacked
+from raydetect.archives.formats.tar import COPY_BYTES, PlainTar
+from raydetect.archives.formats.zip import ZipDirectory
 from raydetect.archives.samples import Entry, tidy
-from raydetect.archives.tar import COPY_BYTES, PlainTar
-from raydetect.archives.unpacking import is_compressed, unpacked
-from raydetect.archives.zip import ZipDirectory
 from raydetect.errors import RaydetectError
 
 log = logging.getLogger("raydetect.archives")

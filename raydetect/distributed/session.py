@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -15,16 +14,11 @@ from ray._private import ray_constants
 from ray._private import worker as ray_worker
 from ray.data import DataContext
 
-from raydetect.errors import RaydetectError
-from raydetect.spec import ResourceSpec
+from raydetect.config import ResourceSpec
+from raydetect.distributed.ray_errors import translate
 
 LOOPBACK = "127.0.0.1"
-REFUSED = re.compile(r"authentication token|token authentication|unauthenticated|unauthorized|code 401", re.IGNORECASE)
 STARTING_AT_ONCE = 8  # actors without CPU slots start beside the workers; Ray warns past four times the slots
-
-
-class ClusterError(RaydetectError):
-    """The cluster cannot be reached, refuses the token, or broke down."""
 
 
 @contextmanager
@@ -146,20 +140,3 @@ def _quiet() -> None:
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setLevel(logging.CRITICAL)
-
-
-def translate(error: BaseException, target: str | None) -> RaydetectError:
-    """Ray's exception as ours: the deliberate error inside it, or one sentence about the cluster."""
-    inner: BaseException | None = error
-    while inner is not None:
-        if isinstance(inner, RaydetectError):
-            return inner
-        inner = getattr(inner, "cause", None) or inner.__cause__
-    text = " ".join(str(error).split())
-    place = target or "the local Ray"
-    if REFUSED.search(text):
-        return ClusterError(
-            f"{place}: refused the connection (authentication). Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or "
-            "RAY_AUTH_TOKEN_PATH to the cluster's token."
-        )
-    return ClusterError(f"{place}: {type(error).__name__}: {text[:400]}")

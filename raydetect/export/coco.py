@@ -1,11 +1,9 @@
 """COCO annotations of the anomaly maps of a run, thresholded at one stated value."""
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -17,6 +15,7 @@ from raydetect.export.outlines import Region, length_text, polygon, regions, run
 from raydetect.report.pictures import Pictures, heatmap_style, map_scale
 from raydetect.sinks.heatmaps import NORMAL_SHARE
 from raydetect.sinks.rows import read_rows
+from raydetect.storage import Scratch, whole_text
 
 CLASS = {"id": 1, "name": "anomaly", "supercategory": "anomaly"}
 
@@ -35,22 +34,23 @@ def write_coco(pictures: Pictures, output: Path, threshold: float | None, polygo
 
     Raises:
         SpecError: the run stored no anomaly maps.
-        StorageError: a part or map is missing or damaged.
+        StorageError: a part or map is missing or damaged, or the file cannot be written; one that was there stays.
     """
     require_maps(pictures)
     images = annotations = 0
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as regions_file, output.open("w", encoding="utf-8") as out:
+    kept = Scratch("outlines")
+    with whole_text(output) as out:
         head = json.dumps(_info(pictures, threshold, polygons))
         out.write(f'{{"info": {head}, "licenses": [], "categories": [{json.dumps(CLASS)}], "images": [')
         for row, map_HW in _maps(pictures):
             images += 1
-            _append(out, images == 1, _image(images, row))
+            out.write(_entry(images == 1, _image(images, row)))
             for found in regions(map_HW >= limit_of(pictures, row, threshold)):
                 annotations += 1
-                _append(regions_file, annotations == 1, _annotation(annotations, images, found, polygons))
+                kept.append(_entry(annotations == 1, _annotation(annotations, images, found, polygons)).encode())
         out.write('\n], "annotations": [')
-        regions_file.seek(0)
-        shutil.copyfileobj(regions_file, out)
+        for part in kept.parts():
+            out.write(part.decode())
         out.write("\n]}\n")
     return images, annotations
 
@@ -93,17 +93,17 @@ def _maps(pictures: Pictures) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
                     yield row, sized(map_HW, row["width"], row["height"])
 
 
-def _append(out: IO[str], first: bool, body: Mapping[str, Any]) -> None:
-    out.write(("\n" if first else ",\n") + json.dumps(body, allow_nan=False))
+def _entry(first: bool, body: Mapping[str, Any]) -> str:
+    return ("\n" if first else ",\n") + json.dumps(body, allow_nan=False)
 
 
 def _info(pictures: Pictures, threshold: float | None, polygons: bool) -> dict[str, Any]:
-    said = threshold if threshold is not None else "above the highest value of held-out normal images"
+    message = threshold if threshold is not None else "above the highest value of held-out normal images"
     return {
         "description": f"anomalies found by raydetect {__version__}, not labelled by people",
         "results": pictures.ledger.uri,
         "artifact": str(pictures.run["result"]["artifact"]),
-        "map_threshold": said,
+        "map_threshold": message,
         "outlines": "polygons; holes are filled" if polygons else "run lengths",
     }
 

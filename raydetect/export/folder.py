@@ -1,14 +1,18 @@
 """The flagged images of a run as files, with their overlays and a table."""
 
 import csv
+import io
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from raydetect.errors import MemberError, RaydetectError
 from raydetect.export.naming import file_name
-from raydetect.export.table import cell
 from raydetect.report.pictures import Pictures, why_not
+from raydetect.sinks.csv_cells import cell
 from raydetect.sinks.rows import read_rows
+from raydetect.storage import whole_file, whole_text
 
 COLUMNS = ("key", "image_score", "p_value", "threshold", "category", "label", "defect", "width", "height")
 
@@ -16,18 +20,17 @@ COLUMNS = ("key", "image_score", "p_value", "threshold", "category", "label", "d
 def write_folder(pictures: Pictures, output: Path) -> tuple[int, list[str]]:
     """Copies flagged images as they are stored to `images/`, overlays to `overlays/`, and lists both in `flagged.csv`.
 
-    One image is in memory at a time.
+    One image is in memory at a time. The table gets its name when all that it lists is there; until then that of an
+    earlier export stays.
 
     Returns:
         The number of flagged images, and a sentence for each that could not be read.
 
     Raises:
-        StorageError: a record or part is missing or damaged.
+        StorageError: a record or part is missing or damaged, or something cannot be written.
     """
-    (output / "images").mkdir(parents=True, exist_ok=True)
-    (output / "overlays").mkdir(exist_ok=True)
     count, missing = 0, list[str]()
-    with (output / "flagged.csv").open("w", encoding="utf-8", newline="") as out:
+    with whole_text(output / "flagged.csv", newline="") as out:
         writer = csv.writer(out)
         writer.writerow(["image", "overlay", *COLUMNS])
         for _, part, table in read_rows(pictures.ledger):
@@ -42,14 +45,10 @@ def write_folder(pictures: Pictures, output: Path) -> tuple[int, list[str]]:
 def _copy(row: dict[str, Any], pictures: Pictures, output: Path, missing: list[str]) -> tuple[str, str]:
     """Relative paths of the image and its overlay, each "" when there is none."""
     name, image, overlay = file_name(row["key"], row["image_uri"]), "", ""
-    picture = None
-    try:
-        data = pictures.encoded(row["image_uri"])
+    data, picture = _read(row, pictures, missing)
+    if data is not None:
         image = f"images/{name}"
-        (output / image).write_bytes(data)
-        picture = pictures.decoded(data)
-    except (MemberError, RaydetectError) as error:
-        missing.append(f"{row['key']}: {why_not(error)}")
+        _write(output / image, data)
     try:
         drawn = pictures.overlay(row, picture)
     except RaydetectError as error:
@@ -57,5 +56,23 @@ def _copy(row: dict[str, Any], pictures: Pictures, output: Path, missing: list[s
         drawn = None
     if drawn is not None:
         overlay = f"overlays/{Path(name).stem}.png"
-        drawn.save(output / overlay)
+        encoded = io.BytesIO()
+        drawn.save(encoded, "PNG")
+        _write(output / overlay, encoded.getvalue())
     return image, overlay
+
+
+def _read(row: dict[str, Any], pictures: Pictures, missing: list[str]) -> tuple[bytes | None, Image.Image | None]:
+    """The bytes of the image, and itself decoded, each None when that cannot be done."""
+    data = None
+    try:
+        data = pictures.encoded(row["image_uri"])
+        return data, pictures.decoded(data)
+    except (MemberError, RaydetectError) as error:
+        missing.append(f"{row['key']}: {why_not(error)}")
+        return data, None
+
+
+def _write(path: Path, data: bytes) -> None:
+    with whole_file(path) as file:
+        file.write(data)

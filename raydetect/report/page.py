@@ -21,7 +21,7 @@ from raydetect.report.pictures import Pictures
 from raydetect.report.run_charts import Figure, distribution_figure, p_limit, timeline_figure
 from raydetect.report.tally import MAX_BAD_PER_STATUS, CategorySums, Tally
 from raydetect.sinks.ledger import Ledger
-from raydetect.sinks.results import labelled_auroc, notes_text
+from raydetect.sinks.run_progress import fdr_text, labelled_auroc, notes_text
 
 MAX_LABELLED = 1_000_000  # above it the AUROC, which needs all labelled scores at once, is left out
 MAX_CATEGORY_ROWS = 300
@@ -78,7 +78,7 @@ def render(
         loader=FunctionLoader(_part), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     script, style = _part("report.js"), _part("report.css")
-    gallery = cards(found.foremost.rows(), pictures)
+    gallery = cards(found.top_images.rows(), pictures)
     manifest = ledger.manifest()
     figures = [distribution_figure(found, p_limit(run, manifest)), timeline_figure(found.timeline)]
     return environment.get_template("report.html").render(
@@ -86,7 +86,7 @@ def render(
         script=script,
         style=style,
         policy=_policy(script),
-        scored=_scored(run, detector),
+        scored=_scored(run, detector, manifest),
         facts=facts(ledger, run, found, manifest),
         finished=found.totals.shards >= int(run["num_shards"]),
         shards_left=int(run["num_shards"]) - found.totals.shards,
@@ -132,6 +132,8 @@ def _flagged(run: Mapping[str, Any], found: Tally, manifest: Mapping[str, Any] |
         if manifest is None:
             return Fact("flagged", "open", "decided when all shards are committed (flag.fdr)")
         fdr = manifest["fdr"]
+        if fdr["p_threshold"] is None:
+            return Fact("flagged", "0", fdr_text(fdr))
         note += f"; of these at most {100 * fdr['false_share']:.2f} % expected normal, asked {100 * fdr['level']:g} %"
     return Fact("flagged", f"{totals.flagged:,}", note, "bad" if totals.flagged else "")
 
@@ -148,17 +150,27 @@ def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.3g} % of images" if whole else ""
 
 
-def _scored(run: Mapping[str, Any], detector: str) -> list[tuple[str, str]]:
+def _scored(run: Mapping[str, Any], detector: str, manifest: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     spec = run["spec"]
     uris = spec["source"]["uri"]
-    flag = spec["flag"]
-    by_score = f"image score at least {flag['threshold']}"
-    rule = by_score if flag.get("alpha") is None else f"p-value at most {flag['alpha']}"
     return [
         ("Source", uris if isinstance(uris, str) else ", ".join(uris)),
         ("Detector", f"{detector}, {spec['artifact']}"),
-        ("Flagged when", rule),
+        ("Flagged when", _rule(spec["flag"], manifest)),
     ]
+
+
+def _rule(flag: Mapping[str, Any], manifest: Mapping[str, Any] | None) -> str:
+    """The job's rule in words, and of one over the whole archive what it came to."""
+    if flag.get("fdr") is not None:
+        asked = f"false discovery rate at most {100 * flag['fdr']:g} % over the whole archive (Benjamini-Hochberg)"
+        if manifest is None:
+            return f"{asked}; decided when all shards are committed"
+        limit = manifest["fdr"]["p_threshold"]
+        return f"{asked}: p-value at most {limit:.6g}" if limit is not None else f"{asked}: no p-value is small enough"
+    if flag.get("alpha") is not None:
+        return f"p-value at most {flag['alpha']}"
+    return f"image score at least {flag['threshold']}"
 
 
 def _box(

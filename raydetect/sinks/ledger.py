@@ -1,19 +1,23 @@
 """The ledger of a results directory: what was asked, which shards are committed, the manifest at the end."""
 
 import json
+import logging
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from raydetect.config import differences, to_plain, validate
-from raydetect.errors import DamagedError, MissingError, ResumeError, SpecError, StorageError
+from raydetect.config.validation import differences, to_plain, validate
+from raydetect.errors import DamagedError, IncompleteError, MissingError, ResumeError, SpecError, StorageError
 from raydetect.left_out import LeftOutCount
 from raydetect.records import Receipt
+from raydetect.sinks.schemas import Manifest, Run
 from raydetect.storage import Storage, join_uri
 
+log = logging.getLogger("raydetect.sinks")
 FORMAT_VERSION = 1
 RECEIPT_NAME = re.compile(r"/ledger/(\d{5,})\.json$")
 READERS = 16
@@ -106,19 +110,36 @@ class Ledger:
         """Takes the manifest away, then the records of shards, so that the same job scores them again.
 
         Parts and heatmaps stay; they are written over.
+
+        Args:
+            shards: whose records go.
         """
         if self.storage.info(join_uri(self.uri, "manifest.json")) is not None:
             self.storage.delete(join_uri(self.uri, "manifest.json"))
         for shard in shards:
             self.storage.delete(join_uri(self.uri, f"ledger/{shard:05d}.json"))
 
+    def remove_leftovers(self) -> None:
+        """Removes what killed processes left of files that they were writing here."""
+        self.storage.remove_leftovers(self.uri)
+
     def run(self) -> dict[str, Any] | None:
-        """`run.json`, None when the run was never begun."""
-        return self._read_versioned("run.json")
+        """`run.json`, None when the run was never begun.
+
+        Raises:
+            DamagedError: it is not what was written.
+            ResumeError: it is of a newer format.
+        """
+        return self._read_versioned("run.json", Run)
 
     def manifest(self) -> dict[str, Any] | None:
-        """`manifest.json`, None while the run is not finished."""
-        return self._read_versioned("manifest.json")
+        """`manifest.json`, None while the run is not finished.
+
+        Raises:
+            DamagedError: it is not what was written.
+            ResumeError: it is of a newer format.
+        """
+        return self._read_versioned("manifest.json", Manifest)
 
     def committed(self) -> frozenset[int]:
         """Indexes of the committed shards, from one listing; opens no record."""
@@ -159,12 +180,9 @@ class Ledger:
         try:
             found = validate(Receipt, body, place)
         except SpecError as error:
-            raise DamagedError(f"the ledger record is damaged: {error} Remove it to score the shard anew.") from None
+            raise self._damaged(name, str(error).partition("\n")[0].removeprefix(f"{place}: ")) from None
         if found.shard != shard:
-            raise DamagedError(
-                f"{place}: the ledger record is damaged: it is that of shard {found.shard:05d}. Remove it to score "
-                "the shard anew."
-            )
+            raise self._damaged(name, f"it is that of shard {found.shard:05d}")
         return found
 
     def finish(
@@ -173,51 +191,89 @@ class Ledger:
         decide: "Callable[[Totals], Mapping[str, Any]]" = lambda totals: {},
         checked: Callable[[Iterable[Receipt]], Iterable[Receipt]] = lambda receipts: receipts,
     ) -> dict[str, Any]:
-        """Writes `manifest.json` from all receipts, and returns it.
+        """Makes `manifest.json` from all receipts, and returns it; it is written unless it is there already.
+
+        One that is there goes when the run turns out not to be whole.
 
         Args:
             facts: of the run.
             decide: what the sums of all receipts decide; its entries replace those of the sums.
             checked: passes receipts on, and raises when they do not make a whole run.
+
+        Raises:
+            IncompleteError: by `checked`.
+            DamagedError: a record is damaged.
         """
         totals = Totals()
-        for receipt in checked(self.receipts()):
-            totals.add(receipt)
+        try:
+            for receipt in checked(self.receipts()):
+                totals.add(receipt)
+        except (IncompleteError, DamagedError):
+            self._withdraw_manifest()
+            raise
         body = {"format_version": FORMAT_VERSION, **facts, **totals.plain(), **decide(totals)}
-        self._write("manifest.json", body)
+        if self._bytes("manifest.json") != _text(body):
+            self._write("manifest.json", body)
         return body
+
+    def _withdraw_manifest(self) -> None:
+        try:
+            self.withdraw()
+        except StorageError as error:
+            log.warning("the run is not whole, and its manifest.json stays: %s", error)
 
     def part_uris(self) -> list[str]:
         """Parquet parts that count, in order of shards and chunks; whatever else lies there does not."""
         return [join_uri(self.uri, part.path) for receipt in self.receipts() for part in receipt.parts]
 
     def _write(self, name: str, body: Mapping[str, Any]) -> None:
-        text = json.dumps(body, indent=1, sort_keys=True, allow_nan=False)
-        self.storage.write(join_uri(self.uri, name), text.encode())
+        self.storage.write(join_uri(self.uri, name), _text(body))
 
-    def _read(self, name: str) -> dict[str, Any] | None:
-        place = join_uri(self.uri, name)
+    def _bytes(self, name: str) -> bytes | None:
         try:
-            body = json.loads(self.storage.read(place))
+            return self.storage.read(join_uri(self.uri, name))
         except MissingError:
             return None
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        data = self._bytes(name)
+        if data is None:
+            return None
+        try:
+            body = json.loads(data)
         except ValueError as error:
-            raise DamagedError(f"{place}: is damaged ({error}). Restore it or use another sink.uri.") from None
+            raise self._damaged(name, str(error) if data else "it is empty") from None
         if not isinstance(body, dict):
-            raise DamagedError(f"{place}: is damaged (no JSON object). Restore it or use another sink.uri.")
+            raise self._damaged(name, "it is no JSON object")
         return body
 
-    def _read_versioned(self, name: str) -> dict[str, Any] | None:
+    def _read_versioned(self, name: str, shape: type[Run] | type[Manifest]) -> dict[str, Any] | None:
         body = self._read(name)
         if body is None:
             return None
         version = body.get("format_version")
-        if version != FORMAT_VERSION:
+        if isinstance(version, int) and version != FORMAT_VERSION:
             raise ResumeError(
                 f"{join_uri(self.uri, name)}: has format {version}, this raydetect reads {FORMAT_VERSION}. "
                 "Update raydetect or use another sink.uri."
             )
+        try:
+            validate(shape, body, name)
+        except SpecError as error:
+            raise self._damaged(name, str(error).partition("\n")[0].removeprefix(f"{name}: ")) from None
         return body
+
+    def _damaged(self, name: str, reason: str) -> DamagedError:
+        return DamagedError(f"{join_uri(self.uri, name)}: is damaged ({reason.rstrip('.')}). {repair_hint(self.uri)}")
+
+
+def repair_hint(uri: str) -> str:
+    """What to do about damaged results."""
+    return f"`raydetect verify {shlex.quote(uri)} --repair` takes away what is damaged; the same job makes it again."
+
+
+def _text(body: Mapping[str, Any]) -> bytes:
+    return json.dumps(body, indent=1, sort_keys=True, allow_nan=False).encode()
 
 
 def _short(changed: list[str]) -> str:

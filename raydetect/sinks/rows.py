@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from raydetect.errors import StorageError
 from raydetect.records import Part, Receipt
-from raydetect.sinks.flags import NEEDED, ArchiveFlags, archive_flags
+from raydetect.sinks.archive_flags import NEEDED, ArchiveFlags, archive_flags
 from raydetect.sinks.ledger import Ledger
 from raydetect.storage import join_uri
 

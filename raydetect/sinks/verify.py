@@ -19,16 +19,16 @@ import pyarrow.parquet as pq
 
 from raydetect.errors import DamagedError, MissingError, SpecError
 from raydetect.records import OK, Part, Receipt
-from raydetect.sinks.agreement import NAMED, listed_files, mend, named, rows_digest
-from raydetect.sinks.flags import archive_flags
-from raydetect.sinks.ledger import Ledger, Totals
+from raydetect.sinks.archive_flags import archive_flags
+from raydetect.sinks.consistency import NAMED, listed_files, names_text, rows_digest
+from raydetect.sinks.ledger import Ledger, Totals, repair_hint
 from raydetect.storage import join_uri
 
 READERS, AHEAD = 8, 16
 DIGEST_BYTES = 16
 COLUMNS = ["key", "status", "flagged"]
 KINDS = {
-    "run": "run.json is missing, so the job is not known",
+    "run": "run.json is missing or damaged, so the job is not known",
     "missing_records": "ledger records missing beside a manifest",
     "damaged_records": "ledger records that are damaged",
     "foreign_records": "ledger records of another job",
@@ -39,7 +39,7 @@ KINDS = {
     "keys": "keys that more than one scored row has",
     "manifest": "sums of manifest.json that differ from those of the records",
 }
-Tick = Callable[[str, int, int | None], None]
+ProgressCallback = Callable[[str, int, int | None], None]
 Damage = tuple[str, str]  # its kind, and the name of what is damaged
 
 
@@ -113,7 +113,7 @@ class Verification:
             repaired: the records of damaged shards were taken away.
         """
         lines = [
-            f"{KINDS[kind]}: {found.count:,} ({named(found.names, found.count)})" if kind != "run" else KINDS[kind]
+            f"{KINDS[kind]}: {found.count:,} ({names_text(found.names, found.count)})" if kind != "run" else KINDS[kind]
             for kind, found in self.damage.items()
         ]
         if self.unnamed:
@@ -125,13 +125,12 @@ class Verification:
             return [*lines, f"{what}: all whole."]
         if repaired:
             taken = f"manifest.json and the ledger records of {len(self.damaged):,} shards are taken away"
-            return [*lines, f"{what}: {taken}. Start the same job again; it scores these shards."]
-        if not self.damaged:
-            return [*lines, f"{what}: not all whole. Start the same job again; it writes what is missing."]
-        return [*lines, f"{what}: {len(self.damaged):,} shards are damaged. {mend(self.uri)}"]
+            return [*lines, f"{what}: {taken}. Start the same job again; it makes what is missing."]
+        message = f"{len(self.damaged):,} shards are damaged" if self.damaged else "not all whole"
+        return [*lines, f"{what}: {message}. {repair_hint(self.uri)}"]
 
 
-def verify(ledger: Ledger, tick: Tick) -> Verification:
+def verify(ledger: Ledger, on_progress: ProgressCallback) -> Verification:
     """Reads every record, part and heatmap zip, and compares each with what was noted when it was written.
 
     Args:
@@ -140,48 +139,70 @@ def verify(ledger: Ledger, tick: Tick) -> Verification:
 
     Raises:
         MissingError: no run was begun there.
-        StorageError: the storage failed, or run.json is damaged.
+        StorageError: the storage failed.
     """
-    run, committed = ledger.run(), sorted(ledger.committed())
-    if run is None and not committed:
-        raise MissingError(f"{ledger.uri}: holds no run.json, so no run was begun there. Check the URI.")
     found = Verification(ledger.uri)
+    committed = sorted(ledger.committed())
+    run = _run(ledger, bool(committed), found)
     manifest = _manifest(ledger, found)
     found.finished = manifest is not None
-    _judge_run(run, committed, found)
+    _check_run(run, committed, found)
     files, keys, totals = listed_files(ledger), bytearray(), Totals()
     flags = archive_flags(manifest)
     for shard in _read_ahead(ledger, committed):
-        tick("verified shards", 1, len(committed))
+        on_progress("verified shards", 1, len(committed))
         for kind, name in shard.damage:
             found.add(kind, name, shard.index)
         if shard.receipt is None:
             continue
         keys += shard.keys
-        _judge_record(shard.receipt, run, found)
+        _check_record(shard.receipt, run, found)
         totals.add(shard.receipt if flags is None else flags.receipt(shard.receipt))
         for part in shard.receipt.parts:
             files.pop(part.path, None)
             files.pop(part.heatmap_path, None)
     found.unnamed = len(files)
-    _judge_keys(ledger, committed, keys, found)
-    _judge_sums(run, manifest, totals, found)
+    _check_keys(ledger, committed, keys, found)
+    _check_sums(run, manifest, totals, found)
     found.shards, found.parts, found.rows = totals.shards, totals.parts, totals.rows
     return found
+
+
+def repair(ledger: Ledger, found: Verification) -> None:
+    """Takes away what is damaged, so that the same job makes it again; files that are read by nobody stay.
+
+    Raises:
+        StorageError: something cannot be removed.
+    """
+    ledger.withdraw(sorted(found.damaged))
+    if "run" in found.damage:
+        ledger.forget()
+
+
+def _run(ledger: Ledger, is_begun: bool, found: Verification) -> dict[str, Any] | None:
+    try:
+        run = ledger.run()
+    except DamagedError:
+        found.add("run", "run.json")
+        return None
+    if run is None and not is_begun:
+        raise MissingError(f"{ledger.uri}: holds no run.json, so no run was begun there. Check the URI.")
+    if run is None:
+        found.add("run", "run.json")
+    return run
 
 
 def _manifest(ledger: Ledger, found: Verification) -> dict[str, Any] | None:
     try:
         return ledger.manifest()
     except DamagedError:
-        found.add("manifest", "it is no JSON object")
+        found.add("manifest", "it is not what was written")
         return None
 
 
-def _judge_run(run: Mapping[str, Any] | None, committed: Iterable[int], found: Verification) -> None:
-    """Whether the job is known, and has a record of each shard when it says that it is finished."""
+def _check_run(run: Mapping[str, Any] | None, committed: Iterable[int], found: Verification) -> None:
+    """Whether there is a record of each shard when the run says that it is finished."""
     if run is None:
-        found.add("run", "run.json")
         return
     found.num_shards = int(run["num_shards"])
     there = set(committed)
@@ -195,7 +216,7 @@ def _judge_run(run: Mapping[str, Any] | None, committed: Iterable[int], found: V
             found.add("foreign_records", _record(index), index)
 
 
-def _judge_record(receipt: Receipt, run: Mapping[str, Any] | None, found: Verification) -> None:
+def _check_record(receipt: Receipt, run: Mapping[str, Any] | None, found: Verification) -> None:
     """Whether a record is of the job, and its parts make a whole shard."""
     name = _record(receipt.shard)
     if run is not None and receipt.run not in ("", rows_digest(run)):
@@ -252,9 +273,9 @@ def _read_shard(ledger: Ledger, index: int) -> _Shard:
     for part in shard.receipt.parts:
         data = _whole(ledger, part.path, part.sha256, shard.damage)
         if data is not None:
-            shard.damage += _judge_rows(part, data, shard.keys)
+            shard.damage += _check_rows(part, data, shard.keys)
         if part.heatmap_path:
-            shard.damage += _judge_heatmaps(ledger, part)
+            shard.damage += _check_heatmaps(ledger, part)
         elif part.heatmaps:
             shard.damage.append(("counts", part.path))
     return shard
@@ -273,7 +294,7 @@ def _whole(ledger: Ledger, path: str, sha256: str, damage: list[Damage]) -> byte
     return data
 
 
-def _judge_rows(part: Part, data: bytes, keys: bytearray) -> list[Damage]:
+def _check_rows(part: Part, data: bytes, keys: bytearray) -> list[Damage]:
     """Compares the rows of a part with its record, and notes their keys."""
     table = _table(data)
     if table is None:
@@ -285,7 +306,7 @@ def _judge_rows(part: Part, data: bytes, keys: bytearray) -> list[Damage]:
     return [] if same else [("counts", part.path)]
 
 
-def _judge_heatmaps(ledger: Ledger, part: Part) -> list[Damage]:
+def _check_heatmaps(ledger: Ledger, part: Part) -> list[Damage]:
     """Compares a zip with its record; what an older raydetect wrote has no sha256 and is opened."""
     damage: list[Damage] = []
     data = _whole(ledger, part.heatmap_path, part.heatmap_sha256, damage)
@@ -320,7 +341,7 @@ def _digest(key: str) -> bytes:
     return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()
 
 
-def _judge_keys(ledger: Ledger, committed: Sequence[int], keys: bytearray, found: Verification) -> None:
+def _check_keys(ledger: Ledger, committed: Sequence[int], keys: bytearray, found: Verification) -> None:
     """Notes keys that came twice; only then are the parts read a second time, to name them."""
     keys_N = np.frombuffer(keys, dtype=f"S{DIGEST_BYTES}")
     keys_N.sort()
@@ -350,7 +371,7 @@ def _parts(ledger: Ledger, index: int) -> tuple[Part, ...]:
         return ()
 
 
-def _judge_sums(
+def _check_sums(
     run: Mapping[str, Any] | None, manifest: Mapping[str, Any] | None, totals: Totals, found: Verification
 ) -> None:
     """Compares the manifest with the sums of the records, unless other damage explains a difference."""

@@ -1,10 +1,10 @@
 """Opening, listing, reading and writing files by URL."""
 
 import hashlib
+import logging
 import os
 import shutil
 import stat
-import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,12 +15,15 @@ from typing import Any
 import fsspec
 from fsspec.spec import AbstractFileSystem
 
+from raydetect.config import StorageOptions
 from raydetect.errors import ChangedError, MissingError, SpecError, StorageError
-from raydetect.spec import StorageOptions
+from raydetect.storage.error_translation import changed, translate
+from raydetect.storage.globs import linear_glob
+from raydetect.storage.local_files import remove_leftovers, write_local
 from raydetect.storage.stored_file import StoredFile
-from raydetect.storage.troubles import changed, translate
 from raydetect.storage.uris import check_uri, normalise_uri
 
+log = logging.getLogger("raydetect.storage")
 READ_BLOCK_BYTES = 8 << 20
 RANGE_BYTES = 64 << 20
 LISTERS = 16
@@ -94,9 +97,9 @@ class Storage:
         }
         named = {
             "endpoint_url": options.endpoint_url,
-            "key": options.key,
-            "secret": options.secret,
-            "token": options.token,
+            "key": options.key and options.key.get_secret_value(),
+            "secret": options.secret and options.secret.get_secret_value(),
+            "token": options.token and options.token.get_secret_value(),
             "profile": options.profile,
         }
         return made | {name: value for name, value in named.items() if value is not None}
@@ -194,13 +197,15 @@ class Storage:
     def write(self, uri: str, data: bytes) -> None:
         """Writes the whole file or nothing: readers see the old bytes or the new ones, never a part.
 
+        On a local disk it is there after a power cut too when this returns.
+
         Raises:
             StorageError: it cannot be written.
         """
         fs, path = self.filesystem(uri)
         try:
             if uri.startswith("file://"):
-                _write_local(Path(path), data)
+                write_local(Path(path), data)
             else:
                 fs.pipe_file(path, data)
         except Exception as error:
@@ -244,22 +249,25 @@ class Storage:
         except Exception as error:
             raise translate(uri, "list", error) from error
         if not found and not self.exists(uri):
-            raise MissingError(f"{uri}: nothing is there. Check the bucket and the path.")
+            where = "the path" if uri.startswith("file://") else "the bucket and the path"
+            raise MissingError(f"{uri}: nothing is there. Check {where}.")
         yield from _files(uri, found)
 
     def glob(self, uri: str) -> Iterator[FileInfo]:
         """Every file that a pattern names, and every file below the folders that it names, sorted by URI.
 
         Raises:
+            SpecError: it has too many wildcards.
             StorageError: it cannot be listed.
         """
         fs, path = self.filesystem(uri)
+        wide, is_meant = linear_glob(path)
         try:
             fs.invalidate_cache()
             if "file" in fs.protocol:
                 fixed, pattern = _before_wildcards(path)
                 _refuse_closed_folders(fixed, float("inf") if "**" in pattern else pattern.count("/"))
-            named = dict(fs.glob(path, detail=True))
+            named = {name: entry for name, entry in fs.glob(wide, detail=True).items() if is_meant(name)}
             found = {name: entry for name, entry in named.items() if entry["type"] != "directory"}
             for name in sorted(named.keys() - found.keys()):
                 found |= _find(fs, name)
@@ -268,6 +276,16 @@ class Storage:
         except Exception as error:
             raise translate(uri, "list", error) from error
         yield from _files(uri, found)
+
+    def remove_leftovers(self, uri: str) -> None:
+        """Removes what killed processes left of unfinished files below a folder of a local disk.
+
+        On S3 a killed upload shows nowhere; a lifecycle rule of the bucket ends what it holds.
+        """
+        if uri.startswith("file://"):
+            count = remove_leftovers(Path(self.filesystem(uri)[1]))
+            if count:
+                log.warning("%s: removed %d unfinished files of killed processes", uri, count)
 
     def delete(self, uri: str) -> None:
         """Removes one file if it is there."""
@@ -350,17 +368,6 @@ def _files(uri: str, found: dict[str, dict[str, Any]]) -> Iterator[FileInfo]:
         entry = found[name]
         if entry["type"] != "directory" and not (scheme == "s3" and name.endswith("/")):
             yield _file_info(name if "://" in name else f"{scheme}://{name}", entry)
-
-
-def _write_local(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _file_info(uri: str, found: dict[str, Any]) -> FileInfo:

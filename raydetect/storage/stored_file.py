@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Any
 
 from raydetect.errors import RaydetectError, StorageError
-from raydetect.storage.troubles import translate
+from raydetect.storage.error_translation import translate
 
 
 class StoredFile(io.RawIOBase):

@@ -4,24 +4,25 @@ import os
 import re
 
 from raydetect.errors import SpecError, StorageError
+from raydetect.redaction import names_secret, user_of
 
 SCHEMES = ("file", "s3", "memory", "gs", "az", "abfs", "http", "https")
-# Parameters by which the large stores sign a URL: whoever reads such a URL can read the object.
-SIGNED = re.compile(
-    r"\?(?:.*&)?(?:x-amz-(?:signature|credential|security-token)|x-goog-signature|awsaccesskeyid|signature|sig)=",
-    re.IGNORECASE | re.DOTALL,
-)
+FILE_URI = re.compile(r"\Afile:(?://localhost)?/(?!/)")  # the other forms that RFC 8089 has for file:///path
 
 
 def normalise_uri(uri: str) -> str:
     """`scheme://...` without `..`, `.`, doubled slashes or a slash at the end; plain paths become `file://`.
 
+    `file:/path` and `file://localhost/path` are `file:///path`.
+
     For URIs that people write. Those that a listing gave are kept as they are, since `a//b` is a key of its own.
 
     Raises:
-        SpecError: an unknown scheme, a chained or presigned URL, or a path that climbs out with `..`.
+        SpecError: an unknown scheme, a chained or presigned URL, one with a user, or a path that climbs out with `..`.
     """
-    text = os.fspath(uri)
+    text = FILE_URI.sub("file:///", os.fspath(uri))
+    if "\0" in text:
+        raise SpecError(f"{text!r}: holds U+0000, which no name may hold. Mend the URI.")
     if not text.strip():
         raise SpecError("an empty URI was given. State a path or a URL such as s3://bucket/folder.")
     scheme, separator, rest = text.partition("://")
@@ -39,13 +40,18 @@ def check_uri(uri: str) -> None:
     """Refuses what may not be opened.
 
     Raises:
-        SpecError: an unknown scheme, a chained or presigned URL, or a path that climbs out with `..`.
+        SpecError: an unknown scheme, a chained or presigned URL, one with a user, or a path that climbs out with `..`.
     """
     scheme, _, rest = uri.partition("://")
-    if SIGNED.search(uri):
+    if names_secret(uri):
         raise SpecError(
-            f"{uri.partition('?')[0]}: is a presigned URL, which expires and would stand in every row. Name the object "
-            "itself, such as s3://bucket/key, and give a key or profile under storage."
+            f"{uri.partition('?')[0]}: is a presigned URL, or one with a token, and would stand in every row. Name the "
+            "object itself, such as s3://bucket/key, and give a key or profile under storage."
+        )
+    if user_of(uri):
+        raise SpecError(
+            f"{uri}: holds a user or a key before `@`, and would stand in every row. Leave it out, and give a key or "
+            "profile under storage."
         )
     if "::" in uri:
         raise SpecError(f"{uri}: `::` chains URLs, which is not allowed here. Name a path or URL without it.")

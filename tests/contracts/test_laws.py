@@ -11,13 +11,14 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from raydetect.artifact_record import Calibration
-from raydetect.blocks.rows import PAD_KEY, FitState
+from raydetect.artifacts.checks import load_checked
+from raydetect.artifacts.record import Calibration
+from raydetect.artifacts.store import load_artifact, save_artifact
+from raydetect.blocks.coresets.keyed_rows import PAD_KEY, FitState
 from raydetect.detectors._base import Batch, Detector, NotFittedError
 from raydetect.detectors._registry import build_detector, detector_class, list_models
 from raydetect.errors import ArtifactError, RaydetectError, SpecError
 from raydetect.storage import Storage
-from raydetect.worker.artifact import load_artifact, save_artifact
 from tests.contracts import cases
 from tests.contracts.cases import CASES, SIZE_PX, Case
 
@@ -95,9 +96,9 @@ def test_its_name_is_its_file_and_its_facts_are_there(case: Case) -> None:
 
 def test_it_is_cheap_to_build(case: Case) -> None:
     detector_class(case.name)
-    begun = time.process_time()
+    started = time.process_time()
     build_detector(case.name, {"weights": "no/such/file"} if needs_weights(case) else {})  # nothing is loaded yet
-    assert time.process_time() - begun < 0.2
+    assert time.process_time() - started < 0.2
 
 
 def test_unknown_and_bad_parameters_are_refused(case: Case) -> None:
@@ -245,6 +246,23 @@ def test_a_missing_tensor_is_named(case: Case) -> None:
     detector = case.build()
     with pytest.raises(ArtifactError, match=r"has no tensor|misses"):
         detector.load_tensors(tensors)
+
+
+def _others(value: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A tensor of another type, of another shape, and with a value that is not finite."""
+    yield value.double() if value.dtype != torch.float64 else value.float()
+    yield value[..., : value.shape[-1] // 2] if value.ndim and value.shape[-1] > 1 else value[None]
+    if value.is_floating_point():
+        yield torch.full_like(value, torch.inf)
+
+
+def test_tensors_of_another_kind_are_refused_before_it_scores(case: Case) -> None:
+    tensors = dict(fitted(case).tensors())
+    load_checked(case.build(), tensors, "its file", f"{case.id}, whole")
+    kinds = {name.partition(".")[0]: name for name in sorted(tensors)}  # one of each network, and what is none
+    for number, (name, other) in enumerate((n, other) for n in kinds.values() for other in _others(tensors[n])):
+        with pytest.raises(ArtifactError, match=r"^its file: .*Fit again\.$"):
+            load_checked(case.build(), {**tensors, name: other}, "its file", f"{case.id}, {number}")
 
 
 @pytest.mark.parametrize("size", [(32, 32), (65, 97), (33, 40), (200, 48)])

@@ -1,0 +1,1 @@
+"""Fitted detectors on disk: records, fleets and tensors."""

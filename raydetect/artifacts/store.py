@@ -1,0 +1,185 @@
+"""The tensors of an artifact: written and read as safetensors, checked by sha256, never pickled."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from raydetect.artifacts.checks import load_checked, require_finite
+from raydetect.artifacts.fleet import ArtifactIndex, ArtifactRef
+from raydetect.artifacts.record import ArtifactRecord, Calibration, read_record, write_record
+from raydetect.artifacts.tensor_file import TensorFile
+from raydetect.artifacts.tensor_header import check_bank
+from raydetect.blocks.search.search import Search
+from raydetect.config.validation import to_plain
+from raydetect.detectors._base import Detector
+from raydetect.detectors._registry import build_detector
+from raydetect.errors import ArtifactError, MissingError, SpecError
+from raydetect.storage import Storage, join_uri
+
+FEW_ROWS = 256  # of a bank that lies elsewhere: enough to try its detector with
+PACKAGES = ("raydetect", "torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "ray")
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A fitted detector, on the CPU, with its record."""
+
+    detector: Detector
+    record: ArtifactRecord
+
+    @property
+    def index(self) -> ArtifactIndex:
+        """The index that names this artifact alone."""
+        return ArtifactIndex(self.record.uri, self.record.digest, self.record.body)
+
+    def load(self, ref: ArtifactRef) -> "Artifact":
+        """Itself: it is loaded already."""
+        return self
+
+
+class DetectorSource(Protocol):
+    """What scoring needs of artifacts: which one scores an image, and that one loaded."""
+
+    @property
+    def index(self) -> ArtifactIndex:
+        """Answers which artifact scores which category."""
+
+    def load(self, ref: ArtifactRef) -> Artifact:
+        """The artifact of a ref of the index.
+
+        Raises:
+            ArtifactError: it cannot be loaded.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class StoredDetectors:
+    """Loads the detectors of an index when they are needed, each checked against the index.
+
+    Attributes:
+        index: of an artifact or a fleet.
+        storage: reaches it.
+        search: holds the memory bank of an ordinary artifact, when that is in pieces; see `artifacts/sharded_bank.py`.
+    """
+
+    index: ArtifactIndex
+    storage: Storage
+    search: Search | None = None
+
+    def load(self, ref: ArtifactRef) -> Artifact:
+        """The artifact of a ref of the index.
+
+        Raises:
+            ArtifactError: it is missing or damaged, or was replaced since the index was read.
+        """
+        artifact = load_artifact(ref.uri, self.storage, self.search)
+        if artifact.record.digest != ref.digest:
+            raise ArtifactError(f"{ref.uri}: was replaced after the job was planned. Start the job again.")
+        return artifact
+
+
+def save_artifact(
+    uri: str,
+    storage: Storage,
+    name: str,
+    detector: Detector,
+    calibration: Calibration,
+    facts: Mapping[str, Any],
+) -> str:
+    """Writes the artifact and returns its digest.
+
+    Args:
+        uri: folder of the artifact.
+        storage: reaches it.
+        name: detector name.
+        detector: fitted.
+        calibration: from held-out normal images.
+        facts: further entries of the record: spec, weights, counts, times.
+
+    Raises:
+        ArtifactError: a tensor holds a value that is not finite.
+        StorageError: it cannot be written.
+    """
+    tensors = {k: v.detach().cpu().contiguous() for k, v in detector.tensors().items()}
+    require_finite(tensors, uri)
+    data = save(tensors)
+    sha256 = hashlib.sha256(data).hexdigest()
+    file_name = f"tensors-{sha256[:16]}.safetensors"
+    storage.write(join_uri(uri, file_name), data)
+    bank = detector.memory_bank()
+    body = {
+        **facts,
+        **({} if bank is None else {"bank": _describe_bank(bank, detector)}),
+        "detector": name,
+        "params": to_plain(detector.params),
+        "seed": detector.seed,
+        "tensors": {"file": file_name, "sha256": sha256, "bytes": len(data)},
+        "calibration": to_plain(calibration),
+        "packages": package_versions(),
+    }
+    return write_record(uri, storage, body)
+
+
+def _describe_bank(name: str, detector: Detector) -> dict[str, Any]:
+    rows, dims = detector.tensors()[name].shape
+    return {"tensor": name, "rows": rows, "dims": dims}
+
+
+def load_artifact(uri: str, storage: Storage, search: Search | None = None) -> Artifact:
+    """The fitted detector, with every file checked against its sha256.
+
+    Args:
+        uri: folder of the artifact.
+        storage: reaches it.
+        search: holds the memory bank, which is then neither read nor checked here; see `artifacts/sharded_bank.py`.
+
+    Raises:
+        ArtifactError: a file is missing, damaged, of a newer format, or not what its detector needs.
+    """
+    record = read_record(uri, storage)
+    body = record.body
+    try:
+        detector = build_detector(body["detector"], body["params"], body["seed"])
+    except (SpecError, ValueError, TypeError, OverflowError) as error:
+        raise ArtifactError(f"{uri}: this raydetect cannot build its detector ({error}). Fit again.") from None
+    file = TensorFile.of(record, storage)
+    check_bank(record, file.entries)
+    if search is None:
+        load_checked(detector, _read_tensors(file), file.uri, record.digest)
+    else:
+        bank = body["bank"]
+        others = file.read([name for name in file.entries if name != bank["tensor"]])
+        in_its_place = torch.zeros((min(bank["rows"], FEW_ROWS), bank["dims"]))
+        load_checked(detector, {**others, bank["tensor"]: in_its_place}, file.uri, record.digest)
+        detector.load_beside(others, search)
+    return Artifact(detector, record)
+
+
+def _read_tensors(file: TensorFile) -> dict[str, torch.Tensor]:
+    try:
+        data = file.storage.read(file.uri)
+    except MissingError as error:
+        raise ArtifactError(f"the artifact is incomplete: {error} Fit again.") from None
+    if hashlib.sha256(data).hexdigest() != file.sha256:
+        raise ArtifactError(f"{file.uri}: its sha256 is not the record's. Fit again or copy it anew.")
+    try:
+        return load(data)
+    except SafetensorError as error:
+        raise ArtifactError(f"{file.uri}: not a safetensors file ({error}). Fit again.") from None
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that decide numbers."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

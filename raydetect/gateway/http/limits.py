@@ -1,0 +1,203 @@
+"""ASGI layers around the endpoints: who calls, size of bodies, requests in flight, and no word about what broke."""
+
+import asyncio
+import json
+import logging
+import re
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from typing import Any
+
+from raydetect.config import LimitSpec
+from raydetect.gateway.backend import TooMany
+from raydetect.gateway.http.authorization import Authorization, Headers, Refusal
+from raydetect.gateway.http.capacity import ByteBudget
+
+log = logging.getLogger("raydetect.gateway")
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+PORT = re.compile(r":\d*$")
+LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "[::1]"})
+ALWAYS = ("/healthz", "/readyz")  # answered however busy the server is
+BROKE = "something broke in the server; its log says what."
+FORM = "multipart/form-data"
+MOST_TEXT_BYTES = 4 << 20  # of a body that is no form: names of images and archives, never their bytes
+LENGTH = re.compile(r"[0-9]{1,18}")
+LATER: Headers = ((b"retry-after", b"1"),)
+HEADERS: Headers = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cache-control", b"no-store"),
+)
+
+
+class Refused(Exception):
+    """The rest of a body is not read; `Guard` answers."""
+
+
+class Guard:
+    """The layers, in one."""
+
+    def __init__(self, app: App, hosts: Iterable[str], gate: Authorization, limits: LimitSpec) -> None:
+        """Wraps an application.
+
+        Args:
+            app: the endpoints. The ASGI scope of each request holds `take`, to be told of bytes that are read for it
+                elsewhere, which raises TooMany.
+            hosts: names by which clients may call this server; empty = any. A page of another site that a browser
+                shows reaches a server on loopback by a name of its own, and is refused by this.
+            gate: who may reach which endpoint.
+            limits: of the job file.
+        """
+        self._app, self._hosts, self._gate, self._limits = app, frozenset(hosts), gate, limits
+        self._bytes, self._in_flight = ByteBudget(limits.bytes_in_flight), 0
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close"})
+            return
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if scope["method"] == "HEAD":  # whoever sends the answer leaves its body out
+            scope = {**scope, "method": "GET"}
+        headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        refused = self._refused(scope, headers)
+        if refused is not None:
+            await _answer(send, *refused)
+            return
+        length = headers.get(b"content-length")
+        talk = _Talk(receive, send, self._most(headers), None if length is None else int(length), self._bytes)
+        self._in_flight += 1
+        try:
+            await self._run({**scope, "take": talk.take}, talk)
+        finally:
+            self._in_flight -= 1
+            talk.end()
+
+    def _refused(self, scope: Message, headers: dict[bytes, str]) -> Refusal | None:
+        authority, origin = headers.get(b"host", ""), headers.get(b"origin", "")
+        host = PORT.sub("", authority).lower()
+        if self._hosts and host not in self._hosts:
+            return 421, "this server is not called by that name. Add it to `hosts` in its job file.", ()
+        if origin and origin.partition("://")[2] != authority:
+            return 403, "pages of other sites may not call this server.", ()
+        refused = self._gate.refusal(scope) or self._unreadable(headers)
+        if refused is None and self._in_flight >= self._limits.max_requests and scope["path"] not in ALWAYS:
+            return 429, f"{self._limits.max_requests} requests are in flight. Try again.", LATER
+        return refused
+
+    def _unreadable(self, headers: dict[bytes, str]) -> Refusal | None:
+        length = headers.get(b"content-length", "0")
+        if not LENGTH.fullmatch(length):
+            return 400, "Content-Length is no number of bytes.", ()
+        if int(length) > self._most(headers):
+            return 413, _too_large(self._most(headers)), ()
+        encoding = headers.get(b"content-encoding", "identity").strip().lower()
+        if encoding != "identity":
+            return 415, f"Content-Encoding {encoding[:100]!r} is not read. Send the body as it is.", ()
+        return None
+
+    def _most(self, headers: dict[bytes, str]) -> int:
+        """Bytes that the body of a request may have."""
+        kind = headers.get(b"content-type", "").partition(";")[0].strip().lower()
+        most = self._limits.max_body_bytes
+        return most if kind == FORM else min(most, MOST_TEXT_BYTES)
+
+    async def _run(self, scope: Message, talk: "_Talk") -> None:
+        refusal: Refusal | None = None
+        try:
+            await asyncio.wait_for(self._app(scope, talk.receive, talk.send), self._limits.request_seconds)
+        except TimeoutError:
+            refusal = (503, f"no answer within {self._limits.request_seconds:g} s. Try again.", LATER)
+        except Exception:
+            if talk.refusal is None and not talk.gone:
+                log.exception("%s %s", scope["method"], scope["path"])
+                refusal = (500, BROKE, ())
+        await talk.refuse(talk.refusal or refusal)
+
+
+class _Talk:
+    """The messages of one request: bytes that come are counted, answers get the server's headers.
+
+    Attributes:
+        begun: an answer is on its way.
+        gone: the client is.
+        refusal: why no more of the body is read; what the endpoint would answer then is not sent.
+    """
+
+    def __init__(self, receive: Receive, send: Send, most: int, length: int | None, in_hand: ByteBudget) -> None:
+        self.started, self.gone = False, False
+        self.refusal: Refusal | None = None
+        self._receive, self._send, self._left, self._most = receive, send, most, most
+        self._length, self._in_hand, self._held, self._over = length, in_hand, 0, False
+
+    def take(self, count: int) -> None:
+        """More bytes are held for this request until it is answered.
+
+        Raises:
+            TooMany: there is no room for them, or the request was answered.
+        """
+        self._in_hand.take(count)
+        self._held += count
+        if self._over:
+            self.end()
+            raise TooMany("the request was answered.")
+
+    def end(self) -> None:
+        """Nothing is held for this request any longer."""
+        self._over = True
+        held, self._held = self._held, 0
+        self._in_hand.give(held)
+
+    async def receive(self) -> Message:
+        """The next part of the body. What was announced is taken at once, so that nothing is read in vain."""
+        if self._length:
+            self._take(self._length)
+            self._length = 0
+        message = await self._receive()
+        self.gone = self.gone or message["type"] == "http.disconnect"
+        size = len(message.get("body", b""))
+        self._left -= size
+        if self._left < 0:
+            self._refuse((413, _too_large(self._most), ()))
+        if self._length is None:
+            self._take(size)
+        return message
+
+    def _take(self, count: int) -> None:
+        try:
+            self.take(count)
+        except TooMany as error:
+            self._refuse((429, str(error), LATER))
+
+    def _refuse(self, refusal: Refusal) -> None:
+        self.refusal = refusal
+        raise Refused
+
+    async def send(self, message: Message) -> None:
+        """What the endpoint answers."""
+        if self.refusal is not None and not self.started:
+            return
+        if message["type"] == "http.response.start":
+            self.started = True
+            message["headers"] = [*message.get("headers", ()), *HEADERS]
+        await self._send(message)
+
+    async def refuse(self, refusal: Refusal | None) -> None:
+        """Answers in the endpoint's place, unless that has begun to."""
+        if refusal is not None and not self.started:
+            await _answer(self._send, *refusal)
+
+
+def _too_large(most: int) -> str:
+    return f"the body has more than {most:,} bytes. Send fewer images at a time."
+
+
+async def _answer(send: Send, status: int, detail: str, more: Headers = ()) -> None:
+    body = json.dumps({"detail": detail}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *HEADERS, *more]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

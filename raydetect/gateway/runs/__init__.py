@@ -1,0 +1,1 @@
+"""Archive runs that are started over HTTP."""
