@@ -313,9 +313,9 @@ def test_a_line_of_pixels_is_not_widened_before_it_is_shortened() -> None:
     code = (
         "import resource\n"
         "from PIL import Image\n"
-        "from raydetect.worker import bands, depth\n"
+        "from raydetect.images import bit_depth, resize\n"
         "size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "bands.resized(Image.new('L', (1, 1 << 20)), depth.FULL_DEPTH, 1, (256, 256))\n"
+        "resize.resized(Image.new('L', (1, 1 << 20)), bit_depth.FULL_DEPTH, 1, (256, 256))\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - size)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -17,14 +17,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raydetect.archives import names, parquet, parquet_cells, tar_headers, tar_index, zip_names
+from raydetect.archives import name_limits as names
+from raydetect.archives.chunks import read_members
+from raydetect.archives.formats import parquet, parquet_cells, tar_headers, tar_index, zip_names
 from raydetect.archives.open import open_archive
 from raydetect.archives.samples import Entry, arrange
+from raydetect.config import SourceSpec
 from raydetect.records import Member
-from raydetect.spec import SourceSpec
 from raydetect.storage import Storage
-from raydetect.worker.read import read_members
-from tests.made.archives import index_bytes, tar_bytes, zip_bytes
+from tests.builders.archives import index_bytes, tar_bytes, zip_bytes
 
 MiB = 1 << 20
 IMAGE = b"\x89PNG\r\n\x1a\n" + b"x" * 1000
@@ -36,9 +37,9 @@ from pathlib import Path
 import pyarrow.parquet
 from raydetect.archives.open import open_archive
 from raydetect.archives.samples import Entry, arrange
-from raydetect.spec import SourceSpec
+from raydetect.config import SourceSpec
 from raydetect.storage import Storage
-from raydetect.worker.read import read_members
+from raydetect.archives.chunks import read_members
 
 def status(name):
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(name))
@@ -185,7 +186,9 @@ def test_a_file_without_a_known_name_is_a_row_whatever_its_short_name(name: str,
 def test_a_file_takes_as_much_memory_as_is_counted() -> None:
     tracemalloc.start()
     try:
-        entries = [Entry(f"{i:05d}.png", 1024 * i + 512, 1000 + i, f"{i:05d}.png") for i in range(20_000)]
+        entries = [
+            Entry(name, 1024 * i + 512, 1000 + i, name) for i, name in enumerate(f"{i:05d}.png" for i in range(20_000))
+        ]
         found = arrange(entries)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
