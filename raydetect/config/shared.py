@@ -77,7 +77,14 @@ class SourceSpec:
     exif_orientation: Annotated[
         Literal["apply", "ignore"], Field(description="turn images as their EXIF tag says, or not")
     ] = "apply"
-    max_pixels: Annotated[int, Field(gt=0, description="larger images are refused from their header")] = 178_956_970
+    max_pixels: Annotated[
+        int,
+        Field(
+            gt=0,
+            description="larger images are refused from their header; a process decodes at most so many pixels at a "
+            "time, or 67,108,864 if that is more, in at most 16 bytes each",
+        ),
+    ] = 178_956_970
     max_image_bytes: Annotated[int, Field(gt=0, description="larger encoded images are refused unread")] = 512 * MiB
     split_bytes: Annotated[
         int, Field(gt=0, description="containers larger than this are split where random access allows")

@@ -57,14 +57,15 @@ class EvaluationOutcome:
 class Masks:
     """Reads masks by URI; consecutive masks from the same archive open it only once."""
 
-    def __init__(self, storage: Storage, rules: DecodeRules) -> None:
+    def __init__(self, storage: Storage, rules: DecodeRules, max_bytes: int) -> None:
         """Creates a reader; nothing is opened yet.
 
         Args:
             storage: gives access to the masks.
             rules: decoding rules of the images, which apply to their masks too.
+            max_bytes: of one encoded mask; larger ones are not read.
         """
-        self.rules = rules
+        self.rules, self._max_bytes = rules, max_bytes
         self._storage, self._container = storage, ""
         self._archive: Any = None
 
@@ -72,18 +73,27 @@ class Masks:
         """The encoded mask.
 
         Raises:
-            StorageError: it cannot be read.
+            StorageError: it cannot be read, or is too large.
         """
+        data = self._read(uri)
+        if len(data) > self._max_bytes:
+            raise StorageError(f"{uri}: has more than source.max_image_bytes = {self._max_bytes:,} bytes.")
+        return data
+
+    def _read(self, uri: str) -> bytes:
+        """The encoded mask, or one byte more of it than is allowed."""
         member, _, container = uri.partition("::")
         if not container:
-            return self._storage.read(uri)
+            with self._storage.open(uri) as handle:
+                return handle.read(self._max_bytes + 1)
         try:
             if container != self._container:
                 scheme = container.partition("://")[0]
                 options = {scheme: self._storage.fsspec_options(container)}
                 self._archive, _ = fsspec.core.url_to_fs(uri, **options)
                 self._container = container
-            return bytes(self._archive.cat_file(member.partition("://")[2]))
+            with self._archive.open(member.partition("://")[2], "rb") as handle:
+                return bytes(handle.read(self._max_bytes + 1))
         except Exception as error:
             raise translate(uri, "read", error) from error
 
@@ -107,7 +117,7 @@ def evaluate_images(
     """
     found, started = EvaluationOutcome(Quality()), time.perf_counter()
     size, rules = detector.params.image_size, DecodeRules.of(source)
-    masks = Masks(storage, rules)
+    masks = Masks(storage, rules, source.max_image_bytes)
     for chunk in chunks:
         pixels = list(decode_all(chunk.members, rules, size, threads))
         found.bad += sum(item.image_HWC is None for item in pixels)

@@ -19,8 +19,9 @@ from raydetect.artifacts.store import load_artifact
 from raydetect.cli.main import main
 from raydetect.config import EvaluateSpec, LabelledSpec, parse_job
 from raydetect.config.validation import parse_yaml
-from raydetect.errors import SpecError
+from raydetect.errors import SpecError, StorageError
 from raydetect.evaluation.cells import plan_evaluation
+from raydetect.evaluation.labelled_images import Masks
 from raydetect.evaluation.leaderboard import ALL, leaderboard
 from raydetect.images.decode import Pixels, decode_member
 from raydetect.images.opening import DecodeRules
@@ -364,3 +365,15 @@ def test_the_leaderboard_has_the_best_first_and_no_std_of_one_seed() -> None:
     assert [(row["detector"], row["seeds"]) for row in rows] == [("b", 2), ("a", 1)]
     assert rows[0]["image_auroc"] == pytest.approx(0.8) and rows[0]["image_auroc_std"] == pytest.approx(0.02**0.5)
     assert rows[1]["image_auroc_std"] is None and rows[0]["peak_memory_bytes"] == 2
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.zst", ".zip", ".parquet", ""])
+def test_a_mask_of_more_bytes_than_an_image_may_have_is_not_read(suffix: str, tmp_path: Path) -> None:
+    (first, *_) = pack(f"file://{tmp_path}", suffix, [("0.png", bytes(1000)), ("1.png", bytes(1001))], 1)
+    path = "image/{}" if suffix == ".parquet" else "{}.png"
+    scheme = {".tar": "tar", ".tar.zst": "member", ".zip": "zip", ".parquet": "parquetrow"}.get(suffix)
+    uris = [f"{scheme}://{path.format(i)}::{first}" if scheme else f"file://{tmp_path}/{i}.png" for i in (0, 1)]
+    masks = Masks(Storage(), DecodeRules(10**6, True), 1000)
+    assert masks.read(uris[0]) == bytes(1000)
+    with pytest.raises(StorageError, match=r"more than source\.max_image_bytes = 1,000 bytes"):
+        masks.read(uris[1])

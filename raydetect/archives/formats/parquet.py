@@ -20,6 +20,7 @@ from raydetect.archives.base import composed, key_of, listed_file, readable
 from raydetect.archives.directory import too_many_bytes, with_facts, with_words
 from raydetect.archives.formats.parquet_cells import (
     WORDS,
+    TooManyBytes,
     bytes_of,
     cell_bytes,
     columns_to_read,
@@ -154,8 +155,10 @@ def _members(file: pq.ParquetFile, shard: Shard, rows: "RowReader") -> Iterator[
 def _group_members(
     file: pq.ParquetFile, group: int, first_row: int, columns: list[str], rows: "RowReader"
 ) -> Iterator[Member]:
+    endless = {name: TooManyBytes() for name in WORDS if name in file.schema_arrow.names and name not in columns}
     for row, batch in enumerate(file.iter_batches(1, row_groups=[group], columns=columns), first_row):
-        member = rows.member({name: batch.column(name) for name in batch.schema.names}, row)
+        words = {name: word(batch.column(name)) for name in WORDS if name in columns}
+        member = rows.member({name: batch.column(name)[0] for name in batch.schema.names}, {**words, **endless}, row)
         if member is not None:
             yield member
 
@@ -172,8 +175,14 @@ class RowReader:
     names: RowNames
     classes: Mapping[str, Sequence[str]]
 
-    def member(self, cells: Mapping[str, pa.Array], row: int) -> Member | None:
-        """One row, its cells by column, as a member; None when the pattern leaves it out."""
+    def member(self, cells: Mapping[str, pa.Scalar], words: Mapping[str, Any], row: int) -> Member | None:
+        """One row as a member; None when the pattern leaves it out.
+
+        Args:
+            cells: by column.
+            words: of them, the values of `WORDS`.
+            row: its number in the file.
+        """
         name, key_name = self.names.name(row), self.names.key(row)
         facts = self.naming.read(_path(name or key_name))
         if facts is None:
@@ -184,18 +193,18 @@ class RowReader:
         member = Member(
             key_of(self.uri, key_name),
             f"parquetrow://{self.image}/{row}::{self.uri}",
-            mask_uri=f"parquetrow://mask/{row}::{self.uri}" if "mask" in cells and cells["mask"][0].is_valid else None,
+            mask_uri=f"parquetrow://mask/{row}::{self.uri}" if "mask" in cells and cells["mask"].is_valid else None,
             meta=json.dumps({"row": row, **beside}),
         )
-        member = with_words(with_facts(member, facts), self._words(cells), self.naming, self.classes.get("label", ()))
-        data = cell_bytes(cells[self.image][0])
+        member = with_words(with_facts(member, facts), self._words(words), self.naming, self.classes.get("label", ()))
+        data = cell_bytes(cells[self.image])
         if data.size > self.source.max_image_bytes:
             return too_many_bytes(member, data.size, self.source.max_image_bytes)
         return replace(member, data=data.to_pybytes())
 
-    def _words(self, cells: Mapping[str, pa.Array]) -> dict[str, Any]:
+    def _words(self, words: Mapping[str, Any]) -> dict[str, Any]:
         """What columns say, with names in place of the numbers of classes."""
-        found = {name: word(cells[name]) if name in cells else None for name in WORDS}
+        found = {name: words.get(name) for name in WORDS}
         for name in ("category", "defect"):
             number, classes = found[name], self.classes.get(name, ())
             if isinstance(number, int) and 0 <= number < len(classes):
