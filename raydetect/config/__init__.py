@@ -1,4 +1,4 @@
-"""The job file's words: frozen, strict dataclasses with a doc line and a check under every field."""
+"""Job file settings: frozen, strict dataclasses in which every field is documented and validated."""
 
 from raydetect.config.audit import AuditSpec, BaselineSpec, WebhookSpec, night_score
 from raydetect.config.calibrate import CalibrateSpec

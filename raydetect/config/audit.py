@@ -1,4 +1,4 @@
-"""`kind: audit`: what came since the last audit, scored, compared with the nights before, and judged by rules."""
+"""`kind: audit`: scores what is new since the last audit, compares it with earlier nights and checks alarm rules."""
 
 import datetime
 from dataclasses import dataclass, field, replace
@@ -14,45 +14,45 @@ NIGHT = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 
 def _text(value: Any) -> Any:
-    """20261122 is meant as a name, as is a date, which Python and other readers of YAML may give."""
+    """Converts names such as 20261122 or a date, which Python code and other YAML readers may pass as such."""
     return str(value) if isinstance(value, datetime.date | int) else value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaselineSpec:
-    """Which earlier nights a night is compared with."""
+    """The earlier nights that a night is compared with."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
-    nights: Annotated[int, Field(ge=1, description="the last so many, of the same artifact")] = 7
+    nights: Annotated[int, Field(ge=1, description="number of previous nights with the same artifact")] = 7
     alarmed: Annotated[
         Literal["skip", "use"],
-        Field(description="nights with an alarm: skipped, so that a fault does not become usual"),
+        Field(description="nights with an alarm: skip them, so that a fault does not become the norm, or use them"),
     ] = "skip"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WebhookSpec:
-    """Where the summary is sent. The secret and the allowed prefixes come from the environment alone."""
+    """Where the summary is sent. The secret and the allowed prefixes come from environment variables only."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
     url: Annotated[str, Field(description="https://... or http://..., below a prefix of RAYDETECT_WEBHOOK_ALLOW")] = (
         field(repr=False)
-    )  # its path may open the webhook
-    when: Annotated[Literal["alarm", "always"], Field(description="which audits are told of")] = "always"
-    attempts: Annotated[int, Field(ge=1, le=10, description="with pauses of 1, 2, 4, ... seconds between")] = 4
-    request_seconds: Annotated[float, Field(gt=0, le=300, description="after which an attempt is given up")] = 10.0
+    )  # its path may be a secret
+    when: Annotated[Literal["alarm", "always"], Field(description="which audits are reported")] = "always"
+    attempts: Annotated[int, Field(ge=1, le=10, description="number of attempts, 1, 2, 4, ... seconds apart")] = 4
+    request_seconds: Annotated[float, Field(gt=0, le=300, description="timeout of one attempt")] = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditSpec:
-    """`kind: audit`: the whole archive, of which each night scores what is new."""
+    """`kind: audit`: an archive, of which each night scores what is new."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
     kind: Literal["audit"]
     source: SourceSpec
     artifact: Annotated[str, Field(description="the fitted detector")]
-    sink: Annotated[SinkSpec, Field(description="uri: the folder of all audits")]
-    storage: Annotated[StorageOptions, Field(description="storage of everything that names none")] = field(
+    sink: Annotated[SinkSpec, Field(description="uri: folder of all audits")]
+    storage: Annotated[StorageOptions, Field(description="storage for everything that has none of its own")] = field(
         default_factory=StorageOptions
     )
     flag: FlagSpec = field(default_factory=lambda: FlagSpec(alpha=0.01))
@@ -61,7 +61,7 @@ class AuditSpec:
         BeforeValidator(_text),
         Field(
             pattern=NIGHT,
-            description="its name, e.g. 2026-11-22; none = a number, and the last night again when nothing is new",
+            description="name, e.g. 2026-11-22; none = the next number, or the last night again if nothing is new",
         ),
     ] = None
     baseline: BaselineSpec = field(default_factory=BaselineSpec)
@@ -71,7 +71,7 @@ class AuditSpec:
             description='rules, such as "flagged_rate > 0.02" or "dirty lens: sharpness_ks_low > 0.3 and images > 50"'
         ),
     ] = ()
-    webhook: Annotated[WebhookSpec | None, Field(description="none = nobody is told")] = None
+    webhook: Annotated[WebhookSpec | None, Field(description="where to send the summary; none = nowhere")] = None
     pictures: Annotated[int, Field(ge=0, le=500, description="images in the report's gallery")] = 48
     batch_size: Annotated[int, Field(ge=1, description="images in one forward pass")] = 16
     chunk_images: Annotated[int, Field(ge=1, description="images per Parquet part, at most")] = 64
@@ -80,7 +80,7 @@ class AuditSpec:
 
 
 def night_score(spec: AuditSpec, results_uri: str) -> ScoreSpec:
-    """The scoring job of one night. Bad rows are for the rules to judge, so none are too many here."""
+    """The scoring job of one night; never fails for bad rows, which the alarm rules check."""
     return ScoreSpec(
         kind="score",
         source=spec.source,

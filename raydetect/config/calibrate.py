@@ -1,4 +1,4 @@
-"""`kind: calibrate`: new held-out normal images for an artifact that stays as it is fitted."""
+"""`kind: calibrate`: recalibrates an artifact on new held-out normal images, without refitting."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
@@ -11,16 +11,14 @@ from raydetect.config.validation import STRICT
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrateSpec:
-    """`kind: calibrate`: new held-out normal images for an artifact that stays as it is fitted."""
+    """`kind: calibrate`: recalibrates an artifact on new held-out normal images, without refitting."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
     kind: Literal["calibrate"]
     source: SourceSpec
     artifact: Annotated[str, Field(description="the fitted detector, or a fleet")]
-    output: Annotated[
-        str, Field(description="where the artifact with the new calibration goes; its own place replaces it")
-    ]
-    storage: Annotated[StorageOptions, Field(description="storage of everything that names none")] = field(
+    output: Annotated[str, Field(description="where to write the recalibrated artifact; the same URI replaces it")]
+    storage: Annotated[StorageOptions, Field(description="storage for everything that has none of its own")] = field(
         default_factory=StorageOptions
     )
     batch_size: Annotated[int, Field(ge=1, description="images in one forward pass")] = 16
@@ -31,4 +29,4 @@ class CalibrateSpec:
 
     def __post_init__(self) -> None:
         if self.resources.num_workers != 1 or self.resources.bank_shards != 1:
-            raise ValueError("calibrate runs in one process; leave resources.num_workers and bank_shards out")
+            raise ValueError("calibrate runs in one process; remove resources.num_workers and bank_shards")

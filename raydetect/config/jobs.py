@@ -1,4 +1,4 @@
-"""All kinds of job files, and what of a job is public or decides its rows."""
+"""The kinds of job files, their public form, and the settings that determine rows."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from raydetect.config.validation import apply_overrides, digest, nearest, to_pla
 from raydetect.config.yaml_text import shown_key
 from raydetect.errors import SpecError
 
-FREE_RESOURCES = ("num_workers", "detectors_in_memory", "bank_shards")  # they do not change rows
+FREE_RESOURCES = ("num_workers", "detectors_in_memory", "bank_shards")  # they do not affect rows
 JobSpec = FitSpec | ScoreSpec | AuditSpec | ServeSpec | EvaluateSpec | CalibrateSpec
 KINDS: dict[str, type[JobSpec]] = {
     "fit": FitSpec,
@@ -26,12 +26,12 @@ KINDS: dict[str, type[JobSpec]] = {
 
 
 def parse_job(values: dict[str, Any], where: str, overrides: tuple[str, ...] = ()) -> JobSpec:
-    """A job from the plain values of its file.
+    """Validates the values of a job file.
 
     Args:
-        values: what the YAML file held.
+        values: content of the YAML file.
         where: the file's name, for messages.
-        overrides: `a.b=c` texts of `--set`.
+        overrides: `a.b=c` arguments of `--set`.
 
     Raises:
         SpecError: every mistake, one line each.
@@ -47,49 +47,49 @@ def parse_job(values: dict[str, Any], where: str, overrides: tuple[str, ...] = (
 
 
 def _refuse_huge(value: Any, where: str, path: str = "") -> None:
-    """What counts images, bytes and the like goes on to libraries that take 64 bits.
+    """Refuses integers that do not fit into 64 bits, which libraries require.
 
     Raises:
-        SpecError: a whole number has more.
+        SpecError: one does not fit.
     """
     if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
-        raise SpecError(f"{where}: {path}: is beyond whole numbers of 64 bits. Write a smaller one.")
+        raise SpecError(f"{where}: {path}: does not fit into 64 bits. Use a smaller number.")
     if isinstance(value, dict | list):
         for name, item in value.items() if isinstance(value, dict) else enumerate(value):
             _refuse_huge(item, where, f"{path}.{shown_key(str(name))}" if path else shown_key(str(name)))
 
 
 def source_storage(spec: JobSpec, source: SourceSpec) -> StorageOptions:
-    """The storage that a source of this job uses."""
+    """Storage options of a source."""
     return source.storage or spec.storage
 
 
 def sink_storage(spec: ScoreSpec | AuditSpec) -> StorageOptions:
-    """The storage that the results of this job use."""
+    """Storage options of the results."""
     return spec.sink.storage or spec.storage
 
 
 def public_spec(spec: JobSpec) -> dict[str, Any]:
-    """The spec with all defaults and without credentials: what run.json and the artifact hold."""
+    """The spec with all defaults and without credentials, as stored in run.json and artifacts."""
     public: dict[str, Any] = _redact(to_plain(spec))
     return public
 
 
 def result_digest(spec: JobSpec) -> str:
-    """sha256 over what decides the rows: the public spec less storage and what workers may have more or less of.
+    """sha256 over the settings that determine rows: the public spec without storage and the number of workers.
 
-    Threads per worker stay in: floating-point sums may depend on them.
+    Includes threads per worker, since floating-point sums may depend on them.
     """
     return digest(result_settings(public_spec(spec)))
 
 
 def result_settings(public: dict[str, Any]) -> dict[str, Any]:
-    """The part of a public spec that decides the rows."""
-    words = {k: _without_storage(v) for k, v in public.items() if k not in ("storage", "max_bad_fraction")}
+    """The part of a public spec that determines the rows."""
+    settings = {k: _without_storage(v) for k, v in public.items() if k not in ("storage", "max_bad_fraction")}
     for name in ("max_failures", "max_bank_bytes", "checkpoint_epochs", "engine"):
-        words.pop(name, None)
-    words["resources"] = {k: v for k, v in words["resources"].items() if k not in FREE_RESOURCES}
-    return words
+        settings.pop(name, None)
+    settings["resources"] = {k: v for k, v in settings["resources"].items() if k not in FREE_RESOURCES}
+    return settings
 
 
 def _without_storage(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""`kind: score`: an archive and an artifact to a results directory."""
+"""`kind: score`: scores an archive with an artifact and writes a results directory."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
@@ -13,29 +13,33 @@ Heatmaps = Literal["none", "flagged", "top_k", "all"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SinkSpec:
-    """Where results go, and which images get a heatmap."""
+    """Where results go and which images get a heatmap."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
     uri: Annotated[str, Field(description="results directory")]
-    storage: Annotated[StorageOptions | None, Field(description="storage of the results; none = the job's own")] = None
+    storage: Annotated[StorageOptions | None, Field(description="storage of the results; none = the job's storage")] = (
+        None
+    )
     heatmaps: Annotated[Heatmaps, Field(description="which images get a heatmap")] = "flagged"
-    top_k: Annotated[int, Field(ge=1, description="with top_k: heatmaps per chunk; they include the run's top_k")] = 8
+    top_k: Annotated[
+        int, Field(ge=1, description="with top_k: heatmaps per chunk, which include the top_k of the whole run")
+    ] = 8
     style: Annotated[
         Literal["overlay", "map"],
-        Field(description="a picture for people, or the map as 16-bit PNG on the manifest's scale"),
+        Field(description="overlay on the image, or the map as 16-bit PNG with the manifest's scale"),
     ] = "overlay"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreSpec:
-    """`kind: score`: an archive and an artifact to a results directory."""
+    """`kind: score`: scores an archive with an artifact and writes a results directory."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
     kind: Literal["score"]
     source: SourceSpec
     artifact: Annotated[str, Field(description="the fitted detector")]
     sink: SinkSpec
-    storage: Annotated[StorageOptions, Field(description="storage of everything that names none")] = field(
+    storage: Annotated[StorageOptions, Field(description="storage for everything that has none of its own")] = field(
         default_factory=StorageOptions
     )
     flag: FlagSpec = field(default_factory=lambda: FlagSpec(alpha=0.01))
@@ -47,6 +51,6 @@ class ScoreSpec:
     ] = 0.05
     engine: Annotated[
         Literal["batch", "serve"],
-        Field(description="batch: actors of this job; serve: the warm replicas of `raydetect serve` on the cluster"),
+        Field(description="batch: actors of this job; serve: the running replicas of `raydetect serve` on the cluster"),
     ] = "batch"
     resources: ResourceSpec = field(default_factory=ResourceSpec)

@@ -1,4 +1,4 @@
-"""YAML job files to frozen, strict dataclasses, and back; every mistake is reported, not only the first."""
+"""Converts YAML job files to frozen, strict dataclasses and back; reports every mistake, not only the first."""
 
 import dataclasses
 import difflib
@@ -18,53 +18,55 @@ from raydetect.redaction import redacted
 
 T = TypeVar("T")
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
-HIDDEN = frozenset(("storage", "webhook", "key", "secret", "token", "sha256"))  # values at or below are never shown
-MISTAKES_SHOWN, LETTERS_SHOWN = 20, 80
+HIDDEN = frozenset(
+    ("storage", "webhook", "key", "secret", "token", "sha256")
+)  # values at or below these keys are never shown
+MISTAKES_SHOWN, CHARACTERS_SHOWN = 20, 80
 
 
 def parse_yaml(text: str, name: str) -> dict[str, Any]:
-    """One YAML mapping from text, by the rules of `job_text`.
+    """Reads one YAML mapping by the rules of `yaml_text`.
 
     Args:
         text: the job file's text.
-        name: how to call it in messages.
+        name: its name in messages.
 
     Raises:
-        SpecError: not YAML, not one mapping, or it breaks a rule.
+        SpecError: it is not YAML, not one mapping, or breaks a rule.
     """
     try:
         value = read_yaml(text)
     except SpecError as error:
         raise SpecError(f"{name}: {error}") from None
     if not isinstance(value, dict):
-        found = "nothing" if value is None else type(value).__name__
-        raise SpecError(f"{name}: a job file is one mapping, found {found}. Begin with `kind:`.")
+        kind = "nothing" if value is None else type(value).__name__
+        raise SpecError(f"{name}: a job file is one mapping, found {kind}. Start with `kind:`.")
     return value
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of `values` with `a.b=c` texts applied; the right side is read as YAML, else taken as text.
+    """Returns a copy of `values` with `a.b=c` overrides; the right side is parsed as YAML, or else kept as text.
 
     So `pattern={category}/{name}.png` needs no quotes.
 
     Raises:
-        SpecError: a text without `=`, a path through something that is not a mapping, or a right side that breaks a
-            rule of `job_text`.
+        SpecError: an override has no `=`, its path goes through something that is not a mapping, or its right side
+            breaks a rule of `yaml_text`.
     """
     result: dict[str, Any] = json.loads(json.dumps(values, default=str))
     for number, text in enumerate(overrides, start=1):
         path, equals, right = text.partition("=")
         if not equals or not path:
             raise SpecError(f"--set number {number}: expected key=value, such as --set seed=1.")
-        place = result
+        target = result
         *parents, last = path.split(".")
         if len(parents) >= MAX_DEPTH:
-            raise SpecError(f"--set number {number}: has more than {MAX_DEPTH} levels. Mend the key.")
+            raise SpecError(f"--set number {number}: has more than {MAX_DEPTH} levels. Shorten the key.")
         for parent in parents:
-            place = place.setdefault(parent, {})
-            if not isinstance(place, dict):
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
                 raise SpecError(f"--set {shown_key(path)}: {parent!r} is not a mapping. Set it as a whole.")
-        place[last] = _yaml_or_text(path, right)
+        target[last] = _yaml_or_text(path, right)
     return result
 
 
@@ -78,19 +80,19 @@ def _yaml_or_text(path: str, text: str) -> Any:
 
 
 def validate(kind: type[T], values: Mapping[str, Any], where: str) -> T:
-    """A `kind` dataclass from plain values, strict at every level.
+    """Converts plain values to a dataclass of type `kind`, strictly at every level.
 
     Raises:
-        SpecError: lists every mistake, each with its path and, for a misspelt key, the nearest match.
+        SpecError: lists every mistake with its path and, for a misspelt key, the nearest match.
     """
     try:
         adapter = _adapter(cast(Any, kind))
         return cast(T, adapter.validate_python(dict(values)))
     except ValidationError as error:
-        found = dict.fromkeys(f"{where}: {_mistake(kind, item)}" for item in error.errors(include_url=False))
-        lines = list(found)[:MISTAKES_SHOWN]
-        if len(found) > MISTAKES_SHOWN:
-            lines.append(f"{where}: {len(found) - MISTAKES_SHOWN:,} more mistakes. Mend these first.")
+        mistakes = dict.fromkeys(f"{where}: {_mistake(kind, item)}" for item in error.errors(include_url=False))
+        lines = list(mistakes)[:MISTAKES_SHOWN]
+        if len(mistakes) > MISTAKES_SHOWN:
+            lines.append(f"{where}: {len(mistakes) - MISTAKES_SHOWN:,} more mistakes. Fix these first.")
         raise SpecError("\n".join(lines)) from None
 
 
@@ -100,7 +102,7 @@ def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
 
 
 def to_plain(value: Any) -> Any:
-    """Dataclasses, tuples and mappings as JSON-ready values, all defaults filled in; of secrets only that they are."""
+    """Converts dataclasses, tuples and mappings to JSON-ready values with all defaults; masks secrets."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -117,7 +119,7 @@ def digest(value: Any) -> str:
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """What differs between two plain values, as `a.b: 1 -> 2` lines, sorted by path."""
+    """The differences between two plain values as `a.b: 1 -> 2` lines, sorted by path."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(set(old) | set(new))
         nested = [differences(old.get(k), new.get(k), f"{path}.{k}" if path else str(k)) for k in keys]
@@ -136,7 +138,7 @@ class FieldDoc:
 
 
 def describe_fields(kind: type) -> list[FieldDoc]:
-    """Name, type, default and doc line of every field, in order of declaration."""
+    """Name, type, default and description of every field, in order of declaration."""
     hints = get_type_hints(kind, include_extras=True)
     return [_describe(field, hints[field.name]) for field in dataclasses.fields(kind)]
 
@@ -157,7 +159,7 @@ def _describe(field: "dataclasses.Field[Any]", hint: Any) -> FieldDoc:
 
 
 def type_name(hint: Any) -> str:
-    """A type hint as a person would write it in a document."""
+    """A type hint as readable text."""
     if get_origin(hint) in (Union, types.UnionType):
         return " | ".join(type_name(part) for part in get_args(hint))
     if hint is type(None):
@@ -168,7 +170,7 @@ def type_name(hint: Any) -> str:
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """` Did you mean 'x'? Known: a, b.` for messages about an unknown name."""
+    """` Did you mean 'x'? Known: a, b.`, for messages about an unknown name."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     guess = f" Did you mean {close[0]!r}?" if close else ""
     return f"{guess} Known: {', '.join(sorted(known))}."
@@ -180,10 +182,10 @@ def _mistake(kind: type, item: Any) -> str:
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return _unknown_key(kind, [part for part in item["loc"][:-1] if not _is_branch(part)], item["loc"][-1])
     if item["type"] in ("missing", "missing_argument"):
-        return f"{path}: this key is required and missing. Add it."
+        return f"{path}: this required key is missing. Add it."
     reason = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
     shown = "" if _is_hidden(location) else _given_text(item["input"])
-    quotes = " Put a text in quotes." if item["type"] == "string_type" and item["input"] is not None else ""
+    quotes = " Put text in quotes." if item["type"] == "string_type" and item["input"] is not None else ""
     return f"{path or 'the job file'}: {reason}{shown}.{quotes}"
 
 
@@ -191,16 +193,16 @@ def _unknown_key(kind: type, parents: Sequence[Any], key: Any) -> str:
     known, name = _fields_at(kind, parents), shown_key(str(key))
     path = [shown_key(str(part)) for part in parents]
     if _is_hidden(parents) and not difflib.get_close_matches(name, known, n=1, cutoff=0.5):
-        return f"{'.'.join(path)}: holds an unknown key. Known: {', '.join(sorted(known))}."
+        return f"{'.'.join(path)}: contains an unknown key. Known: {', '.join(sorted(known))}."
     return f"{'.'.join((*path, name))}: unknown key.{nearest(name, known) if known else ''}"
 
 
 def _given_text(value: Any) -> str:
-    """A single value that was given; never a list or a mapping, in which anything may stand."""
+    """The given value for a message; never a list or mapping, which may contain secrets."""
     if not isinstance(value, str | int | float | None):
         return ""
-    text = redacted(repr(value))  # as a whole: what is cut off may show what a URI holds
-    return f", given {text if len(text) <= LETTERS_SHOWN else text[:LETTERS_SHOWN] + '...'}"
+    text = redacted(repr(value))  # before truncation, which could split a URI
+    return f", given {text if len(text) <= CHARACTERS_SHOWN else text[:CHARACTERS_SHOWN] + '...'}"
 
 
 def _is_hidden(location: Sequence[Any]) -> bool:
@@ -208,7 +210,7 @@ def _is_hidden(location: Sequence[Any]) -> bool:
 
 
 def _is_branch(part: Any) -> bool:
-    """pydantic adds the tried branch of a union (`list[str]`, `str`) to the path; people do not write it."""
+    """Whether pydantic added this part to the path for a branch of a union (`list[str]`, `str`)."""
     return isinstance(part, str) and (part in ("str", "int", "float", "bool") or "[" in part)
 
 

@@ -1,4 +1,4 @@
-"""Which URIs a client may name: those below listed prefixes, after everything that could climb is resolved."""
+"""Which URIs a client may use: those below the listed prefixes, once `..`, links and percent signs are resolved."""
 
 import ipaddress
 import os
@@ -14,44 +14,44 @@ WEB = ("http", "https")
 
 
 class NotAllowed(RaydetectError):
-    """A URI outside of what the server lists; the message names the URI and nothing of the server."""
+    """A URI outside the allowed prefixes; the message shows the URI and nothing about the server."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prefixes:
-    """Normalised prefixes, each with a slash at its end."""
+    """Normalised prefixes, each with a trailing slash."""
 
     known: tuple[str, ...]
 
     @classmethod
     def of(cls, uris: Iterable[str]) -> "Prefixes":
-        """From the words of a job file.
+        """Normalises the prefixes of a job file.
 
         Raises:
-            SpecError: one is no URI.
+            SpecError: one is not a URI.
         """
         return cls(tuple(_plain(uri) + "/" for uri in uris))
 
     def check(self, uri: str, what: str) -> str:
-        """The normalised URI.
+        """Returns the normalised URI.
 
         Args:
-            uri: as a client wrote it.
-            what: the key it stands under, for messages.
+            uri: as the client sent it.
+            what: its key in the request, for messages.
 
         Raises:
-            NotAllowed: it is not below a prefix, or could mean a place that is not.
+            NotAllowed: it is not below a prefix, or may resolve to a location that is not.
         """
         try:
             plain = _plain(uri)
         except SpecError:
-            raise NotAllowed(f"{what}: {uri[:200]!r} is no URI that this server reads.") from None
+            raise NotAllowed(f"{what}: {uri[:200]!r} is not a URI that this server can read.") from None
         if not any((plain + "/").startswith(prefix) for prefix in self.known):
-            raise NotAllowed(f"{what}: {uri[:200]!r} is not below a prefix that this server allows.")
+            raise NotAllowed(f"{what}: {uri[:200]!r} is not below an allowed prefix.")
         return plain
 
     def holds(self, uri: str) -> bool:
-        """Whether a file that was listed below a prefix lies below one, wherever links on the way to it lead."""
+        """Whether a listed file still lies below a prefix once symbolic links are resolved."""
         if not uri.startswith("file://"):
             return True
         real = os.path.realpath(uri.removeprefix("file://"))
@@ -61,48 +61,48 @@ class Prefixes:
 def _plain(uri: str) -> str:
     if any(ord(letter) < 32 or letter in "\\\x7f" for letter in uri):
         raise SpecError("a control character or backslash in a URI.")
-    normal = normalise_uri(uri)
-    scheme = normal.partition("://")[0]
+    normalised = normalise_uri(uri)
+    scheme = normalised.partition("://")[0]
     if scheme == "file":
-        return "file://" + os.path.realpath(normal.removeprefix("file://"))
-    return _plain_web(normal) if scheme in WEB else normal
+        return "file://" + os.path.realpath(normalised.removeprefix("file://"))
+    return _plain_web(normalised) if scheme in WEB else normalised
 
 
 def _plain_web(uri: str) -> str:
-    """A web address with its host in small letters, without user, query or anything percent-encoded in its path."""
+    """An http(s) URL with a lower-case host, without user, query or percent-encoding in its path."""
     parts = urlsplit(uri)
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment or not parts.hostname:
-        raise SpecError("a web address with a user, query or fragment.")
+        raise SpecError("a URL with a user, query or fragment.")
     if unquote(parts.path) != parts.path:
-        raise SpecError("a web address with percent-encoded letters.")
+        raise SpecError("a URL with percent-encoded characters.")
     port = f":{parts.port}" if parts.port else ""
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     return f"{parts.scheme}://{host}{port}{parts.path}".rstrip("/")
 
 
 def is_public_enough(address: str) -> bool:
-    """Whether a server may open a connection to an IP address that a client's URI led to.
+    """Whether the server may connect to an IP address that a client's URI resolved to.
 
-    Link-local ones (169.254.0.0/16 with the metadata service of clouds, fe80::/10), the metadata address of AWS over
-    IPv6, multicast and unspecified ones are refused, also when they are wrapped into IPv6.
+    Refuses link-local addresses (fe80::/10, and 169.254.0.0/16 with the metadata service of clouds), AWS's metadata
+    address over IPv6, and multicast and unspecified addresses, also when they are embedded in IPv6.
     """
-    found = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(found, ipaddress.IPv6Address):
-        found = found.ipv4_mapped or found.sixtofour or found
-    refused = found.is_link_local or found.is_multicast or found.is_unspecified
-    return not refused and found != ipaddress.ip_address("fd00:ec2::254")
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        ip = ip.ipv4_mapped or ip.sixtofour or ip
+    refused = ip.is_link_local or ip.is_multicast or ip.is_unspecified
+    return not refused and ip != ipaddress.ip_address("fd00:ec2::254")
 
 
 def resolved(host: str, port: int) -> list[str]:
-    """Addresses of a host that may be connected to.
+    """Resolves a host to addresses that the server may connect to.
 
     Raises:
-        NotAllowed: it has one that may not, or none.
+        NotAllowed: it has no address, or one that is refused.
     """
     try:
-        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+        addresses = {str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
     except OSError:
         raise NotAllowed(f"the host {host} has no address.") from None
-    if not all(is_public_enough(address) for address in found):
+    if not all(is_public_enough(address) for address in addresses):
         raise NotAllowed(f"the host {host} has an address that this server does not connect to.")
-    return sorted(found)
+    return sorted(addresses)

@@ -1,4 +1,4 @@
-"""What the endpoints ask of whatever scores behind them: this process, or Ray Serve."""
+"""The interface between the endpoints and what scores: this process, or Ray Serve."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,22 +17,22 @@ from raydetect.storage import Storage, normalise_uri
 
 
 class Busy(RaydetectError):
-    """Nothing could be tried just now; the same request may succeed in a moment."""
+    """The request cannot be handled right now; the same request may succeed shortly."""
 
 
 class TooMany(Busy):
-    """As much is in hand as the server takes at a time."""
+    """The server is at one of its limits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """The version of a detector that scores now.
+    """The version of a detector that is being served.
 
     Attributes:
-        name: that requests use.
-        index: of its artifact.
+        name: the name used in requests.
+        index: the index of its artifact.
         flag: when an image is flagged.
-        facts: for people, as `bodies.DetectorAnswer` has them.
+        facts: the fields of `schemas.DetectorAnswer`.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Served:
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """What a desk knows of a run beside the ledger: `running`, `finished`, `failed`, `cancelled`, and why."""
+    """State of a run that is not in its ledger: `running`, `finished`, `failed` or `cancelled`, and why."""
 
     uri: str
     state: str
@@ -51,45 +51,45 @@ class RunState:
 
 
 class Backend(Protocol):
-    """Scores, serves and runs. All methods may be called side by side."""
+    """Scores images, serves detectors and runs archives. Methods may be called concurrently."""
 
     async def served(self) -> Mapping[str, Served]:
-        """Every served detector by name."""
+        """Returns the served detectors by name."""
 
     async def answer(self, served: Served, members: Sequence[Member], heatmaps: Sequence[Heatmaps]) -> Sequence[Answer]:
         """Scores images, in order.
 
         Raises:
-            Busy: what scores them is not there just now.
+            Busy: nothing can score them right now.
         """
 
     async def replace(self, name: str, artifact: str) -> Served:
-        """Serves another artifact under a name, once it is loaded; requests meanwhile are scored by the old one.
+        """Serves another artifact under a name; the old one keeps scoring until the new one is loaded.
 
         Raises:
             ArtifactError, SpecError: it cannot be served; the old one stays.
         """
 
     async def start(self, spec: ScoreSpec) -> RunState:
-        """Plans a run and begins it; one that runs already is left alone.
+        """Plans and starts a run; does nothing if the same run is already in progress.
 
         Raises:
-            RaydetectError: it cannot be begun.
-            TooMany: of them run.
+            RaydetectError: it cannot be started.
+            TooMany: the limit of concurrent runs is reached.
         """
 
     async def runs(self) -> Mapping[str, RunState]:
-        """Runs since the server started, by results directory."""
+        """Returns the runs since the server started, by results directory."""
 
     async def cancel(self, uri: str) -> bool:
-        """Stops a run after the chunks in hand; what is committed stays. False: none runs there."""
+        """Stops a run after its chunks in flight; keeps what is committed. Returns False if no run is in progress."""
 
     async def ready(self) -> bool:
-        """Whether a request would be scored now."""
+        """Whether a request can be scored now."""
 
 
 def load_served(name: str, served: ServedSpec, storage: Storage) -> Served:
-    """Reads the records of a served artifact, and checks that its calibration is large enough.
+    """Reads the records of an artifact and checks that its calibration is large enough.
 
     Raises:
         ArtifactError, SpecError: it cannot be served.

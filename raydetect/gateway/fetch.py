@@ -1,4 +1,4 @@
-"""Reads the images that a request names by URI, within limits."""
+"""Reads images by URI for a request, within limits."""
 
 import http.client
 import socket
@@ -17,13 +17,13 @@ UNREADABLE = "unreadable"
 
 @dataclass(frozen=True, slots=True)
 class Fetcher:
-    """Reads allowed URIs; one that cannot be read has a status and says nothing of the storage behind it.
+    """Reads allowed URIs; errors reveal nothing about the storage.
 
     Attributes:
-        storage: of URIs that are no web addresses.
-        max_bytes: of one image.
-        seconds: for one image of a web address, from the connection to its last byte. Other storages have limits of
-            their own for each request.
+        storage: for URIs other than http(s) URLs.
+        max_bytes: limit per image.
+        seconds: limit per http(s) image, from connecting to the last byte. Other storages have their own timeouts per
+            request.
     """
 
     storage: Storage
@@ -31,27 +31,27 @@ class Fetcher:
     seconds: float
 
     def read(self, uri: str) -> bytes:
-        """The bytes of one image.
+        """Returns the bytes of one image.
 
         Raises:
             MemberError: unreadable or too_many_bytes.
-            NotAllowed: a web address that leads to an address which is refused.
+            NotAllowed: a URL whose host resolves to a refused address.
         """
         if uri.partition("://")[0] in WEB:
             return self._read_web(uri)
         try:
-            found = self.storage.info(uri)
-            if found is None:
-                raise MemberError(UNREADABLE, "no file is there. Check the URI.")
-            if found.kind != "file":
-                raise MemberError(UNREADABLE, "it is no file. Name one.")
-            self._refuse_large(found.size_bytes)
+            info = self.storage.info(uri)
+            if info is None:
+                raise MemberError(UNREADABLE, "no such file. Check the URI.")
+            if info.kind != "file":
+                raise MemberError(UNREADABLE, "it is not a file. Name one.")
+            self._refuse_large(info.size_bytes)
             return self.storage.read(uri)
         except StorageError:
-            raise MemberError(UNREADABLE, "it cannot be read. Check the URI and who may read it.") from None
+            raise MemberError(UNREADABLE, "it cannot be read. Check the URI and its permissions.") from None
 
     def _read_web(self, uri: str) -> bytes:
-        """Connects to an address that was checked, so that no second lookup can lead elsewhere; follows nothing."""
+        """Connects to the checked address, so that a second DNS lookup cannot change it; follows no redirect."""
         parts = urlsplit(uri)
         port = parts.port or (443 if parts.scheme == "https" else 80)
         address = resolved(str(parts.hostname), port)[0]
@@ -67,7 +67,7 @@ class Fetcher:
             except (OSError, http.client.HTTPException):
                 if deadline.passed:
                     raise MemberError(UNREADABLE, f"its server took more than {self.seconds:g} s. Try again.") from None
-                raise MemberError(UNREADABLE, "its server does not answer as it should. Try again.") from None
+                raise MemberError(UNREADABLE, "its server sent an invalid response. Try again.") from None
             finally:
                 connection.close()
 
@@ -89,10 +89,10 @@ class Fetcher:
 
 
 class _Deadline:
-    """Ends a connection after some seconds, however slowly bytes come; timeouts of sockets count from the last byte."""
+    """Ends a connection after a total time; socket timeouts restart with every byte."""
 
     def __init__(self, seconds: float) -> None:
-        """Begins with the block."""
+        """Creates a timer that starts when the block is entered."""
         self.passed = False
         self._socket: socket.socket | None = None
         self._timer = threading.Timer(seconds, self._pass)
@@ -105,26 +105,26 @@ class _Deadline:
     def __exit__(self, *_: object) -> None:
         self._timer.cancel()
 
-    def watch(self, found: socket.socket) -> None:
-        """The connection.
+    def watch(self, connection: socket.socket) -> None:
+        """Sets the socket to shut down.
 
         Raises:
-            TimeoutError: the seconds have passed.
+            TimeoutError: the deadline has passed.
         """
-        self._socket = found
+        self._socket = connection
         if self.passed:
             raise TimeoutError
 
     def _pass(self) -> None:
         self.passed = True
         if self._socket is not None:
-            with suppress(OSError):  # it has ended by itself
-                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # that of TLS would say goodbye first
+            with suppress(OSError):  # already closed
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # TLS would send close_notify first
 
 
 def _secured(plain: socket.socket, host: str, deadline: _Deadline) -> ssl.SSLSocket:
     context = ssl.create_default_context()
-    made = context.wrap_socket(plain, server_hostname=host, do_handshake_on_connect=False)
-    deadline.watch(made)
-    made.do_handshake()
-    return made
+    secured = context.wrap_socket(plain, server_hostname=host, do_handshake_on_connect=False)
+    deadline.watch(secured)
+    secured.do_handshake()
+    return secured

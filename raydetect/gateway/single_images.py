@@ -1,10 +1,10 @@
-"""How single images are scored: as a job would."""
+"""Scores single images with the settings of a job."""
 
 from raydetect.config import FlagSpec, ScoreSpec, ServeSpec, SinkSpec, SourceSpec
 
 
 def online_spec(served: ServeSpec, artifact: str, flag: FlagSpec) -> ScoreSpec:
-    """The rules of single images as those of a job: the same batch size and threads give the same scores."""
+    """The scoring job for single images: the same batch size and threads give the same scores."""
     source = SourceSpec(
         uri=artifact, max_pixels=served.limits.max_pixels, max_image_bytes=served.limits.max_image_bytes
     )

@@ -168,7 +168,7 @@ def test_what_cannot_be_cut_is_refused_before_anything_is_written() -> None:
     rows_of_bank = read_record(ARTIFACT, Storage()).body["bank"]["rows"]
     with pytest.raises(SpecError, match=f"has {rows_of_bank} rows. Set it lower"):
         plan_score(spec_of(SCORE, f"resources.bank_shards={rows_of_bank + 1}"))
-    with pytest.raises(SpecError, match="leave it out of a fit"):
+    with pytest.raises(SpecError, match="applies to scoring jobs only"):
         spec_of(FIT, cut)
     fit("detector.name=stfpm", "detector.params={backbone: resnet18, weights: random, image_size: [64, 64], epochs: 1}")
     with pytest.raises(SpecError, match=r"bank_shards = 2: the stfpm of .* has no memory bank"):

@@ -1,4 +1,4 @@
-"""Job files: strict, every mistake named, secrets never written."""
+"""Job files: strict parsing, reports of every mistake, and secrets that are never written."""
 
 import json
 
@@ -37,8 +37,8 @@ def test_a_job_file_becomes_a_spec_with_defaults() -> None:
         (["sink.heatmap=all"], ["sink.heatmap: unknown key. Did you mean 'heatmaps'?"]),
         (["chunk_images=many"], ["chunk_images", "many"]),
         (["batch_size=0"], ["batch_size", "greater than or equal to 1"]),
-        (["flag.threshold=3"], ["state one of alpha, threshold and fdr"]),
-        (["flag={}"], ["state one of alpha, threshold and fdr"]),
+        (["flag.threshold=3"], ["set exactly one of alpha, threshold and fdr"]),
+        (["flag={}"], ["set exactly one of alpha, threshold and fdr"]),
         (["sink.style=png"], ["sink.style", "'overlay'"]),
         (["resource.num_workers=3"], ["resource: unknown key. Did you mean 'resources'?"]),
         (["batch_size=0", "sink.uri=3", "nonsense=1"], ["batch_size", "sink.uri", "nonsense"]),
@@ -47,7 +47,7 @@ def test_a_job_file_becomes_a_spec_with_defaults() -> None:
         (["artifact.x.y=1"], ["is not a mapping"]),
     ],
 )
-def test_mistakes_are_named_together_with_the_nearest_word(overrides: list[str], messages: list[str]) -> None:
+def test_all_mistakes_are_reported_with_the_nearest_key(overrides: list[str], messages: list[str]) -> None:
     with pytest.raises(SpecError) as caught:
         score_spec(*overrides)
     for message in messages:
@@ -59,33 +59,33 @@ def test_mistakes_are_named_together_with_the_nearest_word(overrides: list[str],
     [
         ("", "found nothing"),
         ("- a\n", "found list"),
-        ("kind: fit\nkind: score\n", "line 2: the key 'kind' is written twice"),
-        ("sink: {uri: a, uri: b}", "written twice"),
+        ("kind: fit\nkind: score\n", "line 2: the key 'kind' occurs twice"),
+        ("sink: {uri: a, uri: b}", "occurs twice"),
         ("kind: [", "not valid YAML"),
         ("kind: !!python/object/apply:os.system [ls]", "a tag"),
     ],
 )
-def test_a_file_that_is_no_job_is_refused(text: str, message: str) -> None:
+def test_a_file_that_is_not_a_job_is_refused(text: str, message: str) -> None:
     with pytest.raises(SpecError, match=message):
         parse_yaml(text, "job.yaml")
 
 
 def test_a_missing_key_and_a_secret_of_a_wrong_type() -> None:
-    with pytest.raises(SpecError, match=r"artifact: this key is required and missing"):
+    with pytest.raises(SpecError, match=r"artifact: this required key is missing"):
         parse_job({"kind": "score", "source": {"uri": "a"}, "sink": {"uri": "b"}}, "job")
     with pytest.raises(SpecError) as caught:
         score_spec("storage.secret=[hush-hush]")
     assert "storage.secret" in str(caught.value) and "hush" not in str(caught.value)
 
 
-def test_secrets_are_not_in_what_is_written() -> None:
+def test_public_specs_contain_no_secrets() -> None:
     text = json.dumps(public_spec(score_spec()))
     for secret in ("very-secret", "other-secret", "AKIA1", "AKIA2", "tok"):
         assert f'"{secret}"' not in text
     assert "http://127.0.0.1:9000" in text
 
 
-def test_only_what_decides_the_rows_is_in_the_digest() -> None:
+def test_only_settings_that_determine_rows_are_in_the_digest() -> None:
     plain = result_digest(score_spec())
     assert plain == result_digest(score_spec("resources.num_workers=7", "engine=serve"))
     assert plain == result_digest(score_spec("storage.endpoint_url=http://elsewhere", "max_bad_fraction=1"))
@@ -101,7 +101,7 @@ def test_a_spec_survives_yaml_and_back() -> None:
     assert parse_job(yaml.safe_load(yaml.safe_dump(to_plain(spec))), "job") == spec
 
 
-def test_every_key_has_a_type_and_a_doc_line() -> None:
+def test_every_key_has_a_type_and_a_description() -> None:
     for kind in (FitSpec, ScoreSpec):
         for field in describe_fields(kind):
             assert field.type and field.default

@@ -1,4 +1,4 @@
-"""The text of job files: any text is a spec or one refusal, soon; nothing in it is guessed, and no limit is passed."""
+"""The text of job files: any text quickly gives a spec or one error, without guessed types, within limits."""
 
 import contextlib
 import itertools
@@ -41,7 +41,7 @@ MERGES = "a: &a {x: 1}\n" + "".join(
 
 
 def refusal(text: str) -> str:
-    """Why a text is refused; within a second."""
+    """The error of a text, raised within a second."""
     started = time.process_time()
     with pytest.raises(SpecError) as caught:
         parse_job(parse_yaml(text, "job.yaml"), "job.yaml")
@@ -50,9 +50,9 @@ def refusal(text: str) -> str:
     return str(caught.value)
 
 
-def job(**words: str) -> str:
-    """A scoring job with lines of YAML."""
-    return yaml.safe_dump(SCORE) + "".join(f"{name}: {text}\n" for name, text in words.items())
+def job(**lines: str) -> str:
+    """A scoring job with extra lines of YAML."""
+    return yaml.safe_dump(SCORE) + "".join(f"{name}: {text}\n" for name, text in lines.items())
 
 
 @pytest.mark.parametrize(
@@ -63,36 +63,36 @@ def job(**words: str) -> str:
         ("a: &a [*a]", "has no anchor"),
         ("a: &a {b: *a}", "has no anchor"),
         ("a: *b", "has no anchor"),
-        ("? [a, b]\n: 1", "a key is no plain name"),
-        ("? {a: b}\n: 1", "a key is no plain name"),
-        ("? !!int 1\n: 1", "a key is no plain name"),
+        ("? [a, b]\n: 1", "a key is not a plain name"),
+        ("? {a: b}\n: 1", "a key is not a plain name"),
+        ("? !!int 1\n: 1", "a key is not a plain name"),
         (job(**{"2026-11-28": "1"}), "2026-11-28: unknown key"),
         (job(no="1"), "no: unknown key"),
         (job(null="1"), "null: unknown key"),
-        (job(artifact="d"), "the key 'artifact' is written twice"),
-        ("<<: {a: 1}\n<<: {b: 1}", "the key '<<' is written twice"),
+        (job(artifact="d"), "the key 'artifact' occurs twice"),
+        ("<<: {a: 1}\n<<: {b: 1}", "the key '<<' occurs twice"),
         ("<<: 3", "`<<` merges mappings only"),
         ("[" * 20_000, f"more than {MAX_DEPTH} levels"),
         ("{a: " * 20_000, f"more than {MAX_DEPTH} levels"),
         ("- " * 20_000, f"more than {MAX_DEPTH} levels"),
         ("a: &a " + "[" * 20 + "]" * 20 + "\nb: " + "[" * 20 + "*a" + "]" * 20, f"more than {MAX_DEPTH} levels"),
         (job(chunk_images="9" * 5000), "chunk_images"),
-        (job(chunk_images="9" * 40), "chunk_images: is beyond whole numbers of 64 bits"),
-        (job(chunk_images=str(1 << 63)), "chunk_images: is beyond whole numbers of 64 bits"),
+        (job(chunk_images="9" * 40), "chunk_images: does not fit into 64 bits"),
+        (job(chunk_images=str(1 << 63)), "chunk_images: does not fit into 64 bits"),
         (job(flag="{threshold: .nan}"), "flag.threshold: should be a finite number"),
         (job(flag="{threshold: -.inf}"), "flag.threshold: should be a finite number"),
         (job(flag="{threshold: 1.0e+999}"), "flag.threshold: should be a finite number"),
         (job(max_bad_fraction=".nan"), "max_bad_fraction"),
         (job(resources="{gpus_per_worker: .inf}"), "resources.gpus_per_worker"),
-        ("kind: score\0", "line 1: holds the character U+0000"),
-        ('kind: "score\\0"', "line 1: a text holds U+0000"),
+        ("kind: score\0", "line 1: contains the character U+0000"),
+        ('kind: "score\\0"', "line 1: a text contains U+0000"),
         ("kind: score\n\tartifact: a", "line 2"),
         ("kind: !!python/name:os.system", "line 1: a tag"),
         ("kind: !!bool maybe", "line 1: a tag"),
         ("kind: !!int ''", "line 1: a tag"),
         ("kind: !!timestamp x", "line 1: a tag"),
         ("kind: !!set {a, b}", "line 1: a tag"),
-        ("kind: score\n---\nkind: fit\n", "line 2: a second document begins"),
+        ("kind: score\n---\nkind: fit\n", "line 2: a second document starts"),
         ("# nothing\n", "found nothing"),
         ("---\n...\n", "found nothing"),
         ("[kind, score]", "found list"),
@@ -101,23 +101,23 @@ def job(**words: str) -> str:
         ("kind: [score]", "kind is missing"),
         ("kind: {score: 1}", "kind is missing"),
         (job(artifact2="x" * 50_000), "artifact2: unknown key"),
-        (job(**{"k" * 1000: "1"}), "(1,000 letters): unknown key"),
+        (job(**{"k" * 1000: "1"}), "(1,000 characters): unknown key"),
         (job(**{"k" * 50_000: "1"}), "not valid YAML (line 7"),
         (job(night="x"), "night: unknown key"),
-        (yaml.safe_dump({**AUDIT, "night": 1.10}), "night: should be a valid string, given 1.1. Put a text in quotes"),
-        (yaml.safe_dump({**SCORE, "artifact": True}), "artifact: should be a valid string, given True. Put a text"),
+        (yaml.safe_dump({**AUDIT, "night": 1.10}), "night: should be a valid string, given 1.1. Put text in quotes"),
+        (yaml.safe_dump({**SCORE, "artifact": True}), "artifact: should be a valid string, given True. Put text"),
         ("kind: score\nsource: {uri: a, pattern: {category}/{name}.png}", "line 2"),
         ("x: [" + "a, " * 150_000 + "]", f"has more than {MAX_VALUES:,} values"),
-        ("a" * (MAX_BYTES + 1), "letters, too many"),
-        ("".join(f"k{i}: 1\n" for i in range(5000)) + yaml.safe_dump(SCORE), "more mistakes. Mend these first"),
+        ("a" * (MAX_BYTES + 1), "characters, which is the limit"),
+        ("".join(f"k{i}: 1\n" for i in range(5000)) + yaml.safe_dump(SCORE), "more mistakes. Fix these first"),
     ],
     ids=lambda text: text[:40].replace("\0", "NUL"),
 )
-def test_a_job_file_of_any_kind_of_mistake_is_refused_in_a_second(text: str, message: str) -> None:
+def test_a_job_file_with_a_mistake_is_refused_within_a_second(text: str, message: str) -> None:
     assert message in refusal(text)
 
 
-def test_texts_are_read_as_they_are_written() -> None:
+def test_text_is_read_literally() -> None:
     words = ["no", "on", "Y", "010", "0x1F", "12:30", "2026-11-28", "2026-11-28 10:00", "1_000", "=", "0b1", "1e3"]
     text = "kind: audit\n" + yaml.safe_dump({name: AUDIT[name] for name in ("source", "artifact", "sink")})
     spec = parse_job(parse_yaml(f"{text}alarm_when: [{', '.join(words)}]\n", "job"), "job")
@@ -135,8 +135,8 @@ def test_numbers_are_decimal_and_booleans_may_be_yes() -> None:
     assert (spec.chunk_images, spec.batch_size, spec.storage.anon, spec.flag.alpha) == (64, 16, True, 0.01)
 
 
-def test_aliases_and_merge_keys_are_written_out() -> None:
-    """What YAML's page on merge keys states: own keys win, then the first mapping that has one."""
+def test_aliases_and_merge_keys_are_expanded() -> None:
+    """As the YAML specification of merge keys states: own keys win, then the first mapping that has the key."""
     text = """
 base: &base {x: 1, y: 2}
 other: &other {y: 9, z: 3}
@@ -162,7 +162,7 @@ plain = st.recursive(
 @given(plain, st.booleans())
 @settings(max_examples=200, deadline=None)
 def test_what_pyyaml_writes_is_read_back(value: Any, in_lines: bool) -> None:
-    """Jobs travel to a cluster as PyYAML writes them."""
+    """Jobs are sent to a cluster as PyYAML writes them."""
     text = yaml.safe_dump(value, default_flow_style=not in_lines)
     try:
         assert read_yaml(text) == value
@@ -193,25 +193,25 @@ odd: Any = st.sampled_from(
 
 @given(st.sampled_from(JOBS), st.lists(st.integers(0, 5), max_size=4), odd, st.sampled_from(["value", "key", "cut"]))
 @settings(max_examples=400, deadline=None)
-def test_a_job_with_anything_anywhere_is_a_job_or_refused(words: Any, way: list[int], value: Any, how: str) -> None:
-    """Walks to some place of a job and puts something else there, or cuts its text there."""
-    text = yaml.safe_dump(words)
+def test_a_job_with_any_value_anywhere_is_a_job_or_refused(job: Any, path: list[int], value: Any, how: str) -> None:
+    """Replaces a value or key somewhere in a job, or truncates its text."""
+    text = yaml.safe_dump(job)
     if how == "cut":
-        return is_spec_or_refused(text[: 40 * (1 + sum(way))] + yaml.safe_dump(value))
-    values = place = read_yaml(text)
-    *steps, last = [0, *way]
+        return is_spec_or_refused(text[: 40 * (1 + sum(path))] + yaml.safe_dump(value))
+    values = target = read_yaml(text)
+    *steps, last = [0, *path]
     for step in steps:
-        names = sorted(place) if isinstance(place, dict) else range(len(place))
-        inner = place[names[step % len(names)]] if names else None
+        names = sorted(target) if isinstance(target, dict) else range(len(target))
+        inner = target[names[step % len(names)]] if names else None
         if not isinstance(inner, dict | list) or not inner:
             break
-        place = inner
-    if isinstance(place, list):
-        place[last % len(place)] = value
+        target = inner
+    if isinstance(target, list):
+        target[last % len(target)] = value
     elif how == "key":
-        place[str(value)[:50]] = value
+        target[str(value)[:50]] = value
     else:
-        place[sorted(place)[last % len(place)]] = value
+        target[sorted(target)[last % len(target)]] = value
     is_spec_or_refused(yaml.safe_dump(values))
 
 
@@ -226,16 +226,16 @@ def test_overrides_keep_the_rules_of_files() -> None:
     for text in (f"x={BOMB}", "x=&a [*a]", "x=!!int 1", f"{'a.' * 100}b=1", "kind=[1]", "flag.threshold=.nan"):
         with pytest.raises(SpecError):
             parse_job(dict(SCORE), "job", (text,))
-    assert apply_overrides({}, ["a=b: c: d"]) == {"a": "b: c: d"}  # no YAML, so it is text
+    assert apply_overrides({}, ["a=b: c: d"]) == {"a": "b: c: d"}  # not YAML, so it is text
 
 
-def test_a_file_that_is_none_or_too_large_is_refused_at_once(tmp_path: Path) -> None:
+def test_a_file_that_is_not_regular_or_too_large_is_refused_at_once(tmp_path: Path) -> None:
     large, fifo = tmp_path / "large.yaml", tmp_path / "fifo.yaml"
     with large.open("wb") as file:
         file.truncate(1 << 30)
     os.mkfifo(fifo)
-    expected = {large: "has more than 1,048,576 bytes", fifo: "is no ordinary file", tmp_path: "directory"}
-    expected |= {tmp_path / "none.yaml": "cannot be read (No such file", Path("/dev/zero"): "is no ordinary file"}
+    expected = {large: "has more than 1,048,576 bytes", fifo: "is not a regular file", tmp_path: "directory"}
+    expected |= {tmp_path / "none.yaml": "cannot be read (No such file", Path("/dev/zero"): "is not a regular file"}
     started = time.process_time()
     for path, message in expected.items():
         ended = CliRunner().invoke(main, ["check", str(path)])

@@ -1,4 +1,4 @@
-"""Secrets: a canary stands wherever a key may stand, right or wrong, and is found nowhere else."""
+"""Secrets: a canary in every possible place of a job file appears in no message, log or file."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ from tests.builders.archives import mixed_files, normal_files, pack
 from tests.config.test_job_text import JOBS
 
 CANARY = "CANARYwJalrXUtnFEMIbPxRfiCYEXAMPLEKEY"
-BASE64 = "CANARY/K7MDENG+bPxRfi/CYEXAMPLE"  # keys of AWS hold slashes
+BASE64 = "CANARY/K7MDENG+bPxRfi/CYEXAMPLE"  # AWS keys contain slashes
 STORAGES = [
     "CANARY",
     "[CANARY]",
@@ -86,39 +86,39 @@ def _nothing_is_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     assert "CANARY" not in caplog.text
 
 
-def places(value: Any, wanted: type, path: str = "") -> Iterator[str]:
-    """Paths of fields of a type in a job."""
+def paths_of(value: Any, wanted: type, path: str = "") -> Iterator[str]:
+    """Paths of a job's fields of a given type."""
     for field in dataclasses.fields(value):
         inner, here = getattr(value, field.name), f"{path}.{field.name}".strip(".")
         if isinstance(inner, wanted) or (field.name == "storage" and wanted is StorageOptions):
             yield here
         if dataclasses.is_dataclass(inner) and not isinstance(inner, StorageOptions):
-            yield from places(inner, wanted, here)
+            yield from paths_of(inner, wanted, here)
 
 
 def with_text(job: dict[str, Any], path: str, text: str) -> str:
-    """The YAML of a job in which a raw text stands at a path."""
+    """The YAML of a job with a raw text at a path."""
     values: dict[str, Any] = json.loads(json.dumps(job))
     *parents, last = path.split(".")
-    place = values
+    parent_values = values
     for parent in parents:
-        place = place.setdefault(parent, {})
-    place.pop(last, None)
+        parent_values = parent_values.setdefault(parent, {})
+    parent_values.pop(last, None)
     whole = yaml.safe_dump(values, sort_keys=False)
     if not parents:
         return f"{whole}{last}: {text}\n"
     indented = text.replace("\n", "\n" + "  " * len(parents))
     head = f"{parents[0]}:\n"
     rest = whole.partition(head)
-    if len(parents) > 1 or not rest[1]:  # it is nested deeper: the text itself is what matters
+    if len(parents) > 1 or not rest[1]:  # nested deeper: only the text matters
         return f"{whole}nested: {{{last}: {text}}}\n"
     return f"{rest[0]}{head}  {last}: {indented}\n{rest[2]}"
 
 
-def said_of(tmp_path: Path, text: str, *words: str) -> str:
+def check_output(tmp_path: Path, text: str, *options: str) -> str:
     path = tmp_path / "job.yaml"
     path.write_text(text)
-    ended = CliRunner().invoke(main, ["check", str(path), *words])
+    ended = CliRunner().invoke(main, ["check", str(path), *options])
     assert ended.exception is None or isinstance(ended.exception, SystemExit), repr(ended.exception)
     assert "Traceback" not in ended.output
     return ended.output
@@ -126,33 +126,33 @@ def said_of(tmp_path: Path, text: str, *words: str) -> str:
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job["kind"])
 @pytest.mark.parametrize("storage", STORAGES)
-def test_no_mistake_under_storage_shows_what_stands_there(tmp_path: Path, job: dict[str, Any], storage: str) -> None:
+def test_no_error_about_storage_shows_its_values(tmp_path: Path, job: dict[str, Any], storage: str) -> None:
     spec = parse_job(json.loads(json.dumps(job)), "job")
-    for path in places(spec, StorageOptions):
+    for path in paths_of(spec, StorageOptions):
         text = with_text(job, path, storage.replace("CANARY", CANARY))
         with pytest.raises(SpecError) as caught:
             parse_job(parse_yaml(text, "job.yaml"), "job.yaml")
         assert "CANARY" not in str(caught.value) and "job.yaml: " in str(caught.value), path
-    assert "CANARY" not in said_of(tmp_path, with_text(job, "storage", storage.replace("CANARY", CANARY)))
+    assert "CANARY" not in check_output(tmp_path, with_text(job, "storage", storage.replace("CANARY", CANARY)))
 
 
 @pytest.mark.parametrize("uri", URIS)
-def test_no_uri_that_opens_is_taken_or_shown(tmp_path: Path, uri: str) -> None:
+def test_no_uri_with_credentials_is_accepted_or_shown(tmp_path: Path, uri: str) -> None:
     assert "CANARY" not in redacted(f"{uri}: cannot be read ('{uri}')")
     with pytest.raises(SpecError) as caught:
         normalise_uri(uri)
     assert "CANARY" not in str(caught.value)
     for job in JOBS:
         spec = parse_job(json.loads(json.dumps(job)), "job")
-        for path in places(spec, str):
+        for path in paths_of(spec, str):
             if path.rsplit(".", 1)[-1] in ("uri", "artifact", "output", "extend", "heatmaps"):
-                message = said_of(tmp_path, yaml.safe_dump(job), "--set", f"{path}={uri}")
+                message = check_output(tmp_path, yaml.safe_dump(job), "--set", f"{path}={uri}")
                 assert "CANARY" not in message and message, (path, message)
 
 
-def test_no_override_shows_what_it_sets(tmp_path: Path) -> None:
+def test_no_error_about_an_override_shows_its_value(tmp_path: Path) -> None:
     job = yaml.safe_dump(JOBS[0])
-    for words in (
+    for override in (
         f"storage.secret=[{CANARY}]",
         f"storage.secret.x={CANARY}",
         f"storage.secret: {CANARY}",
@@ -166,15 +166,15 @@ def test_no_override_shows_what_it_sets(tmp_path: Path) -> None:
         f"storage.secret.x:{CANARY}=1",
         f"kind={{storage: {CANARY}}}",
     ):
-        message = said_of(tmp_path, job, "--set", words)
-        assert "CANARY" not in message and "Error" in message, (words, message)
+        message = check_output(tmp_path, job, "--set", override)
+        assert "CANARY" not in message and "Error" in message, (override, message)
 
 
 @pytest.mark.parametrize(
     "text", ["CANARY", "[CANARY]", "[{token: [CANARY]}]", "[{sha256: CANARY}]", "[{token: CANARY}]", "- token: *CANARY",
              "- {token: 'CANARY}", "[{CANARY: 1}]", "[{name: a, token:CANARY, scopes: [score]}]"]
 )  # fmt: skip
-def test_no_mistake_of_a_tokens_file_shows_a_token(tmp_path: Path, text: str) -> None:
+def test_no_error_about_a_tokens_file_shows_a_token(tmp_path: Path, text: str) -> None:
     path = tmp_path / "tokens.yaml"
     path.write_text(text.replace("CANARY", CANARY))
     spec = parse_job({"kind": "serve", "detectors": {"a": {"artifact": "b"}}, "tokens_file": str(path)}, "job")
@@ -195,12 +195,12 @@ def test_no_mistake_of_a_tokens_file_shows_a_token(tmp_path: Path, text: str) ->
         "http://[::1]:8000/a@b.png and ray://head:10001/",
     ],
 )
-def test_what_opens_nothing_is_shown_as_it_is(text: str) -> None:
+def test_uris_without_credentials_are_not_redacted(text: str) -> None:
     assert redacted(text) == text
     assert redacted(f"s3://K:{CANARY[:20]}...") == "s3://***"  # cut off before its `@`
 
 
-def test_what_storage_libraries_say_is_told_without_secrets() -> None:
+def test_errors_of_storage_libraries_are_redacted() -> None:
     for text in (
         f'Could not connect to the endpoint URL: "http://u:{CANARY}@h:1/b?X-Amz-Signature={CANARY}"',
         f"SignatureDoesNotMatch secret_key={CANARY} token: {CANARY}",
@@ -211,42 +211,42 @@ def test_what_storage_libraries_say_is_told_without_secrets() -> None:
     assert "CANARY" not in str(RaydetectError(f"s3://a:{CANARY}@b/c: gone"))
 
 
-def test_specs_show_no_key_to_ray_nor_to_anyone() -> None:
-    """Ray Data and Ray Train turn arguments of jobs into plain values for their dashboard, dataclasses by `asdict`."""
+def test_specs_show_no_keys() -> None:
+    """Ray Data and Ray Train convert job arguments to plain values for the dashboard, dataclasses by `asdict`."""
     for job in JOBS:
-        words = {**job, "storage": {"key": CANARY, "secret": CANARY, "token": CANARY}}
-        spec = parse_job(words, "job")
+        values = {**job, "storage": {"key": CANARY, "secret": CANARY, "token": CANARY}}
+        spec = parse_job(values, "job")
         storage = Storage(spec.storage)
         for shown in (repr(spec), str(spec), json.dumps(public_spec(spec)), repr(storage), str({"spec": spec})):
             assert "CANARY" not in shown
         for held in ({"spec": spec}, storage, [spec.storage]):
             assert "CANARY" not in repr(sanitize_for_struct(held, 10_000))
-        assert storage.fsspec_options("s3://b/a")["secret"] == CANARY  # and they are used
+        assert storage.fsspec_options("s3://b/a")["secret"] == CANARY  # but they are used
     assert StorageOptions(secret=CANARY).secret.get_secret_value() == CANARY  # type: ignore[arg-type, union-attr]
     assert "CANARY" not in repr(WebhookSpec(url=f"https://h/{CANARY}"))
 
 
-def test_ray_jobs_are_told_of_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The entrypoint and the environment of a job are listed by Ray; its folder is not."""
-    told: dict[str, Any] = {}
+def test_ray_jobs_receive_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray lists the entrypoint and environment of a job, but not its working directory."""
+    submitted: dict[str, Any] = {}
 
     class Client:
         def __init__(self, address: str) -> None:
             assert address == "http://head:8265"
 
-        def submit_job(self, **words: Any) -> str:
-            told.update(words)
-            told["text"] = (Path(words["runtime_env"]["working_dir"]) / "job.yaml").read_text()
+        def submit_job(self, **options: Any) -> str:
+            submitted.update(options)
+            submitted["text"] = (Path(options["runtime_env"]["working_dir"]) / "job.yaml").read_text()
             return "job-1"
 
     monkeypatch.setattr(submit, "JobSubmissionClient", Client)
     values = {**JOBS[0], "storage": {"secret": CANARY}}
     submit.submit("http://head:8265", values)
-    assert parse_yaml(told.pop("text"), "job") == values and "CANARY" not in repr(told)
-    assert sorted(told) == ["entrypoint", "runtime_env"] and sorted(told["runtime_env"]) == ["working_dir"]
+    assert parse_yaml(submitted.pop("text"), "job") == values and "CANARY" not in repr(submitted)
+    assert sorted(submitted) == ["entrypoint", "runtime_env"] and sorted(submitted["runtime_env"]) == ["working_dir"]
 
 
-def test_a_fit_a_run_its_report_exports_and_an_audit_hold_no_secret(tmp_path: Path) -> None:
+def test_a_fit_a_run_its_report_exports_and_an_audit_contain_no_secret(tmp_path: Path) -> None:
     pack(f"file://{tmp_path}/normal", ".tar", normal_files(24), 1)
     pack(f"file://{tmp_path}/day", ".tar", mixed_files(6, 1), 2)
     secrets = {"key": CANARY, "secret": CANARY, "token": CANARY}
@@ -271,24 +271,24 @@ def test_a_fit_a_run_its_report_exports_and_an_audit_hold_no_secret(tmp_path: Pa
             "flag": {"alpha": 0.1},
         },
     }
-    message = []
-    for kind, words in jobs.items():
-        (tmp_path / f"{kind}.yaml").write_text(yaml.safe_dump({"kind": kind, **words, "storage": secrets}))
+    messages = []
+    for kind, values in jobs.items():
+        (tmp_path / f"{kind}.yaml").write_text(yaml.safe_dump({"kind": kind, **values, "storage": secrets}))
         for command in ("check", kind):
             local = ["--local"] if command == kind else []
             ended = CliRunner().invoke(main, [command, f"{tmp_path}/{kind}.yaml", *local])
             assert ended.exit_code == 0, ended.output
-            message.append(ended.output)
+            messages.append(ended.output)
     results = f"{tmp_path}/out/results"
-    for words in (
+    for arguments in (
         ["plan", f"{tmp_path}/score.yaml"],
         ["status", results, "--json"],
         ["report", results, "-o", f"{tmp_path}/out/r.html"],
         ["export", results, "--as", "csv", "-o", f"{tmp_path}/out/r.csv"],
         ["score", f"{tmp_path}/score.yaml", "--local", "--set", "batch_size=3"],  # refused: another job
     ):
-        message.append(CliRunner().invoke(main, words).output)
-    assert "batch_size: 16 -> 3" in message[-1]
+        messages.append(CliRunner().invoke(main, arguments).output)
+    assert "batch_size: 16 -> 3" in messages[-1]
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert len(files) > 15 and not any(b"CANARY" in path.read_bytes() for path in files)
-    assert not any("CANARY" in text for text in message)
+    assert not any("CANARY" in text for text in messages)

@@ -549,10 +549,10 @@ def test_its_text_is_the_call_that_makes_it() -> None:
 
 
 WRONG: list[tuple[Any, str]] = [
-    ({}, "state either a name or an ensemble"),
-    ({"ensemble": []}, "state either a name or an ensemble"),
-    ({"name": "patchcore", "ensemble": [BANK]}, "state either a name or an ensemble"),
-    ({"name": "ensemble"}, "state either a name or an ensemble"),
+    ({}, "set either name or ensemble"),
+    ({"ensemble": []}, "set either name or ensemble"),
+    ({"name": "patchcore", "ensemble": [BANK]}, "set either name or ensemble"),
+    ({"name": "ensemble"}, "set either name or ensemble"),
     ({"ensemble": [BANK], "params": {"image_size": [32, 32]}}, "params and preset belong to the members"),
     ({"ensemble": [BANK], "preset": "smoke"}, "params and preset belong to the members"),
     ({"ensemble": [BANK, STUDENT], "weights": [1]}, "1 weights for 2 members"),
@@ -573,7 +573,7 @@ def test_wrong_job_files_are_refused(words: Any, message: str) -> None:
 
 def test_what_an_ensemble_cannot_do_is_said() -> None:
     both = {"ensemble": [BANK, STUDENT]}
-    with pytest.raises(SpecError, match="extend adds to one memory bank, so fit an ensemble anew"):
+    with pytest.raises(SpecError, match="extend adds to one memory bank; refit an ensemble"):
         job(both, "memory://x", extend="memory://y")
     pack("memory://ensemble/normal", "", normal_files(12), 1)
     half = find_problems(job({"ensemble": [BANK]}, "memory://x", precision="bfloat16"))

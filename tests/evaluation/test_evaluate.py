@@ -126,9 +126,9 @@ def test_a_category_that_is_not_there_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({}, "state one of data, archive and results"),
-        ({"data": {"uri": "x", "layout": "btad"}, "detectors": []}, "detectors are needed"),
-        ({"results": ["x"], "detectors": [], "seeds": [1]}, "leave them out with results"),
+        ({}, "set exactly one of data, archive and results"),
+        ({"data": {"uri": "x", "layout": "btad"}, "detectors": []}, "set detectors with data or archive"),
+        ({"results": ["x"], "detectors": [], "seeds": [1]}, "remove them with results"),
         ({"data": {"uri": "x", "layout": "mvtec"}}, "mvtec_ad"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The endpoints in one process: scores, what is bad, new versions, the document."""
+"""The endpoints in one process: scores, bad images, new versions, the OpenAPI document."""
 
 import asyncio
 import base64
@@ -32,27 +32,27 @@ from tests.whole_jobs.runs import rows_of
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """See `make_place`."""
     return make_place(tmp_path_factory.mktemp("gateway"))
 
 
 async def chunked() -> AsyncIterator[bytes]:
-    """A body that does not say how long it is."""
+    """A body without a Content-Length."""
     for _ in range(21):
         yield b" " * 100_000
 
 
-def test_scores_are_those_of_a_job_and_heatmaps_come_inline_or_by_uri(place: Path) -> None:
-    spec = serve_spec(place)
+def test_scores_are_those_of_a_job_and_heatmaps_come_inline_or_by_uri(data_dir: Path) -> None:
+    spec = serve_spec(data_dir)
     names = [name for name, _ in mixed_files(6, 2, masks=False)]
     pictures = [data for _, data in mixed_files(6, 2, masks=False)]
     job = parse_job(
         {
             "kind": "score",
-            "source": {"uri": f"{place}/open/mixed"},
-            "artifact": f"{place}/models/one",
-            "sink": {"uri": f"{place}/truth", "heatmaps": "all"},
+            "source": {"uri": f"{data_dir}/open/mixed"},
+            "artifact": f"{data_dir}/models/one",
+            "sink": {"uri": f"{data_dir}/truth", "heatmaps": "all"},
             "flag": {"alpha": 0.1},
             "batch_size": 4,
         },
@@ -60,7 +60,7 @@ def test_scores_are_those_of_a_job_and_heatmaps_come_inline_or_by_uri(place: Pat
     )
     assert isinstance(job, ScoreSpec)
     jobs.score(plan_score(job), lambda *_: None)
-    rows = {row["key"].partition("#")[2]: row for row in rows_of(f"file://{place}/truth", Storage())}
+    rows = {row["key"].partition("#")[2]: row for row in rows_of(f"file://{data_dir}/truth", Storage())}
 
     async def work() -> tuple[Any, Any]:
         async with client(spec) as c:
@@ -84,7 +84,7 @@ def test_scores_are_those_of_a_job_and_heatmaps_come_inline_or_by_uri(place: Pat
             assert Storage().read(kept["heatmap_uri"]) == base64.b64decode(found["heatmap_png"])
 
 
-def test_a_bad_image_among_good_ones_is_an_entry_and_all_bad_is_422(place: Path) -> None:
+def test_a_bad_image_among_good_ones_is_an_entry_and_all_bad_is_422(data_dir: Path) -> None:
     good = [encode(normal_image(i)) for i in range(9)]
     noted = io.BytesIO()
     Image.open(io.BytesIO(good[0])).save(noted, "PNG", exif=b"Exif\0\0no TIFF header")
@@ -94,7 +94,7 @@ def test_a_bad_image_among_good_ones_is_an_entry_and_all_bad_is_422(place: Path)
     Image.new("1", (3000, 3000)).save(bomb, "PNG")
 
     async def work() -> list[Any]:
-        async with client(serve_spec(place)) as c:
+        async with client(serve_spec(data_dir)) as c:
             mixed = await c.post(SCORE, files=files(*good, broken))
             bad = await c.post(SCORE, files=files(broken, b"", b"text", bomb.getvalue()))
             return [mixed, bad]
@@ -110,11 +110,11 @@ def test_a_bad_image_among_good_ones_is_an_entry_and_all_bad_is_422(place: Path)
     assert statuses == ["corrupt", "empty", "not_an_image", "too_many_pixels"]
 
 
-def test_unknown_names_and_forms_are_told(place: Path) -> None:
+def test_unknown_names_and_malformed_requests_are_reported(data_dir: Path) -> None:
     picture = encode(normal_image(1))
 
     async def work() -> list[Any]:
-        async with client(serve_spec(place)) as c:
+        async with client(serve_spec(data_dir)) as c:
             return [
                 await c.post("/v1/detectors/botle/score", files=files(picture)),
                 await c.get("/v1/detectors/botle"),
@@ -137,15 +137,15 @@ def test_unknown_names_and_forms_are_told(place: Path) -> None:
     assert all(isinstance(answer.json()["detail"], str) for answer in answers)
 
 
-def test_a_new_version_replaces_the_old_and_every_answer_says_which(place: Path) -> None:
+def test_a_new_version_replaces_the_old_and_every_response_names_its_version(data_dir: Path) -> None:
     picture = encode(defect_image(1, "blob")[0])
 
     async def work() -> list[Any]:
-        async with client(serve_spec(place)) as c:
+        async with client(serve_spec(data_dir)) as c:
             before = await c.post(SCORE, files=files(picture))
-            outside = await c.put("/v1/detectors/bottle", json={"artifact": f"{place}/elsewhere"})
-            missing = await c.put("/v1/detectors/bottle", json={"artifact": f"{place}/models/none"})
-            changed = await c.put("/v1/detectors/bottle", json={"artifact": f"{place}/models/two"})
+            outside = await c.put("/v1/detectors/bottle", json={"artifact": f"{data_dir}/elsewhere"})
+            missing = await c.put("/v1/detectors/bottle", json={"artifact": f"{data_dir}/models/none"})
+            changed = await c.put("/v1/detectors/bottle", json={"artifact": f"{data_dir}/models/two"})
             after = await c.post(SCORE, files=files(picture))
             return [before, outside, missing, changed, after]
 
@@ -158,9 +158,9 @@ def test_a_new_version_replaces_the_old_and_every_answer_says_which(place: Path)
     assert before.json()["results"][0]["image_score"] != after.json()["results"][0]["image_score"]
 
 
-def test_a_detector_is_loaded_beside_requests(place: Path) -> None:
-    """To cut a backbone, torch.fx replaces how modules are called, for all threads."""
-    spec = serve_spec(place, resources={"detectors_in_memory": 1})  # so that each version is loaded anew
+def test_a_detector_is_loaded_during_requests(data_dir: Path) -> None:
+    """To truncate a backbone, torch.fx patches module calls in all threads."""
+    spec = serve_spec(data_dir, resources={"detectors_in_memory": 1})  # so that each version is reloaded
     pictures = files(encode(normal_image(1)))
 
     async def work() -> list[tuple[int, str]]:
@@ -175,7 +175,7 @@ def test_a_detector_is_loaded_beside_requests(place: Path) -> None:
             changed: list[int] = []
             asking = [asyncio.create_task(ask()) for _ in range(3)]
             for number in range(6):
-                artifact = f"{place}/models/{('one', 'two')[number % 2]}"
+                artifact = f"{data_dir}/models/{('one', 'two')[number % 2]}"
                 changed.append((await c.put("/v1/detectors/bottle", json={"artifact": artifact})).status_code)
                 answered = len(seen)
                 while number < 5 and len(seen) < answered + 6:
@@ -189,7 +189,7 @@ def test_a_detector_is_loaded_beside_requests(place: Path) -> None:
 
 
 class Broken(LocalBackend):
-    """Scores nothing, and says of it what nobody outside should read."""
+    """Fails with a message that clients must not see."""
 
     error: Exception
 
@@ -201,8 +201,8 @@ class Broken(LocalBackend):
     ("error", "status"),
     [(RuntimeError, 500), (ArtifactError, 503), (StorageError, 503), (SpecError, 503), (Busy, 503)],
 )
-def test_what_breaks_behind_the_endpoints_is_not_told(place: Path, error: type[Exception], status: int) -> None:
-    spec = serve_spec(place)
+def test_internal_errors_are_not_shown_to_clients(data_dir: Path, error: type[Exception], status: int) -> None:
+    spec = serve_spec(data_dir)
     backend = Broken(spec)
     backend.error = error("s3://hidden/model: key AKIA0001" if error is not Busy else "not just now.")
 
@@ -213,11 +213,11 @@ def test_what_breaks_behind_the_endpoints_is_not_told(place: Path, error: type[E
 
     answer = run(work())
     assert answer.status_code == status and ("retry-after" in answer.headers) == (status == 503)
-    assert not {"hidden", "AKIA0001", "Traceback", str(place)} & set(re.split(r"[\s:/]+", answer.text))
+    assert not {"hidden", "AKIA0001", "Traceback", str(data_dir)} & set(re.split(r"[\s:/]+", answer.text))
 
 
-def test_the_least_recently_used_detector_goes(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fit_small(place, "three", seed=2)
+def test_the_least_recently_used_detector_is_evicted(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit_small(data_dir, "three", seed=2)
     loaded: list[str] = []
     load = StoredDetectors.load
 
@@ -227,8 +227,8 @@ def test_the_least_recently_used_detector_goes(place: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(StoredDetectors, "load", counted)
     flag, names = {"alpha": 0.1}, ("one", "two", "three")
-    served = {name: {"artifact": f"{place}/models/{name}", "flag": flag} for name in names}
-    spec = serve_spec(place, detectors=served, resources={"detectors_in_memory": 2})
+    served = {name: {"artifact": f"{data_dir}/models/{name}", "flag": flag} for name in names}
+    spec = serve_spec(data_dir, detectors=served, resources={"detectors_in_memory": 2})
     pictures = files(encode(defect_image(1, "blob")[0]))
     asked = ("one", "two", "one", "three", "one", "two")
 
@@ -240,12 +240,12 @@ def test_the_least_recently_used_detector_goes(place: Path, monkeypatch: pytest.
 
     scores = run(work())
     assert len({*scores}) == 3 and scores[0] == scores[2] == scores[4] and scores[1] == scores[5]
-    assert loaded == ["one", "two", "three", "two"]  # two and three were there; one, asked in between, stays
+    assert loaded == ["one", "two", "three", "two"]  # "one" was used in between, so "two" was evicted
 
 
-def test_the_document_describes_every_endpoint(place: Path) -> None:
+def test_the_document_describes_every_endpoint(data_dir: Path) -> None:
     async def work() -> Any:
-        async with client(serve_spec(place)) as c:
+        async with client(serve_spec(data_dir)) as c:
             return (await c.get("/openapi.json")).json()
 
     document = run(work())
@@ -257,19 +257,21 @@ def test_the_document_describes_every_endpoint(place: Path) -> None:
     assert set(bodies) == {"application/json", "multipart/form-data"}
 
 
-def test_every_body_of_the_document_has_an_example_that_fits(place: Path) -> None:
+def test_every_body_of_the_document_has_an_example_that_fits(data_dir: Path) -> None:
     async def work() -> Any:
-        async with client(serve_spec(place)) as c:
+        async with client(serve_spec(data_dir)) as c:
             return (await c.get("/openapi.json")).json()
 
     document = run(work())
     named = set()
     for path, methods in document["paths"].items():
-        if path in ("/healthz", "/readyz") or path.endswith("/report"):  # no bodies of ours
+        if path in ("/healthz", "/readyz") or path.endswith("/report"):  # no schemas of ours
             continue
-        for words in methods.values():
-            contents = [answer["content"] for status, answer in words["responses"].items() if status.startswith("2")]
-            contents += [words["requestBody"]["content"]] if "requestBody" in words else []
+        for operation in methods.values():
+            contents = [
+                answer["content"] for status, answer in operation["responses"].items() if status.startswith("2")
+            ]
+            contents += [operation["requestBody"]["content"]] if "requestBody" in operation else []
             for content in contents:
                 schema = content["application/json"]["schema"]
                 name = schema["$ref"].rpartition("/")[2]

@@ -1,4 +1,4 @@
-"""Who may ask for what: tokens, scopes, prefixes, names of the server, and how much at a time."""
+"""Access control: tokens, scopes, prefixes, host names and limits."""
 
 import asyncio
 import os
@@ -29,22 +29,24 @@ SECRET, OTHER = "a-secret-of-line-four-0001", "a-secret-of-line-five-0002"
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """See `make_place`."""
     return make_place(tmp_path_factory.mktemp("gateway"))
 
 
-def test_tokens_have_scopes_and_are_never_told(place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_tokens_have_scopes_and_are_never_shown(
+    data_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "tokens.yaml"
     path.write_text(
         f"- {{name: line4, token: {SECRET}, scopes: [score]}}\n- {{name: night, token: {OTHER}, scopes: [archive]}}\n"
     )
-    spec = serve_spec(place, tokens_file=str(path))
+    spec = serve_spec(data_dir, tokens_file=str(path))
     tokens = read_tokens(spec)
     assert SECRET not in repr(tokens)
 
-    def bearer(word: str) -> dict[str, str]:
-        return {"Authorization": f"Bearer {word}"}
+    def bearer(token: str) -> dict[str, str]:
+        return {"Authorization": f"Bearer {token}"}
 
     async def work() -> list[Any]:
         async with client(spec, tokens) as c:
@@ -72,27 +74,27 @@ def test_tokens_have_scopes_and_are_never_told(place: Path, tmp_path: Path, capl
         ("- {name: a, token: short, scopes: [score]}", "can be guessed"),
         ("- {name: a, token: long-enough-to-be-a-token, scopes: [all]}", "scopes"),
         ("- {name: a, scopes: [score]}", "either token or sha256"),
-        ("[]", "holds no list"),
+        ("[]", "is not a list"),
         ("{", "not valid YAML"),
     ],
 )
-def test_wrong_tokens_files_are_refused(place: Path, tmp_path: Path, text: str, message: str) -> None:
+def test_wrong_tokens_files_are_refused(data_dir: Path, tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "tokens.yaml"
     path.write_text(text)
     with pytest.raises(SpecError, match=message) as raised:
-        read_tokens(serve_spec(place, tokens_file=str(path)))
+        read_tokens(serve_spec(data_dir, tokens_file=str(path)))
     assert "long-enough" not in str(raised.value) and "short" not in str(raised.value)
 
 
-def test_listening_beyond_loopback_needs_tokens(place: Path) -> None:
+def test_listening_beyond_loopback_needs_tokens(data_dir: Path) -> None:
     with pytest.raises(SpecError, match="without tokens"):
-        read_tokens(serve_spec(place, host="0.0.0.0"), {})
+        read_tokens(serve_spec(data_dir, host="0.0.0.0"), {})
     assert is_loopback("127.0.0.1") and is_loopback("::1") and not is_loopback("10.0.0.1")
 
 
-def test_pages_of_other_sites_and_other_names_are_refused(place: Path) -> None:
+def test_pages_of_other_sites_and_other_names_are_refused(data_dir: Path) -> None:
     async def work() -> list[Any]:
-        async with client(serve_spec(place)) as c:
+        async with client(serve_spec(data_dir)) as c:
             return [
                 await c.get("/v1/detectors", headers={"Host": "evil.example"}),
                 await c.get("/v1/detectors", headers={"Origin": "http://evil.example"}),
@@ -105,14 +107,14 @@ def test_pages_of_other_sites_and_other_names_are_refused(place: Path) -> None:
 @pytest.mark.parametrize(
     "address", ["169.254.169.254", "fe80::1", "::ffff:169.254.169.254", "0.0.0.0", "224.0.0.1", "fd00:ec2::254"]
 )
-def test_addresses_of_metadata_and_links_are_refused(address: str) -> None:
+def test_metadata_and_link_local_addresses_are_refused(address: str) -> None:
     assert not is_public_enough(address)
     assert is_public_enough("93.184.216.34") and is_public_enough("127.0.0.1")
 
 
-def test_a_name_that_leads_to_a_refused_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = [(2, 1, 6, "", ("93.184.216.34", 80)), (2, 1, 6, "", ("169.254.169.254", 80))]
-    monkeypatch.setattr(allowed_uris.socket, "getaddrinfo", lambda *_, **__: found)
+def test_a_host_that_resolves_to_a_refused_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    addresses = [(2, 1, 6, "", ("93.184.216.34", 80)), (2, 1, 6, "", ("169.254.169.254", 80))]
+    monkeypatch.setattr(allowed_uris.socket, "getaddrinfo", lambda *_, **__: addresses)
     with pytest.raises(NotAllowed, match="does not connect"):
         allowed_uris.resolved("images.example", 80)
 
@@ -127,21 +129,21 @@ def test_prefixes_end_at_a_folder() -> None:
             prefixes.check(bad, "source.uri")
 
 
-def test_images_by_uri_are_read_within_what_is_allowed(place: Path) -> None:
+def test_images_by_uri_are_read_below_allowed_prefixes_only(data_dir: Path) -> None:
     def body(*uris: str) -> dict[str, Any]:
         return {"images": [{"uri": uri} for uri in uris]}
 
     async def work() -> list[Any]:
-        async with client(serve_spec(place)) as c:
+        async with client(serve_spec(data_dir)) as c:
             bodies = [
-                body(f"{place}/open/loose/a.png", f"file://{place}/open/loose/missing.png"),
-                body(f"{place}/open/../secret.png"),
-                body(f"{place}/open/link.png"),
+                body(f"{data_dir}/open/loose/a.png", f"file://{data_dir}/open/loose/missing.png"),
+                body(f"{data_dir}/open/../secret.png"),
+                body(f"{data_dir}/open/link.png"),
                 body("s3://elsewhere/a.png"),
                 body("http://169.254.169.254/latest"),
-                body(f"zip://x::{place}/open/a.zip"),
+                body(f"zip://x::{data_dir}/open/a.zip"),
                 body("http://127.0.0.1:1/images/%2e%2e/a"),
-                {"images": [{"uri": f"{place}/open/loose/a.png", "colour": 1}]},
+                {"images": [{"uri": f"{data_dir}/open/loose/a.png", "colour": 1}]},
                 {"images": []},
             ]
             return [await c.post(SCORE, json=each) for each in bodies]
@@ -151,20 +153,20 @@ def test_images_by_uri_are_read_within_what_is_allowed(place: Path) -> None:
     assert [entry["status"] for entry in first.json()["results"]] == ["ok", "unreadable"]
     assert [answer.status_code for answer in refused] == [403] * 6, [answer.text for answer in refused]
     for answer in refused:
-        assert str(place / "secret") not in answer.text.replace(f"{place}/open/../secret", "")
+        assert str(data_dir / "secret") not in answer.text.replace(f"{data_dir}/open/../secret", "")
     assert unknown.status_code == 422 and "colour" in unknown.json()["detail"]
     assert none.status_code == 422
 
 
-def test_named_images_have_together_the_bytes_of_a_body_and_none_is_a_pipe(place: Path) -> None:
-    folder = place / "open/large"
+def test_images_by_uri_share_the_body_limit_and_a_pipe_is_refused(data_dir: Path) -> None:
+    folder = data_dir / "open/large"
     folder.mkdir()
     for number in range(3):
         (folder / f"{number}.png").write_bytes(encode(normal_image(7)) + bytes(900_000))
     os.mkfifo(folder / "pipe.png")
 
     async def work() -> list[Any]:
-        async with client(serve_spec(place)) as c:
+        async with client(serve_spec(data_dir)) as c:
             uris = [f"{folder}/{name}" for name in ("0.png", "1.png", "2.png")]
             three = await c.post(SCORE, json={"images": [{"uri": uri} for uri in uris]})
             two = await c.post(SCORE, json={"images": [{"uri": uri} for uri in uris[:2]]})
@@ -174,17 +176,17 @@ def test_named_images_have_together_the_bytes_of_a_body_and_none_is_a_pipe(place
     three, two, pipe = run(work())
     assert three.status_code == 422 and "more than 2,000,000 bytes" in three.json()["detail"]
     assert two.status_code == 200, two.text
-    assert pipe.status_code == 422 and pipe.json()["results"][0]["error"] == "it is no file. Name one."
+    assert pipe.status_code == 422 and pipe.json()["results"][0]["error"] == "it is not a file. Name one."
 
 
-def test_bytes_in_flight_hold_at_least_one_body(place: Path) -> None:
+def test_bytes_in_flight_hold_at_least_one_body(data_dir: Path) -> None:
     with pytest.raises(SpecError, match="max_bytes_in_flight is less than max_body_bytes"):
-        serve_spec(place, limits={"max_body_bytes": 3, "max_bytes_in_flight": 2})
-    assert serve_spec(place, limits={"max_body_bytes": 3}).limits.bytes_in_flight == 12
+        serve_spec(data_dir, limits={"max_body_bytes": 3, "max_bytes_in_flight": 2})
+    assert serve_spec(data_dir, limits={"max_body_bytes": 3}).limits.bytes_in_flight == 12
 
 
-def test_too_many_requests_are_told_to_come_later(place: Path) -> None:
-    spec = serve_spec(place, limits={"max_requests": 2, "request_seconds": 30})
+def test_too_many_requests_get_429_and_retry_after(data_dir: Path) -> None:
+    spec = serve_spec(data_dir, limits={"max_requests": 2, "request_seconds": 30})
     picture = encode(normal_image(1))
 
     async def work() -> list[Any]:
@@ -198,7 +200,7 @@ def test_too_many_requests_are_told_to_come_later(place: Path) -> None:
 
 
 class Web(BaseHTTPRequestHandler):
-    """An image, a redirect to it, something too large, and an answer that ends too soon."""
+    """An image, a redirect to it, a file that is too large, and a truncated response."""
 
     def do_GET(self) -> None:
         image = encode(normal_image(7))
@@ -212,20 +214,20 @@ class Web(BaseHTTPRequestHandler):
         self.wfile.write(body or b"")
 
     def log_message(self, *_: object) -> None:
-        """Says nothing."""
+        """Logs nothing."""
 
 
-def test_images_of_a_web_server_are_read_and_redirects_are_not_followed(place: Path) -> None:
+def test_images_by_url_are_read_and_redirects_are_not_followed(data_dir: Path) -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Web)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         web = f"http://127.0.0.1:{server.server_port}/images"
-        allowed = {"sources": [web, f"{place}/open", "http://169.254.169.254/"]}
+        allowed = {"sources": [web, f"{data_dir}/open", "http://169.254.169.254/"]}
         names = ("a.png", "moved.png", "missing.png", "large.png", "cut.png")
 
         async def work() -> list[Any]:
-            async with client(serve_spec(place, allow=allowed)) as c:
-                local = await c.post(SCORE, json={"images": [{"uri": f"{place}/open/loose/a.png"}]})
+            async with client(serve_spec(data_dir, allow=allowed)) as c:
+                local = await c.post(SCORE, json={"images": [{"uri": f"{data_dir}/open/loose/a.png"}]})
                 read = await c.post(SCORE, json={"images": [{"uri": f"{web}/{name}"} for name in names]})
                 metadata = await c.post(SCORE, json={"images": [{"uri": "http://169.254.169.254/latest"}]})
                 return [local, read, metadata]

@@ -1,4 +1,4 @@
-"""The page in headless Chromium: an image is dropped, its score, threshold and overlay are seen; runs are listed."""
+"""The web page in headless Chromium: drops an image, checks score, threshold and overlay; lists runs."""
 
 import time
 from collections.abc import Iterator
@@ -24,23 +24,23 @@ PATIENCE = 30
 @pytest.fixture(scope="module")
 def browser() -> Iterator[webdriver.Chrome]:
     """Debian's Chromium."""
-    with chromium() as made:
-        yield made
+    with chromium() as driver:
+        yield driver
 
 
 def until(condition: Any) -> Any:
-    """The first true value of a condition."""
+    """Waits for a condition and returns its first true value."""
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         found = condition()
         if found:
             return found
         time.sleep(0.1)
-    raise AssertionError("it did not happen")
+    raise AssertionError("timed out")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artifact and two pictures."""
     folder = tmp_path_factory.mktemp("page")
     fit_small(folder, "one")
@@ -53,17 +53,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_an_image_shows_its_score_and_overlay(browser: webdriver.Chrome, place: Path) -> None:
-    with running(serve_spec(place)) as url:
+def test_an_image_shows_its_score_and_overlay(browser: webdriver.Chrome, data_dir: Path) -> None:
+    with running(serve_spec(data_dir)) as url:
         body = {
             "detector": "bottle",
-            "source": {"uri": f"{place}/open/mixed"},
-            "sink": {"uri": f"{place}/results/page"},
+            "source": {"uri": f"{data_dir}/open/mixed"},
+            "sink": {"uri": f"{data_dir}/results/page"},
         }
         assert httpx.post(f"{url}/v1/archives", json=body).status_code == 202
         browser.get(url)
         until(lambda: "patchcore" in browser.find_element(By.ID, "facts").text)
-        names = [str(place / name) for name in ("normal.png", "odd.png", "text.png")]
+        names = [str(data_dir / name) for name in ("normal.png", "odd.png", "text.png")]
         browser.find_element(By.ID, "files").send_keys("\n".join(names))
         cards = until(lambda: len(found := browser.find_elements(By.CLASS_NAME, "card")) == 3 and found)
         text, odd, normal = cards
@@ -79,9 +79,9 @@ def test_an_image_shows_its_score_and_overlay(browser: webdriver.Chrome, place: 
         line.find_element(By.TAG_NAME, "a").click()
         report = browser.find_element(By.ID, "report")
         until(lambda: "12" in report.text and "finished" in report.text)
-        assert f"Report of file://{place}/results/page" in report.text and "none" in report.text
+        assert f"Report of file://{data_dir}/results/page" in report.text and "none" in report.text
         severe = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-        assert len(severe) == 1 and "422" in severe[0]["message"], severe  # the answer to text.png
+        assert len(severe) == 1 and "422" in severe[0]["message"], severe  # the response for text.png
         first = browser.current_window_handle
         browser.find_element(By.ID, "whole").click()
         other = until(lambda: [handle for handle in browser.window_handles if handle != first])[0]
@@ -97,16 +97,16 @@ def test_an_image_shows_its_score_and_overlay(browser: webdriver.Chrome, place: 
         assert browser.execute_script(widest) == 0
 
 
-def test_the_page_asks_for_a_token_when_one_is_needed(
-    browser: webdriver.Chrome, place: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_page_asks_for_a_token_when_one_is_required(
+    browser: webdriver.Chrome, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAYDETECT_TOKENS", f"[{{name: page, token: {SECRET}, scopes: [score]}}]")
-    spec = serve_spec(place)
+    spec = serve_spec(data_dir)
     tokens: Tokens = read_tokens(spec)
     with running(spec, tokens) as url:
         browser.get(url)
         field = until(lambda: (f := browser.find_element(By.ID, "token")).is_displayed() and f)
-        assert "token is needed" in browser.find_element(By.ID, "problem").text
+        assert "token is required" in browser.find_element(By.ID, "problem").text
         field.send_keys(SECRET + "\n")
         browser.find_element(By.TAG_NAME, "h1").click()
         until(lambda: "patchcore" in browser.find_element(By.ID, "facts").text)

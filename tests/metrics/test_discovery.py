@@ -100,7 +100,7 @@ def test_the_flagged_share_of_held_out_normal_images_is_inside_its_interval(leve
 
 def test_a_job_states_one_rule() -> None:
     for words in ("flag.fdr=0.1", "flag={fdr: 0.1, threshold: 3}", "flag={fdr: 1.5}", "flag={}"):
-        with pytest.raises(SpecError, match=r"state one of|less than 1"):
+        with pytest.raises(SpecError, match=r"set exactly one of|less than 1"):
             spec_of_score(words)
     assert spec_of_score("flag={fdr: 0.1}").flag == FlagSpec(fdr=0.1)
 

@@ -1,4 +1,4 @@
-"""Images of a request to members, and rows to answers."""
+"""Converts a request's images to members, and rows to response entries."""
 
 import base64
 import hashlib
@@ -24,7 +24,7 @@ NAME_LETTERS = 200
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A request for scores, however it was sent."""
+    """A scoring request, from either kind of body."""
 
     members: Sequence[Member]
     heatmaps: Heatmaps
@@ -33,12 +33,12 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What one request may read by URI.
+    """Limits on what one request may read by URI.
 
     Attributes:
-        take: told of bytes that are held from now on; raises TooMany when there is no room.
-        most: bytes of all its images together.
-        until: monotonic time in seconds after which nobody waits for them.
+        take: called with the number of bytes read; raises TooMany when the server's limit is reached.
+        most: bytes of all images of the request together.
+        until: monotonic time in seconds at which reading stops.
     """
 
     take: Callable[[int], None]
@@ -47,19 +47,19 @@ class Budget:
 
 
 async def uploaded(form: FormData, max_image_bytes: int) -> Wanted:
-    """The request of a multipart form.
+    """Reads a request from a multipart form.
 
     Raises:
-        Mistake: a part has a name or value that is not known.
+        Mistake: a part has an unknown name or value.
     """
     unknown = sorted({name for name, _ in form.multi_items()} - FORM_FIELDS)
     if unknown:
         raise Mistake(f"{unknown[0][:100]!r}: unknown part. Known: {', '.join(sorted(FORM_FIELDS))}.")
     files = form.getlist("images")
     if not files:
-        raise Mistake("images: send at least one part of this name, with a file.")
+        raise Mistake("images: send at least one part with this name and a file.")
     if not all(isinstance(file, UploadFile) for file in files):
-        raise Mistake("images: a part of this name holds no file. Give it a filename.")
+        raise Mistake("images: a part with this name is not a file. Give it a filename.")
     category = _text(form, "category", "") or None
     members = []
     for number, file in enumerate(files):
@@ -73,12 +73,12 @@ async def uploaded(form: FormData, max_image_bytes: int) -> Wanted:
 
 
 def named(body: ScoreRequest, allowed: Prefixes, fetcher: Fetcher, budget: Budget) -> Wanted:
-    """The request of a JSON body; reads its images.
+    """Reads the images that a JSON body names.
 
     Raises:
-        NotAllowed: a URI outside of what may be read.
-        Busy: their bytes have no room, or the request was given up.
-        Mistake: together they have more bytes than a body may have.
+        NotAllowed: a URI is outside the allowed prefixes.
+        Busy: the server's byte limit is reached, or the request timed out.
+        Mistake: the images together exceed the body limit.
     """
     uris = [allowed.check(image.uri, "images") for image in body.images]
     members, left = [], budget.most
@@ -89,7 +89,7 @@ def named(body: ScoreRequest, allowed: Prefixes, fetcher: Fetcher, budget: Budge
             data = fetcher.read(uri)
             left -= len(data)
             if left < 0:
-                raise Mistake(f"images: together they have more than {budget.most:,} bytes. Name fewer at a time.")
+                raise Mistake(f"images: together they have more than {budget.most:,} bytes. Send fewer at a time.")
             budget.take(len(data))
             members.append(Member(image.uri, uri, data=data, category=image.category))
         except MemberError as error:
@@ -98,7 +98,7 @@ def named(body: ScoreRequest, allowed: Prefixes, fetcher: Fetcher, budget: Budge
 
 
 def score_of(answer: Answer, heatmaps_uri: str | None, storage: Storage) -> Score:
-    """One image's entry; stores its heatmap when a folder is given.
+    """Converts one answer to a response entry; stores its heatmap if a folder is given.
 
     Raises:
         StorageError: the heatmap cannot be written.
@@ -148,5 +148,5 @@ def _flag(form: FormData, name: str) -> bool:
 def _text(form: FormData, name: str, default: str) -> str:
     values = form.getlist(name)
     if len(values) > 1 or any(not isinstance(value, str) for value in values):
-        raise Mistake(f"{name}: send one part of text of this name.")
+        raise Mistake(f"{name}: send one text part with this name.")
     return str(values[0]) if values else default

@@ -1,4 +1,4 @@
-"""The endpoints, as a FastAPI application over a desk."""
+"""The endpoints, as a FastAPI application over a `Backend`."""
 
 import logging
 import time
@@ -49,27 +49,27 @@ log = logging.getLogger("raydetect.gateway")
 POLICY = (
     "default-src 'none'; connect-src 'self'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 )
-TOO_MANY_FILES = "Too many files"  # Starlette's own words
-BEARER = Depends(HTTPBearer(auto_error=False))  # for the document alone: `Authorization` has let the request pass
+TOO_MANY_FILES = "Too many files"  # start of Starlette's message
+BEARER = Depends(HTTPBearer(auto_error=False))  # for the OpenAPI document only: `Authorization` does the check
 WEB_THREADS, STORAGE_THREADS, REPORTS_WAITING = 16, 16, 8
 PAGE = Path(__file__).with_name("page.html")
 
 
 def build_app(spec: ServeSpec, tokens: Tokens, backend: Backend) -> Guard:
-    """The whole application.
+    """Builds the whole application.
 
     Args:
         spec: the job file.
-        tokens: who may do what.
-        desk: scores and runs.
+        tokens: the accepted tokens and their scopes.
+        backend: scores images and runs archives.
 
     Raises:
-        SpecError: a prefix of `allow` is no URI.
+        SpecError: a prefix of `allow` is not a URI.
     """
     app = FastAPI(
         title="raydetect",
         version=__version__,
-        description="Scores images by fitted anomaly detectors, one at a time or a whole archive.",
+        description="Scores images with fitted anomaly detectors, one at a time or a whole archive.",
         docs_url=None,
         redoc_url=None,
     )
@@ -87,7 +87,7 @@ class Endpoints:
     """The endpoints."""
 
     def __init__(self, spec: ServeSpec, backend: Backend) -> None:
-        """Normalises prefixes; touches no storage."""
+        """Normalises the prefixes; reads nothing from storage."""
         self.spec, self.backend = spec, backend
         self.allow = archive_runs.Allowed(spec.allow)
         self.storage = Storage(spec.storage)
@@ -96,17 +96,17 @@ class Endpoints:
         self.fetcher = Fetcher(self.storage, spec.limits.max_image_bytes, spec.limits.fetch_seconds)
         self.heatmaps = None if spec.heatmaps is None else normalise_uri(spec.heatmaps)
         self.page = PAGE.read_text()
-        self.web = ThreadLane("read images of web addresses", WEB_THREADS, WEB_THREADS)
-        self.stored = ThreadLane("read or write the storage", STORAGE_THREADS, spec.limits.max_requests)
+        self.web = ThreadLane("read images by URL", WEB_THREADS, WEB_THREADS)
+        self.stored = ThreadLane("read or write storage", STORAGE_THREADS, spec.limits.max_requests)
         self.reporting = ThreadLane("make reports", 1, REPORTS_WAITING)
 
     def add_routes(self, app: FastAPI, gate: Authorization) -> None:
-        """Adds all endpoints, each with the scope that it needs."""
+        """Adds all endpoints, each with the scope that it requires."""
 
-        def add(scope: Scope | None, path: str, endpoint: Callable[..., Any], *statuses: int, **words: Any) -> None:
+        def add(scope: Scope | None, path: str, endpoint: Callable[..., Any], *statuses: int, **options: Any) -> None:
             if scope is not None:
-                words = {"dependencies": [BEARER], "responses": problems(*statuses), **words}
-            app.add_api_route(path, endpoint, **words)
+                options = {"dependencies": [BEARER], "responses": problems(*statuses), **options}
+            app.add_api_route(path, endpoint, **options)
             if scope is not None:
                 gate.add(app.router.routes[-1], scope)
 
@@ -127,25 +127,25 @@ class Endpoints:
             responses={**problems(400, 404, 415), 422: {"model": NoneScored | Problem}},
             openapi_extra={"requestBody": SCORE_BODY},
         )
-        words: dict[str, Any] = {"tags": ["archives"]}
-        add("archive", runs, self.runs, **words)
-        add("archive", runs, self.start, 400, 404, 409, 415, methods=["POST"], status_code=202, **words)
-        add("archive", f"{runs}/{{id}}", self.run, 404, **words)
-        add("archive", f"{runs}/{{id}}/report", self.report, 404, response_class=HTMLResponse, **words)
-        add("archive", f"{runs}/{{id}}", self.cancel, 404, methods=["DELETE"], **words)
+        options: dict[str, Any] = {"tags": ["archives"]}
+        add("archive", runs, self.runs, **options)
+        add("archive", runs, self.start, 400, 404, 409, 415, methods=["POST"], status_code=202, **options)
+        add("archive", f"{runs}/{{id}}", self.run, 404, **options)
+        add("archive", f"{runs}/{{id}}/report", self.report, 404, response_class=HTMLResponse, **options)
+        add("archive", f"{runs}/{{id}}", self.cancel, 404, methods=["DELETE"], **options)
 
     async def show_page(self) -> HTMLResponse:
-        """The page for people; it may load nothing from elsewhere."""
+        """The web page; it loads nothing from other hosts."""
         return HTMLResponse(self.page, headers={"Content-Security-Policy": POLICY})
 
     async def healthz(self) -> dict[str, str]:
-        """The process answers."""
+        """Whether the process is alive."""
         return {"status": "ok", "version": __version__}
 
     async def readyz(self) -> dict[str, str]:
-        """A request for a score would be answered now."""
+        """Whether a scoring request can be answered now."""
         if not await self.backend.ready():
-            raise HTTPException(503, "detectors are being loaded.")
+            raise HTTPException(503, "the detectors are still loading.")
         return {"status": "ready"}
 
     async def detectors(self) -> Detectors:
@@ -158,27 +158,27 @@ class Endpoints:
         return DetectorAnswer(**(await self._served(name)).facts)
 
     async def replace(self, name: str, body: NewArtifact) -> DetectorAnswer:
-        """Serves a new artifact version once it is loaded; requests meanwhile are scored by the old one."""
+        """Serves a new artifact version; the old one keeps scoring until the new one is loaded."""
         await self._served(name)
-        made = await self.backend.replace(name, self.allow.artifacts.check(body.artifact, "artifact"))
-        return DetectorAnswer(**made.facts)
+        replaced = await self.backend.replace(name, self.allow.artifacts.check(body.artifact, "artifact"))
+        return DetectorAnswer(**replaced.facts)
 
     async def score(self, name: str, request: Request) -> Any:
         """Scores images: uploads as multipart/form-data in parts named `images`, or JSON with URIs.
 
-        A bad image has a status and an error instead of a score; when no image could be scored, the answer is 422.
+        A bad image gets a status and an error instead of a score; if no image can be scored, the response is 422.
         """
         served = await self._served(name)
         wanted = await self._wanted(request)
         scores = await self._scores(served, wanted)
-        message = ScoreAnswer(detector=name, artifact=served.index.digest, results=scores)
+        response = ScoreAnswer(detector=name, artifact=served.index.digest, results=scores)
         if not any(one.status == OK for one in scores):
             detail = f"none of {len(scores)} images could be scored; see results."
-            return JSONResponse(NoneScored(detail=detail, **message.model_dump()).model_dump(), 422)
-        return message
+            return JSONResponse(NoneScored(detail=detail, **response.model_dump()).model_dump(), 422)
+        return response
 
     async def _scores(self, served: Served, wanted: answers.Wanted) -> list[Score]:
-        """Entries of the answer; what fails here is the server's matter, not the client's."""
+        """Entries of the response; a failure here is the server's, not the client's."""
         folder = self.heatmaps if wanted.store else None
         try:
             found = await self.backend.answer(served, wanted.members, [wanted.heatmaps] * len(wanted.members))
@@ -187,7 +187,7 @@ class Endpoints:
             raise
         except RaydetectError as error:
             log.error("%s: %s", served.name, error)
-            raise Busy(f"{served.name}: cannot score just now; the server's log says why.") from None
+            raise Busy(f"{served.name}: cannot score right now; see the server's log.") from None
 
     async def _wanted(self, request: Request) -> answers.Wanted:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -196,38 +196,40 @@ class Endpoints:
                 async with request.form(max_files=self.spec.limits.max_images, max_fields=8) as form:
                     wanted = await answers.uploaded(form, self.spec.limits.max_image_bytes)
             except StarletteHTTPException as error:
-                raise self._many(error) from None
+                raise self._too_many_files(error) from None
         elif kind == "application/json":
             try:
                 body = ScoreRequest.model_validate_json(await request.body())
             except ValidationError as error:
                 raise RequestValidationError(error.errors(include_url=False, include_context=False)) from None
-            self._refuse_many(len(body.images))
+            self._check_count(len(body.images))
             wanted = await self._named(body, request)
         else:
             raise HTTPException(415, "send multipart/form-data with parts named `images`, or application/json.")
-        self._refuse_many(len(wanted.members))
+        self._check_count(len(wanted.members))
         if wanted.store and self.heatmaps is None:
-            raise HTTPException(422, "store_heatmaps: this server has no folder for them (`heatmaps` in its job file).")
+            raise HTTPException(
+                422, "store_heatmaps: this server has no folder for heatmaps. Set `heatmaps` in its job file."
+            )
         return wanted
 
     async def _named(self, body: ScoreRequest, request: Request) -> answers.Wanted:
-        """Reads images by URI, those of web addresses beside the others, and none after the request was given up."""
+        """Reads images by URI, http(s) in a pool of its own, until the request times out."""
         until = time.monotonic() + self.spec.limits.request_seconds
         budget = answers.Budget(request.scope["take"], self.spec.limits.max_body_bytes, until)
         is_web = any(image.uri.partition("://")[0].lower() in WEB for image in body.images)
         lane = self.web if is_web else self.stored
         return await lane.run(lambda: answers.named(body, self.allow.sources, self.fetcher, budget))
 
-    def _refuse_many(self, count: int) -> None:
+    def _check_count(self, count: int) -> None:
         if count > self.spec.limits.max_images:
-            raise HTTPException(413, f"{count} images; this server takes {self.spec.limits.max_images} in one request.")
+            raise HTTPException(413, f"{count} images; this server accepts {self.spec.limits.max_images} per request.")
 
-    def _many(self, error: StarletteHTTPException) -> StarletteHTTPException:
-        """The same refusal for a form, which is no longer read once it has too many parts."""
+    def _too_many_files(self, error: StarletteHTTPException) -> StarletteHTTPException:
+        """The error of `_check_count` for a form, which Starlette stops reading at too many parts."""
         if not str(error.detail).startswith(TOO_MANY_FILES):
             return error
-        return HTTPException(413, f"this server takes {self.spec.limits.max_images} images in one request.")
+        return HTTPException(413, f"this server accepts {self.spec.limits.max_images} images per request.")
 
     async def _served(self, name: str) -> Served:
         served = await self.backend.served()
@@ -239,36 +241,36 @@ class Endpoints:
         """Archive runs since the server started, with progress from their ledgers."""
         known = await self.backend.runs()
 
-        def public_message() -> list[RunAnswer | None]:
+        def answers() -> list[RunAnswer | None]:
             return [archive_runs.answer_of(uri, state, self.ledgers) for uri, state in known.items()]
 
-        return Runs(runs=[run for run in await self.stored.run(public_message) if run is not None])
+        return Runs(runs=[run for run in await self.stored.run(answers) if run is not None])
 
     async def start(self, body: RunRequest) -> RunAnswer:
-        """Begins to score an archive; the same request again goes on where the run stopped."""
+        """Starts scoring an archive; the same request resumes a run that stopped."""
         served = await self._served(body.detector)
         job = archive_runs.job_of(body, served, self.spec, self.allow)
         state = await self.backend.start(job)
-        return await self._told(state.uri)
+        return await self._run_answer(state.uri)
 
     async def run(self, id: str) -> RunAnswer:
-        """How far an archive run is, from its ledger; also of runs that another server did."""
-        return await self._told(self._uri(id))
+        """The progress of an archive run, from its ledger; also works for runs of another server."""
+        return await self._run_answer(self._uri(id))
 
     async def report(self, id: str) -> HTMLResponse:
-        """The report of an archive run, finished or not: one HTML page that loads nothing from elsewhere."""
+        """The report of an archive run, finished or not: one self-contained HTML page."""
         uri = self._uri(id)
-        await self._told(uri)
+        await self._run_answer(uri)
         served = await self.backend.served()
         page = await self.reporting.run(lambda: self.reports.page(uri, served))
         return HTMLResponse(page, headers={"Content-Security-Policy": POLICY})
 
     async def cancel(self, id: str) -> RunAnswer:
-        """Stops an archive run; what is committed stays."""
+        """Stops an archive run; keeps what is committed."""
         uri = self._uri(id)
         if not await self.backend.cancel(uri):
-            raise HTTPException(404, "no archive run of that id is running.")
-        return await self._told(uri)
+            raise HTTPException(404, "no archive run with that id is in progress.")
+        return await self._run_answer(uri)
 
     def _uri(self, name: str) -> str:
         uri = archive_runs.uri_of(name)
@@ -276,7 +278,7 @@ class Endpoints:
             raise HTTPException(404, "no archive run has that id.")
         return self.allow.sinks.check(uri, "id")
 
-    async def _told(self, uri: str) -> RunAnswer:
+    async def _run_answer(self, uri: str) -> RunAnswer:
         known = (await self.backend.runs()).get(uri)
         found = await self.stored.run(lambda: archive_runs.answer_of(uri, known, self.ledgers))
         if found is None:

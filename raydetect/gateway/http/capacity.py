@@ -1,4 +1,4 @@
-"""What a server has in hand at a time: bytes that clients sent or named, and work on threads."""
+"""Limits of a server's concurrent work: bytes in flight, and threads."""
 
 import asyncio
 import threading
@@ -12,55 +12,53 @@ T = TypeVar("T")
 
 
 class ByteBudget:
-    """Encoded bytes of all requests together. Threads may share it."""
+    """Encoded bytes of all requests in flight. Thread-safe."""
 
     def __init__(self, most: int) -> None:
-        """None yet, and never more than `most`."""
+        """Starts at zero and never exceeds `most`."""
         self._most, self._held, self._lock = most, 0, threading.Lock()
 
     def take(self, count: int) -> None:
-        """More are held from now on.
+        """Reserves bytes.
 
         Raises:
-            TooMany: there is no room for them.
+            TooMany: they would exceed the limit.
         """
         with self._lock:
             if self._held + count > self._most:
-                raise TooMany(
-                    f"the requests in hand have {self._most:,} bytes, which is all this server takes. Try again."
-                )
+                raise TooMany(f"the requests in flight have reached the limit of {self._most:,} bytes. Try again.")
             self._held += count
 
     def give(self, count: int) -> None:
-        """They are held no longer."""
+        """Releases bytes."""
         with self._lock:
             self._held -= count
 
 
 class ThreadLane:
-    """A pool of threads for one kind of work, so that no kind waits for another."""
+    """A thread pool with a bounded queue for one kind of work, so that no kind blocks another."""
 
     def __init__(self, what: str, threads: int, waiting: int) -> None:
-        """Starts no thread yet.
+        """Starts no threads yet.
 
         Args:
-            what: is done, for messages.
-            threads: of it at a time.
-            waiting: for a thread, beside those; more are refused.
+            what: the work, for messages.
+            threads: the size of the pool.
+            waiting: the size of the queue; more work is refused.
         """
         self._what, self._room = what, threads + waiting
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=what.replace(" ", "-"))
         self._in_hand, self._lock = 0, threading.Lock()
 
     async def run(self, work: Callable[[], T]) -> T:
-        """What `work` returns or raises. One that is no longer waited for keeps its thread until it ends.
+        """Returns or raises what `work` does. If cancelled, the work keeps its thread until it ends.
 
         Raises:
-            TooMany: all threads have work, and enough waits for them.
+            TooMany: the queue is full.
         """
         with self._lock:
             if self._in_hand >= self._room:
-                raise TooMany(f"{self._room} requests {self._what} just now, which is all this server does. Try again.")
+                raise TooMany(f"{self._room} requests already {self._what}, which is this server's limit. Try again.")
             self._in_hand += 1
         future = self._pool.submit(work)
         future.add_done_callback(self._ended)

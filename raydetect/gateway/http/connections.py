@@ -1,6 +1,6 @@
-"""One connection of a client: how large a head may be, how long all may take, and who goes when there are too many.
+"""Limits of client connections: size of headers, timeouts, and which one closes when there are too many.
 
-It stands under uvicorn, with `--local` as in the proxies of Ray Serve, and knows nothing of endpoints.
+uvicorn uses this protocol, both with `--local` and in the proxies of Ray Serve.
 """
 
 import asyncio
@@ -16,31 +16,31 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MOST_CONNECTIONS = 512
-BACKLOG = 256  # connections that the kernel holds until they are accepted, which may be all at once
+BACKLOG = 256  # connections that the kernel queues until they are accepted
 DETAILS = {
-    400: "the request breaks the rules of HTTP/1.1.",
-    408: "the head of the request took too long.",
-    431: "the head of the request is too large.",
+    400: "the request is not valid HTTP/1.1.",
+    408: "the request header took too long.",
+    431: "the request header is too large.",
 }
 
 
 def _connections() -> int:
-    """At most half of the files that this process may open; the others are for images and what scores them."""
+    """At most half of the process's open files; the others are for images and scoring."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return MOST_CONNECTIONS if files == resource.RLIM_INFINITY else max(2, min(MOST_CONNECTIONS, files // 2))
 
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
-    """What one connection may take, and how many there are.
+    """Limits per connection, and the number of connections.
 
-    The size of a head is bounded by h11, to 64 KiB and what one read brings.
+    h11 limits a request header to 64 KiB plus what one read returns.
 
     Attributes:
         connections: open at a time.
-        head_seconds: from the first byte of a head to its last; also how long the rest of a body is read, and thrown
-            away, after a request was refused.
-        answer_seconds: after which a client that takes nothing of its answer is cut off.
+        head_seconds: from the first byte of a request header to its last; also how long the rest of a refused
+            request's body is read and discarded.
+        answer_seconds: after which a client that reads none of its response is disconnected.
     """
 
     connections: int = field(default_factory=_connections)
@@ -49,10 +49,9 @@ class ConnectionLimits:
 
 
 class _Ending:
-    """A transport whose `close` lets a client that still sends read its answer.
+    """A transport whose `close` lets a client that is still sending read its response.
 
-    To close it at once would have the client's kernel throw the answer away, as soon as it is told that its bytes came
-    too late.
+    Closing at once would send a TCP reset, and the client's kernel would discard the response.
     """
 
     def __init__(self, transport: asyncio.Transport, still_sends: Callable[[], bool]) -> None:
@@ -62,7 +61,7 @@ class _Ending:
         return getattr(self._transport, name)
 
     def close(self) -> None:
-        """Ends what is sent; and the connection, unless the client still sends and this is the first call."""
+        """Half-closes on the first call while the client is still sending, otherwise closes the connection."""
         if self._half or self._transport.is_closing() or not self._still_sends() or not self._transport.can_write_eof():
             self._transport.close()
         else:
@@ -71,28 +70,28 @@ class _Ending:
 
 
 class BoundedProtocol(H11Protocol):
-    """uvicorn's protocol on h11, bounded.
+    """uvicorn's h11 protocol with limits.
 
-    A connection waits for its client while the head of a request is not complete and while an answer is not taken. When
-    there are too many, the one that has waited longest is closed, whoever opened it: clients behind one address
-    translation look alike, and one that sends its head at once, such as a health check, does not wait.
+    A connection waits for its client while a request header is incomplete and while a response is not read. When there
+    are too many connections, the one that has waited longest is closed, regardless of its address: clients behind NAT
+    share one. A client that sends its header at once, such as a health check, does not wait.
     """
 
     bounds: ClassVar[ConnectionLimits] = ConnectionLimits()
-    waiting: ClassVar[dict["BoundedProtocol", None]] = {}  # the longest first
+    waiting: ClassVar[dict["BoundedProtocol", None]] = {}  # the longest wait first
 
-    def __init__(self, *words: Any, **named: Any) -> None:
-        """As uvicorn makes it."""
-        super().__init__(*words, **named)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Creates the protocol with uvicorn's arguments."""
+        super().__init__(*args, **kwargs)
         self._head: asyncio.TimerHandle | None = None
         self._answer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A client came; one that waits may have to go."""
+        """Accepts a client; closes the longest-waiting connection if there are too many."""
         super().connection_made(transport)
         self.transport = cast(asyncio.Transport, _Ending(transport, self._still_sends))
-        transport.set_write_buffer_limits(0)  # so that `pause_writing` tells of every byte that is not taken
-        self._note()
+        transport.set_write_buffer_limits(0)  # so that `pause_writing` is called for any unread byte
+        self._update_waiting()
         self._begin_head()
         if len(self.connections) > self.bounds.connections and self.waiting:
             longest = next(iter(self.waiting))
@@ -100,58 +99,58 @@ class BoundedProtocol(H11Protocol):
             longest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """A client has gone."""
+        """Cleans up after a client disconnected."""
         super().connection_lost(exc)
         self._end_head()
         self.resume_writing()
         self.waiting.pop(self, None)
 
     def data_received(self, data: bytes) -> None:
-        """Bytes came, of a head or of a body; those that come after the last answer are thrown away."""
+        """Handles bytes of a header or body; discards those after the last response."""
         if self.conn.our_state is h11.CLOSED:
             return
         if self in self.waiting:
             self._begin_head()
         super().data_received(data)
-        self._note()
+        self._update_waiting()
 
     def on_response_complete(self) -> None:
-        """An answer was given; what the client still sends of its request is read for a while."""
+        """Continues reading for a while if the client is still sending its request."""
         super().on_response_complete()
-        self._note()
+        self._update_waiting()
         if self in self.waiting and self._still_sends():
             self._begin_head()
 
     def pause_writing(self) -> None:
-        """The client takes no more of its answer just now."""
+        """Starts the timeout of a client that has stopped reading its response."""
         super().pause_writing()
-        self._note()
+        self._update_waiting()
         self._watch(self.transport.get_write_buffer_size())
 
     def resume_writing(self) -> None:
-        """The client has taken all of it."""
+        """Stops the timeout once the client has read everything."""
         super().resume_writing()
-        self._note()
+        self._update_waiting()
         if self._answer is not None:
             self._answer.cancel()
             self._answer = None
 
     def send_400_response(self, msg: str) -> None:
-        """Refuses what is no HTTP or too large; uvicorn calls it while h11's error is being handled."""
+        """Refuses an invalid or too large header; uvicorn calls it while handling h11's error."""
         self._refuse(int(getattr(sys.exception(), "error_status_hint", 400)))
 
     def _should_upgrade(self) -> bool:
-        return False  # a websocket's handshake is a GET like any other here
+        return False  # a WebSocket handshake is answered like any other GET
 
     def _still_sends(self) -> bool:
         return self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
 
-    def _note(self) -> None:
-        """Whether the connection waits for its client."""
-        in_hand = self.cycle is not None and not self.cycle.response_complete
-        if in_hand:
+    def _update_waiting(self) -> None:
+        """Updates whether the connection waits for its client."""
+        in_progress = self.cycle is not None and not self.cycle.response_complete
+        if in_progress:
             self._end_head()
-        if in_hand and not self.flow.write_paused:
+        if in_progress and not self.flow.write_paused:
             self.waiting.pop(self, None)
         elif self in self.connections:
             self.waiting.setdefault(self)
@@ -168,11 +167,11 @@ class BoundedProtocol(H11Protocol):
     def _late(self) -> None:
         if self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
             self._refuse(408)
-        else:  # nothing came, or what is left of a refused request
+        else:  # no bytes received, or the rest of a refused request
             self.transport.abort()
 
     def _refuse(self, status: int) -> None:
-        """Says so, unless an answer was begun, and ends the connection."""
+        """Sends the error unless a response has started, and closes the connection."""
         if self.cycle is not None:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
@@ -185,22 +184,22 @@ class BoundedProtocol(H11Protocol):
         self.transport.close()
         self._begin_head()
 
-    def _watch(self, left_bytes: int) -> None:
-        self._answer = self.loop.call_later(self.bounds.answer_seconds, self._still_takes, left_bytes)
+    def _watch(self, unread_bytes: int) -> None:
+        self._answer = self.loop.call_later(self.bounds.answer_seconds, self._still_takes, unread_bytes)
 
-    def _still_takes(self, left_bytes: int) -> None:
+    def _still_takes(self, unread_bytes: int) -> None:
         now = self.transport.get_write_buffer_size()
-        if now < left_bytes:
+        if now < unread_bytes:
             self._watch(now)
         else:
             self.transport.abort()
 
 
 def bounded_protocol(**changes: Any) -> type[BoundedProtocol]:
-    """The protocol of one server, whose connections are its own.
+    """Returns a protocol class for one server, with its own set of connections.
 
     Args:
-        changes: of `ConnectionLimits`.
+        changes: fields of `ConnectionLimits` to override.
     """
     return type(
         "BoundedProtocol", (BoundedProtocol,), {"bounds": replace(ConnectionLimits(), **changes), "waiting": {}}

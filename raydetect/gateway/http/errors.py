@@ -1,4 +1,4 @@
-"""What clients are told of errors: what they sent, or that something broke; never files, keys or code behind it."""
+"""Error responses: what is wrong with the request, or that the server failed; never its files, keys or code."""
 
 import logging
 
@@ -22,32 +22,32 @@ from raydetect.gateway.backend import Busy, TooMany
 from raydetect.gateway.http.limits import BROKE
 
 log = logging.getLogger("raydetect.gateway")
-OF_THE_REQUEST = (ArchiveError, MemberError, SpecError, TooManyBadRows)  # their words are about what the client named
-HIDDEN = "what it names cannot be read or written; the server's log says more."
-MISTAKES_TOLD = 10
+CLIENT_ERRORS = (ArchiveError, MemberError, SpecError, TooManyBadRows)  # about what the client sent
+HIDDEN = "a file that the request names cannot be read or written; see the server's log."
+MISTAKES_SHOWN = 10
 
 
 class Mistake(Exception):
-    """A request that cannot be meant: its text goes to the client with 422."""
+    """An invalid request: its message is sent to the client with 422."""
 
 
 def add_refusals(app: FastAPI) -> None:
-    """Every error as `{"detail": one sentence}`."""
+    """Adds handlers that return every error as `{"detail": one sentence}`."""
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(RaydetectError, _refused)
-    app.add_exception_handler(Mistake, _meant_nothing)
-    app.add_exception_handler(Exception, _broke)
+    app.add_exception_handler(Mistake, _mistake)
+    app.add_exception_handler(Exception, _internal_error)
 
 
 def public_message(error: RaydetectError) -> tuple[int, str]:
-    """Status and sentence for a client; what is kept from it goes to the log."""
+    """Status and message for a client; details that it must not see go to the log."""
     if isinstance(error, Busy):
         return (429 if isinstance(error, TooMany) else 503), str(error)
     if isinstance(error, NotAllowed):
         return 403, str(error)
     if isinstance(error, ResumeError):
         return 409, str(error)
-    if isinstance(error, OF_THE_REQUEST):
+    if isinstance(error, CLIENT_ERRORS):
         return 422, str(error)
     log.warning("%s: %s", type(error).__name__, error)
     return (422, HIDDEN) if isinstance(error, StorageError | ArtifactError) else (500, BROKE)
@@ -63,14 +63,14 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError | ValidationError)
     mistakes = []
     for item in error.errors():
-        place = ".".join(str(part) for part in item["loc"] if part != "body")[:200]
-        mistakes.append(f"{place}: {item['msg']}" if place else str(item["msg"]))
-    return JSONResponse({"detail": "; ".join(mistakes[:MISTAKES_TOLD]) + "."}, 422)
+        path = ".".join(str(part) for part in item["loc"] if part != "body")[:200]
+        mistakes.append(f"{path}: {item['msg']}" if path else str(item["msg"]))
+    return JSONResponse({"detail": "; ".join(mistakes[:MISTAKES_SHOWN]) + "."}, 422)
 
 
-async def _meant_nothing(request: Request, error: Exception) -> JSONResponse:
+async def _mistake(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": str(error)}, 422)
 
 
-async def _broke(request: Request, error: Exception) -> JSONResponse:
+async def _internal_error(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": BROKE}, 500)

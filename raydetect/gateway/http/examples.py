@@ -1,4 +1,4 @@
-"""One example for each body of the OpenAPI document."""
+"""One example per body in the OpenAPI document."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The OpenAPI document: what FastAPI finds by itself, the bodies of the scoring endpoint, and examples."""
+"""The OpenAPI document: FastAPI's own, plus the bodies of the scoring endpoint and examples."""
 
 from typing import Any
 
@@ -9,20 +9,20 @@ from raydetect.gateway.http.schemas import Problem, ScoreRequest
 
 COMMON = (401, 403, 413, 421, 422, 429, 500, 503)
 PROBLEMS = {
-    400: "the body is neither a form nor text",
-    401: "no token, or an unknown one",
-    403: "the token has not the scope, or a URI is not below an allowed prefix",
-    404: "nothing of that name is there",
-    409: "another run writes there, or wrote there with other words",
-    413: "more bytes or images than one request may have",
-    415: "neither a form nor JSON",
-    421: "the server is not called by that name",
-    422: "the request cannot be meant",
-    429: "too many requests or runs are in hand; see Retry-After",
-    500: "something broke in the server",
-    503: "cannot be answered just now; see Retry-After",
+    400: "the body is malformed",
+    401: "missing or unknown token",
+    403: "the token lacks the scope, or a URI is not below an allowed prefix",
+    404: "not found",
+    409: "another run writes there, or wrote there with other settings",
+    413: "too many bytes or images in one request",
+    415: "the body is neither a form nor JSON",
+    421: "unknown host name",
+    422: "the request is invalid",
+    429: "too many requests or runs in progress; see Retry-After",
+    500: "internal server error",
+    503: "cannot be answered right now; see Retry-After",
 }
-TOLD = {
+PROBLEM_EXAMPLES = {
     404: "no detector 'botle' is served. Did you mean 'bottle'? Known: bottle.",
     429: "128 requests are in flight. Try again.",
 }
@@ -39,7 +39,7 @@ SCORE_BODY: dict[str, Any] = {
                     "images": {"type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"}},
                     "heatmaps": {"type": "string", "enum": ["none", "flagged", "all"], "default": "none"},
                     "store_heatmaps": {"type": "string", "enum": ["true", "false"], "default": "false"},
-                    "category": {"type": "string", "description": "which detector of a fleet scores them"},
+                    "category": {"type": "string", "description": "which detector of a fleet scores the images"},
                 },
                 "example": {"images": ["(bytes of 0007.png)"], "heatmaps": "flagged"},
             }
@@ -49,28 +49,28 @@ SCORE_BODY: dict[str, Any] = {
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Which refusals an endpoint has."""
-    made: dict[int | str, dict[str, Any]] = {}
+    """Error responses of an endpoint, for its OpenAPI entry."""
+    responses: dict[int | str, dict[str, Any]] = {}
     for status in (*COMMON, *statuses):
-        made[status] = {"model": Problem, "description": PROBLEMS[status]}
-        if status in TOLD:
-            made[status]["content"] = {"application/json": {"example": {"detail": TOLD[status]}}}
-    return made
+        responses[status] = {"model": Problem, "description": PROBLEMS[status]}
+        if status in PROBLEM_EXAMPLES:
+            responses[status]["content"] = {"application/json": {"example": {"detail": PROBLEM_EXAMPLES[status]}}}
+    return responses
 
 
 def describe_bodies(app: FastAPI) -> None:
-    """Adds what endpoints read by themselves to the document, which is made once."""
+    """Adds the bodies that endpoints parse themselves, and examples, to the document; builds it once."""
     plain = app.openapi
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            made = plain()
-            schemas = made.setdefault("components", {}).setdefault("schemas", {})
+            document = plain()
+            schemas = document.setdefault("components", {}).setdefault("schemas", {})
             schemas["ScoreRequest"] = ScoreRequest.model_json_schema(ref_template="#/components/schemas/{model}")
             schemas.update(schemas["ScoreRequest"].pop("$defs", {}))
-            for name, example in EXAMPLES.items():  # FastAPI would leave their nulls out
+            for name, example in EXAMPLES.items():  # FastAPI would omit their nulls
                 schemas[name]["examples"] = [example]
-            app.openapi_schema = made
+            app.openapi_schema = document
         return app.openapi_schema or {}
 
     app.openapi = openapi  # type: ignore[method-assign]

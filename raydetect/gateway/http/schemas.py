@@ -1,4 +1,4 @@
-"""What requests and answers look like; the OpenAPI document is made of these."""
+"""Request and response bodies; the OpenAPI document is generated from these."""
 
 from typing import Annotated, Literal
 
@@ -10,34 +10,32 @@ OnlineHeatmaps = Literal["none", "flagged", "all"]
 
 
 class Strict(BaseModel):
-    """A body whose unknown fields are refused."""
+    """A body that refuses unknown fields."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class ImageByUri(Strict):
-    """An image that the server reads itself."""
+    """An image that the server reads."""
 
     uri: Annotated[str, Field(min_length=1, max_length=2000, description="below a prefix of `allow.sources`")]
     category: Annotated[str | None, Field(max_length=200, description="which detector of a fleet scores it")] = None
 
 
 class ScoreRequest(Strict):
-    """Images by URI. Uploads are sent as multipart/form-data instead, in parts named `images`."""
+    """Images by URI. Uploads use multipart/form-data instead, with parts named `images`."""
 
     images: Annotated[list[ImageByUri], Field(min_length=1)]
     heatmaps: Annotated[OnlineHeatmaps, Field(description="which images get a heatmap")] = "none"
-    store_heatmaps: Annotated[bool, Field(description="write heatmaps to the server's folder, answer with URIs")] = (
-        False
-    )
+    store_heatmaps: Annotated[bool, Field(description="write heatmaps to the server's folder and return URIs")] = False
 
 
 class Score(BaseModel):
-    """What is known of one image. `image_score` and what follows it are null unless `status` is `ok`."""
+    """The result of one image. `image_score`, `p_value`, `threshold` and `flagged` are null unless `status` is `ok`."""
 
-    name: Annotated[str, Field(description="file name or URI as it was sent")]
+    name: Annotated[str, Field(description="file name or URI as sent")]
     status: Annotated[str, Field(description="ok, or why there is no score")]
-    error: Annotated[str, Field(description="one sentence when not ok, else empty")]
+    error: Annotated[str, Field(description="one sentence if not ok, else empty")]
     width: int | None
     height: int | None
     image_score: Annotated[float | None, Field(description="raw, higher = more anomalous")]
@@ -48,13 +46,15 @@ class Score(BaseModel):
     flagged: bool | None
     artifact: Annotated[str, Field(description="sha256 of the artifact version that scored")]
     category: str | None
-    heatmap_png: Annotated[str | None, Field(description="the overlay as base64 of a PNG, when it was asked for")]
-    heatmap_uri: Annotated[str | None, Field(description="where the overlay is stored, when that was asked for")]
-    note: Annotated[str, Field(description="what does not make an image bad: exif_ignored, pages_not_read: 3")] = ""
+    heatmap_png: Annotated[str | None, Field(description="base64 PNG of the overlay, if requested")]
+    heatmap_uri: Annotated[str | None, Field(description="where the overlay is stored, if requested")]
+    note: Annotated[
+        str, Field(description="remarks on an image that is still scored: exif_ignored, pages_not_read: 3")
+    ] = ""
 
 
 class ScoreAnswer(BaseModel):
-    """One entry for each image, in the order of the request."""
+    """One entry per image, in the order of the request."""
 
     detector: str
     artifact: Annotated[str, Field(description="sha256 of the artifact, or of the fleet's index")]
@@ -66,13 +66,13 @@ class DetectorAnswer(BaseModel):
 
     name: str
     algorithm: str
-    artifact: Annotated[str, Field(description="sha256 of the version that scores now")]
+    artifact: Annotated[str, Field(description="sha256 of the version being served")]
     image_size: Annotated[list[int], Field(description="(height, width) in px that images are resized to")]
     threshold: Annotated[float | None, Field(description="scores from here on are flagged; null for a fleet")]
     alpha: float | None
-    held_out: Annotated[int, Field(description="held-out normal images behind thresholds; the smallest of a fleet")]
-    categories: Annotated[list[str], Field(description="of a fleet, else empty")]
-    weights: Annotated[str, Field(description="what the backbone was loaded from")]
+    held_out: Annotated[int, Field(description="held-out normal images behind the threshold; the fewest in a fleet")]
+    categories: Annotated[list[str], Field(description="categories of a fleet, else empty")]
+    weights: Annotated[str, Field(description="source of the backbone weights")]
 
 
 class Detectors(BaseModel):
@@ -88,9 +88,9 @@ class NewArtifact(Strict):
 
 
 class RunSource(Strict):
-    """Images of an archive; the words are those of `source` in job files, storage is the server's own."""
+    """Images of an archive; the keys of `source` in job files, with the server's own storage options."""
 
-    uri: Annotated[str | list[str], Field(description="below a prefix of `allow.sources`; a file, a folder, a glob")]
+    uri: Annotated[str | list[str], Field(description="below a prefix of `allow.sources`; a file, folder or glob")]
     format: Literal["auto", "tar", "zip", "parquet", "prefix"] = "auto"
     pattern: str | None = None
     mask_pattern: str | None = None
@@ -100,7 +100,7 @@ class RunSource(Strict):
 
 
 class RunSink(Strict):
-    """Where results go; the words are those of `sink` in job files."""
+    """Where results go; the keys of `sink` in job files."""
 
     uri: Annotated[str, Field(min_length=1, max_length=2000, description="below a prefix of `allow.sinks`")]
     heatmaps: Heatmaps = "flagged"
@@ -109,7 +109,7 @@ class RunSink(Strict):
 
 
 class RunRequest(Strict):
-    """An archive to score. The same request again goes on where the run stopped."""
+    """An archive to score. The same request resumes a run that stopped."""
 
     detector: str
     source: RunSource
@@ -119,13 +119,13 @@ class RunRequest(Strict):
 
 
 class RunAnswer(BaseModel):
-    """How far an archive run is, from its ledger alone."""
+    """The progress of an archive run, from its ledger alone."""
 
     id: str
     uri: Annotated[str, Field(description="the results directory")]
     state: Annotated[
         Literal["running", "finished", "failed", "cancelled", "stopped"],
-        Field(description="stopped: not finished, and not running here; the same request again goes on"),
+        Field(description="stopped: not finished and not running here; send the same request to resume"),
     ]
     error: Annotated[str, Field(description="why it failed, else empty")] = ""
     shards_done: int
@@ -137,19 +137,19 @@ class RunAnswer(BaseModel):
 
 
 class Runs(BaseModel):
-    """Runs that this server was asked for since it started."""
+    """Runs requested since this server started."""
 
     runs: list[RunAnswer]
 
 
 class Problem(BaseModel):
-    """Why a request was not done, in one sentence."""
+    """Why a request failed, in one sentence."""
 
     detail: str
 
 
 class NoneScored(Problem):
-    """Every image of a request is bad."""
+    """No image of a request could be scored."""
 
     detector: str
     artifact: str

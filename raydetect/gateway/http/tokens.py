@@ -1,4 +1,4 @@
-"""Bearer tokens: named, with scopes, kept as digests only, compared in constant time."""
+"""Bearer tokens with names and scopes, kept as digests and compared in constant time."""
 
 import hashlib
 import hmac
@@ -26,23 +26,23 @@ class TokenEntry:
     """One entry of the tokens file: the token itself, or its sha256."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
-    name: Annotated[str, Field(min_length=1, description="who holds it, for the log")]
+    name: Annotated[str, Field(min_length=1, description="the holder, for the log")]
     token: Annotated[str | None, Field(description="the secret; at least 20 characters")] = None
-    sha256: Annotated[str | None, Field(pattern="^[0-9a-f]{64}$", description="hex digest of the secret instead")] = (
+    sha256: Annotated[str | None, Field(pattern="^[0-9a-f]{64}$", description="hex digest, instead of the secret")] = (
         None
     )
     scopes: Annotated[tuple[Scope, ...], Field(min_length=1, description="what it may do: score, archive, admin")]
 
     def __post_init__(self) -> None:
         if (self.token is None) == (self.sha256 is None):
-            raise ValueError("state either token or sha256, and not both")
+            raise ValueError("set either token or sha256, not both")
         if self.token is not None and len(self.token) < SHORTEST:
             raise ValueError(f"a token of fewer than {SHORTEST} characters can be guessed; make a longer one")
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A token as the server keeps it."""
+    """A token as the server stores it."""
 
     name: str
     sha256: str
@@ -51,28 +51,28 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """All tokens that a server knows; without any, everyone who reaches it may do everything."""
+    """The tokens of a server; if empty, every client may do everything."""
 
     known: tuple[Token, ...]
 
     def holder(self, authorization: str | None) -> Token | None:
-        """The token of an `Authorization: Bearer ...` header; None when it is missing or unknown."""
+        """The token in an `Authorization: Bearer ...` header; None if it is missing or unknown."""
         scheme, _, secret = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not secret:
             return None
         given = _sha256(secret.strip())
-        found = None
-        for token in self.known:  # all of them, so that the time tells nothing of which one it was
+        match = None
+        for token in self.known:  # compares all, so that timing reveals nothing
             if hmac.compare_digest(token.sha256, given):
-                found = token
-        return found
+                match = token
+        return match
 
 
 def read_tokens(spec: ServeSpec, environment: Mapping[str, str] = os.environ) -> Tokens:
-    """The tokens of `tokens_file`, or of the variable RAYDETECT_TOKENS.
+    """Reads the tokens from `tokens_file`, or from the variable RAYDETECT_TOKENS.
 
     Raises:
-        SpecError: they cannot be read or are wrong, or there are none and the server listens beyond loopback.
+        SpecError: they cannot be read or are invalid, or there are none and the server listens beyond loopback.
     """
     text, where = environment.get(VARIABLE), f"the variable {VARIABLE}"
     if spec.tokens_file is not None:
@@ -86,7 +86,7 @@ def read_tokens(spec: ServeSpec, environment: Mapping[str, str] = os.environ) ->
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
+    """Whether an address is reachable from this machine only."""
     if host == "localhost":
         return True
     try:
@@ -101,11 +101,11 @@ def _entries(text: str, where: str) -> list[Token]:
     except SpecError as error:
         raise SpecError(f"{where}: {error} Write a list of {{name, token, scopes}}.") from None
     if not isinstance(values, list) or not values or not all(isinstance(value, dict) for value in values):
-        raise SpecError(f"{where}: holds no list of tokens. Write a list of {{name, token, scopes}}.")
+        raise SpecError(f"{where}: is not a list of tokens. Write a list of {{name, token, scopes}}.")
     entries = [validate(TokenEntry, value, f"{where}, entry {i}") for i, value in enumerate(values, 1)]
     names = [entry.name for entry in entries]
     if len(set(names)) != len(names):
-        raise SpecError(f"{where}: two tokens have one name. Name each holder once.")
+        raise SpecError(f"{where}: two tokens have the same name. Give each a name of its own.")
     return [Token(e.name, e.sha256 or _sha256(e.token or ""), frozenset(e.scopes)) for e in entries]
 
 

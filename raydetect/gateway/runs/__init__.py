@@ -1,1 +1,1 @@
-"""Archive runs that are started over HTTP."""
+"""Archive runs started over HTTP."""

@@ -1,4 +1,4 @@
-"""Archive runs over HTTP: from a request to a job, and from a ledger to an answer."""
+"""Archive runs over HTTP: converts a request to a scoring job, and a ledger to a response."""
 
 import base64
 import binascii
@@ -18,18 +18,18 @@ REMEMBERED = 100
 
 
 def job_of(body: RunRequest, served: Served, spec: ServeSpec, allow: "Allowed") -> ScoreSpec:
-    """The scoring job that a request asks for; storage, batch size and resources are the server's.
+    """Converts a request to a scoring job with the server's storage, batch size and resources.
 
     Raises:
-        NotAllowed: a URI outside of what may be read or written.
+        NotAllowed: a URI is outside the allowed prefixes.
     """
     uris = [body.source.uri] if isinstance(body.source.uri, str) else body.source.uri
-    words = body.source.model_dump(exclude={"uri"})
+    options = body.source.model_dump(exclude={"uri"})
     source = SourceSpec(
         uri=tuple(_archive(allow.sources.check(uri, "source.uri")) for uri in uris),
         max_pixels=spec.limits.max_pixels,
         max_image_bytes=spec.limits.max_image_bytes,
-        **words,
+        **options,
     )
     sink = SinkSpec(**body.sink.model_dump(exclude={"uri"}), uri=allow.sinks.check(body.sink.uri, "sink.uri"))
     return ScoreSpec(
@@ -48,32 +48,32 @@ def job_of(body: RunRequest, served: Served, spec: ServeSpec, allow: "Allowed") 
 
 
 def _archive(uri: str) -> str:
-    """Archives are read by storage libraries, which follow redirects to wherever a web server sends them."""
+    """Refuses http(s) archives: the storage libraries that read them follow any redirect."""
     if uri.partition("://")[0] in WEB:
-        raise NotAllowed(f"source.uri: {uri[:200]!r} is a web address, of which only single images are read.")
+        raise NotAllowed(f"source.uri: {uri[:200]!r} is a URL; only single images are read by URL.")
     return uri
 
 
 class Allowed:
-    """The prefixes of a server."""
+    """The allowed prefixes of a server."""
 
     def __init__(self, allow: AllowSpec) -> None:
-        """Normalises them.
+        """Normalises the prefixes.
 
         Raises:
-            SpecError: one is no URI.
+            SpecError: one is not a URI.
         """
         self.sources, self.sinks = Prefixes.of(allow.sources), Prefixes.of(allow.sinks)
         self.artifacts = Prefixes.of(allow.artifacts)
 
 
 def run_id(uri: str) -> str:
-    """Names a run by its results directory, so that any server can tell of it from the ledger."""
+    """The id of a run: its results directory in base64, so that any server can report on it from the ledger."""
     return base64.urlsafe_b64encode(uri.encode()).decode().rstrip("=")
 
 
 def uri_of(name: str) -> str | None:
-    """The results directory of `run_id`; None when it names none."""
+    """The results directory of a run id; None if the id is invalid."""
     try:
         uri = base64.urlsafe_b64decode(name + "=" * (-len(name) % 4)).decode()
     except (binascii.Error, ValueError):
@@ -82,31 +82,31 @@ def uri_of(name: str) -> str | None:
 
 
 class Ledgers:
-    """The ledgers of runs that are asked for; the ones asked for last are remembered, so each record is read once."""
+    """Progress of runs; caches the most recently requested ledgers, so that each record is read once."""
 
     def __init__(self, storage: Storage) -> None:
-        """Reads nothing yet."""
-        self._storage, self._followed = storage, OrderedDict[str, ProgressReader]()
+        """Creates an empty cache."""
+        self._storage, self._readers = storage, OrderedDict[str, ProgressReader]()
         self._lock = threading.Lock()
 
     def progress(self, uri: str) -> RunProgress:
-        """How far the run into a results directory is.
+        """Reads the progress of the run in a results directory.
 
         Raises:
-            StorageError: none was begun there.
+            StorageError: no run was started there.
         """
         with self._lock:
-            followed = self._followed.pop(uri, None) or ProgressReader(Ledger(uri, self._storage))
-            self._followed[uri] = followed
-            if len(self._followed) > REMEMBERED:
-                self._followed.popitem(last=False)
-        return followed.progress()
+            reader = self._readers.pop(uri, None) or ProgressReader(Ledger(uri, self._storage))
+            self._readers[uri] = reader
+            if len(self._readers) > REMEMBERED:
+                self._readers.popitem(last=False)
+        return reader.progress()
 
 
 def answer_of(uri: str, known: RunState | None, ledgers: Ledgers) -> RunAnswer | None:
-    """How far a run is; None when none was begun there."""
+    """The progress of a run; None if no run was started there."""
     try:
-        found = ledgers.progress(uri)
+        progress = ledgers.progress(uri)
     except StorageError:
         if known is None:
             return None
@@ -114,17 +114,17 @@ def answer_of(uri: str, known: RunState | None, ledgers: Ledgers) -> RunAnswer |
             id=run_id(uri), uri=uri, state=known.state, error=known.error, shards_done=0, shards=0, images=0,
             bad_images=0, flagged=0, statuses={},
         )  # fmt: skip
-    totals = found.totals
-    state = known.state if known is not None else ("finished" if found.finished else "stopped")
+    totals = progress.totals
+    state = known.state if known is not None else ("finished" if progress.finished else "stopped")
     return RunAnswer(
         id=run_id(uri),
         uri=uri,
         state=state,
         error="" if known is None else known.error,
         shards_done=totals.shards,
-        shards=found.num_shards,
+        shards=progress.num_shards,
         images=totals.rows,
         bad_images=totals.rows - totals.statuses.get("ok", 0),
-        flagged=found.flagged or 0,
+        flagged=progress.flagged or 0,
         statuses=dict(totals.statuses),
     )

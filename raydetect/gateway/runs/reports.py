@@ -1,4 +1,4 @@
-"""The report of an archive run as a page; it shows no image that a client could not have named."""
+"""The report of an archive run as a page; it shows only images that clients may read."""
 
 from collections.abc import Mapping
 
@@ -13,26 +13,26 @@ from raydetect.storage import Storage
 
 
 class Reports:
-    """Makes reports, for each of which all rows of its run are read."""
+    """Builds reports; each reads all rows of its run."""
 
     def __init__(self, storage: Storage, sources: Prefixes) -> None:
-        """Reads nothing yet.
+        """Stores the arguments.
 
         Args:
-            storage: of results and archives.
-            sources: where images may be read.
+            storage: storage of results and archives.
+            sources: prefixes below which images may be read.
         """
         self._storage, self._sources = storage, sources
 
     def page(self, uri: str, served: Mapping[str, Served]) -> str:
-        """The report of the run into a results directory.
+        """Renders the report of a run.
 
         Args:
-            uri: of the results directory.
-            served: detectors; the one that scored is named.
+            uri: results directory.
+            served: served detectors, to show the name of the one that scored.
 
         Raises:
-            StorageError: no run was begun there, or a record or part is missing or damaged.
+            StorageError: no run was started there, or a record or part is missing or damaged.
         """
         ledger = Ledger(uri, self._storage)
         run = started(ledger)

@@ -1,4 +1,4 @@
-"""Archive runs side by side, each on a thread of its own, by the plan and the ledger of jobs."""
+"""Concurrent archive runs, each on its own thread, with the plan and ledger of batch jobs."""
 
 import logging
 import threading
@@ -24,13 +24,13 @@ Send = Callable[[ScorePlan, Chunk], Part]
 
 @dataclass(slots=True)
 class Runner:
-    """The runs of one server.
+    """The archive runs of one server.
 
     Attributes:
         send: scores a chunk of a plan, writes its part and returns it.
-        in_flight: chunks of a run at a time.
-        max_runs: at a time.
-        sources: below which images may lie; what a link leads to elsewhere is left out.
+        in_flight: chunks in flight per run.
+        max_runs: concurrent runs.
+        sources: prefixes of allowed images; links that lead outside them are left out.
     """
 
     send: Send
@@ -43,11 +43,11 @@ class Runner:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def start(self, spec: ScoreSpec) -> RunState:
-        """Plans a run and begins it; one that runs already is left alone.
+        """Plans and starts a run; does nothing if the same run is already in progress.
 
         Raises:
-            RaydetectError: it cannot be begun.
-            TooMany: of them run.
+            RaydetectError: it cannot be started.
+            TooMany: `max_runs` are in progress.
         """
         uri = normalise_uri(spec.sink.uri)
         with self._lock:
@@ -56,30 +56,30 @@ class Runner:
                     raise ResumeError(f"{uri}: another archive run is writing there. Wait for it, or cancel it.")
                 return self._states[uri]
             if len(self._stops) >= self.max_runs:
-                raise TooMany(f"{len(self._stops)} archive runs are in hand, which is all this server does at a time.")
+                raise TooMany(f"{len(self._stops)} archive runs are in progress, which is this server's limit.")
             self._stops[uri] = stop = threading.Event()
             self._specs[uri] = spec
-            before = self._states.get(uri)
-            state = self._note(RunState(uri, "running"))
+            previous = self._states.get(uri)
+            state = self._set_state(RunState(uri, "running"))
         try:
             plan = plan_score(spec, self._shards(spec))
             plan.begin()
         except BaseException:
             with self._lock:
                 del self._stops[uri], self._specs[uri], self._states[uri]
-                if before is not None:
-                    self._note(before)
+                if previous is not None:
+                    self._set_state(previous)
             raise
         threading.Thread(target=self._run, args=(plan, stop), name="archive-run", daemon=True).start()
         return state
 
     def states(self) -> Mapping[str, RunState]:
-        """Runs by results directory; the oldest that ended are forgotten."""
+        """Returns the runs by results directory, with at most KEPT that have ended."""
         with self._lock:
             return dict(self._states)
 
     def cancel(self, uri: str) -> bool:
-        """Stops a run after the chunks in hand. False: none runs there."""
+        """Stops a run after its chunks in flight. Returns False if no run is in progress."""
         with self._lock:
             stop = self._stops.get(uri)
             if stop is not None:
@@ -106,10 +106,10 @@ class Runner:
             log.exception("the archive run into %s", uri)
             state = RunState(uri, "failed", BROKE)
         with self._lock:
-            self._note(state)
+            self._set_state(state)
             del self._stops[uri], self._specs[uri]
 
-    def _note(self, state: RunState) -> RunState:
+    def _set_state(self, state: RunState) -> RunState:
         self._states.pop(state.uri, None)
         self._states[state.uri] = state
         ended = [uri for uri in self._states if uri not in self._stops]

@@ -1,4 +1,4 @@
-"""An archive through warm detectors elsewhere: chunks are read here, scored there, and never many at a time."""
+"""Streams an archive to warm detectors: reads chunks here and sends a bounded number at a time."""
 
 import queue
 import threading
@@ -14,18 +14,18 @@ POLL_SECONDS = 0.2
 
 
 class Stopped(Exception):
-    """Someone asked the run to stop."""
+    """The run was cancelled."""
 
 
 @dataclass(slots=True)
 class Stream:
-    """One archive on its way.
+    """The stream of one archive.
 
     Attributes:
         plan: the job.
         send: scores a chunk, writes its part and returns it; called from several threads.
-        in_flight: chunks that are being scored at a time; as many wait, read already.
-        stop: set by whoever wants it to end.
+        in_flight: chunks being scored at a time; up to as many more are read ahead.
+        stop: set to end the stream.
     """
 
     plan: ScorePlan
@@ -41,11 +41,11 @@ class Stream:
         self._chunks = queue.Queue(self.in_flight)
 
     def parts(self) -> Iterator[Part]:
-        """Parts of all chunks that are left, in the order in which they are ready.
+        """Yields the parts of all remaining chunks as they complete.
 
         Raises:
-            RaydetectError: whatever `send` or the archive raised first; no more chunks are sent.
-            Stopped: `stop` was set; chunks in hand were scored.
+            RaydetectError: the first error of `send` or the archive; no more chunks are sent.
+            Stopped: `stop` was set; chunks in flight were scored.
         """
         with ThreadPoolExecutor(2 * self.in_flight, thread_name_prefix="stream") as pool:
             for i in range(self.in_flight):
@@ -57,22 +57,22 @@ class Stream:
                 self.stop.set()
 
     def _collected(self, threads: int) -> Iterator[Part]:
-        failed: BaseException | None = None
+        first_error: BaseException | None = None
         while threads:
-            found = self._done.get()
-            if found is None:
+            item = self._done.get()
+            if item is None:
                 threads -= 1
-            elif isinstance(found, Part):
-                yield found
+            elif isinstance(item, Part):
+                yield item
             else:
-                failed = failed or found
+                first_error = first_error or item
                 self.stop.set()
-        if failed is not None:
-            raise failed
+        if first_error is not None:
+            raise first_error
 
-    def _guarded(self, work: Callable[..., None], *words: object) -> None:
+    def _guarded(self, work: Callable[..., None], *args: object) -> None:
         try:
-            work(*words)
+            work(*args)
         except BaseException as error:
             self._done.put(error)
         finally:
@@ -98,7 +98,7 @@ class Stream:
         raise Stopped
 
     def _score(self) -> None:
-        """Ends when nothing is left to read and nothing waits; with all readers at work, however few, all score."""
+        """Scores queued chunks until all readers have ended and the queue is empty."""
         while not self.stop.is_set():
             all_read = self._all_read()
             try:
