@@ -336,7 +336,7 @@ def test_a_shard_that_changed_while_a_run_was_stopped_leaves_no_row_of_before() 
     with pytest.raises(InterruptedError):
         jobs.score(plan, stop)
     Storage().write("memory://data/grown/b.tar", tar_bytes(files[5:8]))
-    with pytest.raises(ChangedError, match=r"b\.tar: was changed since it was listed"):
+    with pytest.raises(ChangedError, match=r"b\.tar: has changed since it was listed"):
         jobs.score(plan, lambda *_: None)
     again, manifest = run(*words)
     assert manifest["rows"] == 4 and manifest["shards"] == 2
