@@ -127,7 +127,7 @@ def test_the_decision_is_in_the_manifest_and_rows_are_left_open() -> None:
     assert drawn == {row["key"] for row in found if row["p_value"] <= 0.3} >= {row["key"] for row in chosen}
     told = progress(plan.ledger)
     assert told.flagged == fdr["flagged"] and told.plain()["fdr"] == fdr
-    assert any("flagged is p_value <=" in line for line in told.lines())
+    assert any("flagged if p_value <=" in line for line in told.lines())
 
 
 @pytest.mark.usefixtures("data")
