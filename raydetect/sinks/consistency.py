@@ -66,7 +66,7 @@ def refuse_without_images(totals: Totals, where: str) -> None:
     withdrawn = totals.left_out.found.get(WITHDRAWN, LeftOut(0)).count
     if totals.shards > withdrawn and not totals.rows:
         text = left_out_text(totals.left_out.found) or "nothing"
-        raise SpecError(f"{where}: gave no image; left out: {text}. Check source.uri, format and pattern.")
+        raise SpecError(f"{where}: has no images; left out: {text}. Check source.uri, format and pattern.")
 
 
 def refuse_other_shards(ledger: Ledger, committed: Iterable[int], shards: Sequence[Shard], run: str) -> None:

@@ -194,7 +194,7 @@ def test_bad_images_are_rows_with_a_status_and_no_score() -> None:
 @pytest.mark.usefixtures("data")
 def test_an_archive_of_nothing_but_text_is_refused_with_what_it_holds() -> None:
     Storage().write("memory://data/none/a.tar", tar_bytes([("notes.txt", b"x")]))
-    with pytest.raises(SpecError, match=r"gave no image; left out: 1 other_suffix \(notes.txt\)") as caught:
+    with pytest.raises(SpecError, match=r"has no images; left out: 1 other_suffix \(notes.txt\)") as caught:
         run("source.uri=memory://data/none")
     assert caught.value.exit_code == 2
 

@@ -162,7 +162,7 @@ def test_reports_exports_and_nights_tell_the_decision(level: float, tmp_path: Pa
     asked = f"false discovery rate at most {100 * level:g} % over the whole archive (Benjamini-Hochberg)"
     decided = "no p-value is small enough" if limit is None else f"p-value at most {limit:.6g}"
     assert f"Flagged when</dt><dd>{asked}: {decided}<" in page and "least None" not in page
-    assert (f"asked {100 * level:g} %" if chosen else "no p-value of 17 images is small enough") in page
+    assert (f"limit {100 * level:g} %" if chosen else "no p-value of 17 images is small enough") in page
     pictures = Pictures(ledger, started(ledger), plan.archive.storage)
     count, missing = write_folder(pictures, tmp_path)
     assert count == len(chosen) and not missing
