@@ -1,1 +1,1 @@
-"""Fitted detectors on disk: records, fleets and tensors."""
+"""Stored detectors: records, fleets and tensors."""

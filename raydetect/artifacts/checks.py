@@ -1,4 +1,4 @@
-"""Whether the tensors of an artifact are those that its detector needs: found out before the first image is scored."""
+"""Checks that the tensors of an artifact match its detector, before the first image is scored."""
 
 from collections.abc import Mapping
 
@@ -9,37 +9,37 @@ from raydetect.detectors._base import Detector
 from raydetect.errors import ArtifactError
 
 NAMED, REASON = 3, 200
-_tried: set[str] = set()
+_tested: set[str] = set()
 
 
 def load_checked(detector: Detector, tensors: Mapping[str, Tensor], place: str, digest: str) -> None:
-    """Loads tensors, and makes sure that they are all, of the types and shapes that the detector saves, and finite.
+    """Loads tensors and checks that they are complete, finite and have the types and shapes the detector needs.
 
-    The first time in a process, it scores a black image, so that shapes which do not go together are found too.
+    The first time in a process, also scores a black image to find shapes that do not fit together.
 
     Args:
-        detector: not fitted.
-        tensors: by name, on the CPU.
-        place: of their file, for messages.
-        digest: of the artifact.
+        detector: an unfitted detector.
+        tensors: tensors by name, on the CPU.
+        place: location of their file, for messages.
+        digest: digest of the artifact.
 
     Raises:
-        ArtifactError: they are not; says what is wrong.
+        ArtifactError: a check fails; the message says which.
     """
     require_finite(tensors, place)
     try:
         detector.load_tensors(tensors)
         expected = detector.tensors()
         _refuse_others(tensors, expected, place)
-        if digest not in _tried:
+        if digest not in _tested:
             height, width = detector.params.image_size
             with torch.inference_mode():
                 detector.score(torch.zeros((1, 3, height, width), dtype=torch.uint8, device=detector.device))
-            _tried.add(digest)
+            _tested.add(digest)
     except ArtifactError as error:
         message = str(error).removeprefix(f"{place}: ").removeprefix("the artifact: ").removesuffix(" Fit again.")
         raise ArtifactError(f"{place}: {message} Fit again.") from None
-    except Exception as error:  # torch has many kinds for what does not fit
+    except Exception as error:  # torch raises many types for tensors that do not fit
         reason = " ".join(str(error).split())[:REASON] or type(error).__name__
         raise ArtifactError(
             f"{place}: its tensors do not fit the detector that the record describes ({reason}). Fit again."
@@ -47,10 +47,10 @@ def load_checked(detector: Detector, tensors: Mapping[str, Tensor], place: str, 
 
 
 def require_finite(tensors: Mapping[str, Tensor], place: str) -> None:
-    """Refuses NaN and infinity, with which every score would be none.
+    """Refuses tensors with NaN or infinity, which would make every score non-finite.
 
     Raises:
-        ArtifactError: a tensor holds one.
+        ArtifactError: a tensor contains such values.
     """
     bad = [name for name, value in tensors.items() if not _is_finite(value)]
     if bad:
@@ -61,7 +61,7 @@ def require_finite(tensors: Mapping[str, Tensor], place: str) -> None:
 def _is_finite(value: Tensor) -> bool:
     if not value.numel() or not value.is_floating_point():
         return True
-    return all(bool(torch.isfinite(end)) for end in torch.aminmax(value))  # no copy; NaN stays NaN
+    return all(bool(torch.isfinite(end)) for end in torch.aminmax(value))  # without a copy; propagates NaN
 
 
 def _refuse_others(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], place: str) -> None:
@@ -71,7 +71,7 @@ def _refuse_others(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
             raise ArtifactError(f"{place}: the detector has no tensor {name!r}. Fit again.")
         if (value.dtype, value.shape) != (needed.dtype, needed.shape):
             raise ArtifactError(
-                f"{place}: the tensor {name!r} is {_kind(value)}, and the detector needs {_kind(needed)}. Fit again."
+                f"{place}: the tensor {name!r} is {_kind(value)}, but the detector needs {_kind(needed)}. Fit again."
             )
     missing = sorted(expected.keys() - tensors.keys())
     if missing:

@@ -1,10 +1,10 @@
-"""A fleet: one detector for each category, in one artifact folder; and which of them scores which image.
+"""Fleets: one detector for each category in one artifact folder, and an index of them.
 
-    artifact.json                           the index, written last: the commit
+    artifact.json                           the index, written last as the commit
     categories/bottle-1a2b3c4d5e6f/         an ordinary artifact: artifact.json and its tensors
 
-The index holds the digest of every member's record, which covers the member's tensors, so the digest of the index
-covers the whole fleet. An ordinary artifact is indexed too: it scores the images of every category, and of none.
+The index contains the digest of every member's record, which covers the member's tensors, so the digest of the index
+covers the whole fleet. An ordinary artifact has an index too: it scores images of any category or without one.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ from raydetect.storage import Storage, join_uri
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemberShape:
-    """What an index says of one category."""
+    """Entry of one category in an index."""
 
     folder: str
     digest: Sha256
@@ -41,20 +41,20 @@ class MemberShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetShape:
-    """What an index must hold for those who read it; more may be there."""
+    """Required entries of an index; further entries are allowed."""
 
     categories: Mapping[str, MemberShape]
     packages: Mapping[str, str] = field(default_factory=dict)
 
 
 FOLDER = re.compile(r"categories/[a-z0-9_-]+")
-SLUG_LETTERS = 40
+SLUG_LENGTH = 40
 READERS = 16
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class ArtifactRef:
-    """Where the artifact of one detector lies, and the digest that its record must have."""
+    """Location of one detector's artifact and the expected digest of its record."""
 
     uri: str
     digest: str
@@ -62,13 +62,13 @@ class ArtifactRef:
 
 @dataclass(frozen=True, slots=True)
 class ArtifactIndex:
-    """What `artifact.json` says of a folder: one detector, or one for each category. Small; may travel to workers.
+    """Content of `artifact.json`: one detector, or one for each category. Small enough to send to workers.
 
     Attributes:
-        uri: the folder.
+        uri: the artifact folder.
         digest: sha256 of `artifact.json`; covers everything in the folder.
-        body: everything in that file.
-        categories: the artifact of each category, in order of names; empty for an ordinary artifact.
+        body: the parsed file.
+        categories: the artifact of each category, sorted by name; empty for an ordinary artifact.
     """
 
     uri: str
@@ -77,9 +77,9 @@ class ArtifactIndex:
     categories: Mapping[str, ArtifactRef] = field(default_factory=dict)
 
     def for_category(self, category: str | None) -> ArtifactRef | None:
-        """Which artifact scores an image of this category; None when a fleet has none for it.
+        """Returns the artifact that scores images of this category; None if a fleet has none.
 
-        Names that differ in how Unicode composes them are one category.
+        Names that differ only in Unicode composition (NFC, NFD) are the same category.
         """
         if not self.categories:
             return ArtifactRef(self.uri, self.digest)
@@ -90,45 +90,45 @@ class ArtifactIndex:
 
 
 def category_folder(category: str) -> str:
-    """Folder of a category inside a fleet, a safe function of its name: readable letters and a digest of the whole.
+    """Returns the folder of a category inside a fleet: a readable slug and a digest of the name.
 
-    Names come from archives; they may climb, hold any letter, or differ in case alone.
+    Names come from archives; they may contain `..` or any character, or differ only in case.
     """
     digest = hashlib.sha256(category.encode(errors="surrogateescape")).hexdigest()[:12]
-    slug = re.sub(r"[^a-z0-9_]+", "-", category.lower())[:SLUG_LETTERS].strip("-")
+    slug = re.sub(r"[^a-z0-9_]+", "-", category.lower())[:SLUG_LENGTH].strip("-")
     return f"categories/{slug}-{digest}" if slug else f"categories/{digest}"
 
 
 def member_uri(uri: str, category: str) -> str:
-    """Where a fleet's fit writes the ordinary artifact of a category."""
+    """Returns the URI of the artifact of one category of a fleet."""
     return join_uri(uri, category_folder(category))
 
 
 def write_fleet(uri: str, storage: Storage, members: Mapping[str, str], facts: Mapping[str, Any]) -> str:
-    """Commits a fleet whose members are written already, and returns its digest.
+    """Commits a fleet whose members are already written and returns its digest.
 
     Args:
         uri: folder of the fleet.
-        storage: reaches it.
+        storage: storage of that folder.
         members: digest of the artifact at `member_uri(uri, category)`, by category.
         facts: further entries of the index: spec, counts, times, packages.
 
     Raises:
-        SpecError: no member.
-        StorageError: it cannot be written.
+        SpecError: there are no members.
+        StorageError: the index cannot be written.
     """
     if not members:
-        raise SpecError(f"{uri}: a fleet of no category was given. Check {{category}} of source.pattern.")
+        raise SpecError(f"{uri}: the fleet has no category. Check {{category}} in source.pattern.")
     categories = {name: {"folder": category_folder(name), "digest": digest} for name, digest in sorted(members.items())}
     body = {**facts, "format_version": FORMATS["fleet"], "kind": "fleet", "categories": categories}
     return write_json(uri, storage, body)
 
 
 def read_index(uri: str, storage: Storage) -> ArtifactIndex:
-    """The index of an artifact or a fleet, from one file.
+    """Reads the index of an artifact or a fleet, from one file.
 
     Raises:
-        ArtifactError: it is missing, damaged or of a newer format, or names a folder outside.
+        ArtifactError: the index is missing, damaged or of a newer format, or names a folder outside `categories/`.
     """
     digest, body = read_body(uri, storage)
     if kind_of(body) != "fleet":
@@ -148,12 +148,12 @@ def read_index(uri: str, storage: Storage) -> ArtifactIndex:
 
 
 def read_records(index: ArtifactIndex, storage: Storage) -> dict[str | None, ArtifactRecord]:
-    """The record of every detector by category, checked against the index; under None that of an ordinary artifact.
+    """Reads the record of every detector by category, or of an ordinary artifact under None, and checks the digests.
 
-    The headers of their tensors are read too, so that what does not go together is found while a job is planned.
+    Also reads the headers of the tensor files, so that inconsistencies are found while a job is planned.
 
     Raises:
-        ArtifactError: a member is missing, damaged, or another one than the index names; says of which category.
+        ArtifactError: a member is missing, damaged or does not match the index; the message names the category.
         StorageError: the storage failed.
     """
     if not index.categories:
@@ -175,6 +175,6 @@ def _read_member(index: ArtifactIndex, category: str, storage: Storage) -> Artif
     if record.digest != ref.digest:
         raise ArtifactError(
             f"{index.uri}: category {category!r}: {ref.uri} has the digest {record.digest[:16]}, the index says "
-            f"{ref.digest[:16]}. Fit the fleet again, or copy it anew as a whole."
+            f"{ref.digest[:16]}. Fit the fleet again, or copy the whole fleet again."
         )
     return record

@@ -1,10 +1,10 @@
-"""`artifact.json`: what is known of a fitted detector, readable without torch.
+"""`artifact.json`: the record of a fitted detector, readable without torch.
 
-An artifact is a folder with this record and one safetensors file. The tensors are written first, under a name made
-of their sha256; the record, written last, names them and is the commit. So a killed fit leaves no half-written
-artifact, and a reader of the old one keeps reading it.
+An artifact is a folder with this record and one safetensors file. The tensors are written first, under a name derived
+from their sha256; the record, written last, names them and is the commit. So a killed fit leaves no partial artifact,
+and readers of the previous one are not disturbed.
 
-A fleet (`fleet_record`) has a record of the same name that lists one artifact for each category.
+A fleet (`fleet.py`) has a record of the same name that lists one artifact for each category.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from raydetect.errors import ArtifactError, MissingError, SpecError
 from raydetect.storage import Storage, join_uri
 
 FORMAT_VERSION = 1
-# Fleets begin at 2: readers of format 1 alone, which would call a fleet damaged, ask to be updated instead.
+# Fleets start at 2, so that readers of format 1 ask for an update instead of reporting a damaged record.
 FORMATS = {"detector": FORMAT_VERSION, "fleet": 2}
 RECORD = "artifact.json"
 MAX_SIDE_PX = 16_384
@@ -32,12 +32,12 @@ MAX_FLOAT32 = 3.4028234663852886e38  # scores and maps are float32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """What held-out normal images, which the detector did not see while fitting, scored.
+    """Scores of held-out normal images, which were not used for fitting.
 
     Attributes:
-        scores: image scores, ascending.
+        scores: image scores in ascending order.
         map_low: smallest anomaly map value of these images.
-        map_high: largest.
+        map_high: largest anomaly map value of these images.
     """
 
     scores: tuple[float, ...]
@@ -45,13 +45,13 @@ class Calibration:
     map_high: float
 
     def map_scale(self) -> tuple[float, float]:
-        """(low, high) of the fixed scale of heatmaps: the range of normal images, and nine more of it above."""
+        """Returns (low, high) of the fixed heatmap scale: ten times the range of normal images, from its low end."""
         width = max(self.map_high - self.map_low, 1e-6)
         return self.map_low, self.map_low + 10.0 * width
 
 
 def _ascending(scores: tuple[float, ...]) -> tuple[float, ...]:
-    if any(after < before for before, after in pairwise(scores)):
+    if any(second < first for first, second in pairwise(scores)):
         raise ValueError("is not in ascending order")
     return scores
 
@@ -66,28 +66,28 @@ Name = Annotated[str, Field(min_length=1)]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationShape:
-    """As `Calibration`."""
+    """Validated form of `Calibration`."""
 
     scores: Annotated[tuple[Finite, ...], AfterValidator(_ascending), Field(min_length=1)]
     map_low: Finite
     map_high: Finite
 
     def __post_init__(self) -> None:
-        """Refuses a range that ends before it begins."""
+        """Refuses an inverted range."""
         if self.map_high < self.map_low:
             raise ValueError(f"map_high = {self.map_high} is below map_low = {self.map_low}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParamsShape:
-    """What parameters of all detectors hold; each detector judges its own."""
+    """Parameters common to all detectors; each detector validates its own."""
 
     image_size: tuple[Side, Side]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorsShape:
-    """Of the safetensors file."""
+    """Entry of the safetensors file."""
 
     file: Name
     sha256: Sha256
@@ -96,7 +96,7 @@ class TensorsShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BankShape:
-    """Of the memory bank: the name of its tensor, and its shape."""
+    """Entry of the memory bank: name and shape of its tensor."""
 
     tensor: Name
     rows: Positive
@@ -105,21 +105,21 @@ class BankShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceShape:
-    """Where the images of the fit lay."""
+    """Source of the images used for fitting."""
 
     uri: str | tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpecShape:
-    """Of the job that fitted."""
+    """Spec of the fit job."""
 
     source: SourceShape = field(default_factory=SourceShape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordShape:
-    """What the record of one detector must hold for those who read it; more may be there."""
+    """Required entries of the record of one detector; further entries are allowed."""
 
     detector: Name
     params: ParamsShape
@@ -136,10 +136,10 @@ class RecordShape:
     members: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuses a calibration of which some scores were lost."""
-        count, noted = len(self.calibration.scores), self.images.get("held_out")
-        if noted not in (None, count):
-            raise ValueError(f"images.held_out is {noted}, and calibration.scores has {count}")
+        """Refuses a calibration with missing scores."""
+        count, recorded = len(self.calibration.scores), self.images.get("held_out")
+        if recorded not in (None, count):
+            raise ValueError(f"images.held_out is {recorded}, but calibration.scores has {count}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +148,8 @@ class ArtifactRecord:
 
     Attributes:
         uri: the artifact's folder.
-        digest: sha256 of the record's bytes; it covers the tensors, whose sha256 the record holds.
-        body: everything in it.
+        digest: sha256 of the record's bytes; it covers the tensors, whose sha256 the record contains.
+        body: the parsed record.
     """
 
     uri: str
@@ -164,21 +164,21 @@ class ArtifactRecord:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) in px that images are resized to."""
+        """(height, width) in px to which images are resized."""
         height, width = self.body["params"]["image_size"]
         return height, width
 
     def require_bank(self, pieces: int) -> tuple[int, int]:
-        """(rows, dims) of the memory bank, which is to be cut.
+        """Returns (rows, dims) of a memory bank that will be split into pieces.
 
         Raises:
-            SpecError: the detector has none that can be cut, or it has fewer rows than pieces.
+            SpecError: the detector has no bank that can be split, or the bank has fewer rows than pieces.
         """
         bank = self.body.get("bank")
         if bank is None:
             raise SpecError(
                 f"resources.bank_shards = {pieces}: the {self.body['detector']} of {self.uri} has no memory bank that "
-                "can be cut. Set it to 1."
+                "can be split. Set it to 1."
             )
         if pieces > bank["rows"]:
             raise SpecError(
@@ -188,19 +188,19 @@ class ArtifactRecord:
 
 
 def write_record(uri: str, storage: Storage, body: Mapping[str, Any]) -> str:
-    """Commits an artifact and returns its digest.
+    """Commits an artifact by writing its record; returns its digest.
 
     Raises:
-        StorageError: it cannot be written.
+        StorageError: the record cannot be written.
     """
     return write_json(uri, storage, {"format_version": FORMAT_VERSION, **body})
 
 
 def write_json(uri: str, storage: Storage, body: Mapping[str, Any]) -> str:
-    """Writes a record of any kind and returns its digest.
+    """Writes a record of any kind; returns its digest.
 
     Raises:
-        StorageError: it cannot be written.
+        StorageError: the record cannot be written.
     """
     text = json.dumps(body, indent=1, sort_keys=True, allow_nan=False).encode()
     storage.write(join_uri(uri, RECORD), text)
@@ -208,74 +208,78 @@ def write_json(uri: str, storage: Storage, body: Mapping[str, Any]) -> str:
 
 
 def read_body(uri: str, storage: Storage) -> tuple[str, dict[str, Any]]:
-    """(digest, content) of a record of any kind.
+    """Reads a record of any kind; returns (digest, content).
 
     Raises:
-        ArtifactError: it is missing, damaged, of an unknown kind or of a newer format.
+        ArtifactError: the record is missing, damaged, of an unknown kind or of a newer format.
         StorageError: the storage failed.
     """
-    place = join_uri(uri, RECORD)
+    record_uri = join_uri(uri, RECORD)
     try:
-        text = storage.read(place)
+        text = storage.read(record_uri)
     except MissingError as error:
-        raise ArtifactError(f"no artifact: {error} Run `raydetect fit` first or mend `artifact`.") from None
+        raise ArtifactError(f"no artifact: {error} Run `raydetect fit` first or correct `artifact`.") from None
     try:
         body = json.loads(text)
         version, kind = body["format_version"], kind_of(body)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ArtifactError(f"{place}: not an artifact record. Fit again.") from None
+        raise ArtifactError(f"{record_uri}: not an artifact record. Fit again.") from None
     if type(version) is not int or version < 1:
-        raise ArtifactError(f"{place}: not an artifact record (format_version is {version!r:.40}). Fit again.")
+        raise ArtifactError(f"{record_uri}: not an artifact record (format_version is {version!r:.40}). Fit again.")
     if kind not in FORMATS:
         kinds = " or ".join(FORMATS)
         raise ArtifactError(
-            f"{place}: is of kind {kind!r}, raydetect {__version__} reads {kinds}. Update raydetect or mend `artifact`."
+            f"{record_uri}: is of kind {kind!r}, raydetect {__version__} reads {kinds}. Update raydetect or correct "
+            "`artifact`."
         )
     if version > FORMATS[kind]:
         raise ArtifactError(
-            f"{place}: has format {version}, raydetect {__version__} reads up to {FORMATS[kind]}. Update raydetect."
+            f"{record_uri}: has format {version}, raydetect {__version__} reads up to {FORMATS[kind]}. "
+            "Update raydetect."
         )
     return hashlib.sha256(text).hexdigest(), body
 
 
 def kind_of(body: Mapping[str, Any]) -> str:
-    """What a record describes: "detector" unless it says otherwise."""
+    """Returns the kind of a record; "detector" by default."""
     return str(body.get("kind", "detector"))
 
 
 def read_record(uri: str, storage: Storage) -> ArtifactRecord:
-    """Reads the record of one detector alone; no tensor is loaded.
+    """Reads the record of one detector without its tensors.
 
     Raises:
-        ArtifactError: it is missing, damaged, of a newer format or a fleet.
+        ArtifactError: the record is missing, damaged, of a newer format or a fleet.
     """
     digest, body = read_body(uri, storage)
     return parse_record(uri, digest, body)
 
 
 def parse_record(uri: str, digest: str, body: Mapping[str, Any]) -> ArtifactRecord:
-    """The record of one detector from the content of its file.
+    """Validates the content of a record of one detector.
 
     Raises:
-        ArtifactError: it is damaged or a fleet.
+        ArtifactError: the record is damaged or a fleet.
     """
     if kind_of(body) == "fleet":
-        place = join_uri(uri, RECORD)
-        raise ArtifactError(f"{place}: is a fleet, and one detector is needed here. Name the artifact of one category.")
+        record_uri = join_uri(uri, RECORD)
+        raise ArtifactError(
+            f"{record_uri}: is a fleet, but one detector is needed here. Name the artifact of one category."
+        )
     checked(uri, body, RecordShape)
     return ArtifactRecord(uri, digest, body)
 
 
 def checked(uri: str, body: Mapping[str, Any], shape: type) -> None:
-    """Refuses a record that is not of a shape.
+    """Validates a record against a shape.
 
     Raises:
-        ArtifactError: it is not; says where.
+        ArtifactError: the record does not match; the message says where.
     """
-    place = join_uri(uri, RECORD)
+    record_uri = join_uri(uri, RECORD)
     try:
-        validate(shape, body, place)
+        validate(shape, body, record_uri)
     except SpecError as error:
-        first, *more = str(error).removeprefix(f"{place}: ").rstrip(".").split("\n")
+        first, *more = str(error).removeprefix(f"{record_uri}: ").rstrip(".").split("\n")
         others = f", and {len(more):,} more" if more else ""
-        raise ArtifactError(f"{place}: is damaged or foreign ({first[:MAX_REASON]}{others}). Fit again.") from None
+        raise ArtifactError(f"{record_uri}: is damaged or foreign ({first[:MAX_REASON]}{others}). Fit again.") from None

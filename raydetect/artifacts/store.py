@@ -1,4 +1,4 @@
-"""The tensors of an artifact: written and read as safetensors, checked by sha256, never pickled."""
+"""Saves and loads artifacts: tensors as safetensors, checked by sha256, never pickled."""
 
 import hashlib
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from raydetect.detectors._registry import build_detector
 from raydetect.errors import ArtifactError, MissingError, SpecError
 from raydetect.storage import Storage, join_uri
 
-FEW_ROWS = 256  # of a bank that lies elsewhere: enough to try its detector with
+FEW_ROWS = 256  # of a dummy memory bank, to test a detector whose bank is sharded
 PACKAGES = ("raydetect", "torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "ray")
 
 
@@ -35,37 +35,37 @@ class Artifact:
 
     @property
     def index(self) -> ArtifactIndex:
-        """The index that names this artifact alone."""
+        """An index with only this artifact."""
         return ArtifactIndex(self.record.uri, self.record.digest, self.record.body)
 
     def load(self, ref: ArtifactRef) -> "Artifact":
-        """Itself: it is loaded already."""
+        """Returns itself, as it is already loaded."""
         return self
 
 
 class DetectorSource(Protocol):
-    """What scoring needs of artifacts: which one scores an image, and that one loaded."""
+    """Source of detectors for scoring: an index and the loaded artifacts."""
 
     @property
     def index(self) -> ArtifactIndex:
-        """Answers which artifact scores which category."""
+        """Maps categories to artifacts."""
 
     def load(self, ref: ArtifactRef) -> Artifact:
-        """The artifact of a ref of the index.
+        """Loads an artifact of the index.
 
         Raises:
-            ArtifactError: it cannot be loaded.
+            ArtifactError: the artifact cannot be loaded.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class StoredDetectors:
-    """Loads the detectors of an index when they are needed, each checked against the index.
+    """Loads the detectors of an index on demand and checks each against the index.
 
     Attributes:
-        index: of an artifact or a fleet.
-        storage: reaches it.
-        search: holds the memory bank of an ordinary artifact, when that is in pieces; see `artifacts/sharded_bank.py`.
+        index: index of an artifact or a fleet.
+        storage: storage of the artifacts.
+        search: search over the sharded memory bank of an ordinary artifact, if any; see `artifacts/sharded_bank.py`.
     """
 
     index: ArtifactIndex
@@ -73,10 +73,10 @@ class StoredDetectors:
     search: Search | None = None
 
     def load(self, ref: ArtifactRef) -> Artifact:
-        """The artifact of a ref of the index.
+        """Loads an artifact of the index.
 
         Raises:
-            ArtifactError: it is missing or damaged, or was replaced since the index was read.
+            ArtifactError: the artifact is missing or damaged, or was replaced since the index was read.
         """
         artifact = load_artifact(ref.uri, self.storage, self.search)
         if artifact.record.digest != ref.digest:
@@ -92,19 +92,19 @@ def save_artifact(
     calibration: Calibration,
     facts: Mapping[str, Any],
 ) -> str:
-    """Writes the artifact and returns its digest.
+    """Writes an artifact and returns its digest.
 
     Args:
         uri: folder of the artifact.
-        storage: reaches it.
+        storage: storage of that folder.
         name: detector name.
-        detector: fitted.
-        calibration: from held-out normal images.
+        detector: a fitted detector.
+        calibration: scores of held-out normal images.
         facts: further entries of the record: spec, weights, counts, times.
 
     Raises:
-        ArtifactError: a tensor holds a value that is not finite.
-        StorageError: it cannot be written.
+        ArtifactError: a tensor has values that are not finite.
+        StorageError: a file cannot be written.
     """
     tensors = {k: v.detach().cpu().contiguous() for k, v in detector.tensors().items()}
     require_finite(tensors, uri)
@@ -132,15 +132,16 @@ def _describe_bank(name: str, detector: Detector) -> dict[str, Any]:
 
 
 def load_artifact(uri: str, storage: Storage, search: Search | None = None) -> Artifact:
-    """The fitted detector, with every file checked against its sha256.
+    """Loads a fitted detector and checks its files.
 
     Args:
         uri: folder of the artifact.
-        storage: reaches it.
-        search: holds the memory bank, which is then neither read nor checked here; see `artifacts/sharded_bank.py`.
+        storage: storage of that folder.
+        search: search over a sharded memory bank, which is then neither read nor checked here; see
+            `artifacts/sharded_bank.py`.
 
     Raises:
-        ArtifactError: a file is missing, damaged, of a newer format, or not what its detector needs.
+        ArtifactError: a file is missing, damaged, of a newer format or does not match its detector.
     """
     record = read_record(uri, storage)
     body = record.body
@@ -155,8 +156,8 @@ def load_artifact(uri: str, storage: Storage, search: Search | None = None) -> A
     else:
         bank = body["bank"]
         others = file.read([name for name in file.entries if name != bank["tensor"]])
-        in_its_place = torch.zeros((min(bank["rows"], FEW_ROWS), bank["dims"]))
-        load_checked(detector, {**others, bank["tensor"]: in_its_place}, file.uri, record.digest)
+        dummy_bank = torch.zeros((min(bank["rows"], FEW_ROWS), bank["dims"]))
+        load_checked(detector, {**others, bank["tensor"]: dummy_bank}, file.uri, record.digest)
         detector.load_beside(others, search)
     return Artifact(detector, record)
 
@@ -167,7 +168,7 @@ def _read_tensors(file: TensorFile) -> dict[str, torch.Tensor]:
     except MissingError as error:
         raise ArtifactError(f"the artifact is incomplete: {error} Fit again.") from None
     if hashlib.sha256(data).hexdigest() != file.sha256:
-        raise ArtifactError(f"{file.uri}: its sha256 is not the record's. Fit again or copy it anew.")
+        raise ArtifactError(f"{file.uri}: its sha256 differs from the record. Fit again or copy the file again.")
     try:
         return load(data)
     except SafetensorError as error:
@@ -175,11 +176,11 @@ def _read_tensors(file: TensorFile) -> dict[str, torch.Tensor]:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the packages that decide numbers."""
-    found = {}
+    """Versions of the packages that influence numerical results."""
+    versions = {}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions

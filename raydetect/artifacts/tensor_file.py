@@ -1,4 +1,4 @@
-"""A safetensors file read in parts: the header, then only the bytes of what is wanted. Nothing is unpickled."""
+"""Reads a safetensors file in parts: the header, then only the requested tensors or rows."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -28,10 +28,10 @@ DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class TensorFile:
-    """An open file: where it is, and what its header says.
+    """A safetensors file with its parsed header.
 
-    The sha256 of the record covers the whole file and cannot be checked on a part of it; size and header are. Someone
-    must call `verify` once for the whole, which is a stream in bounded memory.
+    Size and header are checked on opening. The sha256 of the record covers the whole file and cannot be checked on a
+    part; the caller must call `verify` once, which streams the file in bounded memory.
     """
 
     uri: str
@@ -41,33 +41,33 @@ class TensorFile:
 
     @classmethod
     def of(cls, record: ArtifactRecord, storage: Storage) -> "TensorFile":
-        """Reads the header of an artifact's tensors.
+        """Opens the tensors of an artifact by reading their header.
 
         Raises:
-            ArtifactError, StorageError: as for `read_header`.
+            ArtifactError, StorageError: see `read_header`.
         """
-        place = tensors_uri(record.uri, record.body["tensors"])
-        return cls(place, storage, read_header(record, storage), record.body["tensors"]["sha256"])
+        uri = tensors_uri(record.uri, record.body["tensors"])
+        return cls(uri, storage, read_header(record, storage), record.body["tensors"]["sha256"])
 
     def verify(self) -> None:
-        """Reads the whole file once and compares its sha256.
+        """Reads the whole file once and compares its sha256 with the record.
 
         Raises:
-            ArtifactError: it is another one.
-            StorageError: it cannot be read.
+            ArtifactError: the sha256 differs.
+            StorageError: the file cannot be read.
         """
-        total = hashlib.sha256()
+        digest = hashlib.sha256()
         with self.storage.open(self.uri) as handle:
             while part := handle.read(RANGE_BYTES):
-                total.update(part)
-        if total.hexdigest() != self.sha256:
-            raise ArtifactError(f"{self.uri}: its sha256 is not the record's. Fit again or copy it anew.")
+                digest.update(part)
+        if digest.hexdigest() != self.sha256:
+            raise ArtifactError(f"{self.uri}: its sha256 differs from the record. Fit again or copy the file again.")
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """These tensors; runs that lie side by side come in one read.
+        """Reads tensors by name; adjacent ones are read in one request.
 
         Raises:
-            StorageError: they cannot be read.
+            StorageError: the file cannot be read.
         """
         wanted = sorted(((self.entries[name], name) for name in names), key=lambda pair: pair[0].start)
         runs: list[list[tuple[TensorEntry, str]]] = []
@@ -76,29 +76,29 @@ class TensorFile:
                 runs[-1].append((entry, name))
             else:
                 runs.append([(entry, name)])
-        found = {}
+        tensors = {}
         for run in runs:
-            begin = run[0][0].start
-            data = self.storage.read_range(self.uri, begin, run[-1][0].stop)
+            run_start = run[0][0].start
+            data = self.storage.read_range(self.uri, run_start, run[-1][0].stop)
             for entry, name in run:
-                part = data[entry.start - begin : entry.stop - begin]  # a copy, which is aligned
-                found[name] = _tensor(part, DTYPES[entry.dtype], entry.shape)
-        return found
+                part = data[entry.start - run_start : entry.stop - run_start]  # an aligned copy
+                tensors[name] = _tensor(part, DTYPES[entry.dtype], entry.shape)
+        return tensors
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows `start` up to `stop` of one tensor; only their bytes are read.
+        """Reads rows `start` to `stop` of one tensor, and only their bytes.
 
         Raises:
-            ArtifactError: there are no such rows.
-            StorageError: they cannot be read.
+            ArtifactError: the tensor or the rows do not exist.
+            StorageError: the file cannot be read.
         """
         entry = self.entries.get(name)
         if entry is None or not entry.shape or not 0 <= start <= stop <= entry.shape[0]:
             shape = None if entry is None else entry.shape
             raise ArtifactError(f"{self.uri}: has no rows {start} to {stop} of {name!r} {shape}. Fit again.")
         row_bytes = (entry.stop - entry.start) // max(1, entry.shape[0])
-        begin = entry.start + start * row_bytes
-        data = self.storage.read_range(self.uri, begin, begin + (stop - start) * row_bytes)
+        offset = entry.start + start * row_bytes
+        data = self.storage.read_range(self.uri, offset, offset + (stop - start) * row_bytes)
         return _tensor(data, DTYPES[entry.dtype], (stop - start, *entry.shape[1:]))
 
 

@@ -1,6 +1,6 @@
-"""The header of an artifact's safetensors file: which tensors are in it, of which types and shapes; without torch.
+"""Reads the header of an artifact's safetensors file, with names, types and shapes of the tensors, without torch.
 
-Format: 8 bytes little-endian length n, n bytes of JSON {name: {dtype, shape, data_offsets}}, then the data.
+Format: length n as 8 bytes, little-endian; n bytes of JSON {name: {dtype, shape, data_offsets}}; then the data.
 """
 
 import json
@@ -14,13 +14,13 @@ from raydetect.errors import ArtifactError
 from raydetect.storage import Storage, join_uri
 
 LENGTH_BYTES = 8
-MOST_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_HEADER_BYTES = 100_000_000  # limit of the format
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of the header: `dtype` is a key of `ITEM_BYTES`; `start` and `stop` are bytes of the file."""
+    """One tensor of a header: `dtype` is a key of `ITEM_BYTES`; `start` and `stop` are offsets in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -29,7 +29,7 @@ class TensorEntry:
 
 
 def tensors_uri(uri: str, entry: Mapping[str, Any]) -> str:
-    """Where an artifact's tensors lie.
+    """Returns the URI of an artifact's tensors.
 
     Raises:
         ArtifactError: the record names a file outside the artifact's folder.
@@ -41,57 +41,57 @@ def tensors_uri(uri: str, entry: Mapping[str, Any]) -> str:
 
 
 def read_header(record: ArtifactRecord, storage: Storage) -> dict[str, TensorEntry]:
-    """The tensors of an artifact by name; only the beginning of the file is read.
+    """Reads the tensor entries of an artifact by name; reads only the beginning of the file.
 
     Raises:
-        ArtifactError: the file is missing, of another size than the record says, or its header is damaged.
+        ArtifactError: the file is missing, its size differs from the record, or its header is damaged.
         StorageError: the storage failed.
     """
-    place = tensors_uri(record.uri, record.body["tensors"])
-    found, size = storage.info(place), int(record.body["tensors"]["bytes"])
-    if found is None or found.size_bytes != size:
-        message = "is missing" if found is None else f"has {found.size_bytes} bytes, the record says {size}"
-        raise ArtifactError(f"{place}: {message}. Fit again or copy it anew.")
-    length = int.from_bytes(storage.read_range(place, 0, min(size, LENGTH_BYTES)), "little")
+    uri = tensors_uri(record.uri, record.body["tensors"])
+    info, size = storage.info(uri), int(record.body["tensors"]["bytes"])
+    if info is None or info.size_bytes != size:
+        message = "is missing" if info is None else f"has {info.size_bytes} bytes, the record says {size}"
+        raise ArtifactError(f"{uri}: {message}. Fit again or copy the file again.")
+    length = int.from_bytes(storage.read_range(uri, 0, min(size, LENGTH_BYTES)), "little")
     stop = LENGTH_BYTES + length
-    if size < LENGTH_BYTES or length > min(MOST_HEADER_BYTES, size - LENGTH_BYTES):
-        raise ArtifactError(f"{place}: not a safetensors file (a header of {length} bytes). Fit again.")
-    return _parse(storage.read_range(place, LENGTH_BYTES, stop), stop, size, place)
+    if size < LENGTH_BYTES or length > min(MAX_HEADER_BYTES, size - LENGTH_BYTES):
+        raise ArtifactError(f"{uri}: not a safetensors file (a header of {length} bytes). Fit again.")
+    return _parse(storage.read_range(uri, LENGTH_BYTES, stop), stop, size, uri)
 
 
 def check_bank(record: ArtifactRecord, entries: Mapping[str, TensorEntry]) -> None:
-    """Compares the memory bank of a header with the record's, where that has one.
+    """Compares the memory bank in a header with the record, if the record has one.
 
     Raises:
-        ArtifactError: it is another one.
+        ArtifactError: the bank is missing or its type or shape differs.
     """
     bank = record.body.get("bank")
     if bank is None:
         return
     entry = entries.get(bank["tensor"])
     if entry is None or entry.dtype != "F32" or entry.shape != (bank["rows"], bank["dims"]):
-        there = "is not there" if entry is None else f"is {entry.dtype} of {entry.shape}"
+        found = "is missing" if entry is None else f"is {entry.dtype} of {entry.shape}"
         raise ArtifactError(
-            f"{tensors_uri(record.uri, record.body['tensors'])}: its memory bank {bank['tensor']!r} {there}, and the "
-            f"record says F32 of ({bank['rows']}, {bank['dims']}). Fit again or copy it anew."
+            f"{tensors_uri(record.uri, record.body['tensors'])}: its memory bank {bank['tensor']!r} {found}, but the "
+            f"record says F32 of ({bank['rows']}, {bank['dims']}). Fit again or copy the file again."
         )
 
 
-def _parse(header: bytearray, data_start: int, size: int, place: str) -> dict[str, TensorEntry]:
-    """Every entry of a header, each inside the file and as long as its shape says."""
+def _parse(header: bytearray, data_start: int, size: int, uri: str) -> dict[str, TensorEntry]:
+    """Parses a header and checks that each tensor lies inside the file and has the size of its shape."""
     try:
-        found = {}
-        for name, words in json.loads(header).items():
+        entries = {}
+        for name, fields in json.loads(header).items():
             if name == "__metadata__":
                 continue
-            begin, end = (int(offset) for offset in words["data_offsets"])
-            shape = tuple(int(length) for length in words["shape"])
-            entry = TensorEntry(words["dtype"], shape, data_start + begin, data_start + end)
+            begin, end = (int(offset) for offset in fields["data_offsets"])
+            shape = tuple(int(length) for length in fields["shape"])
+            entry = TensorEntry(fields["dtype"], shape, data_start + begin, data_start + end)
             if not 0 <= begin <= end <= size - data_start or min(shape, default=0) < 0:
                 raise ValueError(f"{name!r} lies outside")
             if end - begin != math.prod(shape) * ITEM_BYTES[entry.dtype]:
                 raise ValueError(f"{name!r} has {end - begin} bytes for shape {shape}")
-            found[name] = entry
+            entries[name] = entry
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise ArtifactError(f"{place}: its safetensors header is damaged ({error}). Fit again.") from None
-    return found
+        raise ArtifactError(f"{uri}: its safetensors header is damaged ({error}). Fit again.") from None
+    return entries

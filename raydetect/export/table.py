@@ -1,4 +1,4 @@
-"""All rows as one CSV file."""
+"""Exports all rows as one CSV file."""
 
 import csv
 from pathlib import Path
@@ -11,12 +11,12 @@ from raydetect.storage import whole_text
 
 
 def write_csv(ledger: Ledger, output: Path) -> int:
-    """Writes the committed rows, part after part, in order of shards; returns how many there are.
+    """Writes the committed rows part by part in order of shards and returns their number.
 
-    UTF-8, comma, header; null is empty. What a spreadsheet would run as a formula is guarded; see `cells`.
+    UTF-8 with commas and a header; null is an empty cell. Formulas are escaped; see `sinks/csv_cells.py`.
 
     Raises:
-        StorageError: a record or part is missing or damaged, or the file cannot be written; one that was there stays.
+        StorageError: a record or part is missing or damaged, or the file cannot be written; an existing file stays.
     """
     count = 0
     with whole_text(output, newline="") as out:

@@ -1,4 +1,4 @@
-"""Decoded images of one worker in a file of its own disk, so that the archive is read and decoded once."""
+"""Caches the decoded images of one worker on its local disk, so that the archive is read and decoded once."""
 
 import copy
 import json
@@ -23,14 +23,14 @@ from raydetect.left_out import LeftOutCount, left_out_of, left_out_text
 from raydetect.records import OK, Chunk, LeftOut, Member
 from raydetect.storage import Scratch
 
-SHARED_AT_ONCE = 64
+SHARED_PER_BROADCAST = 64
 REASONS = 3
-BAD_SHARD = ("bad_shard", "unreadable")  # of the row that stands for the shard itself
+BAD_SHARD = ("bad_shard", "unreadable")  # statuses of a row that stands for a whole shard
 
 
 @dataclass(frozen=True, slots=True)
 class CachedImage:
-    """What is known of a cached image beside its pixels."""
+    """Metadata of a cached image."""
 
     key: str
     label: int | None
@@ -38,10 +38,10 @@ class CachedImage:
 
 
 class ImageCache:
-    """Uint8 RGB images of one size by key, in the order they came. The file has no name and goes with the cache."""
+    """Uint8 RGB images of one size by key, in insertion order, in an unnamed file that is deleted with the cache."""
 
     def __init__(self, image_size: tuple[int, int]) -> None:
-        """An empty cache of images of (height, width) `image_size`."""
+        """Creates an empty cache for images of (height, width) `image_size`."""
         self.shape = (*image_size, 3)
         self.images: dict[str, CachedImage] = {}
         self._rows: dict[str, int] = {}
@@ -52,10 +52,10 @@ class ImageCache:
         return len(self.images)
 
     def add(self, image: CachedImage, pixels_HWC: np.ndarray) -> None:
-        """Keeps an image; a key that is there already changes nothing.
+        """Adds an image; does nothing if its key exists.
 
         Raises:
-            StorageError: the temporary folder cannot hold it.
+            StorageError: the temporary folder is full.
         """
         if image.key not in self._rows:
             row = len(self._rows)
@@ -64,36 +64,36 @@ class ImageCache:
             self.images[image.key] = image
 
     def forget(self, keys: Collection[str]) -> None:
-        """Leaves images out from here on."""
+        """Removes images from the cache."""
         for key in keys:
             del self.images[key]
 
     def of_category(self, category: str) -> "ImageCache":
-        """The images of one category, without a copy."""
-        found = copy.copy(self)
-        found.images = {key: image for key, image in self.images.items() if image.category == category}
-        return found
+        """Returns a view of the images of one category."""
+        view = copy.copy(self)
+        view.images = {key: image for key, image in self.images.items() if image.category == category}
+        return view
 
     def pixels(self, keys: Sequence[str]) -> np.ndarray:
-        """Uint8 (B, H, W, 3) of `keys`, in that order."""
+        """Reads the images of `keys` in that order, uint8 of shape (B, H, W, 3)."""
         images_BHWC = np.empty((len(keys), *self.shape), dtype=np.uint8)
         for i, key in enumerate(keys):
             self._file.read_at(self._rows[key] * self._bytes, images_BHWC[i].data)
         return images_BHWC
 
     def batch(self, keys: Sequence[str], device: torch.device, epoch: int = 0, draws: Sequence[int] = ()) -> Batch:
-        """The images of `keys`, in that order, on a device."""
+        """Reads the images of `keys` in that order as a batch on a device."""
         images_BCHW = torch.from_numpy(self.pixels(keys)).permute(0, 3, 1, 2).to(device)
         return Batch(images_BCHW, keys, [self.images[key].label or 0 for key in keys], epoch, draws)
 
     def share(self, group: Group, wanted: Callable[[CachedImage], bool]) -> None:
-        """Every worker gets the images of all others that it wants; each image travels once."""
+        """Exchanges images, so that every worker adds those that it wants of all others; each is broadcast once."""
         mine = list(self.images.values())
         texts = group.gather_bytes(json.dumps([[i.key, i.label, i.category] for i in mine]).encode())
         for root, text in enumerate(texts):
-            images = [CachedImage(*words) for words in json.loads(text)]
-            for start in range(0, len(images), SHARED_AT_ONCE):
-                self._share_block(group, root, images[start : start + SHARED_AT_ONCE], wanted)
+            images = [CachedImage(*fields) for fields in json.loads(text)]
+            for start in range(0, len(images), SHARED_PER_BROADCAST):
+                self._share_block(group, root, images[start : start + SHARED_PER_BROADCAST], wanted)
 
     def _share_block(
         self, group: Group, root: int, images: list[CachedImage], wanted: Callable[[CachedImage], bool]
@@ -110,13 +110,13 @@ class ImageCache:
 
 @dataclass(frozen=True, slots=True)
 class ReadFacts:
-    """What reading a source gave on all workers.
+    """Counts from reading a source on all workers.
 
     Attributes:
-        bad: images that could not be used.
-        bad_reasons: why, of the first.
-        labels: (label, value that it was read from, images).
-        left_out: files that are no images, by reason.
+        bad: number of images that could not be used.
+        bad_reasons: reasons of the first ones.
+        labels: (label, value it was read from, number of images).
+        left_out: files that are not images, by reason.
     """
 
     bad: int = 0
@@ -125,7 +125,7 @@ class ReadFacts:
     left_out: Mapping[str, LeftOut] = field(default_factory=dict)
 
     def plain(self) -> dict[str, Any]:
-        """For the artifact's record."""
+        """Returns the entries for the artifact's record."""
         return {
             "labels": to_plain(self.labels),
             "left_out": to_plain(self.left_out),
@@ -134,14 +134,14 @@ class ReadFacts:
 
     @property
     def labels_text(self) -> str:
-        """` (label: 0 = good (209), 1 = broken (63))`, for messages; "" where no image has a label."""
+        """Labels for messages, ` (label: 0 = good (209), 1 = broken (63))`; "" if no image has a label."""
         has_labels = any(label is not None for label, _, _ in self.labels)
         return f" (label: {labels_text(self.labels)})" if has_labels else ""
 
 
 @dataclass(slots=True)
 class ReadImages:
-    """How many images of this worker could be used, how they were labelled, and why the first others could not."""
+    """Counts of usable and bad images of this worker, their labels, and the first reasons for bad ones."""
 
     good: int = 0
     bad: int = 0
@@ -152,52 +152,52 @@ class ReadImages:
     bad_shards: int = 0
 
     def note_chunk(self, chunk: Chunk) -> None:
-        """One more chunk; the last one of a shard tells whether the shard could be read."""
+        """Counts a chunk; the last chunk of a shard shows whether the shard could be read."""
         self.left_out.add_all(chunk.left_out)
         self.shards += chunk.last
         self.bad_shards += any(map(_stands_for_a_shard, chunk.members))
 
     def note_good(self, member: Member) -> None:
-        """One more that can be used."""
+        """Counts a usable image."""
         self.good += 1
         self.labels[member.label, member.raw_label] += 1
 
     def note_bad(self, reason: str) -> None:
-        """One more that cannot."""
+        """Counts a bad image."""
         self.bad += 1
         self.reasons = [*self.reasons, reason][:REASONS]
 
     def judge(self, group: Group, limit: float, where: str) -> ReadFacts:
-        """What all workers read.
+        """Sums the counts of all workers.
 
         Raises:
-            SpecError: there is no image at all.
-            TooManyBadRows: more than the share `limit` is bad.
+            SpecError: there are no images.
+            TooManyBadRows: more than the fraction `limit` of images or shards is bad.
         """
         labels = [[*key, count] for key, count in self.labels.items()]
         counts = [self.good, self.bad, self.shards, self.bad_shards]
-        words = [counts, self.reasons, labels, to_plain(self.left_out.found)]
-        everyone = ReadImages()
-        for text in group.gather_bytes(json.dumps(words).encode()):
-            everyone._add(json.loads(text))
-        bad, total = everyone.bad, everyone.bad + everyone.good
+        fields = [counts, self.reasons, labels, to_plain(self.left_out.found)]
+        sums = ReadImages()
+        for text in group.gather_bytes(json.dumps(fields).encode()):
+            sums._add(json.loads(text))
+        bad, total = sums.bad, sums.bad + sums.good
         if total == 0:
-            told = left_out_text(everyone.left_out.found) or "nothing"
-            raise SpecError(f"{where}: holds no image; left out: {told}. Check source.uri, format and pattern.")
-        reasons = tuple(everyone.reasons[:REASONS])
-        if bad > limit * total or everyone.bad_shards > limit * everyone.shards:
+            left_out = left_out_text(sums.left_out.found) or "nothing"
+            raise SpecError(f"{where}: has no images; left out: {left_out}. Check source.uri, format and pattern.")
+        reasons = tuple(sums.reasons[:REASONS])
+        if bad > limit * total or sums.bad_shards > limit * sums.shards:
             raise TooManyBadRows(
-                f"{bad} of {total} images cannot be used, and {everyone.bad_shards} of {everyone.shards} shards, more "
+                f"{bad} of {total} images cannot be used, and {sums.bad_shards} of {sums.shards} shards, more "
                 f"than max_bad_fraction = {limit}. First: {'; '.join(reasons)}"
             )
-        found = tuple((label, message, count) for (label, message), count in everyone.labels.items())
-        return ReadFacts(bad, reasons, found, everyone.left_out.found)
+        all_labels = tuple((label, value, count) for (label, value), count in sums.labels.items())
+        return ReadFacts(bad, reasons, all_labels, sums.left_out.found)
 
-    def _add(self, words: list[Any]) -> None:
-        (good, bad, shards, bad_shards), reasons, labels, left_out = words
+    def _add(self, fields: list[Any]) -> None:
+        (good, bad, shards, bad_shards), reasons, labels, left_out = fields
         self.good, self.bad, self.reasons = self.good + good, self.bad + bad, self.reasons + reasons
         self.shards, self.bad_shards = self.shards + shards, self.bad_shards + bad_shards
-        self.labels.update({(label, message): count for label, message, count in labels})
+        self.labels.update({(label, value): count for label, value, count in labels})
         self.left_out.add_all(left_out_of(left_out))
 
 
@@ -208,17 +208,17 @@ def read_images(
     threads: int,
     on_progress: Callable[[int], None],
 ) -> tuple[ImageCache, ReadImages]:
-    """Decodes every image of the chunks once.
+    """Decodes all images of the chunks into a cache.
 
     Args:
         chunks: encoded images.
-        source: the job file's words about them.
-        image_size: (height, width) px.
-        threads: decoding threads.
-        tick: told how many images each chunk had.
+        source: settings of the source.
+        image_size: (height, width) in px.
+        threads: number of decoding threads.
+        on_progress: called with the number of images of each chunk.
 
     Raises:
-        BadMemberError: a bad image and `on_bad_member: fail`.
+        BadMemberError: an image is bad and `on_bad_member` is `fail`.
     """
     cache, found = ImageCache(image_size), ReadImages()
     for member, pixels in _decoded(_counted(chunks, found), source, image_size, threads, on_progress):

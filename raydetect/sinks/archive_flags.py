@@ -1,4 +1,4 @@
-"""What the manifest decided for a whole archive (`flag.fdr`), told to rows and parts that were written before it."""
+"""Applies the manifest's decision on flags (`flag.fdr`) to rows and receipts that were written before it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,35 +14,35 @@ NEEDED = ("p_value", "category")
 
 @dataclass(frozen=True, slots=True)
 class ArchiveFlags:
-    """Which rows of a run are flagged when the whole archive decides.
+    """Decision on flags over the whole archive.
 
     Attributes:
-        p_threshold: flagged are rows whose p-value is at most this; None = none is.
-        thresholds: the same as an image score, by category; for a run without a fleet under None.
+        p_threshold: rows with a p-value of at most this are flagged; None: no row is.
+        thresholds: the same limit as an image score, by category; under the key None for a run without a fleet.
     """
 
     p_threshold: float | None
     thresholds: Mapping[str | None, float | None]
 
-    def decided(self, table: pa.Table) -> pa.Table:
-        """The rows with `flagged` and `threshold` filled in; rows without a p-value keep null.
+    def apply(self, table: pa.Table) -> pa.Table:
+        """Fills in `flagged` and `threshold`; rows without a p-value keep null.
 
         Args:
-            table: has the columns of `NEEDED`, and any others of the results.
+            table: rows with the columns `NEEDED` and any other columns of the results.
         """
         if "flagged" in table.column_names:
             limit = -1.0 if self.p_threshold is None else self.p_threshold
             table = _with(table, "flagged", pc.less_equal(table["p_value"], pa.scalar(limit, pa.float64())))
         if "threshold" in table.column_names:
-            found = [
+            thresholds = [
                 None if p_value is None else self._threshold(category)
                 for p_value, category in zip(table["p_value"].to_pylist(), table["category"].to_pylist(), strict=True)
             ]
-            table = _with(table, "threshold", pa.array(found, pa.float64()))
+            table = _with(table, "threshold", pa.array(thresholds, pa.float64()))
         return table
 
-    def receipt(self, receipt: Receipt) -> Receipt:
-        """The same with the number of flagged rows in every part."""
+    def apply_to_receipt(self, receipt: Receipt) -> Receipt:
+        """Fills in the number of flagged rows of every part."""
         return replace(receipt, parts=tuple(replace(part, flagged=self._count(part)) for part in receipt.parts))
 
     def _count(self, part: Part) -> int:
@@ -55,14 +55,14 @@ class ArchiveFlags:
 
 
 def archive_flags(manifest: Mapping[str, Any] | None) -> ArchiveFlags | None:
-    """What a manifest decided; None where rows are flagged by themselves, or the run is not finished."""
+    """Returns the decision of a manifest; None if rows are flagged individually or the run is not finished."""
     fdr = None if manifest is None else manifest.get("fdr")
     if fdr is None:
         return None
-    told = fdr["threshold"]
-    return ArchiveFlags(fdr["p_threshold"], told["categories"] if isinstance(told, Mapping) else {None: told})
+    limit = fdr["threshold"]
+    return ArchiveFlags(fdr["p_threshold"], limit["categories"] if isinstance(limit, Mapping) else {None: limit})
 
 
 def _with(table: pa.Table, name: str, column: pa.Array | pa.ChunkedArray) -> pa.Table:
-    place = table.column_names.index(name)
-    return table.set_column(place, table.schema.field(name), column)
+    index = table.column_names.index(name)
+    return table.set_column(index, table.schema.field(name), column)

@@ -1,4 +1,4 @@
-"""Whether committed shards are those of a job and of a listing, and whether their files are there."""
+"""Checks that committed shards belong to a job and a listing, and that their files exist."""
 
 import logging
 import re
@@ -17,33 +17,33 @@ from raydetect.storage import join_uri, normalise_uri
 log = logging.getLogger("raydetect.sinks")
 NAMED = 3
 WRITTEN = re.compile(PART_FILE)
-ASKED_BY_NAME = 100  # what a listing lacks is asked for by itself, as listings of some stores lag; no more than these
+MAX_LOOKUPS = 100  # files missing in a listing are looked up by name, as listings of some stores lag behind
 
 
 def rows_digest(run: Mapping[str, Any]) -> str:
-    """Digest of what decides the rows of a job, less the archive, whose shards name themselves."""
+    """Digest of what determines the rows of a job, except the archive, whose shards have their own fingerprints."""
     return digest({name: value for name, value in run["result"].items() if name != "archive"})
 
 
 def names_text(names: Sequence[str], count: int | None = None) -> str:
-    """The first few names: `a, b, c and 9 more`."""
+    """Formats the first few names: `a, b, c and 9 more`."""
     more = (len(names) if count is None else count) - NAMED
     return ", ".join(names[:NAMED]) + (f" and {more:,} more" if more > 0 else "")
 
 
-def unlike(receipt: Receipt, shard: Shard) -> str:
-    """How a receipt differs from the shard of its index; empty when it is the shard's."""
+def difference(receipt: Receipt, shard: Shard) -> str:
+    """Describes how a receipt differs from the shard with the same index; empty if they match."""
     if receipt.uri != shard.uri:
-        return f"was {receipt.uri}, and is {shard.uri} now"
+        return f"was {receipt.uri} and is now {shard.uri}"
     if receipt.run and receipt.span != shard.span:
-        return f"was the part {receipt.span} of {shard.uri}, and is {shard.span} now"
+        return f"was the part {receipt.span} of {shard.uri} and is now {shard.span}"
     if receipt.fingerprint != shard.fingerprint:
         return f"has other content now ({shard.uri})"
     return ""
 
 
 def rows_with(statuses: tuple[str, ...], ledger: Ledger, committed: Iterable[int]) -> dict[int, int]:
-    """Committed shards that hold rows with one of some statuses, and how many."""
+    """Counts the rows with one of the given statuses, for committed shards that have any."""
     if not statuses:
         return {}
     counts = {
@@ -54,34 +54,34 @@ def rows_with(statuses: tuple[str, ...], ledger: Ledger, committed: Iterable[int
 
 
 def refuse_without_images(totals: Totals, where: str) -> None:
-    """No manifest says that a run over nothing is finished.
+    """Refuses to finish a run without images.
 
     Args:
-        totals: of all receipts.
+        totals: sums of all receipts.
         where: the source, for the message.
 
     Raises:
-        SpecError: no shard gave a row.
+        SpecError: no shard has a row.
     """
     withdrawn = totals.left_out.found.get(WITHDRAWN, LeftOut(0)).count
     if totals.shards > withdrawn and not totals.rows:
-        told = left_out_text(totals.left_out.found) or "nothing"
-        raise SpecError(f"{where}: gave no image; left out: {told}. Check source.uri, format and pattern.")
+        text = left_out_text(totals.left_out.found) or "nothing"
+        raise SpecError(f"{where}: has no images; left out: {text}. Check source.uri, format and pattern.")
 
 
 def refuse_other_shards(ledger: Ledger, committed: Iterable[int], shards: Sequence[Shard], run: str) -> None:
-    """Every committed shard must be the one of its index in a new listing, and of this job.
+    """Refuses committed shards that belong to another job or differ from the shard of their index in a new listing.
 
-    A receipt of an older raydetect tells no span, so its shard must be the only one of its URI.
+    A receipt of an older raydetect records no span, so its shard must be the only one of its URI.
 
     Args:
-        ledger: of the results directory.
-        committed: indexes.
+        ledger: ledger of the results directory.
+        committed: indexes of committed shards.
         shards: the new listing.
-        run: digest of what decides the rows.
+        run: digest of what determines the rows.
 
     Raises:
-        ResumeError: one is not; says which.
+        ResumeError: a committed shard does not match; the message names it.
     """
     counts = Counter(shard.uri for shard in shards)
     for receipt in ledger.receipts(committed):
@@ -90,62 +90,59 @@ def refuse_other_shards(ledger: Ledger, committed: Iterable[int], shards: Sequen
             message = f"committed shard {name} is of another job, with another artifact or spec"
         elif receipt.shard >= len(shards):
             message = f"the archive has changed, and committed shard {name} ({receipt.uri}) is not in it any more"
-        elif differs := unlike(receipt, shards[receipt.shard]):
-            message = f"the archive has changed, and committed shard {name} {differs}"
+        elif change := difference(receipt, shards[receipt.shard]):
+            message = f"the archive has changed, and committed shard {name} {change}"
         elif not receipt.run and counts[receipt.uri] > 1:
             message = (
                 f"the archive has changed, and whether committed shard {name} of {receipt.uri} has is not recorded"
             )
         else:
             continue
-        raise ResumeError(
-            f"{ledger.uri}: {message}. Use another sink.uri, or the archive and job that it was begun with."
-        )
+        raise ResumeError(f"{ledger.uri}: {message}. Use another sink.uri, or the archive and job it was started with.")
 
 
 def refuse_taken(ledger: Ledger, news: Iterable[int], shards: Sequence[Shard], run: str) -> None:
-    """Gives a directory back when another job has committed there while this one wrote its `run.json`.
+    """Removes this job's `run.json` if another job has committed shards while it was written.
 
     Args:
-        ledger: of the results directory.
+        ledger: ledger of the results directory.
         news: indexes of shards that were committed since this job was planned.
-        shards: of this job.
-        run: digest of what decides its rows.
+        shards: shards of this job.
+        run: digest of what determines its rows.
 
     Raises:
-        ResumeError: another job has.
+        ResumeError: another job has committed shards.
     """
     try:
         refuse_other_shards(ledger, news, shards, run)
     except ResumeError as error:
         ledger.forget()
         raise ResumeError(
-            f"{ledger.uri}: another job took the results directory over while this one began; its records are there, "
-            "and its run.json is gone. Start that job again, which goes on with what it has; give this one another "
-            "sink.uri."
+            f"{ledger.uri}: another job took the results directory over while this one was starting; its records "
+            "exist, but its run.json is gone. Start that job again to continue it; give this one another sink.uri."
         ) from error
 
 
 def complete(ledger: Ledger, receipts: Iterable[Receipt], shards: Sequence[Shard], run: str) -> Iterator[Receipt]:
-    """Passes the receipts of a run on, and ends well only when they are those of all its shards with all their files.
+    """Yields the receipts of a run and raises unless they cover all its shards and all their files exist.
 
-    Parts and heatmaps that no receipt names are then removed.
+    Afterwards removes parts and heatmaps that no receipt names.
 
     Args:
-        ledger: of the results directory.
-        receipts: all that are listed.
-        shards: all that were planned.
-        run: digest of what decides the rows.
+        ledger: ledger of the results directory.
+        receipts: all listed receipts.
+        shards: all planned shards.
+        run: digest of what determines the rows.
 
     Raises:
-        IncompleteError: a record or file is missing, or is another one; says how many and names the first.
+        IncompleteError: records or files are missing or do not match; the message counts them and names the first.
     """
     files = listed_files(ledger)
     left = set(range(len(shards)))
     foreign, gaps = list[str](), Gaps(ledger, files)
     for receipt in _with_unlisted(ledger, receipts, left):
         planned = shards[receipt.shard] if receipt.shard < len(shards) else None
-        if planned is None or receipt.run not in ("", run) or unlike(receipt, planned):
+        if planned is None or receipt.run not in ("", run) or difference(receipt, planned):
             foreign.append(f"ledger/{receipt.shard:05d}.json")
             continue
         for part in receipt.parts:
@@ -157,7 +154,7 @@ def complete(ledger: Ledger, receipts: Iterable[Receipt], shards: Sequence[Shard
 
 
 def _remove_orphans(ledger: Ledger, names: Iterable[str]) -> None:
-    """Parts of an interrupted start over what a shard held before; whoever reads `scores/` whole would count them."""
+    """Removes files that no receipt names, left by an interrupted rewrite of a shard; readers of `scores/` see them."""
     orphans = sorted(name for name in names if WRITTEN.fullmatch(name))
     for name in orphans:
         ledger.storage.delete(join_uri(ledger.uri, name))
@@ -168,11 +165,11 @@ def _remove_orphans(ledger: Ledger, names: Iterable[str]) -> None:
 
 
 def _with_unlisted(ledger: Ledger, receipts: Iterable[Receipt], left: set[int]) -> Iterator[Receipt]:
-    """The receipts, then those that the listing lacked; takes the indexes of all out of `left`."""
+    """Yields the receipts, then those missing in the listing; removes their indexes from `left`."""
     for receipt in receipts:
         left.discard(receipt.shard)
         yield receipt
-    for index in sorted(left)[:ASKED_BY_NAME]:
+    for index in sorted(left)[:MAX_LOOKUPS]:
         try:
             receipt = ledger.receipt(index)
         except MissingError:
@@ -186,7 +183,7 @@ def _refuse_incomplete(ledger: Ledger, missing: Sequence[Shard], planned: int, f
         names = names_text([f"{shard.name} of {shard.uri}" for shard in missing])
         raise IncompleteError(
             f"{ledger.uri}: the run is not finished: {len(missing):,} of {planned:,} shards have no ledger record "
-            f"({names}). It was removed while the run went on. The same command scores them again."
+            f"({names}). They were removed during the run. The same command scores them again."
         )
     if foreign:
         raise IncompleteError(
@@ -196,7 +193,7 @@ def _refuse_incomplete(ledger: Ledger, missing: Sequence[Shard], planned: int, f
 
 
 def listed_files(ledger: Ledger) -> dict[str, int]:
-    """Size in bytes of every file below `scores/` and `heatmaps/`, by its path in the results directory."""
+    """Lists the files below `scores/` and `heatmaps/`: size in bytes by path in the results directory."""
     found: dict[str, int] = {}
     start = len(normalise_uri(ledger.uri)) + 1
     for folder in ("scores", "heatmaps"):
@@ -208,50 +205,50 @@ def listed_files(ledger: Ledger) -> dict[str, int]:
 
 
 def named_files(part: Part) -> list[tuple[str, int]]:
-    """Path and size in bytes of the files of a part; 0 = an older raydetect did not note it."""
+    """Returns path and size in bytes of the files of a part; size 0 if an older raydetect did not record it."""
     heatmaps = [(part.heatmap_path, part.heatmap_bytes)] if part.heatmap_path else []
     return [(part.path, part.bytes), *heatmaps]
 
 
 @dataclass(slots=True)
 class Gaps:
-    """Files that receipts name and a listing lacks, or lists with another size."""
+    """Collects files that receipts name but that are missing or have another size."""
 
     ledger: Ledger
     files: Mapping[str, int]
     count: int = 0
     names: list[str] = field(default_factory=list)
     seen: set[str] = field(default_factory=set)
-    _asked: int = 0
+    _lookups: int = 0
 
     def add(self, part: Part) -> None:
-        """Looks for the files of a part."""
+        """Checks the files of a part."""
         for path, size in named_files(part):
             self.look(path, size)
 
     def look(self, path: str, size: int) -> None:
-        """Looks for one file; `size` in bytes, 0 = not known."""
+        """Checks one file; `size` in bytes, 0 = unknown."""
         self.seen.add(path)
-        found = self.files.get(path)
-        if found is None and self._asked < ASKED_BY_NAME:
-            self._asked += 1
+        actual = self.files.get(path)
+        if actual is None and self._lookups < MAX_LOOKUPS:
+            self._lookups += 1
             info = self.ledger.storage.info(join_uri(self.ledger.uri, path))
-            found = None if info is None else info.size_bytes
-        if found is None or (size and found != size):
+            actual = None if info is None else info.size_bytes
+        if actual is None or (size and actual != size):
             self.count += 1
             self.names = [*self.names, path][: NAMED + 1]
 
     def refuse(self) -> None:
-        """Raises when there are any.
+        """Raises if files are missing or differ.
 
         Raises:
-            IncompleteError: there are.
+            IncompleteError: there are such files.
         """
         if self.count:
             raise IncompleteError(f"{self.ledger.uri}: the run is not finished: {self.text()}")
 
     def text(self) -> str:
-        """What is missing, and what to do; "" when nothing is."""
+        """Describes what is missing and what to do; "" if nothing is."""
         if not self.count:
             return ""
         return (

@@ -1,17 +1,17 @@
-"""Cells of CSV files which no spreadsheet takes for a formula, whatever separator it reads by.
+"""CSV cells that no spreadsheet interprets as a formula, whichever separator it uses.
 
-Excel separates by `;` in German and French, LibreOffice asks, and quotes protect nothing where another separator is
-taken than was written. So a formula's first letter gets an apostrophe in front not only at the beginning of a text, but
-behind every letter inside that may separate cells or lines, blanks and quotes between not counting. Numbers stay.
+Excel uses `;` in German and French, LibreOffice asks, and quotes do not protect if the reader uses another separator
+than the writer. So an apostrophe is inserted before a formula sign not only at the start of a text, but also after
+every character that may separate cells or lines, with blanks and quotes in between. Numbers are unchanged.
 
-Taking one apostrophe away wherever `PUT` finds one gives the text back.
+Removing one apostrophe at each match of `PUT` restores the text.
 """
 
 import re
 from typing import Any
 
-# Where a cell may begin: at the beginning, behind a separator or line break, and then behind blanks, quotes and letters
-# of no width. Full-width signs are typed by Asian keyboards, and are signs to spreadsheets.
+# A cell may begin at the start of the text or after a separator or line break, followed by blanks, quotes and
+# zero-width characters. Full-width signs come from Asian keyboards; spreadsheets accept them as signs.
 LINES = "\t\n\r\v\f\x1c-\x1e\x85\u2028\u2029"
 BLANKS = f'(?:[^\\S{LINES}]|["\0-\x08\x0e-\x1b\x1f\x7f\u200b-\u200f\u2060\ufeff])*+'
 BEGIN = f"(?:^|[,;|{LINES}]){BLANKS}"
@@ -21,7 +21,7 @@ PUT = re.compile(f"({BEGIN})'(?='*{SIGNS})")
 
 
 def cell(value: Any) -> Any:
-    """What stands in a CSV file for a value."""
+    """Converts a value to the content of a CSV cell."""
     if isinstance(value, bool):
         return "true" if value else "false"
     return GUARDED.sub(r"\1'", value) if isinstance(value, str) else value

@@ -1,4 +1,4 @@
-"""Reading a results directory: progress from the ledger, and how well scores rank labelled images."""
+"""Progress of a run from its ledger, and the AUROC of its labelled images."""
 
 import copy
 import threading
@@ -21,12 +21,18 @@ from raydetect.sinks.ledger import Ledger, Totals
 
 @dataclass(frozen=True, slots=True)
 class RunProgress:
-    """How far a run is, from `run.json` and the ledger; `num_categories` is 0 without a fleet.
+    """Progress of a run, from `run.json` and the ledger.
 
-    `finished` is a run whose manifest is there and whose shards all have their record; `lost` counts the records that
-    are missing beside a manifest, and `gaps` says which files of committed shards are, "" when none or nobody looked.
-    `flags_wait` says that the whole archive decides what is flagged (`flag.fdr`), and
-    the run is not finished; `fdr` is the manifest's entry once it is.
+    Attributes:
+        uri: the results directory.
+        num_shards: number of shards of the job.
+        totals: sums over the committed shards.
+        finished: whether the manifest exists and all shards have their records.
+        num_categories: number of categories of the fleet; 0 without a fleet.
+        flags_wait: whether flags are decided over the whole archive (`flag.fdr`) and the run is not finished.
+        fdr: the manifest's entry `fdr` once the run is finished.
+        lost: number of records that are missing although the manifest exists.
+        gaps: description of missing files of committed shards; "" if there are none or they were not checked.
     """
 
     uri: str
@@ -41,19 +47,19 @@ class RunProgress:
 
     @property
     def flagged(self) -> int | None:
-        """How many images are flagged; None while that is left to the end of the run."""
+        """Number of flagged images; None until the run is finished if flags are decided over the whole archive."""
         if self.flags_wait:
             return None
         return self.totals.flagged if self.fdr is None else int(self.fdr["flagged"])
 
     def plain(self) -> dict[str, Any]:
-        """For machines."""
+        """Returns the progress as a JSON object."""
         run: dict[str, Any] = {"uri": self.uri, "num_shards": self.num_shards, "num_categories": self.num_categories}
         run |= {"finished": self.finished, "lost_records": self.lost, "missing": self.gaps}
         return {**run, **self.totals.plain(), "flagged": self.flagged, "fdr": self.fdr}
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Formats the progress as lines of text."""
         totals = self.totals
         state = "finished" if self.finished else "not finished"
         if self.lost:
@@ -81,32 +87,34 @@ class RunProgress:
         if self.gaps:
             lines.append(f"Missing    {self.gaps}")
         elif not self.finished:
-            lines.append("Start the same job again to go on.")
+            lines.append("Start the same job again to continue.")
         return lines
 
 
 class ProgressReader:
-    """A results directory whose progress is asked for again and again: each receipt is read once."""
+    """Polls the progress of a results directory; reads each receipt once."""
 
     def __init__(self, ledger: Ledger, on_receipt: Callable[[Receipt], None] = lambda _: None) -> None:
-        """Reads nothing yet; `on_receipt` is told of each that is read."""
+        """Prepares a reader; `on_receipt` is called with each receipt that is read."""
         self._on_receipt = on_receipt
         self._ledger, self._seen, self._totals = ledger, frozenset[int](), Totals()
         self._lock = threading.Lock()
 
     def progress(self) -> RunProgress:
-        """Progress as it is now; needs no cluster.
+        """Returns the current progress; needs no cluster.
 
         Raises:
-            StorageError: it is no results directory, or a record is damaged.
+            StorageError: the URI is not a results directory, or a record is damaged.
         """
         with self._lock:
             run = self._ledger.run()
             if run is None:
-                raise MissingError(f"{self._ledger.uri}: holds no run.json, so no run was begun there. Check the URI.")
-            manifest = self._ledger.manifest()  # before the listing, which then holds all that is said
+                raise MissingError(
+                    f"{self._ledger.uri}: holds no run.json, so no run was started there. Check the URI."
+                )
+            manifest = self._ledger.manifest()  # before the listing, which then includes all its shards
             committed = self._ledger.committed()
-            if not self._seen <= committed:  # another run began there
+            if not self._seen <= committed:  # another run was started there
                 self._seen, self._totals = frozenset(), Totals()
             for receipt in self._ledger.receipts(committed - self._seen):
                 self._totals.add(receipt)
@@ -124,12 +132,12 @@ class ProgressReader:
 
 
 def progress(ledger: Ledger) -> RunProgress:
-    """Progress of a results directory; needs no cluster.
+    """Returns the progress of a results directory; needs no cluster.
 
-    One listing tells whether the files of committed shards are there and as large as they were; `verify` reads them.
+    Checks by one listing that the files of committed shards exist with their sizes; `verify` reads them.
 
     Raises:
-        StorageError: it is no results directory, or a record is damaged.
+        StorageError: the URI is not a results directory, or a record is damaged.
     """
     files: list[tuple[str, int]] = []
     found = ProgressReader(
@@ -142,29 +150,29 @@ def progress(ledger: Ledger) -> RunProgress:
 
 
 def notes_text(notes: Mapping[str, int]) -> str:
-    """`3 exif_ignored, 2 pages_not_read`: rows with a note, by kind."""
+    """Formats the counts of notes by kind: `3 exif_ignored, 2 pages_not_read`."""
     return ", ".join(f"{count:,} {kind}" for kind, count in sorted(notes.items()))
 
 
 def fdr_text(fdr: Mapping[str, Any]) -> str:
-    """The manifest's decision on flags in a sentence or two."""
+    """Describes the manifest's decision on flags in one or two sentences."""
     level = f"{100 * fdr['level']:g} %"
     if fdr["p_threshold"] is None:
         text = f"no p-value of {fdr['tested']:,} images is small enough for a false discovery rate of {level}."
         if fdr["needed_held_out"]:
-            text += f" Those of the smallest one need {fdr['needed_held_out']:,} held-out normal images."
+            text += f" Flagging those of the smallest one would need {fdr['needed_held_out']:,} held-out normal images."
         return text
     return (
-        f"flagged is p_value <= {fdr['p_threshold']:.6g}. If all {fdr['tested']:,} images were normal, "
-        f"{fdr['expected_false']:.2f} would be there: {100 * fdr['false_share']:.2f} % of the flagged; asked: {level}."
+        f"flagged if p_value <= {fdr['p_threshold']:.6g}. If all {fdr['tested']:,} images were normal, "
+        f"{fdr['expected_false']:.2f} would be flagged: {100 * fdr['false_share']:.2f} % of the flagged; limit {level}."
     )
 
 
 def labelled_auroc(ledger: Ledger) -> tuple[float, int] | None:
-    """(image AUROC, number of labelled images) of committed rows; None unless both labels are there.
+    """Returns (image AUROC, number of labelled images) of committed rows; None unless both labels occur.
 
-    Scores of different artifacts cannot be compared: for a fleet it is the mean of its categories' AUROCs, over
-    those categories that have both labels.
+    Scores of different artifacts are not comparable: for a fleet it is the mean AUROC of the categories with both
+    labels.
     """
     groups: dict[str, list[pa.Table]] = {}
     for receipt in ledger.receipts():
@@ -172,19 +180,19 @@ def labelled_auroc(ledger: Ledger) -> tuple[float, int] | None:
             if part.labelled:
                 for digest, table in _by_artifact(ledger, part.path):
                     groups.setdefault(digest, []).append(table)
-    found = []
+    results = []
     for tables in groups.values():
         labels, scores = (pa.concat_tables(tables)[name].to_numpy() for name in ("label", "image_score"))
         if len(np.unique(labels)) == 2:
-            found.append((auroc(labels, scores), len(labels)))
-    if not found:
+            results.append((auroc(labels, scores), len(labels)))
+    if not results:
         return None
-    return sum(value for value, _ in found) / len(found), sum(count for _, count in found)
+    return sum(value for value, _ in results) / len(results), sum(count for _, count in results)
 
 
 def _by_artifact(ledger: Ledger, path: str) -> Iterator[tuple[str, pa.Table]]:
-    """(artifact, its label and image_score) of a part's labelled rows."""
-    # from memory: Arrow's threads may hold a Python file until after the interpreter has ended, which aborts
+    """Yields (artifact, label and image_score) of the labelled rows of a part."""
+    # Read from memory: Arrow's threads may keep a Python file open until after interpreter shutdown, which aborts.
     data = pa.BufferReader(ledger.storage.read(f"{ledger.uri}/{path}"))
     table = pq.ParquetFile(data).read(columns=["label", "image_score", "artifact"]).drop_null()
     for digest in table["artifact"].unique():

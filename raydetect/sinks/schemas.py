@@ -1,4 +1,4 @@
-"""What `run.json` and `manifest.json` must hold for those who read them; more may be there."""
+"""Required entries of `run.json` and `manifest.json`; further entries are allowed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What decides the rows."""
+    """Everything that determines the rows."""
 
     spec: Mapping[str, Any]
     artifact: str = ""
@@ -35,14 +35,14 @@ class Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ByCategory:
-    """Image scores from which on rows are flagged; None: none of the category is."""
+    """Thresholds on image scores by category; None if no row of the category is flagged."""
 
     categories: Mapping[str, Number | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """The entry `fdr`."""
+    """The entry `fdr` of the manifest."""
 
     level: Number
     tested: Count

@@ -1,4 +1,4 @@
-"""Files on any storage behind one URL: local, S3 and what else fsspec opens, with errors people can act on."""
+"""Access to files by URL: local disk, S3 and other fsspec file systems, with actionable errors."""
 
 from raydetect.storage.error_translation import translate
 from raydetect.storage.files import RANGE_BYTES, FileInfo, Storage

@@ -1,4 +1,4 @@
-"""What a storage library raises, as one sentence, and told apart: the whole storage, or this one object for good."""
+"""Translates exceptions of storage libraries and separates failures of one object from failures of the storage."""
 
 import errno
 import re
@@ -13,57 +13,59 @@ DENIED = ("AccessDenied", "403", "Forbidden", "AllAccessDisabled")
 DISK = {
     errno.ENOSPC: "no space is left on the disk. Free some and start the same command again.",
     errno.EDQUOT: "the disk quota is used up. Free some space or raise it, and start the same command again.",
-    errno.EFBIG: "it is larger than the disk or `ulimit -f` allows. Name another place or raise the limit.",
-    errno.EROFS: "the disk is mounted read-only. Mount it writable or name another place.",
-    errno.EACCES: "permission denied. Change who may read and write there, or name another place.",
-    errno.EPERM: "the operation is not permitted. Change who may read and write there, or name another place.",
+    errno.EFBIG: "it is larger than the disk or `ulimit -f` allows. Use another location or raise the limit.",
+    errno.EROFS: "the disk is mounted read-only. Mount it writable or use another location.",
+    errno.EACCES: "permission denied. Change the permissions or use another location.",
+    errno.EPERM: "the operation is not permitted. Change the permissions or use another location.",
     errno.EIO: "the disk reports an input/output error. Check it, and start the same command again.",
 }
 ABSENT = ("NoSuchKey", "NoSuchVersion", "404")
-READ = 3000  # letters of a library's message; some repeat whole answers of a server
+MAX_MESSAGE = 3000  # characters read of a library's message; some include whole server responses
 CHANGED = ("PreconditionFailed", "412")
 
 
 def translate(uri: str, verb: str, error: Exception) -> RaydetectError:
-    """A storage library's exception as one sentence that names the file and what to do. No secrets, no traceback.
+    """Translates a storage library's exception into one sentence that names the file and the fix, without secrets.
 
     Returns:
-        ChangedError: the object is another one than was listed.
-        UnreadableError: this object cannot be read, while others may be; a MissingError when it is not there.
-        StorageError: anything else, which concerns the whole storage or may pass.
+        ChangedError: the object has changed since it was listed.
+        UnreadableError: this object cannot be read, although others may be; a MissingError if it does not exist.
+        StorageError: anything else: the whole storage is affected, or the failure may be temporary.
     """
     if isinstance(error, RaydetectError):
         return error
     text = _scrub(" ".join(str(error).split())) or type(error).__name__
     code = _error_code(error, text)
-    found = _of_object(uri, verb, error, code, text) if verb == "read" else None
-    return found or _of_storage(uri, verb, error, code, text)
+    translated = _object_error(uri, verb, error, code, text) if verb == "read" else None
+    return translated or _storage_error(uri, verb, error, code, text)
 
 
-def _of_object(uri: str, verb: str, error: Exception, code: str, text: str) -> StorageError | None:
-    """What concerns one object alone."""
+def _object_error(uri: str, verb: str, error: Exception, code: str, text: str) -> StorageError | None:
+    """Returns the error if it affects only this object, else None."""
     if code in CHANGED or type(error).__name__ == "FileExpired":
         return changed(uri)
     if code == "InvalidObjectState":
         return UnreadableError(f"{uri}: is archived, so it cannot be read ({text}). Restore it and score it again.")
     if code in DENIED or (not code and isinstance(error, PermissionError)):
         return UnreadableError(
-            f"{uri}: the storage refused to {verb} it ({text}). Check key, secret, profile and who may read it.",
+            f"{uri}: the storage refused to {verb} it ({text}). Check the key, secret, profile and read permissions.",
             is_denied=True,
         )
     if code in ABSENT or (not code and isinstance(error, FileNotFoundError)):
         return MissingError(f"{uri}: not found. Check the path.")
     if isinstance(error, IsADirectoryError | NotADirectoryError):
-        return UnreadableError(f"{uri}: is no file ({type(error).__name__}). Check the path.")
+        return UnreadableError(f"{uri}: is not a file ({type(error).__name__}). Check the path.")
     return None
 
 
-def _of_storage(uri: str, verb: str, error: Exception, code: str, text: str) -> StorageError:
+def _storage_error(uri: str, verb: str, error: Exception, code: str, text: str) -> StorageError:
     if code == "NoSuchBucket":
         bucket = "/".join(uri.split("/")[:3])
-        return MissingError(f"{uri}: the bucket {bucket} does not exist. Create it or mend the URI.", is_denied=True)
+        return MissingError(f"{uri}: the bucket {bucket} does not exist. Create it or correct the URI.", is_denied=True)
     if code in DENIED or code in REFUSED_KEYS:
-        return StorageError(f"{uri}: the storage refused to {verb} it ({text}). Check key, secret, token, profile.")
+        return StorageError(
+            f"{uri}: the storage refused to {verb} it ({text}). Check the key, secret, token and profile."
+        )
     if "credentials" in text.lower():
         return StorageError(
             f"{uri}: no credentials found. Set storage.key and storage.secret, a profile, or anon: true."
@@ -80,18 +82,18 @@ def _of_storage(uri: str, verb: str, error: Exception, code: str, text: str) -> 
 
 
 def is_local(uri: str) -> bool:
-    """Whether it names a file of a disk, by a URI or as a path."""
+    """Whether a URI or path names a file on a local disk."""
     return uri.partition("://")[0] == "file" or "://" not in uri
 
 
 def disk_reason(error: OSError) -> str:
-    """Why a disk refused, in a few words: "no space left on device"."""
+    """Short reason of a disk error, such as "no space left on device"."""
     return " ".join((error.strerror or str(error)).split()).lower()
 
 
 def changed(uri: str) -> ChangedError:
-    """The error of a file that is another one than was listed."""
-    return ChangedError(f"{uri}: was changed since it was listed. Nothing of it was kept; start the same job again.")
+    """Creates the error for a file that has changed since it was listed."""
+    return ChangedError(f"{uri}: has changed since it was listed. Nothing from it was kept; start the same job again.")
 
 
 def _error_code(error: BaseException | None, text: str) -> str:
@@ -106,6 +108,6 @@ def _error_code(error: BaseException | None, text: str) -> str:
 
 
 def _scrub(text: str) -> str:
-    """Drops query strings (signatures) and anything after a key name."""
-    text = re.sub(r"\?[^ '\"]+", "", text[:READ])
+    """Removes query strings (signatures) and anything after a key name."""
+    text = re.sub(r"\?[^ '\"]+", "", text[:MAX_MESSAGE])
     return re.sub(r"(?i)((?:secret|token|key)[a-z_]*['\"]?\s*[=:]\s*)\S+", r"\1***", text)[:300]

@@ -1,4 +1,4 @@
-"""Patterns of paths in linear time: fsspec's regular expressions take a power of a name's length, one for each `*`."""
+"""Glob patterns in linear time: fsspec's regular expressions take polynomial time, one power for each `*`."""
 
 import fnmatch
 import re
@@ -6,32 +6,32 @@ from collections.abc import Callable
 
 from raydetect.errors import SpecError
 
-MOST_STARS = 2  # of one name, for fsspec; names with more are matched here
-MOST_ANY_DEPTH = 2
+MAX_STARS = 2  # per path segment, for fsspec; segments with more are matched here
+MAX_ANY_DEPTH = 2
 
 
 def linear_glob(path: str) -> tuple[str, Callable[[str], bool]]:
-    """A pattern for `glob` of a filesystem that finds what `path` names and maybe more, and which of that is meant.
+    """Returns a pattern for fsspec's `glob` that finds at least what `path` matches, and a filter for its results.
 
     Raises:
-        SpecError: too many `**`, one beside a name with several `*`, or one that is part of a name.
+        SpecError: there are too many `**`, one together with a segment of several `*`, or one inside a segment.
     """
     segments = path.split("/")
     if any("**" in name and name != "**" for name in segments):
-        raise SpecError(f"{path}: `**` stands for whole folders. Write `**/` alone, or one `*`.")
+        raise SpecError(f"{path}: `**` stands for whole folders. Write `**/` or a single `*`.")
     any_depth = segments.count("**")
-    many = {place for place, name in enumerate(segments) if name != "**" and name.count("*") > MOST_STARS}
-    if any_depth > MOST_ANY_DEPTH or (any_depth and many):
+    many = {index for index, name in enumerate(segments) if name != "**" and name.count("*") > MAX_STARS}
+    if any_depth > MAX_ANY_DEPTH or (any_depth and many):
         raise SpecError(
-            f"{path}: has more than {MOST_ANY_DEPTH} `**`, or one beside a name with more than {MOST_STARS} `*`. "
-            "Write fewer of them."
+            f"{path}: has more than {MAX_ANY_DEPTH} `**`, or one beside a name with more than {MAX_STARS} `*`. "
+            "Use fewer of them."
         )
     if not many:
         return path, lambda found: True
-    exact = {place: re.compile(fnmatch.translate(segments[place])) for place in many}
+    exact = {index: re.compile(fnmatch.translate(segments[index])) for index in many}
 
-    def is_meant(found: str) -> bool:
+    def matches(found: str) -> bool:
         names = found.split("/")
-        return len(names) == len(segments) and all(regex.match(names[place]) for place, regex in exact.items())
+        return len(names) == len(segments) and all(regex.match(names[index]) for index, regex in exact.items())
 
-    return "/".join("*" if place in many else name for place, name in enumerate(segments)), is_meant
+    return "/".join("*" if index in many else name for index, name in enumerate(segments)), matches

@@ -1,8 +1,8 @@
-"""Files of this machine's disks: whole or not there, whatever is killed and wherever the power goes.
+"""Atomic writes to local disks: a file is complete or absent, even after a kill or a power failure.
 
-A file is written under a name of its own beside its place, brought to the disk, and renamed. The writer holds a lock
-(`flock`) on it, which the kernel lets go when the process ends however it ends: so what a killed one left is known
-from what a live one writes, and may be removed.
+A file is written under a temporary name in the same folder, synced and renamed. The writer holds a lock (`flock`) on
+it, which the kernel releases when the process ends for any reason, so leftovers of killed processes can be told from
+files that are being written, and removed.
 """
 
 import errno
@@ -23,21 +23,21 @@ from typing import BinaryIO, TextIO
 
 from raydetect.storage.error_translation import translate
 
-OURS = re.compile(r"\.raydetect-([0-9a-f]{8})-[0-9a-f]{16}\.tmp")
-FOREIGN_SECONDS = 86_400.0  # some network disks lock within one machine alone: files of others must be this old
+TEMPORARY_NAME = re.compile(r"\.raydetect-([0-9a-f]{8})-[0-9a-f]{16}\.tmp")
+FOREIGN_SECONDS = 86_400.0  # some network disks lock per machine only: files of other machines must be this old
 
 log = logging.getLogger("raydetect.storage")
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes the place of `path` when the block ends, and leaves no trace when it raises.
+    """Opens a file for writing that replaces `path` when the block ends, and leaves no trace if the block raises.
 
-    It is on the disk before it has its name, and its name is before this returns. What is there and is no regular file
-    (`/dev/stdout`, a FIFO) is written as it is.
+    The data are synced before the rename, and the rename before the block returns. A path that exists and is not a
+    regular file (`/dev/stdout`, a FIFO) is written to directly.
 
     Raises:
-        StorageError: it cannot be written; what was there before still is.
+        StorageError: the file cannot be written; an existing one is unchanged.
     """
     try:
         if path.exists() and not path.is_file():
@@ -52,14 +52,14 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def whole_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
-    """As `whole_file`, for text in UTF-8.
+    """Opens a UTF-8 text file for writing, like `whole_file`.
 
     Args:
-        path: of the file.
-        newline: as for `open`.
+        path: the file.
+        newline: see `open`.
 
     Raises:
-        StorageError: it cannot be written; what was there before still is.
+        StorageError: the file cannot be written; an existing one is unchanged.
     """
     with whole_file(path) as file:
         out = io.TextIOWrapper(file, "utf-8", newline=newline)
@@ -70,36 +70,36 @@ def whole_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
 
 
 def write_local(path: Path, data: bytes) -> None:
-    """The whole file or nothing: readers see the old bytes or the new ones.
+    """Writes a file atomically: readers see the old content or the new content.
 
     Raises:
-        OSError: it cannot be written; what was there before still is.
+        OSError: the file cannot be written; an existing one is unchanged.
     """
     with _renamed(path) as file:
         file.write(data)
 
 
 def remove_leftovers(folder: Path, below: bool = True) -> int:
-    """Removes the unfinished files of a folder that no process is writing any more; returns how many.
+    """Removes temporary files that no process is writing any more and returns their number.
 
-    What may not be removed, or is on a disk without locks, stays.
+    Files that cannot be removed, or are on a disk without locks, stay.
 
     Args:
-        folder: where they are.
-        below: also in the folders in it.
+        folder: the folder to clean up.
+        below: also clean up subfolders.
     """
     removed = 0
-    for place, folders, names in os.walk(folder):
-        removed += sum(_remove_left(Path(place, name)) for name in names if OURS.fullmatch(name))
+    for parent, subfolders, names in os.walk(folder):
+        removed += sum(_remove_leftover(Path(parent, name)) for name in names if TEMPORARY_NAME.fullmatch(name))
         if not below:
-            folders.clear()
+            subfolders.clear()
     return removed
 
 
 @contextmanager
 def _renamed(path: Path) -> Iterator[BinaryIO]:
     _make_folder(path.parent)
-    file, temporary = _own_file(path.parent)
+    file, temporary = _temporary_file(path.parent)
     try:
         with file:
             _keep_mode(file, path)
@@ -108,14 +108,14 @@ def _renamed(path: Path) -> Iterator[BinaryIO]:
             _sync(file.fileno())
             os.replace(temporary, path)
     except BaseException:
-        with suppress(OSError):  # the first error tells more
+        with suppress(OSError):  # the first error is more informative
             temporary.unlink()
         raise
     _sync_folder(path.parent)
 
 
-def _own_file(folder: Path) -> tuple[BinaryIO, Path]:
-    """A new file in a folder and its path, locked. Should it be taken for a leftover before, there is another one."""
+def _temporary_file(folder: Path) -> tuple[BinaryIO, Path]:
+    """Creates and locks a file in a folder; tries again if another process removed it before it was locked."""
     while True:
         temporary = folder / f".raydetect-{_machine()}-{secrets.token_hex(8)}.tmp"
         file = temporary.open("xb")
@@ -124,27 +124,27 @@ def _own_file(folder: Path) -> tuple[BinaryIO, Path]:
         file.close()
 
 
-def _remove_left(place: Path) -> bool:
-    """Whether it was an unfinished file of no living process, and is gone."""
-    found = OURS.fullmatch(place.name)
-    if found is None:
+def _remove_leftover(path: Path) -> bool:
+    """Removes a temporary file whose writer has ended; returns whether it was removed."""
+    match = TEMPORARY_NAME.fullmatch(path.name)
+    if match is None:
         return False
     try:
-        descriptor = os.open(place, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
             is_old = time.time() - os.fstat(descriptor).st_mtime > FOREIGN_SECONDS
-            if (found.group(1) == _machine() or is_old) and _locked(descriptor):
-                place.unlink()
+            if (match.group(1) == _machine() or is_old) and _locked(descriptor):
+                path.unlink()
                 return True
         finally:
             os.close(descriptor)
     except OSError as error:
-        log.info("%s: an unfinished file, cannot be removed (%s)", place, error.strerror)
+        log.info("%s: cannot remove this unfinished file (%s)", path, error.strerror)
     return False
 
 
 def _locked(descriptor: int) -> bool:
-    """Whether the lock is this process's now; no when another holds it or the disk has no locks."""
+    """Tries to lock a file; False if another process holds the lock or the disk does not support locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -157,13 +157,13 @@ def _machine() -> str:
 
 
 def _keep_mode(file: BinaryIO, path: Path) -> None:
-    """Who may read what is replaced may read the new one."""
+    """Copies the permissions of an existing file at `path`."""
     if path.exists():
         os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
 
 
 def _make_folder(folder: Path) -> None:
-    """Makes it and the folders above; each new one is on the disk before something is in it."""
+    """Creates a folder and its parents; each is synced before anything is written into it."""
     if not folder.is_dir():
         _make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -171,10 +171,10 @@ def _make_folder(folder: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Names are on the disk only when their folder is."""
+    """Syncs a folder, which makes new names in it durable."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except PermissionError:  # one may write into it and not read it
+    except PermissionError:  # the folder is writable but not readable
         return
     try:
         _sync(descriptor)
@@ -186,5 +186,5 @@ def _sync(descriptor: int) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a kind of disk that has nothing to wait for
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # this file system does not support fsync
             raise

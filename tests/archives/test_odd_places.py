@@ -87,7 +87,7 @@ def whole_job(root: str, storage: Storage, words: dict[str, Any], tmp_path: Path
                 assert handle.read()
     reach = ["--endpoint-url", words["endpoint_url"]] if words else []
     assert "finished" in call("status", sink, *reach).output
-    assert "all whole" in call("verify", sink, *reach).output
+    assert "all intact" in call("verify", sink, *reach).output
     report = tmp_path / "report.html"
     assert call("report", sink, "-o", str(report), *reach).exit_code == 0
     assert "No image" not in report.read_text() and "No heatmap" not in report.read_text()

@@ -129,7 +129,9 @@ def test_a_record_with_another_leaf_is_refused_or_gives_the_same_rows(
         found = scored()
     except ArtifactError as error:
         assert error.exit_code == 2 and ARTIFACT.removeprefix("memory://") in str(error) and "\n" not in str(error)
-        assert len(str(error)) < 700 and any(word in str(error) for word in ("Fit again", "Update", "copy it anew"))
+        assert len(str(error)) < 700 and any(
+            word in str(error) for word in ("Fit again", "Update", "copy the file again")
+        )
         return
     if path[0] != "params" or path[-1] not in FIT_PARAMS:
         assert found == expected, path
@@ -153,7 +155,7 @@ def _expected(stored: Files) -> list[tuple[Any, ...]]:
         (lambda c: c["scores"].__setitem__(-1, math.nan), "calibration.scores.6: should be a finite number"),
         (lambda c: c["scores"].__setitem__(0, "0.5"), "calibration.scores.0: should be a valid number"),
         (lambda c: c.update(scores=[]), "calibration.scores"),
-        (lambda c: c["scores"].pop(), "images.held_out is 7, and calibration.scores has 6"),
+        (lambda c: c["scores"].pop(), "images.held_out is 7, but calibration.scores has 6"),
         (lambda c: c.update(map_low=c["map_high"] + 1), "is below map_low"),
         (lambda c: c.update(map_high=1e300), "calibration.map_high: should be less than or equal to"),
     ],
@@ -183,9 +185,9 @@ def halved(tensors: dict[str, Tensor], name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t, n: t.pop(n), "tensor|is not there"),
-        (lambda t, n: t.update({n: t[n].double()}), "float64 of .* and the detector needs|is F64 of"),
-        (lambda t, n: t.update({n: t[n].half()}), "float16 of .* and the detector needs|is F16 of"),
+        (lambda t, n: t.pop(n), "tensor|is missing"),
+        (lambda t, n: t.update({n: t[n].double()}), "float64 of .* but the detector needs|is F64 of"),
+        (lambda t, n: t.update({n: t[n].half()}), "float16 of .* but the detector needs|is F16 of"),
         (lambda t, n: t.update({n: t[n][None]}), "shape|F32 of|do not fit|int64 of"),
         (lambda t, n: t.update({n: t[n].float() * math.nan}), "not finite|float32 of"),
         (lambda t, n: t.update({f"{n}.more": t[n].clone()}), "has no tensor"),
@@ -212,7 +214,7 @@ def test_a_bank_of_other_dims_is_refused_when_the_job_is_planned_and_also_when_i
     rewrite(body, save(tensors))
     dims = body["bank"]["dims"]
     with pytest.raises(
-        ArtifactError, match=rf"is F32 of \(\d+, {dims // 2}\), and the record says F32 of .*, {dims}\)"
+        ArtifactError, match=rf"is F32 of \(\d+, {dims // 2}\), but the record says F32 of .*, {dims}\)"
     ):
         planned()
     body["bank"]["dims"] = dims // 2

@@ -1,4 +1,4 @@
-"""A memory bank in pieces: only the pieces are read, the rows of a job stay the same, and nonsense is refused."""
+"""Sharded memory banks: only the pieces are read, results are unchanged, and damaged files are refused."""
 
 import json
 from pathlib import Path
@@ -31,17 +31,17 @@ def tensor_file() -> tuple[TensorFile, dict[str, torch.Tensor]]:
 
 
 def rewrite(change: dict[str, Any], content: bytes | None = None) -> None:
-    """Changes the record, and the tensors' bytes if given."""
+    """Changes entries of the record, and the tensor file if `content` is given."""
     storage = Storage()
     record = read_record(ARTIFACT, storage)
-    place = tensors_uri(ARTIFACT, record.body["tensors"])
+    uri = tensors_uri(ARTIFACT, record.body["tensors"])
     if content is not None:
-        storage.write(place, content)
+        storage.write(uri, content)
         change = {"tensors": {**record.body["tensors"], "bytes": len(content)}, **change}
     storage.write(f"{ARTIFACT}/artifact.json", json.dumps({**record.body, **change}).encode())
 
 
-def test_tensors_read_in_parts_are_those_of_the_whole_file() -> None:
+def test_tensors_read_in_parts_equal_those_of_the_whole_file() -> None:
     file, expected = tensor_file()
     found = file.read(expected)
     assert found.keys() == expected.keys()
@@ -55,8 +55,8 @@ def test_tensors_read_in_parts_are_those_of_the_whole_file() -> None:
             file.rows(name, start, stop)
 
 
-def test_every_dtype_survives() -> None:
-    made = {
+def test_every_dtype_round_trips() -> None:
+    tensors = {
         "a": torch.tensor([True, False, True]),
         "b": torch.tensor([[1, -2]], dtype=torch.int8),
         "c": torch.tensor([1.5, -2.25], dtype=torch.bfloat16),
@@ -65,23 +65,23 @@ def test_every_dtype_survives() -> None:
         "f": torch.zeros(0, 4),
         "g": torch.tensor([9, 8, 7], dtype=torch.uint8),
     }
-    rewrite({}, save(made))
+    rewrite({}, save(tensors))
     file = TensorFile.of(read_record(ARTIFACT, Storage()), Storage())
-    for name, value in file.read(made).items():
-        assert value.dtype == made[name].dtype and torch.equal(value, made[name])
+    for name, value in file.read(tensors).items():
+        assert value.dtype == tensors[name].dtype and torch.equal(value, tensors[name])
 
 
-def test_a_holder_of_a_piece_reads_that_piece_and_a_worker_reads_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_piece_is_read_alone_and_a_worker_reads_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     record = read_record(ARTIFACT, Storage())
     bank_bytes = record.body["bank"]["rows"] * record.body["bank"]["dims"] * 4
     read: list[int] = []
     kind = type(fsspec.filesystem("memory"))
     cat_file = kind.cat_file
 
-    def counted(self: Any, path: str, start: int | None = None, end: int | None = None, **words: Any) -> bytes:
-        found: bytes = cat_file(self, path, start=start, end=end, **words)
-        read.append(len(found) if path.endswith(".safetensors") else 0)
-        return found
+    def counted(self: Any, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
+        content: bytes = cat_file(self, path, start=start, end=end, **options)
+        read.append(len(content) if path.endswith(".safetensors") else 0)
+        return content
 
     monkeypatch.setattr(kind, "cat_file", counted)
     TensorFile.of(record, Storage())
@@ -97,14 +97,16 @@ def test_a_holder_of_a_piece_reads_that_piece_and_a_worker_reads_the_rest(monkey
 
 
 @pytest.mark.parametrize("pieces", [2, 5])
-def test_a_job_with_its_bank_in_pieces_gives_the_same_rows(pieces: int) -> None:
-    whole, cut = run(), run("sink.uri=memory://data/cut", f"resources.bank_shards={pieces}")
-    strip = [[{k: v for k, v in row.items() if k != "heatmap_uri"} for row in rows(plan)] for plan, _ in (whole, cut)]
+def test_a_job_with_a_sharded_bank_gives_the_same_rows(pieces: int) -> None:
+    whole, sharded = run(), run("sink.uri=memory://data/sharded", f"resources.bank_shards={pieces}")
+    strip = [
+        [{k: v for k, v in row.items() if k != "heatmap_uri"} for row in rows(plan)] for plan, _ in (whole, sharded)
+    ]
     assert strip[0] == strip[1] and len(strip[0]) > 10
-    assert whole[1]["statuses"] == cut[1]["statuses"]
+    assert whole[1]["statuses"] == sharded[1]["statuses"]
 
 
-def test_a_job_may_go_on_with_another_number_of_pieces() -> None:
+def test_a_job_can_resume_with_another_number_of_pieces() -> None:
     run()
     plan, _ = run("resources.bank_shards=3")
     assert plan.todo == ()
@@ -113,15 +115,15 @@ def test_a_job_may_go_on_with_another_number_of_pieces() -> None:
 def test_a_damaged_byte_anywhere_is_found_before_scoring() -> None:
     storage = Storage()
     record = read_record(ARTIFACT, storage)
-    place = tensors_uri(ARTIFACT, record.body["tensors"])
-    content = storage.read(place)
-    storage.write(place, content[:-1] + bytes([content[-1] ^ 1]))
+    uri = tensors_uri(ARTIFACT, record.body["tensors"])
+    content = storage.read(uri)
+    storage.write(uri, content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(ArtifactError, match="sha256"):
         sharded_search(record, storage, 2, CPU)
-    storage.write(place, content[:-1])
+    storage.write(uri, content[:-1])
     with pytest.raises(ArtifactError, match=f"has {len(content) - 1} bytes, the record says {len(content)}"):
         piece_search(record, storage, 0, 2, CPU)
-    storage.delete(place)
+    storage.delete(uri)
     with pytest.raises(ArtifactError, match="is missing"):
         piece_search(record, storage, 0, 2, CPU)
 
@@ -157,29 +159,29 @@ def test_a_range_past_the_end_is_refused(tmp_path: Path) -> None:
         storage.read_range(uri, 2, 11)
 
 
-def test_a_range_is_put_together_from_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raydetect.storage.RANGE_BYTES", 3)
+def test_a_range_is_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raydetect.storage.files.RANGE_BYTES", 3)
     Storage().write("memory://data/x", b"0123456789")
     assert Storage().read_range("memory://data/x", 1, 9) == b"12345678"
 
 
-def test_what_cannot_be_cut_is_refused_before_anything_is_written() -> None:
-    cut = "resources.bank_shards=2"
+def test_a_bank_that_cannot_be_split_is_refused_before_anything_is_written() -> None:
+    two_pieces = "resources.bank_shards=2"
     rows_of_bank = read_record(ARTIFACT, Storage()).body["bank"]["rows"]
     with pytest.raises(SpecError, match=f"has {rows_of_bank} rows. Set it lower"):
         plan_score(spec_of(SCORE, f"resources.bank_shards={rows_of_bank + 1}"))
     with pytest.raises(SpecError, match="applies to scoring jobs only"):
-        spec_of(FIT, cut)
+        spec_of(FIT, two_pieces)
     fit("detector.name=stfpm", "detector.params={backbone: resnet18, weights: random, image_size: [64, 64], epochs: 1}")
     with pytest.raises(SpecError, match=r"bank_shards = 2: the stfpm of .* has no memory bank"):
-        plan_score(spec_of(SCORE, cut))
+        plan_score(spec_of(SCORE, two_pieces))
     assert not Storage().exists("memory://data/results")
 
 
-def test_ivfpq_has_its_recall_in_the_record_and_cannot_be_cut() -> None:
+def test_ivfpq_records_its_recall_and_cannot_be_split() -> None:
     fit("detector.params.search=ivfpq", "detector.params.coreset_sampling_ratio=0.8")
     record = read_record(ARTIFACT, Storage())
     assert 0.3 < record.body["search"]["recall_at_1"] <= 1 and record.body["search"]["patches"] > 100
-    with pytest.raises(SpecError, match="no memory bank that can be cut"):
+    with pytest.raises(SpecError, match="no memory bank that can be split"):
         plan_score(spec_of(SCORE, "resources.bank_shards=2"))
     run()

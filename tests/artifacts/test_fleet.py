@@ -1,4 +1,4 @@
-"""Fleets: one detector for each category; rows as each category alone would have them; every refusal."""
+"""Fleets: one detector for each category; the same rows as each category alone; every refusal."""
 
 import gc
 import json
@@ -59,7 +59,7 @@ SCORE: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def fitted() -> dict[str, bytes]:
-    """Every file of the fleet and of its archive, by path; fitted once."""
+    """All files of the fleet and of its archive by path; fitted once."""
     fit_fleet(ROOT)
     write_mixed(ROOT)
     files = fsspec.filesystem("memory").store
@@ -68,14 +68,14 @@ def fitted() -> dict[str, bytes]:
 
 @pytest.fixture
 def fleet(fitted: dict[str, bytes]) -> None:
-    """The same in `memory://`."""
+    """Copies these files to `memory://`."""
     for path, data in fitted.items():
         Storage().write(f"memory://{path}", data)
 
 
 @pytest.fixture
 def folder(fitted: dict[str, bytes], tmp_path: Path) -> Path:
-    """The same on the disk, with a job file."""
+    """Copies these files to a disk, with a job file."""
     for path, data in fitted.items():
         if path.startswith(("/data/fleet/", "/data/mixed/")):
             Storage().write(f"file://{tmp_path}{path.removeprefix('/data')}", data)
@@ -99,14 +99,14 @@ def rows(planned: ScorePlan) -> list[dict[str, Any]]:
     return rows_of(planned.ledger.uri, planned.ledger.storage)
 
 
-def call(folder: Path, command: str, *words: str) -> Result:
-    result = CliRunner().invoke(main, [command, str(folder / "score.yaml"), *words])
+def call(folder: Path, command: str, *options: str) -> Result:
+    result = CliRunner().invoke(main, [command, str(folder / "score.yaml"), *options])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
 
 
 def comparable(planned: ScorePlan, category: str) -> list[dict[str, Any]]:
-    """Rows of a category, with the bytes of its heatmaps in place of their URIs, and without names of containers."""
+    """Rows of a category with heatmap bytes instead of URIs and without the names of containers."""
     found = []
     for row in rows(planned):
         if row["category"] == category:
@@ -124,7 +124,7 @@ def heatmap_bytes(planned: ScorePlan, uri: str) -> bytes:
 
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Categories in the order in which their detectors were loaded from the storage."""
+    """Categories in the order in which their detectors were loaded."""
     found: list[str] = []
     plain = StoredDetectors.load
 
@@ -138,20 +138,20 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.usefixtures("fleet")
 @pytest.mark.parametrize(("heatmaps", "style", "count"), [("all", "map", 30), ("top_k", "overlay", 12)])
-def test_rows_and_heatmaps_are_those_of_each_category_scored_alone(heatmaps: str, style: str, count: int) -> None:
-    words = [f"sink.heatmaps={heatmaps}", f"sink.style={style}", "sink.top_k=2"]
-    whole, manifest = run(*words)
+def test_rows_and_heatmaps_equal_those_of_each_category_scored_alone(heatmaps: str, style: str, count: int) -> None:
+    overrides = [f"sink.heatmaps={heatmaps}", f"sink.style={style}", "sink.top_k=2"]
+    whole, manifest = run(*overrides)
     assert manifest["rows"] == 30 and manifest["statuses"] == {"ok": 30} and manifest["heatmaps"] == count
     found = rows(whole)
     assert [row["category"] for row in found[:3]] == list(CATEGORIES), "the archive must mix categories"
     clipped = 0
-    for turn, category in enumerate(CATEGORIES):
-        where = [f"source.uri={ROOT}/only-{turn}", f"artifact={member_uri(FLEET, category)}"]
-        alone, said = run(*words, *where, f"sink.uri={ROOT}/results-{turn}")
+    for number, category in enumerate(CATEGORIES):
+        where = [f"source.uri={ROOT}/only-{number}", f"artifact={member_uri(FLEET, category)}"]
+        alone, alone_manifest = run(*overrides, *where, f"sink.uri={ROOT}/results-{number}")
         assert comparable(whole, category) == comparable(alone, category)
-        assert manifest["heatmap_scale"]["categories"][category] == said["heatmap_scale"]
+        assert manifest["heatmap_scale"]["categories"][category] == alone_manifest["heatmap_scale"]
         assert {row["artifact"] for row in rows(alone)} == {alone.artifact.digest}
-        clipped += said["clipped_pixels"]
+        clipped += alone_manifest["clipped_pixels"]
     assert manifest["clipped_pixels"] == clipped
     assert len({row["artifact"] for row in found}) == len({row["threshold"] for row in found}) == 3
 
@@ -215,7 +215,7 @@ def test_only_detectors_that_are_needed_are_loaded(loads: list[str]) -> None:
 
 
 def strangers() -> bytes:
-    """A tar with images of a known category, an unknown one (not even an image) and none, and two that are bad."""
+    """A tar with images of a known category, of an unknown one and of none, and two bad members."""
     files = [
         *sample(1, picture(BOLTS, 1), category=BOLTS),
         *sample(2, b"no image", category="bolt"),
@@ -256,8 +256,8 @@ def test_the_error_of_a_row_stays_short_when_there_are_many_categories() -> None
         for name, content in data.items():
             Storage().write(f"{member_uri(f'{ROOT}/many', category)}/{name}", content)
     write_fleet(f"{ROOT}/many", Storage(), dict.fromkeys(names, digest), {})
-    words = [f"artifact={ROOT}/many", f"source.uri={ROOT}/only-1", "max_bad_fraction=1"]
-    errors = {row["error"].partition(": ")[2] for row in rows(run(*words)[0])}
+    overrides = [f"artifact={ROOT}/many", f"source.uri={ROOT}/only-1", "max_bad_fraction=1"]
+    errors = {row["error"].partition(": ")[2] for row in rows(run(*overrides)[0])}
     assert errors == {"the fleet has no detector for category 'bolts'. It knows 40 others."}
 
 
@@ -310,7 +310,7 @@ def test_loose_images_without_a_category_in_their_path_are_refused() -> None:
 
 
 @pytest.mark.usefixtures("fleet")
-def test_quality_is_the_mean_over_categories_and_progress_tells_of_the_fleet() -> None:
+def test_auroc_is_the_mean_over_categories_and_progress_shows_the_fleet() -> None:
     planned, _ = run()
     found = [[row for row in rows(planned) if row["category"] == category] for category in CATEGORIES]
     each = [roc_auc_score([r["label"] for r in mine], [r["image_score"] for r in mine]) for mine in found]
@@ -320,7 +320,7 @@ def test_quality_is_the_mean_over_categories_and_progress_tells_of_the_fleet() -
 
 
 @pytest.mark.usefixtures("fleet")
-def test_the_rate_is_that_of_equally_many_images_of_each_category() -> None:
+def test_the_rate_assumes_equally_many_images_of_each_category() -> None:
     records = list(plan().records.values())
     rates = [replace(r, body={**r.body, "images_per_second": rate}) for r, rate in zip(records, (2, 4, 4), strict=True)]
     assert scoring_rate(rates) == 3.0  # one image each: 1/2 + 1/4 + 1/4 seconds
@@ -328,10 +328,10 @@ def test_the_rate_is_that_of_equally_many_images_of_each_category() -> None:
 
 
 def rewrite_index(uri: str, change: Callable[[dict[str, Any]], None]) -> None:
-    place = join_uri(uri, "artifact.json")
-    body = json.loads(Storage().read(place))
+    index_uri = join_uri(uri, "artifact.json")
+    body = json.loads(Storage().read(index_uri))
     change(body)
-    Storage().write(place, json.dumps(body).encode())
+    Storage().write(index_uri, json.dumps(body).encode())
 
 
 BREAKS: list[tuple[str, Callable[[dict[str, Any]], None]]] = [
@@ -358,11 +358,11 @@ def test_a_broken_fleet_ends_with_one_sentence_and_exit_code_2(
         assert ended.output.count("\n") == 1
 
 
-def test_the_command_line_tells_of_the_fleet(folder: Path) -> None:
+def test_the_command_line_shows_the_fleet(folder: Path) -> None:
     assert "ready to score" in call(folder, "check").output
-    said = call(folder, "plan", "--workers", "2").output
-    assert "Fleet      3 categories: ../rings, Hex nuts/M4, bolts\n" in said
-    assert "measured when the artifact was fitted (as many images of each category)\n" in said
+    plan_text = call(folder, "plan", "--workers", "2").output
+    assert "Fleet      3 categories: ../rings, Hex nuts/M4, bolts\n" in plan_text
+    assert "measured when the artifact was fitted (as many images of each category)\n" in plan_text
     ended = call(folder, "score", "--local")
     assert ended.exit_code == 0 and "over 30 labelled images, mean of the fleet's categories: " in ended.output
     names = {path.name for path in (folder / "fleet" / "categories").iterdir()}
@@ -370,14 +370,14 @@ def test_the_command_line_tells_of_the_fleet(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("fleet")
-def test_readers_of_ordinary_artifacts_refuse_a_fleet_and_are_not_troubled_by_its_members() -> None:
+def test_readers_of_ordinary_artifacts_refuse_a_fleet_and_read_its_members() -> None:
     index = read_index(FLEET, Storage())
     assert index.body["format_version"] == FORMAT_VERSION + 1
-    with pytest.raises(ArtifactError, match="is a fleet, and one detector is needed"):
+    with pytest.raises(ArtifactError, match="is a fleet, but one detector is needed"):
         load_artifact(FLEET, Storage())
     for record in read_records(index, Storage()).values():
         assert record.body["format_version"] == FORMAT_VERSION
-    with pytest.raises(RaydetectError, match="fleet of no category"):
+    with pytest.raises(RaydetectError, match="the fleet has no category"):
         write_fleet(f"{ROOT}/none", Storage(), {}, {})
 
 

@@ -384,7 +384,7 @@ def test_a_damaged_shard_that_was_uploaded_again_is_scored_on_demand(place: Plac
     assert refused.exit_code == 2 and "00001 has other content now" in refused.output
     again = call("score", place.score, *words, "--retry", "bad_shard")
     assert again.exit_code == 0 and "Scored 6 images in 3 shards (6 ok)." in again.stdout, again.output
-    assert "all whole" in call("verify", f"{tmp_path}/results").output
+    assert "all intact" in call("verify", f"{tmp_path}/results").output
 
 
 def test_check_says_in_a_sentence_what_is_damaged_or_useless(place: Place, tmp_path: Path) -> None:

@@ -595,7 +595,7 @@ def test_what_an_ensemble_cannot_do_is_said() -> None:
         "sink": {"uri": "memory://ensemble/results"},
         "resources": {"bank_shards": 2},
     }
-    with pytest.raises(SpecError, match=r"the ensemble of memory:.* has no memory bank that can be cut"):
+    with pytest.raises(SpecError, match=r"the ensemble of memory:.* has no memory bank that can be split"):
         plan_score(parse_job(words, "job"))  # type: ignore[arg-type]
 
 

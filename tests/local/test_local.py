@@ -194,7 +194,7 @@ def test_bad_images_are_rows_with_a_status_and_no_score() -> None:
 @pytest.mark.usefixtures("data")
 def test_an_archive_of_nothing_but_text_is_refused_with_what_it_holds() -> None:
     Storage().write("memory://data/none/a.tar", tar_bytes([("notes.txt", b"x")]))
-    with pytest.raises(SpecError, match=r"gave no image; left out: 1 other_suffix \(notes.txt\)") as caught:
+    with pytest.raises(SpecError, match=r"has no images; left out: 1 other_suffix \(notes.txt\)") as caught:
         run("source.uri=memory://data/none")
     assert caught.value.exit_code == 2
 
@@ -336,7 +336,7 @@ def test_a_shard_that_changed_while_a_run_was_stopped_leaves_no_row_of_before() 
     with pytest.raises(InterruptedError):
         jobs.score(plan, stop)
     Storage().write("memory://data/grown/b.tar", tar_bytes(files[5:8]))
-    with pytest.raises(ChangedError, match=r"b\.tar: was changed since it was listed"):
+    with pytest.raises(ChangedError, match=r"b\.tar: has changed since it was listed"):
         jobs.score(plan, lambda *_: None)
     again, manifest = run(*words)
     assert manifest["rows"] == 4 and manifest["shards"] == 2

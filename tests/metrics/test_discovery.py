@@ -127,7 +127,7 @@ def test_the_decision_is_in_the_manifest_and_rows_are_left_open() -> None:
     assert drawn == {row["key"] for row in found if row["p_value"] <= 0.3} >= {row["key"] for row in chosen}
     told = progress(plan.ledger)
     assert told.flagged == fdr["flagged"] and told.plain()["fdr"] == fdr
-    assert any("flagged is p_value <=" in line for line in told.lines())
+    assert any("flagged if p_value <=" in line for line in told.lines())
 
 
 @pytest.mark.usefixtures("data")
@@ -162,7 +162,7 @@ def test_reports_exports_and_nights_tell_the_decision(level: float, tmp_path: Pa
     asked = f"false discovery rate at most {100 * level:g} % over the whole archive (Benjamini-Hochberg)"
     decided = "no p-value is small enough" if limit is None else f"p-value at most {limit:.6g}"
     assert f"Flagged when</dt><dd>{asked}: {decided}<" in page and "least None" not in page
-    assert (f"asked {100 * level:g} %" if chosen else "no p-value of 17 images is small enough") in page
+    assert (f"limit {100 * level:g} %" if chosen else "no p-value of 17 images is small enough") in page
     pictures = Pictures(ledger, started(ledger), plan.archive.storage)
     count, missing = write_folder(pictures, tmp_path)
     assert count == len(chosen) and not missing

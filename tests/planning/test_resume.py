@@ -230,7 +230,7 @@ def test_a_committed_shard_that_is_another_one_now_is_refused_by_name() -> None:
     unchanged = stored("run.json")
     add_shard("part-00.tar")  # sorts between the others
     with pytest.raises(
-        ResumeError, match=r"committed shard 00001 was memory:.*part-1\.tar, and is memory:.*part-00\.tar"
+        ResumeError, match=r"committed shard 00001 was memory:.*part-1\.tar and is now memory:.*part-00\.tar"
     ):
         run()
     Storage().delete("memory://data/mixed/part-00.tar")

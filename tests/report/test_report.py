@@ -170,7 +170,7 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
     assert ended.exit_code == 2 and "cannot be written" in ended.output
     (tmp_path / "results" / "scores" / "shard=00000" / "part-0000.parquet").write_bytes(b"PAR1 and no more")
     ended = call("report", f"{tmp_path}/results", "-o", f"{tmp_path}/x.html")
-    assert ended.exit_code == 1 and "no whole Parquet part" in ended.output and "shard 0" in ended.output
+    assert ended.exit_code == 1 and "is not a valid Parquet part" in ended.output and "shard 0" in ended.output
 
 
 def test_bad_images_are_sampled_by_status_and_counted_in_full() -> None:

@@ -1,4 +1,4 @@
-"""Sinks: rows that any Parquet reader opens, heatmaps by URI, the ledger and its refusals."""
+"""Sinks: rows readable by any Parquet reader, heatmaps by URI, the ledger and its checks."""
 
 import io
 import json
@@ -54,7 +54,7 @@ GOLDEN = [
 
 
 def rows(chunk: Chunk, count: int = 5) -> list[Row]:
-    made = [
+    scored = [
         Row(
             key=f"s3://b/a.tar#{i}.png",
             image_uri=f"tar://{i}.png::s3://b/a.tar",
@@ -69,7 +69,7 @@ def rows(chunk: Chunk, count: int = 5) -> list[Row]:
         )
         for i in range(count)
     ]
-    return [*made, Row(key="bad", image_uri="x", chunk=chunk.id, status="empty", error="zero bytes")]
+    return [*scored, Row(key="bad", image_uri="x", chunk=chunk.id, status="empty", error="zero bytes")]
 
 
 def write_run(uri: str, shards: int = 3) -> Ledger:
@@ -86,7 +86,7 @@ def write_run(uri: str, shards: int = 3) -> Ledger:
     return ledger
 
 
-def test_the_schema_is_the_golden_one() -> None:
+def test_the_schema_is_unchanged() -> None:
     assert str(SCHEMA).split("\n") == GOLDEN
     table = pq.read_table(io.BytesIO(encode_rows(rows(Chunk(0, 0, True, ())))))
     assert table.schema.equals(SCHEMA)
@@ -100,7 +100,7 @@ def test_compression_is_zstd_and_bytes_are_repeatable() -> None:
     assert zip_pictures({2: b"b", 1: b"a"}) == zip_pictures({1: b"a", 2: b"b"})
 
 
-def test_every_reader_opens_the_scores_as_they_are(tmp_path: Path) -> None:
+def test_duckdb_pandas_and_pyarrow_read_the_scores(tmp_path: Path) -> None:
     write_run(f"file://{tmp_path}")
     folder = tmp_path / "scores"
     parts = f"read_parquet('{folder}/**/*.parquet', hive_partitioning=1)"
@@ -116,12 +116,11 @@ def test_every_reader_opens_the_scores_as_they_are(tmp_path: Path) -> None:
         assert handle.read() == b"png4"
 
 
-def test_notes_are_counted_and_told(tmp_path: Path) -> None:
+def test_notes_are_counted_and_reported(tmp_path: Path) -> None:
     sink, chunk = ResultsSink(f"file://{tmp_path}", Storage()), Chunk(0, 0, True, ())
-    made = rows(chunk, 2)
     noted = [
         replace(row, note=note)
-        for row, note in zip(made, ("exif_ignored; pages_not_read: 3", "", "exif_ignored"), strict=True)
+        for row, note in zip(rows(chunk, 2), ("exif_ignored; pages_not_read: 3", "", "exif_ignored"), strict=True)
     ]
     part = sink.write(chunk, noted, {})
     assert part.notes == {"exif_ignored": 2, "pages_not_read": 1}
@@ -138,7 +137,7 @@ def test_notes_are_counted_and_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("columns", [None, ("key", "status"), ("note", "key")])
-def test_parts_of_before_there_were_notes_are_read(tmp_path: Path, columns: tuple[str, ...] | None) -> None:
+def test_parts_without_note_and_sha256_columns_are_read(tmp_path: Path, columns: tuple[str, ...] | None) -> None:
     ledger = write_run(f"file://{tmp_path}")
     for path in (tmp_path / "scores").rglob("*.parquet"):
         pq.write_table(pq.ParquetFile(path).read().drop_columns(["note", "sha256"]), path)
@@ -168,7 +167,7 @@ def test_writing_a_chunk_twice_changes_nothing(tmp_path: Path) -> None:
 def test_only_committed_shards_count(tmp_path: Path) -> None:
     ledger = write_run(f"file://{tmp_path}")
     (tmp_path / "ledger" / "00001.json").unlink()
-    (tmp_path / "ledger" / "notes.txt").write_text("a person's note")
+    (tmp_path / "ledger" / "notes.txt").write_text("a user's note")
     assert ledger.committed() == {0, 2}
     assert len(ledger.part_uris()) == 4 and not any("shard=00001" in uri for uri in ledger.part_uris())
     found = progress(ledger)
@@ -177,7 +176,7 @@ def test_only_committed_shards_count(tmp_path: Path) -> None:
     assert labelled_auroc(ledger) == (1.0, 20)
 
 
-def test_a_directory_of_another_job_is_refused_with_what_differs(tmp_path: Path) -> None:
+def test_a_directory_of_another_job_is_refused_with_the_differences(tmp_path: Path) -> None:
     ledger = write_run(f"file://{tmp_path}")
     ledger.begin({"result": {"spec": {"a": 1}}, "num_shards": 3})
     with pytest.raises(ResumeError, match=r"spec\.a: 1 -> 2"):
@@ -195,7 +194,7 @@ def test_damaged_and_newer_records_are_refused(tmp_path: Path, name: str) -> Non
         progress(ledger)
 
 
-def test_a_damaged_receipt_says_how_to_go_on(tmp_path: Path) -> None:
+def test_a_damaged_receipt_is_an_error(tmp_path: Path) -> None:
     ledger = write_run(f"file://{tmp_path}")
     path = tmp_path / "ledger" / "00002.json"
     for text in ("[]", "{}", json.dumps({**json.loads(path.read_text()), "rows": "many"})):
@@ -208,7 +207,7 @@ def test_a_damaged_receipt_says_how_to_go_on(tmp_path: Path) -> None:
 
 @settings(deadline=None)
 @given(st.floats(-50, 50), st.floats(0.01, 100), st.integers(0, 2**31))
-def test_a_map_survives_its_png_to_half_a_step(low: float, width: float, seed: int) -> None:
+def test_a_map_round_trips_through_png_within_half_a_step(low: float, width: float, seed: int) -> None:
     high = low + width
     original = np.random.default_rng(seed).uniform(low, high, (9, 7)).astype(np.float32).clip(low, high)
     data, clipped = map_png(original, low, high)
@@ -219,7 +218,7 @@ def test_a_map_survives_its_png_to_half_a_step(low: float, width: float, seed: i
     assert Image.open(io.BytesIO(data)).mode.startswith("I;16")
 
 
-def test_what_lies_outside_the_scale_is_counted_and_a_bad_scale_refused() -> None:
+def test_clipped_pixels_are_counted_and_a_bad_scale_is_refused() -> None:
     data, clipped = map_png(np.array([[-1.0, 0.5, 2.0]]), 0.0, 1.0)
     assert clipped == 2
     np.testing.assert_allclose(read_map_png(data, 0.0, 1.0), [[0.0, 0.5, 1.0]], atol=1e-5)
@@ -227,7 +226,7 @@ def test_what_lies_outside_the_scale_is_counted_and_a_bad_scale_refused() -> Non
         map_png(np.zeros((1, 1)), 1.0, 1.0)
 
 
-def test_an_overlay_leaves_the_normal_range_and_marks_the_rest() -> None:
+def test_an_overlay_leaves_the_normal_range_unchanged_and_marks_the_rest() -> None:
     image = np.full((40, 60, 3), 120, np.uint8)
     heat = np.zeros((10, 15), np.float32)
     heat[4:7, 9:12] = 10.0

@@ -1,4 +1,4 @@
-"""Storage: URIs, reading and writing on every kind, and bounded faults of an object store."""
+"""Storage: URIs, reading and writing on every kind of storage, and transient faults of an object store."""
 
 import os
 import time
@@ -28,10 +28,10 @@ DATA = bytes(range(256)) * 4096
         ("memory://a/b", "memory:///a/b"),
         ("file:/tmp/a", "file:///tmp/a"),
         ("file://localhost/tmp/a", "file:///tmp/a"),
-        ("file:name", f"file://{os.getcwd()}/file:name"),  # a name of this folder
+        ("file:name", f"file://{os.getcwd()}/file:name"),  # a file name in the current folder
     ],
 )
-def test_a_uri_has_one_form(given_uri: str, expected: str) -> None:
+def test_uris_are_normalised(given_uri: str, expected: str) -> None:
     assert normalise_uri(given_uri) == expected
 
 
@@ -98,7 +98,7 @@ def test_a_local_write_leaves_no_temporary_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_bounded_faults_lose_and_change_nothing(object_store: ObjectStore, fault: str) -> None:
+def test_reads_survive_bounded_faults(object_store: ObjectStore, fault: str) -> None:
     uri = object_store.uri("data.bin")
     object_store.storage.write(uri, DATA)
     plan = FaultPlan(matches=lambda method, path: "data.bin" in path and method == "GET")
@@ -110,7 +110,7 @@ def test_bounded_faults_lose_and_change_nothing(object_store: ObjectStore, fault
         with storage.open(uri) as handle:
             assert b"".join(iter(lambda: handle.read(300_000), b"")) == DATA
     plan.waiting.clear()
-    assert plan.injected[fault] == (2 if fault == "slow" else 4)  # what is slow comes at the first attempt
+    assert plan.injected[fault] == (2 if fault == "slow" else 4)  # a slow response succeeds at the first attempt
 
 
 @pytest.mark.parametrize("fault", ["slow_down", "drop"])
@@ -123,7 +123,7 @@ def test_writes_survive_bounded_faults(object_store: ObjectStore, fault: str) ->
     assert object_store.storage.read(uri) == DATA
 
 
-def test_a_storage_that_never_recovers_is_one_sentence(object_store: ObjectStore) -> None:
+def test_a_storage_that_never_recovers_raises_an_error_of_one_sentence(object_store: ObjectStore) -> None:
     uri = object_store.uri("data.bin")
     object_store.storage.write(uri, DATA)
     with faulty(object_store, FaultPlan(deque(["truncate"] * 1000))) as store, pytest.raises(StorageError) as caught:
@@ -162,7 +162,7 @@ def test_credentials_may_come_from_a_profile(
     assert Storage(options).read(object_store.uri("x")) == b"1"
 
 
-def test_a_large_object_goes_in_parts(object_store: ObjectStore) -> None:
+def test_a_large_object_is_uploaded_in_parts(object_store: ObjectStore) -> None:
     data = os.urandom(1 << 20) * 70
     object_store.storage.write(object_store.uri("large"), data)
     assert object_store.storage.read(object_store.uri("large")) == data

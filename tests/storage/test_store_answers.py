@@ -1,4 +1,4 @@
-"""What a store answers is never damage of the data: every refusal and every broken answer, for every format."""
+"""Refusals and broken responses of a store are never reported as damaged data, for every format."""
 
 import contextlib
 import io
@@ -30,7 +30,7 @@ SUFFIXES = [*PACKERS, ""]
 
 @pytest.fixture(autouse=True)
 def _no_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first answer decides; how often libraries try is shown in test_storage."""
+    """The first response counts; test_storage covers the retries of the libraries."""
     monkeypatch.setattr("raydetect.storage.files.S3_ATTEMPTS", 1)
     monkeypatch.setattr("s3fs.core.S3FileSystem.retries", 1)
 
@@ -46,7 +46,7 @@ def gets(name: str) -> Callable[[str, str], bool]:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_an_answer_of_the_store_ends_the_job_and_is_no_damage(object_store: ObjectStore, suffix: str) -> None:
+def test_a_failed_response_ends_the_job_and_is_not_damage(object_store: ObjectStore, suffix: str) -> None:
     pack(object_store.uri("day"), suffix, FILES, 2, object_store.storage)
     whole = read(object_store, object_store.uri("day"))
     assert len(whole) == len(FILES) and all(member.status == "ok" for member in whole)
@@ -66,11 +66,11 @@ def test_an_answer_of_the_store_ends_the_job_and_is_no_damage(object_store: Obje
 
 @pytest.mark.parametrize("answer", ["expired", "slow_down", "forbidden", "drop", "shorter"])
 @pytest.mark.parametrize("suffix", [".zip", ".parquet", ".tar", ""])
-def test_trouble_in_the_middle_of_a_container_is_no_damage(
+def test_a_failure_in_the_middle_of_a_container_is_not_damage(
     object_store: ObjectStore, suffix: str, answer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for place in ("raydetect.storage.files.READ_BLOCK_BYTES", "raydetect.archives.formats.tar.COPY_BYTES"):
-        monkeypatch.setattr(place, 4096)  # so that one container takes many requests
+    for name in ("raydetect.storage.files.READ_BLOCK_BYTES", "raydetect.archives.formats.tar.COPY_BYTES"):
+        monkeypatch.setattr(name, 4096)  # so that one container takes many requests
     pack(object_store.uri("mid"), suffix, LARGE, 1, object_store.storage)
     whole = read(object_store, object_store.uri("mid"))
     requests = 0
@@ -81,7 +81,7 @@ def test_trouble_in_the_middle_of_a_container_is_no_damage(
         return gets("mid")(method, path) and requests > 1
 
     with faulty(object_store, FaultPlan(always=answer, matches=later)) as store:
-        if answer == "shorter":  # fewer bytes than asked for may still be enough, and then nothing is lost
+        if answer == "shorter":  # fewer bytes than requested may still be enough; then nothing is lost
             with contextlib.suppress(StorageError):
                 assert read(store, store.uri("mid")) == whole
         else:
@@ -90,7 +90,7 @@ def test_trouble_in_the_middle_of_a_container_is_no_damage(
     assert requests > 1
 
 
-def test_an_index_of_which_the_store_sends_less_is_no_damage_of_its_tar(object_store: ObjectStore) -> None:
+def test_a_short_response_for_an_index_is_not_damage_of_its_tar(object_store: ObjectStore) -> None:
     tar, storage = tar_bytes(LARGE), object_store.storage
     storage.write(object_store.uri("parted", "a.tar"), tar)
     storage.write(object_store.uri("parted", "a.idx"), index_bytes(tar))
@@ -109,7 +109,7 @@ def test_an_index_of_which_the_store_sends_less_is_no_damage_of_its_tar(object_s
 
 @pytest.mark.parametrize("answer", ["archived", "forbidden"])
 @pytest.mark.parametrize("suffix", [".zip", ".parquet", ".tar", ""])
-def test_one_object_that_is_not_given_is_a_row_while_others_are(
+def test_one_unreadable_object_is_a_row_if_others_can_be_read(
     object_store: ObjectStore, suffix: str, answer: str
 ) -> None:
     for name in ("a", "b", "c"):
@@ -148,7 +148,7 @@ def test_a_shard_that_changed_since_it_was_listed_is_not_read(
     shard = next(archive.shards())
     assert len(list(archive.read(shard))) == len(FILES)
     pack(root, suffix, [(name, data[:-1] + b"!") for name, data in FILES], 1, storage)
-    with pytest.raises(ChangedError, match="was changed since it was listed"):
+    with pytest.raises(ChangedError, match="has changed since it was listed"):
         list(archive.read(shard))
     assert len(list(archive.read(next(archive.shards())))) == len(FILES)
 
@@ -193,8 +193,8 @@ def test_keys_with_doubled_and_leading_slashes_are_read(object_store: ObjectStor
     for name in names:
         fs.call_s3("put_object", Bucket=object_store.bucket, Key=f"in/{name}", Body=PNG)
     found = read(object_store, object_store.uri("in"))
-    told = {member.key.partition("#")[2]: member.status for member in found}
-    assert told == {name: "unsafe_name" if name in names[4:] else "ok" for name in names}
+    statuses = {member.key.partition("#")[2]: member.status for member in found}
+    assert statuses == {name: "unsafe_name" if name in names[4:] else "ok" for name in names}
     for member in found:
         if member.status == "ok":
             assert object_store.storage.read(member.image_uri) == PNG

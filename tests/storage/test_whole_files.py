@@ -1,4 +1,4 @@
-"""Files that people wait for are whole or not there: kills, power cuts, full disks, temporary folders."""
+"""Output files are complete or absent after kills, power failures and full disks; scratch files."""
 
 import errno
 import os
@@ -31,14 +31,14 @@ from raydetect.storage import whole_file
 with whole_file(pathlib.Path(sys.argv[1])) as file:
     file.write(b"half of it")
     file.flush()
-    print("begun", flush=True)
+    print("started", flush=True)
     time.sleep(60)
 """
 FORMS = {"csv": "rows.csv", "coco": "coco.json", "folder": "flagged/flagged.csv", "report": "report.html"}
 
 
-def call(*words: str) -> Result:
-    result = CliRunner().invoke(main, list(words))
+def call(*arguments: str) -> Result:
+    result = CliRunner().invoke(main, list(arguments))
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
 
@@ -50,20 +50,20 @@ def left(folder: Path) -> list[str]:
 
 @pytest.fixture
 def writing(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process in the middle of writing `file`, over what was there."""
+    """A process in the middle of overwriting `file`."""
     (tmp_path / "file").write_bytes(b"the earlier one")
-    words = [sys.executable, "-c", WRITER, str(tmp_path / "file")]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    command = [sys.executable, "-c", WRITER, str(tmp_path / "file")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "started\n"
         yield process
         process.kill()
 
 
-def test_what_a_killed_writer_left_is_removed_and_what_a_live_one_writes_is_not(
+def test_leftovers_of_a_killed_writer_are_removed_and_files_being_written_are_not(
     writing: subprocess.Popen[str], tmp_path: Path
 ) -> None:
     for name in (".raydetect-notes.tmp", ".raydetect-00000000-0000000000000000.tmp.gz", ".file.12345678.tmp"):
-        (tmp_path / name).write_text("a person's")
+        (tmp_path / name).write_text("a user's file")
     assert len(left(tmp_path)) == 3 and remove_leftovers(tmp_path) == 0 and len(left(tmp_path)) == 3
     os.kill(writing.pid, signal.SIGKILL)
     writing.wait()
@@ -80,7 +80,7 @@ def test_an_unfinished_file_of_another_machine_stays_for_a_day(tmp_path: Path) -
     assert remove_leftovers(tmp_path, below=False) == 0 and remove_leftovers(tmp_path) == 1
 
 
-def test_a_file_that_is_replaced_keeps_its_mode_and_its_link_and_what_is_no_file_is_written_as_it_is(
+def test_a_replaced_file_keeps_its_mode_and_link_and_a_special_file_is_written_directly(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "real").write_bytes(b"old")
@@ -98,16 +98,16 @@ def test_a_file_that_is_replaced_keeps_its_mode_and_its_link_and_what_is_no_file
 def test_parts_are_on_the_disk_before_the_record_that_names_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[str] = []
+    calls: list[str] = []
     sync, rename = os.fsync, os.replace
 
     def noted_sync(descriptor: int) -> None:
-        place = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        told.append(f"sync {'data' if place.suffix == '.tmp' else place.relative_to(tmp_path)}")
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        calls.append(f"sync {'data' if path.suffix == '.tmp' else path.relative_to(tmp_path)}")
         sync(descriptor)
 
     def noted_rename(before: Path, after: Path) -> None:
-        told.append(f"name {Path(after).relative_to(tmp_path)}")
+        calls.append(f"rename {Path(after).relative_to(tmp_path)}")
         rename(before, after)
 
     monkeypatch.setattr(os, "fsync", noted_sync)
@@ -116,15 +116,15 @@ def test_parts_are_on_the_disk_before_the_record_that_names_them(
     sink = ResultsSink(f"file://{tmp_path}", Storage())
     part = sink.write(chunk, some_rows(chunk), {0: b"png"})
     sink.commit(Receipt(shard=0, uri="u", fingerprint="f", rows=6, statuses=part.statuses, parts=(part,)))
-    heatmap = ["sync .", "sync data", "name heatmaps/00000-0000.zip", "sync heatmaps"]
+    heatmap = ["sync .", "sync data", "rename heatmaps/00000-0000.zip", "sync heatmaps"]
     rows = [
         "sync .",
         "sync scores",
         "sync data",
-        "name scores/shard=00000/part-0000.parquet",
+        "rename scores/shard=00000/part-0000.parquet",
         "sync scores/shard=00000",
     ]
-    assert told == [*heatmap, *rows, "sync .", "sync data", "name ledger/00000.json", "sync ledger"]
+    assert calls == [*heatmap, *rows, "sync .", "sync data", "rename ledger/00000.json", "sync ledger"]
 
 
 @pytest.mark.parametrize(
@@ -132,11 +132,11 @@ def test_parts_are_on_the_disk_before_the_record_that_names_them(
     [
         (errno.ENOSPC, "no space is left on the disk. Free some and start the same command again."),
         (errno.EDQUOT, "the disk quota is used up."),
-        (errno.EROFS, "the disk is mounted read-only. Mount it writable or name another place."),
-        (errno.EACCES, "permission denied. Change who may read and write there"),
+        (errno.EROFS, "the disk is mounted read-only. Mount it writable or use another location."),
+        (errno.EACCES, "permission denied. Change the permissions"),
     ],
 )
-def test_a_disk_that_refuses_is_one_sentence_with_the_place_and_what_to_do(
+def test_a_disk_error_is_one_sentence_with_the_path_and_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, message: str
 ) -> None:
     uri = f"file://{tmp_path}/a/file"
@@ -157,20 +157,20 @@ def test_an_export_or_report_that_fails_leaves_the_earlier_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
     ledger = make_results(f"file://{tmp_path}", names_of(12), "map")
-    words = ["report"] if form == "report" else ["export", "--as", form]
+    command = ["report"] if form == "report" else ["export", "--as", form]
     target = tmp_path / "out" / FORMS[form]
     out = str(target.parent if form == "folder" else target)
-    assert call(*words, ledger.uri, "-o", out).exit_code == 0
+    assert call(*command, ledger.uri, "-o", out).exit_code == 0
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     part = tmp_path / "results" / "scores" / "shard=00002" / "part-0000.parquet"
     whole = part.read_bytes()
     part.write_bytes(b"PAR1 and no more")
-    assert call(*words, ledger.uri, "-o", out).exit_code == 1
+    assert call(*command, ledger.uri, "-o", out).exit_code == 1
     assert {path: path.read_bytes() for path in before} == before and left(tmp_path) == []
     part.write_bytes(whole)
     with monkeypatch.context() as patch:
         patch.setattr(local_files.os, "replace", _full)
-        ended = call(*words, ledger.uri, "-o", out)
+        ended = call(*command, ledger.uri, "-o", out)
     message = "cannot write it: no space is left on the disk. Free some and start the same command again.\n"
     assert ended.exit_code == 1 and ended.output.startswith("Error: ") and ended.output.endswith(message), ended.output
     assert str(tmp_path / "out") in ended.output and ended.output.count("\n") == 1
@@ -181,9 +181,7 @@ def _full(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_what_does_not_fit_into_the_temporary_folder_is_told_with_the_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_temporary_folder_is_named_in_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     image_HWC = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
     cache, rows = ImageCache((2, 2)), RowStore(4, torch.float32, 1)
@@ -201,24 +199,26 @@ def test_what_does_not_fit_into_the_temporary_folder_is_told_with_the_folder(
         Scratch("outlines")
 
 
-def test_a_disk_that_takes_a_part_of_the_bytes_is_given_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, asked = os.pwrite, list[int]()
+def test_a_partial_write_is_continued(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, requested = os.pwrite, list[int]()
 
-    def few(descriptor: int, data: memoryview, place: int) -> int:
-        asked.append(len(data))
-        return plain(descriptor, data[:1000], place)
+    def partial(descriptor: int, data: memoryview, offset: int) -> int:
+        requested.append(len(data))
+        return plain(descriptor, data[:1000], offset)
 
-    monkeypatch.setattr(os, "pwrite", few)
+    monkeypatch.setattr(os, "pwrite", partial)
     kept, data = Scratch("bytes"), bytes(range(256)) * 20
     kept.append(data)
     kept.append(b"end")
-    assert b"".join(kept.parts()) == data + b"end" and len(asked) == 7
+    assert b"".join(kept.parts()) == data + b"end" and len(requested) == 7
 
 
 def test_a_fit_leaves_nothing_in_the_temporary_folder_when_it_is_killed(tmp_path: Path) -> None:
-    made = "import sys, time; from raydetect.storage import Scratch; kept = Scratch('x'); kept.append(b'y' * 1000)"
-    words = [sys.executable, "-c", f"{made}; print(kept.size_bytes, flush=True); time.sleep(60)"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path)}) as run:
+    script = "import sys, time; from raydetect.storage import Scratch; kept = Scratch('x'); kept.append(b'y' * 1000)"
+    command = [sys.executable, "-c", f"{script}; print(kept.size_bytes, flush=True); time.sleep(60)"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path)}
+    ) as run:
         assert run.stdout is not None and run.stdout.readline() == "1000\n"
         run.kill()
     assert list(tmp_path.iterdir()) == []
