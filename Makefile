@@ -1,10 +1,11 @@
-# The only door. `make test` and `make demo` make their own environment in .venv/ and use it again.
+# `make test` and `make demo` create their own environment in .venv/ and reuse it.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.made
 
-.PHONY: demo test check bench reproduce clean
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench reproduce clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml constraints.txt
@@ -14,25 +15,28 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,dev]'
 	@touch $(STAMP)
 
-demo: $(STAMP)
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "%-16s %s\n", $$1, $$2}'
+
+demo: $(STAMP) ## fit and score a small archive on a local Ray, and write a report
 	@rm -rf .demo
-	@$(BIN)/python -m tests.made.archives .demo/archive
+	@$(BIN)/python -m tests.builders.archives .demo/archive
 	@$(BIN)/raydetect fit jobs/demo/fit.yaml $(if $(WEIGHTS),--set detector.params.weights=$(WEIGHTS))
 	@$(BIN)/raydetect score jobs/demo/score.yaml
 	@$(BIN)/raydetect report .demo/results -o .demo/report.html
 	@echo "Open it in a browser: file://$(CURDIR)/.demo/report.html"
 
-check: $(STAMP)
+check: $(STAMP) ## ruff, mypy and the import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-# One thread for each of two test processes: on two cores more threads wait for each other longer than they compute.
-test: check
+# Two processes with one thread each: on two cores, more threads spend longer waiting than computing.
+test: check ## the checks, then the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
-bench: $(STAMP)
+bench: $(STAMP) ## every benchmark of jobs/bench (long)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,bench]'
 	$(BIN)/python -m jobs.bench.search
 	$(BIN)/python -m jobs.bench.job
@@ -41,8 +45,8 @@ bench: $(STAMP)
 	$(BIN)/python -m jobs.bench.training
 	$(BIN)/python -m jobs.bench.serve
 
-reproduce: $(STAMP)
+reproduce: $(STAMP) ## fit every detector on real images and compare (long)
 	$(BIN)/python -m jobs.reproduce.run
 
-clean:
+clean: ## remove the environment and the demo
 	rm -rf $(VENV) .demo

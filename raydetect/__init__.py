@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from raydetect.models import Estimator, create_ensemble, create_model, list_models
+    from raydetect.python_api.models import Estimator, create_ensemble, create_model, list_models
 
 __version__ = "0.1.0"
 __all__ = ["Estimator", "create_ensemble", "create_model", "list_models"]
@@ -16,7 +16,7 @@ __all__ = ["Estimator", "create_ensemble", "create_model", "list_models"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("raydetect.models"), name)
+    return getattr(importlib.import_module("raydetect.python_api.models"), name)
 
 
 def __dir__() -> list[str]:

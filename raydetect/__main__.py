@@ -1,5 +1,5 @@
 """`python -m raydetect` is the command `raydetect`."""
 
-from raydetect.cli import main
+from raydetect.cli.main import main
 
 main()

@@ -1,12 +1,25 @@
 """Every error raydetect raises on purpose: one sentence that says what, given what, where, and what to do."""
 
 import json
+from typing import Any
+
+from raydetect.redaction import redacted
 
 
 class RaydetectError(Exception):
-    """Base of all deliberate errors; `exit_code` is what the command line returns for it."""
+    """Base of all deliberate errors; `exit_code` is what the command line returns for it.
+
+    Whatever its own arguments are, it survives the way to another process whole: class, message and attributes. What
+    opens a URI is not shown in the message.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(redacted(message))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (type(self), str(self), dict(self.__dict__))
 
 
 class SpecError(RaydetectError):
@@ -97,17 +110,30 @@ def is_outage(error: RaydetectError) -> bool:
 
 
 def error_text(error: RaydetectError) -> str:
-    """Kind and message as JSON, for the way to another process."""
-    return json.dumps([type(error).__name__, str(error)])
+    """Kind, message and attributes as JSON, for the way to another process."""
+    return json.dumps([type(error).__name__, str(error), error.__dict__])
 
 
 def error_of(text: str) -> RaydetectError:
     """The error of `error_text`."""
-    name, message = json.loads(text)
+    name, message, words = json.loads(text)
+    return _again(error_kind(name) or RaydetectError, message, words)
+
+
+def error_kind(name: str) -> type[RaydetectError] | None:
+    """The class of a name, of those that this process has loaded."""
     waiting: list[type[RaydetectError]] = [RaydetectError]
     while waiting:
         kind = waiting.pop()
         if kind.__name__ == name:
-            return kind(message)
+            return kind
         waiting += kind.__subclasses__()
-    return RaydetectError(message)
+    return None
+
+
+def _again(kind: type[RaydetectError], message: str, words: dict[str, Any]) -> RaydetectError:
+    """An error that was made already; the arguments of its class are not its message."""
+    error = kind.__new__(kind)
+    RaydetectError.__init__(error, message)
+    error.__dict__.update(words)
+    return error

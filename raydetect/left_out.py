@@ -21,6 +21,7 @@ REASONS = {
     "index": "indexes of tars",
     "not_a_file": "a pipe, socket or device",
     "linked_folder": "links to folders, which are not followed",
+    "linked_outside": "files that links lead to from a folder which a server allows to one which it does not",
     "replaced": "labels and masks that a later file of the same name replaces",
     "bytes_after_end": "bytes after the end of a tar",
     WITHDRAWN: "shards that were deleted or overwritten before their night was scored",

@@ -86,7 +86,7 @@ class Member:
         defect: defect type, None unknown.
         mask_uri: fsspec URL of the ground-truth mask, None when there is none.
         meta: the sidecar's JSON text, or "".
-        label_said: the value that `label` was read from, such as "good", or "" when there was none.
+        raw_label: the value that `label` was read from, such as "good", or "" when there was none.
         notes: what was passed over in reading it, such as "label_not_read: maybe".
     """
 
@@ -100,7 +100,7 @@ class Member:
     defect: str | None = None
     mask_uri: str | None = None
     meta: str = ""
-    label_said: str = ""
+    raw_label: str = ""
     notes: tuple[str, ...] = ()
 
 

@@ -15,7 +15,7 @@ from tests.objectstore import ObjectStore
 from tests.objectstore.moto_server import running_moto
 from tests.objectstore.swift import is_installed, running_swift
 
-TOGETHER, LAWS = "tests/together/", "tests/contracts/"
+TOGETHER, LAWS = "tests/whole_jobs/", "tests/contracts/"
 LONG = tuple(f"{TOGETHER}test_{name}.py" for name in ("fit", "same_rows", "all_detectors", "bottle"))
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets the other test process starve a job's workers

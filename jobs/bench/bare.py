@@ -1,4 +1,4 @@
-"""The bare Scorer: `python -m jobs.bench.bare FOLDER COUNT` says ready, waits for a line, scores, prints seconds."""
+"""The bare Scorer: `python -m jobs.bench.bare FOLDER COUNT` prints ready, waits for a line, scores, prints seconds."""
 
 import sys
 import time
@@ -8,15 +8,15 @@ import torch
 
 from jobs.bench.job import SIZE_PX
 from jobs.bench.load import BATCH, pictures
+from raydetect.artifacts.store import load_artifact
+from raydetect.config import ScoreSpec, parse_job
 from raydetect.records import Chunk, Member
-from raydetect.spec import ScoreSpec, parse_job
+from raydetect.scoring.scorer import Scorer
 from raydetect.storage import Storage
-from raydetect.worker.artifact import load_artifact
-from raydetect.worker.score import Scorer
 
 
 def scorer(folder: Path) -> Scorer:
-    """With the batch size and the one thread of a replica."""
+    """A Scorer with the batch size and the single thread of a replica."""
     torch.set_num_threads(1)
     job = {
         "kind": "score",
@@ -32,16 +32,16 @@ def scorer(folder: Path) -> Scorer:
 
 
 def main(folder: Path, count: int) -> None:
-    """Scores a chunk of one batch `count` times."""
+    """Scores a chunk with one batch `count` times."""
     bare = scorer(folder)
     members = tuple(Member(f"{i}", f"{i}", data=data) for i, data in enumerate(pictures(BATCH, SIZE_PX)))
     bare.score_chunk(Chunk(0, 0, True, members))
     print("ready", flush=True)
     sys.stdin.readline()
-    begun = time.perf_counter()
+    start = time.perf_counter()
     for _ in range(count):
         bare.score_chunk(Chunk(0, 0, True, members))
-    print(time.perf_counter() - begun)
+    print(time.perf_counter() - start)
 
 
 if __name__ == "__main__":

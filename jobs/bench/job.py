@@ -1,4 +1,4 @@
-"""The whole Ray job against the bare Scorer on the same cores; time to the first image; planning a large resume."""
+"""A whole Ray job compared with the bare Scorer on the same cores; time to the first image; planning a large resume."""
 
 import os
 import shutil
@@ -13,15 +13,15 @@ from typing import Any
 import yaml
 
 from jobs.bench.record import write
-from raydetect.config import to_plain
-from raydetect.plan import plan_score
+from raydetect.config import parse_job
+from raydetect.config.validation import to_plain
+from raydetect.planning.plan import plan_score
 from raydetect.records import Part, Receipt
 from raydetect.sinks.ledger import Ledger
-from raydetect.spec import parse_job
 from raydetect.storage import Storage
-from tests.made.archives import normal_files, pack, tar_bytes
-from tests.made.images import encode, normal_image
-from tests.together.test_submit import WITH_TOKEN, running_head
+from tests.builders.archives import normal_files, pack, tar_bytes
+from tests.builders.images import encode, normal_image
+from tests.whole_jobs.test_submit import WITH_TOKEN, running_head
 
 SIZE_PX = 256
 SHARDS = 24
@@ -31,7 +31,7 @@ PYTHON = sys.executable
 
 
 def make_archive(folder: Path) -> None:
-    """IMAGES pictures in SHARDS tars, and normal ones to fit on."""
+    """Writes IMAGES pictures in SHARDS tars, and normal images for fitting."""
     base = [encode(normal_image(i, SIZE_PX)) for i in range(200)]
     files = [(f"{i:05d}.png", base[i % len(base)]) for i in range(IMAGES)]
     pack(f"file://{folder}/day", ".tar", files, SHARDS)
@@ -39,7 +39,7 @@ def make_archive(folder: Path) -> None:
 
 
 def job(folder: Path, results: str, workers: int, threads: int, source: str = "day") -> str:
-    """A scoring job file."""
+    """Writes a scoring job file and returns its path."""
     values = {
         "kind": "score",
         "source": {"uri": f"{folder}/{source}"},
@@ -54,7 +54,7 @@ def job(folder: Path, results: str, workers: int, threads: int, source: str = "d
 
 
 def fit(folder: Path) -> None:
-    """The artifact that all runs share."""
+    """Fits the artifact used by all runs."""
     params = {"backbone": "resnet18", "weights": "random", "image_size": [SIZE_PX, SIZE_PX], "max_bank_vectors": 2000}
     values = {
         "kind": "fit",
@@ -70,37 +70,37 @@ def fit(folder: Path) -> None:
 
 
 def bare(path: str) -> None:
-    """One process, no sink: reads, decodes and scores every chunk; prints seconds of every chunk's end."""
+    """Reads, decodes and scores every chunk in one process without a sink; prints the time at which each chunk ends."""
     import torch
 
-    from raydetect.archives.base import cut_chunks
-    from raydetect.worker.artifact import load_artifact
-    from raydetect.worker.score import Scorer
+    from raydetect.archives.base import chunk_members
+    from raydetect.artifacts.store import load_artifact
+    from raydetect.scoring.scorer import Scorer
 
     plan = plan_score(parse_job(yaml.safe_load(Path(path).read_text()), path))  # type: ignore[arg-type]
     torch.set_num_threads(plan.spec.resources.cpus_per_worker)
     scorer = Scorer(load_artifact(plan.artifact.uri, Storage()), plan.spec)
     for shard in plan.shards:
-        for chunk in cut_chunks(shard, plan.archive.read(shard), plan.spec.chunk_images, plan.spec.chunk_bytes):
+        for chunk in chunk_members(shard, plan.archive.read(shard), plan.spec.chunk_images, plan.spec.chunk_bytes):
             print(time.time(), len(scorer.score_chunk(chunk).rows), flush=True)
 
 
 def on_ray(path: str) -> None:
-    """The whole job on a local Ray; prints the same."""
-    from raydetect.distributed.score import score
+    """Runs the whole job on a local Ray; prints the same."""
+    from raydetect.distributed.scoring.score import score
 
-    def said(part: Part, receipt: Receipt | None) -> None:
+    def on_part(part: Part, receipt: Receipt | None) -> None:
         print(time.time(), part.rows, flush=True)
 
-    score(plan_score(parse_job(yaml.safe_load(Path(path).read_text()), path)), None, said)  # type: ignore[arg-type]
+    score(plan_score(parse_job(yaml.safe_load(Path(path).read_text()), path)), None, on_part)  # type: ignore[arg-type]
 
 
 def measured(mode: str, path: str) -> tuple[float, float]:
-    """(images/s in steady state, images/s with start-up and end) of a run in a process of its own."""
-    begun = time.time()
-    words = [PYTHON, "-m", "jobs.bench.job", mode, path]
-    lines = subprocess.run(words, check=True, capture_output=True, text=True).stdout.splitlines()
-    whole = time.time() - begun
+    """(images/s in steady state, images/s including start-up and shutdown) of a run in its own process."""
+    start = time.time()
+    command = [PYTHON, "-m", "jobs.bench.job", mode, path]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    whole = time.time() - start
     ends = [(float(line.split()[0]), int(line.split()[1])) for line in lines]
     assert sum(count for _, count in ends) == IMAGES
     middle = ends[len(ends) // 5 : -len(ends) // 10]
@@ -110,7 +110,7 @@ def measured(mode: str, path: str) -> tuple[float, float]:
 
 
 def ray_over_bare(folder: Path) -> dict[str, Any]:
-    """Both ways in turns."""
+    """Alternates between both modes and compares them."""
     rounds = []
     cores = os.cpu_count() or 1
     for number in range(3):
@@ -123,23 +123,23 @@ def ray_over_bare(folder: Path) -> dict[str, Any]:
 
 
 def seconds_to_first_image(folder: Path) -> float:
-    """From `raydetect submit` to the first Parquet part, on a head that is up (token authentication on)."""
+    """Time from `raydetect submit` to the first Parquet part, on a running head with token authentication."""
     path = job(folder, "submitted", 1, 1, "day/part-0.tar")
     parts = folder / "submitted" / "scores"
     with running_head(folder) as address:
-        words = [PYTHON, "-m", "raydetect", "submit", path, "--address", address]
-        begun = time.perf_counter()
-        process = subprocess.Popen(words, env={**os.environ, **WITH_TOKEN}, stdout=subprocess.DEVNULL)
+        command = [PYTHON, "-m", "raydetect", "submit", path, "--address", address]
+        start = time.perf_counter()
+        process = subprocess.Popen(command, env={**os.environ, **WITH_TOKEN}, stdout=subprocess.DEVNULL)
         while not list(parts.rglob("*.parquet")):
             assert process.poll() in (None, 0)
             time.sleep(0.05)
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - start
         process.wait()
     return round(seconds, 1)
 
 
 def seconds_to_plan_a_resume(folder: Path) -> dict[str, float]:
-    """`plan_score` when all but one of COMMITTED + 1 shards are committed."""
+    """Duration of `plan_score` when all but one of COMMITTED + 1 shards are committed."""
     day = folder / "many"
     day.mkdir()
     tar = tar_bytes([("a.png", b"x")])
@@ -154,16 +154,16 @@ def seconds_to_plan_a_resume(folder: Path) -> dict[str, float]:
     ledger.mkdir()
     for i in range(COMMITTED):
         (ledger / f"{i:05d}.json").write_text("{}")
-    begun = time.perf_counter()
+    start = time.perf_counter()
     again = plan_score(spec)  # type: ignore[arg-type]
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start
     assert [shard.index for shard in again.todo] == [COMMITTED]
     assert len(Ledger(again.ledger.uri, again.ledger.storage).committed()) == COMMITTED
     return {"committed_shards": COMMITTED, "seconds": round(seconds, 2)}
 
 
 def main() -> None:
-    """Measures and writes."""
+    """Runs the benchmark and writes its results."""
     folder = Path(tempfile.mkdtemp(prefix="raydetect-bench-"))
     try:
         make_archive(folder)

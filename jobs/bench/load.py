@@ -1,4 +1,4 @@
-"""The client of the benchmark of endpoints: `python -m jobs.bench.load one|many|small|fuzz URL COUNT` prints JSON."""
+"""Load generator of the endpoint benchmark: `python -m jobs.bench.load one|many|small|fuzz URL COUNT` prints JSON."""
 
 import asyncio
 import json
@@ -11,8 +11,8 @@ import httpx
 import numpy as np
 
 from jobs.bench.job import SIZE_PX
-from tests.made.images import encode, normal_image
-from tests.test_gateway_fuzz import BOUNDARY, form, mutated
+from tests.builders.images import encode, normal_image
+from tests.gateway.test_gateway_fuzz import BOUNDARY, form, mutated
 
 BATCH, AT_ONCE = 16, 8
 SMALL_PX = 64
@@ -20,15 +20,15 @@ NAME, SMALL = "line", "small"
 
 
 def pictures(count: int, size_px: int) -> list[bytes]:
-    """PNGs."""
+    """Generated images as PNGs."""
     return [encode(normal_image(i, size_px)) for i in range(count)]
 
 
 async def ask(url: str, requests: int, per_request: int, at_once: int, size_px: int) -> dict[str, Any]:
-    """Sends requests, `at_once` at a time; seconds of each, how many had which status, and how many other scores."""
+    """Sends requests, `at_once` concurrently; returns rate, latencies, counts by status and of wrong scores."""
     name = SMALL if size_px == SMALL_PX else NAME
     files = [("images", (f"{i}.png", data, "image/png")) for i, data in enumerate(pictures(per_request, size_px))]
-    waiting, seconds, statuses = iter(range(requests)), list[float](), dict[int, int]()
+    pending, seconds, statuses = iter(range(requests)), list[float](), dict[int, int]()
     expected: list[float] = []
     wrong = 0
 
@@ -37,21 +37,23 @@ async def ask(url: str, requests: int, per_request: int, at_once: int, size_px: 
 
     async def worker(client: httpx.AsyncClient) -> None:
         nonlocal wrong
-        for _ in waiting:
-            begun = time.perf_counter()
-            answer = await once(client)
-            seconds.append(time.perf_counter() - begun)
-            statuses[answer.status_code] = statuses.get(answer.status_code, 0) + 1
-            wrong += answer.status_code == httpx.codes.OK and not np.allclose(scores_of(answer), expected, rtol=1e-6)
+        for _ in pending:
+            start = time.perf_counter()
+            response = await once(client)
+            seconds.append(time.perf_counter() - start)
+            statuses[response.status_code] = statuses.get(response.status_code, 0) + 1
+            wrong += response.status_code == httpx.codes.OK and not np.allclose(
+                scores_of(response), expected, rtol=1e-6
+            )
 
     async with httpx.AsyncClient(timeout=120) as client:
         expected += scores_of(await once(client))
-        begun = time.perf_counter()
+        start = time.perf_counter()
         await asyncio.gather(*(worker(client) for _ in range(at_once)))
-        spent = time.perf_counter() - begun
+        elapsed = time.perf_counter() - start
     p50, p99 = np.percentile(seconds, [50, 99]) * 1000
     return {
-        "images_per_second": round(requests * per_request / spent, 2),
+        "images_per_second": round(requests * per_request / elapsed, 2),
         "p50_ms": round(p50, 1),
         "p99_ms": round(p99, 1),
         "statuses": statuses,
@@ -59,22 +61,22 @@ async def ask(url: str, requests: int, per_request: int, at_once: int, size_px: 
     }
 
 
-def scores_of(answer: httpx.Response) -> list[float]:
-    """Image scores of an answer."""
-    return [entry["image_score"] for entry in answer.json()["results"]]
+def scores_of(response: httpx.Response) -> list[float]:
+    """Image scores of a response."""
+    return [entry["image_score"] for entry in response.json()["results"]]
 
 
 async def fuzz(url: str, requests: int) -> dict[str, Any]:
-    """Sends broken images and forms."""
-    dice, statuses = random.Random(requests), dict[int, int]()
+    """Sends broken images and forms; returns counts by status."""
+    rng, statuses = random.Random(requests), dict[int, int]()
     good = [encode(normal_image(i, SMALL_PX), kind) for i, kind in enumerate(("PNG", "JPEG", "BMP", "TIFF", "WEBP"))]
     headers = {"content-type": f"multipart/form-data; boundary={BOUNDARY}"}
     async with httpx.AsyncClient(timeout=120) as client:
         for number in range(requests):
-            picture = dice.choice(good)
-            body = form(mutated(picture, dice)) if number % 2 else mutated(form(picture), dice)
-            answer = await client.post(f"{url}/v1/detectors/{SMALL}/score", content=body, headers=headers)
-            statuses[answer.status_code] = statuses.get(answer.status_code, 0) + 1
+            picture = rng.choice(good)
+            body = form(mutated(picture, rng)) if number % 2 else mutated(form(picture), rng)
+            response = await client.post(f"{url}/v1/detectors/{SMALL}/score", content=body, headers=headers)
+            statuses[response.status_code] = statuses.get(response.status_code, 0) + 1
     return {"statuses": statuses}
 
 

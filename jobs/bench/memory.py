@@ -1,6 +1,6 @@
-"""Peak memory of jobs on Ray over archives of one and of ten parts: scoring, and fitting within one bank budget.
+"""Peak memory of Ray jobs on an archive and on one ten times larger: scoring, and fitting with a fixed bank budget.
 
-Proportional set size (shared memory counted once) of the command and everything it started, sampled while it runs.
+Samples the proportional set size (shared memory counted once) of the command and all its descendants.
 """
 
 import shutil
@@ -16,9 +16,9 @@ import yaml
 
 from jobs.bench.record import write
 from raydetect.storage import normalise_uri
-from tests.made.archives import normal_files, pack
-from tests.made.images import encode, normal_image
-from tests.together.runs import descendants
+from tests.builders.archives import normal_files, pack
+from tests.builders.images import encode, normal_image
+from tests.whole_jobs.runs import descendants
 
 PART_IMAGES = 400
 SIZE_PX = 400  # noise does not compress: about 480 kB each
@@ -29,7 +29,7 @@ PYTHON = sys.executable
 
 
 def make_archive(folder: Path) -> None:
-    """`one/` with PART_IMAGES images, `ten/` with ten times as many."""
+    """Writes `one/` with PART_IMAGES images and `ten/` with ten times as many."""
     random = np.random.default_rng(0)
     pool = [encode(random.integers(0, 256, (SIZE_PX, SIZE_PX, 3)).astype(np.uint8)) for _ in range(50)]
     for name, count in (("one", 1), ("ten", 10)):
@@ -40,7 +40,7 @@ def make_archive(folder: Path) -> None:
 
 
 def fit(folder: Path) -> None:
-    """A small artifact."""
+    """Fits a small artifact."""
     params = {"backbone": "resnet18", "weights": "random", "image_size": [INPUT_PX, INPUT_PX]}
     values = {
         "kind": "fit",
@@ -71,7 +71,7 @@ def score_peak_bytes(folder: Path, name: str) -> int:
 
 
 def fit_peak_bytes(folder: Path, name: str, count: int) -> int:
-    """Peak memory of fitting on `count` images of 128 px, 256 patch embeddings each, with 32 MiB for them."""
+    """Peak memory of fitting on `count` images of 128 px, 256 patch embeddings each, with a 32 MiB bank budget."""
     files = [(f"{i:05d}.png", encode(normal_image(i % 300, FIT_PX))) for i in range(count)]
     pack(normalise_uri(str(folder / name)), ".tar", files, 8)
     params = {
@@ -93,19 +93,19 @@ def fit_peak_bytes(folder: Path, name: str, count: int) -> int:
 
 
 def peak_bytes(command: str, path: Path, values: dict[str, Any]) -> int:
-    """Peak memory of `raydetect COMMAND` and all that it starts."""
+    """Peak memory of `raydetect COMMAND` and its descendants."""
     path.write_text(yaml.safe_dump(values))
     process = subprocess.Popen([PYTHON, "-m", "raydetect", command, str(path)], stderr=subprocess.DEVNULL)
-    most = 0
+    peak = 0
     while process.poll() is None:
-        most = max(most, sum(map(resident_bytes, [process.pid, *descendants(process.pid)])))
+        peak = max(peak, sum(map(resident_bytes, [process.pid, *descendants(process.pid)])))
         time.sleep(0.3)
     assert process.returncode == 0
-    return most
+    return peak
 
 
 def resident_bytes(pid: int) -> int:
-    """Proportional set size of a process; 0 when it has ended."""
+    """Proportional set size of a process; 0 if it has ended."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
@@ -114,7 +114,7 @@ def resident_bytes(pid: int) -> int:
 
 
 def main() -> None:
-    """Measures and writes."""
+    """Runs the benchmark and writes its results."""
     folder = Path(tempfile.mkdtemp(prefix="raydetect-bench-"))
     try:
         make_archive(folder)

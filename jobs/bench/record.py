@@ -1,4 +1,4 @@
-"""What every benchmark writes: figures with the machine and the packages they were measured on."""
+"""Writes benchmark results together with the machine and package versions."""
 
 import json
 import os
@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, Any]:
-    """What figures depend on beside the code: the processor and the packages."""
+    """The processor and the package versions, on which results depend besides the code."""
     models = [
         line.partition(":")[2].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()
@@ -37,18 +37,18 @@ def write(name: str, command: str, figures: dict[str, Any]) -> None:
 
 
 def alternate(first: Callable[[], Any], second: Callable[[], Any], rounds: int = 7) -> tuple[list[float], list[float]]:
-    """Seconds of both, measured in turns after one call of each to warm up."""
+    """Seconds of both functions, measured alternately after one warm-up call each."""
     first(), second()
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):
         for times, work in zip(seconds, (first, second), strict=True):
-            begun = perf_counter()
+            start = perf_counter()
             work()
-            times.append(perf_counter() - begun)
+            times.append(perf_counter() - start)
     return seconds
 
 
 def ratio(slower: list[float], faster: list[float]) -> dict[str, float]:
-    """Median of the ratios of neighbouring measurements, and their range."""
+    """Median and range of the ratios of paired measurements."""
     ratios = sorted(a / b for a, b in zip(slower, faster, strict=True))
     return {"median": round(median(ratios), 2), "least": round(ratios[0], 2), "most": round(ratios[-1], 2)}

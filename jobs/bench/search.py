@@ -1,6 +1,6 @@
-"""PatchCore scoring against anomalib's own torch prediction: same images, weights, bank and threads, in one process.
+"""PatchCore scoring compared with anomalib's torch prediction: same images, weights, bank and threads, in one process.
 
-Real images and weights when RAYDETECT_DATA and RAYDETECT_WEIGHTS name them, else generated images and random weights.
+Uses real images and weights if RAYDETECT_DATA and RAYDETECT_WEIGHTS are set, else generated images, random weights.
 """
 
 import os
@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 
 from jobs.bench.record import alternate, ratio, write
-from raydetect.blocks.coreset import choose_coreset
-from raydetect.blocks.group import Group
-from raydetect.blocks.neighbors import BankSearch
-from raydetect.blocks.rows import KeyedRows
+from raydetect.blocks.coresets.coreset import choose_coreset
+from raydetect.blocks.coresets.group import Group
+from raydetect.blocks.coresets.keyed_rows import KeyedRows
+from raydetect.blocks.search.neighbors import BankSearch
 from raydetect.detectors._registry import build_detector
 from raydetect.detectors.patchcore import PatchCore
-from tests.made.images import defect_image, normal_image
+from tests.builders.images import defect_image, normal_image
 
 BANKS = (2_000, 20_000)
 BATCH = 8
@@ -28,7 +28,7 @@ MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.2
 
 
 def images(split: str, count: int) -> torch.Tensor:
-    """uint8 (B, 3, H, W), channels last in memory as decoders leave them."""
+    """Images as uint8 (B, 3, H, W), channels last in memory, like decoder output."""
     root = os.environ.get("RAYDETECT_DATA")
     if root:
         paths = sorted((Path(root) / "mvtec_bottle_256" / "bottle" / split).rglob("*.png"))
@@ -42,10 +42,10 @@ def images(split: str, count: int) -> torch.Tensor:
 
 
 def resnet18() -> PatchCore:
-    """PatchCore with a ResNet-18 of the weights that RAYDETECT_WEIGHTS names, else random ones; not fitted."""
+    """An unfitted PatchCore with a ResNet-18; weights from RAYDETECT_WEIGHTS if set, else random."""
     folder = os.environ.get("RAYDETECT_WEIGHTS")
-    place = str(Path(folder) / "resnet18_imagenet_layer1-3.safetensors") if folder else "random"
-    detector = build_detector("patchcore", {"backbone": "resnet18", "weights": place})
+    weights = str(Path(folder) / "resnet18_imagenet_layer1-3.safetensors") if folder else "random"
+    detector = build_detector("patchcore", {"backbone": "resnet18", "weights": weights})
     assert isinstance(detector, PatchCore)
     detector.load_weights()
     return detector
@@ -57,13 +57,13 @@ def peer(detector: PatchCore) -> Any:
 
     model = PatchcoreModel(layers=["layer2", "layer3"], backbone="resnet18", pre_trained=False).eval()
     assert detector.backbone is not None
-    found = model.feature_extractor.feature_extractor.load_state_dict(detector.backbone.weights(), strict=False)
-    assert not [name for name in found.missing_keys if not name.endswith("num_batches_tracked")], found.missing_keys
+    loaded = model.feature_extractor.feature_extractor.load_state_dict(detector.backbone.weights(), strict=False)
+    assert not [name for name in loaded.missing_keys if not name.endswith("num_batches_tracked")], loaded.missing_keys
     return model
 
 
 def error_against_float64(detector: PatchCore, batch_BCHW: torch.Tensor) -> tuple[float, float]:
-    """(largest relative error of a patch distance, share of patches whose row is not a nearest one up to 1e-6)."""
+    """(largest relative error of a patch distance, share of patches whose row is not nearest within 1e-6)."""
     assert detector.search is not None
     with torch.inference_mode():
         patches_ND = detector._embed(batch_BCHW).flatten(0, 2)[::5]
@@ -78,7 +78,7 @@ def error_against_float64(detector: PatchCore, batch_BCHW: torch.Tensor) -> tupl
 
 
 def main() -> None:
-    """Measures and writes."""
+    """Runs the benchmark and writes its results."""
     warnings.filterwarnings("ignore")
     threads = os.cpu_count() or 1
     torch.set_num_threads(threads)
@@ -102,12 +102,12 @@ def main() -> None:
         detector.search = BankSearch(rows_MD[:size])
         model.memory_bank = detector.search.bank()
         their_seconds, our_seconds = alternate(theirs, lambda: detector.score(batch_BCHW))
-        apart = (theirs().pred_score.flatten() - detector.score(batch_BCHW).image_score_B).abs().max()
+        difference = (theirs().pred_score.flatten() - detector.score(batch_BCHW).image_score_B).abs().max()
         relative, wrong = error_against_float64(detector, batch_BCHW)
         figures[f"bank_{size}"] = {
             "anomalib_over_raydetect": ratio(their_seconds, our_seconds),
             "images_per_second": round(BATCH / sorted(our_seconds)[len(our_seconds) // 2], 1),
-            "largest_difference_of_image_scores": float(apart),
+            "largest_difference_of_image_scores": float(difference),
             "largest_relative_error_of_a_distance": relative,
             "share_of_wrong_neighbours": wrong,
         }

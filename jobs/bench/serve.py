@@ -1,7 +1,7 @@
-"""The endpoints under load: rate over the bare Scorer's, latency, also while an archive is scored, and fuzzed bodies.
+"""The endpoints under load: rate relative to the bare Scorer, latency with and without an archive run, fuzzed bodies.
 
-The client (`load.py`) is a process of its own. Its `small` and `fuzz` go to a second detector with small images, so
-that 10,000 of them take minutes.
+The client (`load.py`) runs in its own process. Its modes `small` and `fuzz` use a second detector with small images, so
+that 10,000 requests take only minutes.
 """
 
 import json
@@ -20,25 +20,25 @@ import yaml
 from jobs.bench.job import PYTHON, SIZE_PX, fit
 from jobs.bench.load import BATCH, NAME, SMALL, SMALL_PX, pictures
 from jobs.bench.record import write
-from tests.made.archives import normal_files, pack
+from tests.builders.archives import normal_files, pack
 
 ROUNDS, SINGLES, BATCHES, REQUESTS, KILLED, FUZZED = 3, 50, 30, 10_000, 3_000, 10_000
 KILL_AFTER_SECONDS = 6
-SETTLED = 2_000  # fuzzed bodies after which memory is looked at for the first time
+SETTLED = 2_000  # number of fuzzed bodies before the first memory measurement
 
 
 def client(mode: str, url: str, requests: int) -> dict[str, Any]:
-    """What another process found."""
-    words = [PYTHON, "-m", "jobs.bench.load", mode, url, str(requests)]
-    found: dict[str, Any] = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+    """Runs the load generator and returns its results."""
+    command = [PYTHON, "-m", "jobs.bench.load", mode, url, str(requests)]
+    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return found
 
 
 def bare(folder: Path, count: int) -> float:
-    """Images/s of bare Scorers in batches of BATCH, one process of one thread for each core, as replicas are."""
-    words = [PYTHON, "-m", "jobs.bench.bare", str(folder), str(count)]
+    """Images/s of bare Scorers in batches of BATCH, with one single-threaded process per core, like replicas."""
+    command = [PYTHON, "-m", "jobs.bench.bare", str(folder), str(count)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen(words, **pipes) for _ in range(os.cpu_count() or 1)]
+    processes = [subprocess.Popen(command, **pipes) for _ in range(os.cpu_count() or 1)]
     for process in processes:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
     for process in processes:
@@ -50,16 +50,16 @@ def bare(folder: Path, count: int) -> float:
 
 
 def fit_small(folder: Path) -> None:
-    """A second artifact, for small images."""
+    """Fits a second artifact, for small images."""
     values = yaml.safe_load((folder / "fit.yaml").read_text())
     values["detector"]["params"]["image_size"] = [SMALL_PX, SMALL_PX]
     (folder / "fit_small.yaml").write_text(yaml.safe_dump({**values, "artifact": f"{folder}/small"}))
-    words = [PYTHON, "-m", "raydetect", "fit", str(folder / "fit_small.yaml"), "--local"]
-    subprocess.run(words, check=True, capture_output=True)
+    command = [PYTHON, "-m", "raydetect", "fit", str(folder / "fit_small.yaml"), "--local"]
+    subprocess.run(command, check=True, capture_output=True)
 
 
 def serve(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
-    """`raydetect serve` on a local Ray, one replica for each core; its process and URL."""
+    """Starts `raydetect serve` on a local Ray with one replica per core; returns its process and URL."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -77,8 +77,8 @@ def serve(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
     }
     (folder / "serve.yaml").write_text(yaml.safe_dump(values))
     with (folder / "serve.log").open("wb") as log:
-        words = [PYTHON, "-m", "raydetect", "serve", str(folder / "serve.yaml")]
-        process = subprocess.Popen(words, stdout=log, stderr=log)
+        command = [PYTHON, "-m", "raydetect", "serve", str(folder / "serve.yaml")]
+        process = subprocess.Popen(command, stdout=log, stderr=log)
     while b"Serving" not in (folder / "serve.log").read_bytes():
         assert process.poll() is None, (folder / "serve.log").read_text()
         time.sleep(0.5)
@@ -87,38 +87,41 @@ def serve(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
     return process, url
 
 
-def replicas(word: str) -> list[Path]:
-    """Processes of Serve's replicas, in /proc."""
+def replicas(deployment: str) -> list[Path]:
+    """The /proc entries of Serve replicas of a deployment."""
     found = []
     for entry in Path("/proc").iterdir():
         try:
-            if entry.name.isdigit() and f"ServeReplica:raydetect:{word}".encode() in (entry / "cmdline").read_bytes():
+            if (
+                entry.name.isdigit()
+                and f"ServeReplica:raydetect:{deployment}".encode() in (entry / "cmdline").read_bytes()
+            ):
                 found.append(entry)
-        except OSError:  # it ended meanwhile
+        except OSError:  # it has ended in the meantime
             continue
     return found
 
 
 def replica_bytes() -> int:
-    """Memory of all scoring replicas, the desk and the door."""
+    """Memory of all replicas: scoring, desk and door."""
     pages = sum(int((entry / "statm").read_text().split()[1]) for entry in replicas(""))
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def with_a_replica_killed(url: str) -> dict[str, Any]:
-    """Requests, while one of the scoring replicas is killed."""
-    words = [PYTHON, "-m", "jobs.bench.load", "small", url, str(KILLED)]
-    asking = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    """Sends requests while one of the scoring replicas is killed."""
+    command = [PYTHON, "-m", "jobs.bench.load", "small", url, str(KILLED)]
+    load = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     time.sleep(KILL_AFTER_SECONDS)
-    assert asking.poll() is None, "the requests were over before a replica was killed"
+    assert load.poll() is None, "the requests finished before a replica was killed"
     os.kill(int(replicas("Scorer")[0].name), signal.SIGKILL)
-    said, _ = asking.communicate()
-    found: dict[str, Any] = json.loads(said)
+    output, _ = load.communicate()
+    found: dict[str, Any] = json.loads(output)
     return found
 
 
 def fuzzed(url: str) -> dict[str, Any]:
-    """Answers to broken bodies, and how memory grew after the first of them."""
+    """Sends broken bodies; returns counts by status and memory growth after the first SETTLED."""
     first = client("fuzz", url, SETTLED)
     before = replica_bytes()
     rest = client("fuzz", url, FUZZED - SETTLED)
@@ -130,22 +133,22 @@ def fuzzed(url: str) -> dict[str, Any]:
 
 
 def while_an_archive_runs(folder: Path, url: str) -> dict[str, Any]:
-    """Latency of single images, alone and while an archive is scored."""
+    """Latency of single images, alone and during an archive run."""
     alone = client("one", url, SINGLES)
     body = {"detector": NAME, "source": {"uri": f"{folder}/day"}, "sink": {"uri": f"{folder}/bulk", "heatmaps": "none"}}
-    begun = httpx.post(f"{url}/v1/archives", json=body, timeout=60)
-    begun.raise_for_status()
-    where = f"{url}/v1/archives/{begun.json()['id']}"
+    started = httpx.post(f"{url}/v1/archives", json=body, timeout=60)
+    started.raise_for_status()
+    run_url = f"{url}/v1/archives/{started.json()['id']}"
     beside = client("one", url, SINGLES)
-    still = httpx.get(where, timeout=60).json()["state"]
-    httpx.delete(where, timeout=60)
-    return {"alone": alone, "beside_an_archive": beside, "the_archive_was": still}
+    state = httpx.get(run_url, timeout=60).json()["state"]
+    httpx.delete(run_url, timeout=60)
+    return {"alone": alone, "beside_an_archive": beside, "the_archive_was": state}
 
 
 def main() -> None:
-    """Measures everything."""
-    with tempfile.TemporaryDirectory(prefix="raydetect-serve-") as place:
-        folder = Path(place)
+    """Runs the benchmark and writes its results."""
+    with tempfile.TemporaryDirectory(prefix="raydetect-serve-") as temporary:
+        folder = Path(temporary)
         pack(f"file://{folder}/normal", ".tar", normal_files(100), 2)
         base = pictures(100, SIZE_PX)
         pack(f"file://{folder}/day", ".tar", [(f"{i:05d}.png", base[i % 100]) for i in range(4000)], 16)
@@ -169,8 +172,8 @@ def main() -> None:
             print(killed, flush=True)
             figures = {
                 "size_px": SIZE_PX,
-                "batches_of_16": sorted(rounds, key=lambda one: one["over_bare"])[len(rounds) // 2],
-                "all_over_bare": [one["over_bare"] for one in rounds],
+                "batches_of_16": sorted(rounds, key=lambda r: r["over_bare"])[len(rounds) // 2],
+                "all_over_bare": [r["over_bare"] for r in rounds],
                 "single_images": latencies,
                 "requests": many,
                 "with_a_replica_killed": killed,

@@ -1,8 +1,8 @@
-"""One training step of each detector that anomalib trains too, against anomalib's own: same sizes, batch and threads.
+"""One training step of each detector that anomalib also implements, compared with anomalib: same sizes, batch, threads.
 
-Both sides start from 8-bit images and random weights and end with the optimizer's step; anomalib's steps are those of
-its Lightning modules, called without the rest of Lightning. CFLOW-AD takes an optimizer step for every batch of fibres
-of a batch of images, on both sides. DRAEM's defects are simulated in the step, from the same texture files.
+Both sides start from 8-bit images and random weights and end with the optimizer step; anomalib's Lightning modules are
+called directly, without a Lightning Trainer. For CFLOW-AD, both sides take one optimizer step per batch of fibres of a
+batch of images. For DRAEM, both simulate defects within the step, from the same texture files.
 """
 
 import os
@@ -22,13 +22,13 @@ from PIL import Image
 
 from jobs.bench.record import alternate, ratio, write
 from jobs.bench.search import MEAN, STD
-from raydetect.blocks.group import Group
+from raydetect.blocks.augment.textures import procedural_texture
+from raydetect.blocks.coresets.group import Group
 from raydetect.blocks.seeding import keyed_generator
-from raydetect.blocks.textures import procedural_texture
 from raydetect.detectors._registry import build_detector
-from raydetect.worker.cache import CachedImage, ImageCache
-from raydetect.worker.train import Trainer
-from tests.made.images import normal_image
+from raydetect.fitting.image_cache import CachedImage, ImageCache
+from raydetect.fitting.train import Trainer
+from tests.builders.images import normal_image
 
 BARE: dict[str, Any] = {"post_processor": False, "evaluator": False, "visualizer": False}
 RESNET: dict[str, Any] = {"backbone": "resnet18", "weights": "random"}
@@ -40,12 +40,12 @@ class Peer:
     """One comparison.
 
     Attributes:
-        name: of the registry.
-        params: ours; the rest is the paper's.
+        name: name of the detector in the registry.
+        params: our parameters that differ from the paper's.
         theirs: builds anomalib's Lightning module.
-        images: of a batch.
-        rounds: measurements of each side.
-        normalised: whether theirs is given normalised pixels, else those in [0, 1].
+        images: number of images per batch.
+        rounds: number of measurements of each side.
+        normalised: whether anomalib's module gets normalised pixels instead of pixels in [0, 1].
     """
 
     name: str
@@ -57,12 +57,12 @@ class Peer:
 
 
 def stfpm() -> Any:
-    """Its teacher takes pretrained weights without asking; random ones cost the same."""
+    """Builds STFPM, patched to use random weights; its teacher otherwise always downloads pretrained ones."""
     from anomalib.models import Stfpm
     from anomalib.models.image.stfpm import torch_model
 
-    def without_download(pre_trained: bool, **words: Any) -> Any:
-        return extractor(pre_trained=False, **words)
+    def without_download(pre_trained: bool, **options: Any) -> Any:
+        return extractor(pre_trained=False, **options)
 
     extractor = torch_model.TimmFeatureExtractor
     with patch.object(torch_model, "TimmFeatureExtractor", without_download):
@@ -70,14 +70,14 @@ def stfpm() -> Any:
 
 
 def fastflow() -> Any:
-    """With 8 steps on a ResNet-18."""
+    """Builds FastFlow with 8 steps on a ResNet-18."""
     from anomalib.models import Fastflow
 
     return Fastflow(pre_trained=False, **BARE)
 
 
 def cflow(fibres: int) -> Any:
-    """With 8 couplings on a ResNet-18."""
+    """Builds CFLOW-AD with 8 couplings on a ResNet-18."""
     from anomalib.models import Cflow
 
     layers = ("layer2", "layer3")
@@ -85,14 +85,14 @@ def cflow(fibres: int) -> Any:
 
 
 def draem(textures: str) -> Any:
-    """With defects made of the files in a folder."""
+    """Builds DRAEM with simulated defects from the textures in a folder."""
     from anomalib.models import Draem
 
     return Draem(dtd_dir=textures, **BARE)
 
 
 def peers(textures: str) -> tuple[Peer, ...]:
-    """All comparisons; `textures` is a folder of images for simulated defects."""
+    """All comparisons; `textures` is a folder of texture images for simulated defects."""
     two_levels = {**RESNET, "layers": ["layer2", "layer3"], "fibre_batch": FIBRES}
     return (
         Peer("stfpm", RESNET, stfpm, images=8),
@@ -103,7 +103,7 @@ def peers(textures: str) -> tuple[Peer, ...]:
 
 
 def write_textures(folder: str) -> None:
-    """Procedural textures as files."""
+    """Writes procedural textures as PNG files."""
     for number in range(TEXTURES):
         texture_3HW = procedural_texture((SIZE_PX, SIZE_PX), keyed_generator(0, "texture", number))
         picture = (255 * texture_3HW).round().to(torch.uint8).permute(1, 2, 0).numpy()
@@ -111,26 +111,26 @@ def write_textures(folder: str) -> None:
 
 
 def our_step(peer: Peer, images_BHWC: np.ndarray) -> Callable[[], object]:
-    """One batch of `worker.train` on one worker, read from its cache."""
+    """One batch of `worker.train` on a single worker, read from its cache."""
     size = (images_BHWC.shape[1], images_BHWC.shape[2])
-    words = {**peer.params, "image_size": list(size), "batch_size": peer.images}
-    detector = build_detector(peer.name, words)
+    params = {**peer.params, "image_size": list(size), "batch_size": peer.images}
+    detector = build_detector(peer.name, params)
     detector.load_weights()
     cache = ImageCache(size)
     for number, image_HWC in enumerate(images_BHWC):
         cache.add(CachedImage(f"{number:04d}", None, None), image_HWC)
     trainer = Trainer(detector, cache, list(cache.images), Group())
     plan = detector.begin_training(peer.images)
-    loss_of, rates = trainer._loss_module(plan), [words["lr"] for words in plan.optimizer.param_groups]
+    loss_of, rates = trainer._loss_module(plan), [group["lr"] for group in plan.optimizer.param_groups]
     return lambda: trainer._epoch(plan, loss_of, 0, rates)
 
 
 def their_step(peer: Peer, images_BHWC: np.ndarray) -> Callable[[], None]:
-    """The step that Lightning would take."""
+    """The training step of anomalib's Lightning module."""
     images_BCHW = torch.from_numpy(images_BHWC).permute(0, 3, 1, 2)
     module = peer.theirs().train()
-    found = module.configure_optimizers()
-    optimizer = found[0][0] if isinstance(found, tuple | list) else found
+    configured = module.configure_optimizers()
+    optimizer = configured[0][0] if isinstance(configured, tuple | list) else configured
     module.log = lambda *_, **__: None
     module.optimizers = lambda: optimizer
     module.manual_backward = lambda loss: loss.backward()
@@ -148,7 +148,7 @@ def their_step(peer: Peer, images_BHWC: np.ndarray) -> Callable[[], None]:
 
 
 def main() -> None:
-    """Measures and writes."""
+    """Runs the benchmark and writes its results."""
     warnings.filterwarnings("ignore")
     threads = os.cpu_count() or 1
     torch.set_num_threads(threads)

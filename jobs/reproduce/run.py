@@ -1,9 +1,9 @@
-"""Fits every detector on real images by its job file beside this one, and writes what it reached (`make reproduce`).
+"""Fits every detector on real images with its job file in this folder and writes its accuracy (`make reproduce`).
 
-The images are those of the folder that RAYDETECT_DATA names. A detector is fitted on the training images alone; one
-that needs labels also gets eight defects of the test images, which are then left out of the evaluation. Settings stand
-in the job files, the seed is 0, the last epoch counts. Some jobs were brought nearer the paper's settings after a first
-run was seen to fall short on the test images; their files say what that run had reached.
+Images come from the folder in RAYDETECT_DATA. Detectors are fitted on the training images only; those that need labels
+also get eight defective test images, which are then excluded from the evaluation. Settings are in the job files, the
+seed is 0 and the last epoch is used. Some jobs were moved closer to the paper's settings after a first run fell short
+on the test images; their files state the result of that run.
 """
 
 import argparse
@@ -25,17 +25,17 @@ import torch
 from PIL import Image
 
 from jobs.bench.record import alternate, machine, ratio
-from raydetect.blocks.backbone import Backbone
-from raydetect.config import parse_yaml
+from raydetect.artifacts.store import load_artifact
+from raydetect.blocks.backbones.backbone import Backbone
+from raydetect.config.validation import parse_yaml
 from raydetect.detectors._base import Detector
 from raydetect.detectors._registry import detector_class, list_models
 from raydetect.errors import RaydetectError
+from raydetect.images.decode import Pixels
 from raydetect.metrics.pro import aupro
 from raydetect.metrics.roc import auroc
+from raydetect.scoring.scorer import score_batches
 from raydetect.storage import Storage, normalise_uri
-from raydetect.worker.artifact import load_artifact
-from raydetect.worker.preprocess import Pixels
-from raydetect.worker.score import score_batches
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -53,7 +53,7 @@ WEIGHTS = "resnet18_imagenet_layer1-3.safetensors"
 
 @dataclass(frozen=True)
 class Picture:
-    """One image of a data set: its file, its label, its kind of defect, and the file of its mask."""
+    """One image of a data set: file, label, kind of defect and mask file."""
 
     path: Path
     label: int
@@ -62,7 +62,7 @@ class Picture:
 
 
 def listed(folder: Path, split: str) -> list[Picture]:
-    """The images of one split, in the order of the manifest."""
+    """The images of one split, in manifest order."""
     with (folder / "manifest.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["split"] == split]
     return [
@@ -72,28 +72,28 @@ def listed(folder: Path, split: str) -> list[Picture]:
 
 
 def labelled(test: Sequence[Picture]) -> list[Picture]:
-    """LABELLED defects, of all kinds in turn."""
+    """LABELLED defective images, alternating between kinds of defects."""
     kinds = sorted({picture.defect for picture in test if picture.label})
     turns = [[picture for picture in test if picture.defect == kind] for kind in kinds]
     return [kind[i] for i in range(LABELLED) for kind in turns][:LABELLED]
 
 
 def lay_out(pictures: Sequence[Picture], folder: Path) -> None:
-    """Loose files as `train/<defect>/<number>`."""
+    """Copies images to `train/<defect>/<number>`."""
     for number, picture in enumerate(pictures):
-        place = folder / "train" / picture.defect / f"{number:04d}{picture.path.suffix}"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(picture.path, place)
+        path = folder / "train" / picture.defect / f"{number:04d}{picture.path.suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(picture.path, path)
 
 
 def stated(name: str) -> dict[str, Any]:
-    """The detector of a job file beside this one: its name and parameters."""
+    """The name and parameters of the detector in a job file of this folder."""
     found = parse_yaml((HERE / f"{name}.yaml").read_text(), name)["detector"]
     return {"params": {}, **found}
 
 
 def fit(name: str, data: Path, source: Path, artifact: Path) -> tuple[int, str, float]:
-    """(exit code, last line, seconds) of `raydetect fit`; textures that the job file names are a folder of `data`."""
+    """(exit code, last line, seconds) of `raydetect fit`; `textures` in the job file is a folder within `data`."""
     overrides = {"source.uri": source, "source.pattern": "train/{defect}/{name}", "artifact": artifact}
     params = stated(name)["params"]
     folder = os.environ.get("RAYDETECT_WEIGHTS")
@@ -101,22 +101,22 @@ def fit(name: str, data: Path, source: Path, artifact: Path) -> tuple[int, str, 
         overrides["detector.params.weights"] = Path(folder) / WEIGHTS
     if "textures" in params:
         overrides["detector.params.textures"] = data / params["textures"]
-    words = [word for key, value in overrides.items() for word in ("--set", f"{key}={value}")]
-    command = [sys.executable, "-m", "raydetect", "fit", str(HERE / f"{name}.yaml"), "--local", *words]
-    begun = time.perf_counter()
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = (ended.stderr if ended.returncode else ended.stdout).strip().splitlines()
-    return ended.returncode, lines[-1] if lines else "", time.perf_counter() - begun
+    options = [option for key, value in overrides.items() for option in ("--set", f"{key}={value}")]
+    command = [sys.executable, "-m", "raydetect", "fit", str(HERE / f"{name}.yaml"), "--local", *options]
+    start = time.perf_counter()
+    completed = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = (completed.stderr if completed.returncode else completed.stdout).strip().splitlines()
+    return completed.returncode, lines[-1] if lines else "", time.perf_counter() - start
 
 
 def loaded(path: Path, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
-    """A picture at (height, width) `size`."""
+    """An image resized to (height, width) `size`."""
     picture = Image.open(path)
     return picture if picture.size[::-1] == size else picture.resize(size[::-1], resample)
 
 
 def evaluate(detector: Detector, test: Sequence[Picture]) -> dict[str, float]:
-    """Quality on the test images, maps at the detector's own size."""
+    """Accuracy on the test images, with maps at the detector's image size."""
     size = detector.params.image_size
     pixels = [Pixels(np.asarray(loaded(p.path, size, Image.Resampling.BILINEAR).convert("RGB"))) for p in test]
     scored = list(score_batches(detector, pixels, SPEED_BATCH))
@@ -135,7 +135,7 @@ def evaluate(detector: Detector, test: Sequence[Picture]) -> dict[str, float]:
 
 
 def speed(detector: Detector, test: Sequence[Picture]) -> dict[str, Any]:
-    """Seconds of scoring over those of a bare ResNet-18 up to layer3 on the same batch, in turns."""
+    """Scoring time relative to a bare ResNet-18 up to layer3 on the same batch, measured alternately."""
     size = (SPEED_PX, SPEED_PX)
     arrays = [np.asarray(loaded(p.path, size, Image.Resampling.BILINEAR).convert("RGB")) for p in test[:SPEED_BATCH]]
     images_BCHW = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
@@ -157,12 +157,12 @@ def reproduce(name: str, data: str, folder: Path) -> dict[str, Any]:
         shown = labelled(test)
         train, test = [*train, *shown], [picture for picture in test if picture not in shown]
     figures: dict[str, Any] = {"detector": name, "data": data, "train": len(train), "test": len(test)}
-    with tempfile.TemporaryDirectory(prefix="raydetect-reproduce-") as place:
-        lay_out(train, Path(place) / "data")
-        code, said, seconds = fit(name, folder, Path(place) / "data", Path(place) / "artifact")
+    with tempfile.TemporaryDirectory(prefix="raydetect-reproduce-") as temporary:
+        lay_out(train, Path(temporary) / "data")
+        code, message, seconds = fit(name, folder, Path(temporary) / "data", Path(temporary) / "artifact")
         if code:
-            return {**figures, "not_run": said.removeprefix("Error: ")}
-        artifact = load_artifact(normalise_uri(f"{place}/artifact"), Storage())
+            return {**figures, "not_run": message.removeprefix("Error: ")}
+        artifact = load_artifact(normalise_uri(f"{temporary}/artifact"), Storage())
     body = artifact.record.body
     return {
         **figures,
@@ -176,7 +176,7 @@ def reproduce(name: str, data: str, folder: Path) -> dict[str, Any]:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """Markdown."""
+    """Results as a Markdown table."""
     lines = ["| " + " | ".join(HEADINGS) + " |", "|---" * len(HEADINGS) + "|"]
     for r in results:
         if "not_run" in r:
@@ -192,7 +192,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def write_table() -> None:
-    """`results/README.md` from all that was measured so far."""
+    """Writes `results/README.md` from all results so far."""
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     text = (
         "# What the detectors reached\n\nWritten by `make reproduce` from the JSON files of this folder, which hold "
@@ -203,11 +203,11 @@ def write_table() -> None:
 
 
 def write_measured() -> None:
-    """What `raydetect detectors --compare` shows, from the same files."""
+    """Writes the data of `raydetect detectors --compare` from the same files."""
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"*-{COMPARED}.json"))]
-    ran = [found for found in results if "not_run" not in found and found["detector"] in list_models()]
-    places = sorted({f"{r['machine']['cpu']}, {r['machine']['cores']} cores" for r in ran})
-    where = f"Measured on {COMPARED} ({'; '.join(places)}): make reproduce. x backbone: time over a bare ResNet-18."
+    ran = [result for result in results if "not_run" not in result and result["detector"] in list_models()]
+    machines = sorted({f"{r['machine']['cpu']}, {r['machine']['cores']} cores" for r in ran})
+    where = f"Measured on {COMPARED} ({'; '.join(machines)}): make reproduce. x backbone: time over a bare ResNet-18."
     detectors = {
         r["detector"]: {
             "fit_seconds": r["fit_seconds"],
@@ -222,23 +222,23 @@ def write_measured() -> None:
 
 
 def main() -> None:
-    """Runs what is asked for."""
+    """Runs the selected jobs and writes the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    known = sorted(path.stem for path in HERE.glob("*.yaml"))  # of a detector with two heads, two
+    known = sorted(path.stem for path in HERE.glob("*.yaml"))  # two for a detector with two heads
     parser.add_argument("names", nargs="*", metavar="DETECTOR", help=f"default: all of {', '.join(known)}")
     parser.add_argument("--data", choices=sorted(DATA), help="one data set only")
-    words = parser.parse_args()
+    arguments = parser.parse_args()
     root = os.environ.get("RAYDETECT_DATA")
     if not root:
-        sys.exit("Set RAYDETECT_DATA to the folder that holds mvtec_bottle_256.")
+        sys.exit("Set RAYDETECT_DATA to the folder that contains mvtec_bottle_256.")
     RESULTS.mkdir(exist_ok=True)
     torch.set_num_threads(os.cpu_count() or 1)
     for data, only in DATA.items():
-        for name in words.names or known:
-            if words.data in (None, data) and (only is None or name in only):
-                found = {**reproduce(name, data, Path(root)), **machine()}
-                (RESULTS / f"{name}-{data}.json").write_text(json.dumps(found, indent=1) + "\n")
-                print(table([found]).splitlines()[-1], flush=True)
+        for name in arguments.names or known:
+            if arguments.data in (None, data) and (only is None or name in only):
+                result = {**reproduce(name, data, Path(root)), **machine()}
+                (RESULTS / f"{name}-{data}.json").write_text(json.dumps(result, indent=1) + "\n")
+                print(table([result]).splitlines()[-1], flush=True)
     write_table()
     write_measured()
     print(f"Written: {RESULTS / 'README.md'}")

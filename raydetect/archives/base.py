@@ -149,8 +149,8 @@ def is_unsafe(name: str) -> bool:
 
 def unsafe_name(name: str) -> MemberError:
     """The error of a name that cannot stand in a URI."""
-    said = f"member name {name!r} is absolute, climbs out, or holds characters no URI can. Rename it."
-    return MemberError("unsafe_name", said)
+    message = f"member name {name!r} is absolute, climbs out, or holds characters no URI can. Rename it."
+    return MemberError("unsafe_name", message)
 
 
 def key_of(container_uri: str, name: str) -> str:
@@ -177,7 +177,7 @@ def split_key(key: str, image_uri: str) -> tuple[str, str]:
     return container, name
 
 
-def cut_chunks(
+def chunk_members(
     shard: Shard,
     members: Iterable[Member],
     chunk_images: int,

@@ -11,12 +11,12 @@ from urllib.parse import quote
 
 from raydetect.archives.base import begins_as_image, composed, has_suffix, is_unsafe, key_of, readable, safe_name
 from raydetect.archives.labels import read_label
-from raydetect.archives.naming import Naming, PathFacts
+from raydetect.archives.path_patterns import Naming, PathFacts
 from raydetect.archives.samples import MAX_SIDECAR_BYTES, Arrangement, Entry, Sample, arrange
+from raydetect.config import SourceSpec
 from raydetect.errors import MemberError, RaydetectError
 from raydetect.left_out import LeftOutCount
 from raydetect.records import OK, Member
-from raydetect.spec import SourceSpec
 
 ESCAPED = "member"  # scheme of raydetect.archives.filesystem
 PLAIN_LETTERS = frozenset("/-_.,+=@() ")
@@ -118,8 +118,8 @@ class MemberReader:
         except RaydetectError:
             raise
         except Exception as error:  # what hostile bytes make a parser raise
-            said = f"{key}: cannot be read ({type(error).__name__}: {readable(str(error))[:160]}). Pack it again."
-            return Member(key, readable(self.directory.uri), status="corrupt", error=said)
+            message = f"{key}: cannot be read ({type(error).__name__}: {readable(str(error))[:160]}). Pack it again."
+            return Member(key, readable(self.directory.uri), status="corrupt", error=message)
 
     def _key(self, sample: Sample, arranged: Arrangement) -> str:
         key, copy = self.directory.key_of(sample.entry), sample.copy
@@ -131,7 +131,7 @@ class MemberReader:
 
     def _described(self, sample: Sample, arranged: Arrangement, key: str) -> Member | None:
         entry = sample.entry
-        if not has_suffix(entry.name) and not self._is_image(entry):
+        if entry.is_named and not has_suffix(entry.name) and not self._is_image(entry):
             self.left_out.add("no_suffix", readable(entry.name))
             return None
         name = self.directory.safe_name(entry)
@@ -142,8 +142,8 @@ class MemberReader:
         member = with_facts(Member(key, self.directory.uri_of(entry)), facts)
         member = replace(member, mask_uri=self._mask_uri(name, facts, entry, arranged))
         if sample.copy:
-            said = f"{key}: a later member has this name, and is the one that unpacking leaves. Rename one of them."
-            return replace(member, status="duplicate_key", error=said)
+            message = f"{key}: a later member has this name, and is the one that unpacking leaves. Rename one of them."
+            return replace(member, status="duplicate_key", error=message)
         return self._with_sidecars(self._with_data(member, entry), sample)
 
     def _is_image(self, entry: Entry) -> bool:
@@ -188,15 +188,15 @@ class MemberReader:
                     raise MemberError(entry.status, entry.error)
                 member = apply(member, self.directory.read(entry), self.naming)
             except (MemberError, ValueError, RecursionError, OverflowError) as error:
-                said = f"sidecar_not_read: {readable(entry.name)} ({readable(str(error))[:80]})"
-                member = replace(member, notes=(*member.notes, said))
+                message = f"sidecar_not_read: {readable(entry.name)} ({readable(str(error))[:80]})"
+                member = replace(member, notes=(*member.notes, message))
         return member
 
 
 def too_many_bytes(member: Member, size: int, limit: int) -> Member:
     """A member whose encoded bytes are more than allowed."""
-    said = f"{member.key}: {size:,} bytes are more than the limit of {limit:,}. Raise source.max_image_bytes."
-    return replace(member, data=b"", status="too_many_bytes", error=said)
+    message = f"{member.key}: {size:,} bytes are more than the limit of {limit:,}. Raise source.max_image_bytes."
+    return replace(member, data=b"", status="too_many_bytes", error=message)
 
 
 def with_facts(member: Member, facts: PathFacts) -> Member:
@@ -204,7 +204,7 @@ def with_facts(member: Member, facts: PathFacts) -> Member:
     return replace(
         member,
         label=facts.label,
-        label_said=facts.label_said,
+        raw_label=facts.raw_label,
         notes=(*member.notes, facts.note) if facts.note else member.notes,
         category=None if facts.category is None else readable(facts.category),
         defect=None if facts.defect is None else readable(facts.defect),
@@ -235,11 +235,11 @@ def with_words(member: Member, words: dict[str, Any], naming: Naming, class_name
             texts[name] = composed(readable(str(value)))
         elif value is not None and value == value:  # NaN is null
             notes.append(f"{name}_not_read: of type {type(value).__name__}")
-    said = reading.label is not None or bool(reading.note)
+    message = reading.label is not None or bool(reading.note)
     return replace(
         member,
-        label=reading.label if said else member.label,
-        label_said=reading.said if said else member.label_said,
+        label=reading.label if message else member.label,
+        raw_label=reading.raw if message else member.raw_label,
         category=texts.get("category", member.category),
         defect=texts.get("defect", member.defect),
         notes=(*member.notes, *notes),

@@ -16,15 +16,16 @@ import fsspec
 from fsspec.archive import AbstractArchiveFileSystem
 
 from raydetect.archives.directory import Directory
+from raydetect.archives.formats.decompression import is_compressed, unpacked
+from raydetect.archives.formats.tar import COPY_BYTES, PlainTar
+from raydetect.archives.formats.zip import ZipDirectory
 from raydetect.archives.samples import Entry, tidy
-from raydetect.archives.tar import COPY_BYTES, PlainTar
-from raydetect.archives.unpacking import is_compressed, unpacked
-from raydetect.archives.zip import ZipDirectory
 from raydetect.errors import RaydetectError
 
 log = logging.getLogger("raydetect.archives")
 ZIP = b"PK"
 IN_MEMORY_BYTES = 64 << 20
+MAX_OPENED_BYTES = 2 << 30
 
 
 class MemberFileSystem(AbstractArchiveFileSystem):  # type: ignore[misc]
@@ -72,6 +73,8 @@ class MemberFileSystem(AbstractArchiveFileSystem):  # type: ignore[misc]
         entry = next((self._entries[tidy(name)] for name in names if tidy(name) in self._entries), None)
         if mode != "rb" or entry is None or self._directory is None:
             raise FileNotFoundError(path)
+        if entry.size > MAX_OPENED_BYTES:
+            raise OSError(f"{path}: has {entry.size:,} bytes, more than {MAX_OPENED_BYTES:,}, which are read at once")
         try:
             return io.BytesIO(self._directory.read(entry))
         except RaydetectError as error:

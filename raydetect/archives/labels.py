@@ -31,12 +31,12 @@ class LabelReading:
 
     Attributes:
         label: 0 normal, 1 anomalous, None unknown.
-        said: the value as people wrote it, "" where there was none.
+        raw: the value as people wrote it, "" where there was none.
         note: why a value gave no label, else "".
     """
 
     label: int | None = None
-    said: str = ""
+    raw: str = ""
     note: str = ""
 
 
@@ -89,17 +89,17 @@ def _of_class(value: int, normal_names: Collection[str], class_names: Sequence[s
 
 def _of_text(text: str, normal_names: Collection[str]) -> LabelReading:
     word = folded(text)
-    said = _shown(text.strip())
+    raw = _shown(text.strip())
     if word in normal_names:
-        return LabelReading(0, said)
+        return LabelReading(0, raw)
     if word in UNLABELLED:
         return LabelReading()
     if word in WORDS:
-        return LabelReading(WORDS[word], said)
+        return LabelReading(WORDS[word], raw)
     number = _number(word)
     if number is not None:
         return read_label(number, normal_names)
-    return LabelReading(1, said)
+    return LabelReading(1, raw)
 
 
 def _number(word: str) -> float | int | None:
@@ -127,13 +127,13 @@ def labels_text(counts: Sequence[tuple[int | None, str, int]]) -> str:
         counts: (label, value, images), in any order.
     """
     parts = []
-    for label, said, count in sorted(counts, key=lambda entry: (entry[0] is None, entry[0] or 0, entry[1])):
-        value = f"{label} = {_name(said)}" if label is not None else "none"
+    for label, raw, count in sorted(counts, key=lambda entry: (entry[0] is None, entry[0] or 0, entry[1])):
+        value = f"{label} = {_name(raw)}" if label is not None else "none"
         parts.append(f"{value} ({count:,})")
     return ", ".join(parts)
 
 
-def _name(said: str) -> str:
+def _name(raw: str) -> str:
     """Of `0 = good`, which a class label says, the name."""
-    number, is_class, name = said.partition(" = ")
-    return name if is_class and number.isdigit() else said
+    number, is_class, name = raw.partition(" = ")
+    return name if is_class and number.isdigit() else raw

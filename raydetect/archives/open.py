@@ -4,18 +4,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
-from raydetect.archives import parquet, tar, tar_index
-from raydetect.archives import zip as zip_format
+from raydetect.archives.access import is_alone, others_of
 from raydetect.archives.base import Archive, Listing, is_hidden, is_unsafe, readable
-from raydetect.archives.naming import Naming
+from raydetect.archives.formats import parquet, tar, tar_index
+from raydetect.archives.formats import zip as zip_format
+from raydetect.archives.formats.loose_files import KINDS, group_files, read_prefix
 from raydetect.archives.own_results import without_results
-from raydetect.archives.prefix import KINDS, group_files, read_prefix
+from raydetect.archives.path_patterns import Naming
 from raydetect.archives.samples import left_out_reason
-from raydetect.archives.unreadable import is_alone, others_of
+from raydetect.config import SourceSpec
 from raydetect.errors import ArchiveError, SpecError, StorageError, UnreadableError
 from raydetect.left_out import NAMED, WITHDRAWN, LeftOutCount, left_out_text
 from raydetect.records import Member, Shard
-from raydetect.spec import SourceSpec
 from raydetect.storage import FileInfo, Storage, normalise_uri, relative_to
 
 CONTAINERS = {"tar": tar.SUFFIXES, "zip": zip_format.SUFFIXES, "parquet": parquet.SUFFIXES}
@@ -45,11 +45,19 @@ class _Found:
 
 @dataclass(frozen=True, slots=True)
 class MixedArchive(Archive):
-    """One or several URIs of any format; see `Archive`."""
+    """One or several URIs of any format; see `Archive`.
+
+    Attributes:
+        source: the job file's words.
+        storage: of it.
+        naming: reads names of members.
+        allows: whether a listed file may be read; others are left out.
+    """
 
     source: SourceSpec
     storage: Storage
     naming: Naming
+    allows: Callable[[str], bool]
 
     def listing(self) -> Listing:
         """Lists every URI of the source, in the order given, each sorted."""
@@ -69,13 +77,13 @@ class MixedArchive(Archive):
     def read(self, shard: Shard, left_out: LeftOutCount | None = None) -> Iterator[Member]:
         """Streams a shard with the reader of its format."""
         left_out = LeftOutCount() if left_out is None else left_out
-        begun = False
+        started = False
         try:
             for member in READERS[shard.format](shard, self.source, self.storage, self.naming, left_out):
-                begun = True
+                started = True
                 yield member
         except UnreadableError as error:
-            if begun or not is_alone(error, self.storage, others_of(shard.uri, self._files())):
+            if started or not is_alone(error, self.storage, others_of(shard.uri, self._files())):
                 raise StorageError(str(error)) from error
             yield Member(shard.key, shard.uri, status="unreadable", error=str(error))
 
@@ -84,12 +92,14 @@ class MixedArchive(Archive):
         single = None if is_pattern else self.storage.info(uri)
         if single is not None:
             found.take([single], given)
-            self._add_single(single, found)
+            if self._is_allowed(single, given, found):
+                self._add_single(single, found)
             return
         files, results = without_results(list(self.storage.glob(uri) if is_pattern else self.storage.list(uri)))
         found.take(files, given)
         found.notes += results
         root = _root(uri) if is_pattern else uri
+        files = [file for file in files if self._is_allowed(file, relative_to(file.uri, root), found)]
         loose = [file for file in files if not self._add_container(file, root, files, found)]
         if self.source.format in ("auto", "prefix"):
             found.shards += group_files(root, loose, self.source, found.left_out)
@@ -103,6 +113,12 @@ class MixedArchive(Archive):
             for file in files
             if file.kind == "link"
         ][:NAMED]
+
+    def _is_allowed(self, file: FileInfo, name: str, found: _Found) -> bool:
+        allowed = self.allows(file.uri)
+        if not allowed:
+            found.left_out.add("linked_outside", readable(name))
+        return allowed
 
     def _files(self) -> Iterator[FileInfo]:
         for given in self.source.uris():
@@ -128,7 +144,8 @@ class MixedArchive(Archive):
         if kind is not None:
             index = None
             if kind == "tar" and file.size_bytes > self.source.split_bytes and file.uri.endswith(".tar"):
-                index = self.storage.info(tar_index.index_uri(file.uri))
+                uri = tar_index.index_uri(file.uri)
+                index = self.storage.info(uri) if self.allows(uri) else None
             found.shards += self._split(file, kind, index, found.notes)
             return
         loose = list(group_files(file.uri.rpartition("/")[0], [file], self.source, found.left_out))
@@ -182,8 +199,13 @@ class MixedArchive(Archive):
         return next((kind for kind, ends in formats.items() if lower.endswith(ends)), None)
 
 
-def open_archive(source: SourceSpec, storage: Storage) -> Archive:
+def open_archive(source: SourceSpec, storage: Storage, allows: Callable[[str], bool] = lambda _: True) -> Archive:
     """The archive of a source; nothing is listed or read yet.
+
+    Args:
+        source: the job file's words.
+        storage: of it.
+        allows: whether a listed file may be read, by its URI; those that may not are left out.
 
     Raises:
         SpecError: a bad URI or pattern.
@@ -192,7 +214,7 @@ def open_archive(source: SourceSpec, storage: Storage) -> Archive:
         normalise_uri(uri)
     if not source.uris():
         raise SpecError("source.uri: names nothing. State a file, a folder or a glob.")
-    return MixedArchive(source, storage, Naming.of(source))
+    return MixedArchive(source, storage, Naming.of(source), allows)
 
 
 def _read_unnamable(

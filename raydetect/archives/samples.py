@@ -28,6 +28,7 @@ class Entry:
         raw: its name as the container has it.
         status: "ok", or the reason why it cannot be read.
         error: one sentence when not ok, without the name of the file.
+        is_named: False where the name could not be read, and the file may be anything.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Entry:
     raw: str
     status: str = "ok"
     error: str = ""
+    is_named: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +75,12 @@ def arrange(entries: Sequence[Entry]) -> Arrangement:
     for i, entry in enumerate(entries):
         name = tidy(entry.name)
         is_last = last[name] == i
-        reason = left_out_reason(name)
+        reason = left_out_reason(name) if entry.is_named else ""
         if not reason and is_last:
             found.by_name[composed(name)] = entry
         if reason or (is_sidecar(name) and not is_last):
             found.left_out.append((entry, reason or "replaced"))
-        elif is_sidecar(name):
+        elif entry.is_named and is_sidecar(name):
             same = _lower_suffix(composed(name))
             if same in sidecars:  # names that differ in case or composition alone
                 found.left_out.append((sidecars[same], "replaced"))

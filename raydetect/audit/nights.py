@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raydetect.config import to_plain
+from raydetect.config.validation import to_plain
 from raydetect.errors import ResumeError, StorageError
 from raydetect.left_out import WITHDRAWN, left_out_of
 from raydetect.records import LeftOut, Shard

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from raydetect.config import nearest
+from raydetect.config.validation import nearest
 from raydetect.errors import SpecError
 
 Compare = Callable[[float, float], bool]
@@ -106,7 +106,7 @@ def _comparison(part: str, text: str, where: str, measures: Sequence[str]) -> Co
     return Comparison(measure, sign, number)
 
 
-def judge(rule: Rule, values: Mapping[str, float | None]) -> Verdict:
+def evaluate_rule(rule: Rule, values: Mapping[str, float | None]) -> Verdict:
     """What a night's measures make of a rule. One comparison that does not hold is enough to be calm."""
     mine = {comparison.measure: values[comparison.measure] for comparison in rule.comparisons}
     held = []

@@ -8,18 +8,18 @@ from typing import Any
 from raydetect.archives.open import open_archive
 from raydetect.audit.measures import MEASURES, measures
 from raydetect.audit.nights import Claim, Nights, unclaimed
-from raydetect.audit.rules import Rule, judge, parse_rules
+from raydetect.audit.report_section import extra_of
+from raydetect.audit.rules import Rule, evaluate_rule, parse_rules
 from raydetect.audit.statistics import Statistics
-from raydetect.audit.telling import extra_of
 from raydetect.audit.webhook import Webhook
-from raydetect.config import to_plain
+from raydetect.config import AuditSpec, night_score, sink_storage, source_storage
+from raydetect.config.validation import to_plain
 from raydetect.errors import StorageError
-from raydetect.plan import ScorePlan, plan_score
-from raydetect.report.make import begun, page_of
+from raydetect.planning.plan import ScorePlan, plan_score
+from raydetect.report.build import page_of, started
 from raydetect.report.pictures import Reach
 from raydetect.report.tally import Tally, measure_of, tally
 from raydetect.sinks.ledger import Ledger
-from raydetect.spec import AuditSpec, night_score, sink_storage, source_storage
 from raydetect.storage import Storage, normalise_uri
 
 HISTORY = 30
@@ -91,7 +91,7 @@ class Audit:
             RaydetectError: the scoring failed; what is committed stays.
         """
         old = self.nights.read("summaries", claim.number)
-        if old is not None and old["judged_by"] == self._judged_by():
+        if old is not None and old["judged_by"] == self._judgement_key():
             return old
         results = self.nights.results_uri(claim.number)
         if old is None:
@@ -99,7 +99,7 @@ class Audit:
             plan.begin()
             score(plan)
         ledger = Ledger(results, self.nights.storage)
-        run = begun(ledger)
+        run = started(ledger)
         night = Statistics(measure_of(run))
         found = tally(ledger, run, self.spec.pictures, night.add)
         names, baseline = self._baseline(claim, str(run["result"]["artifact"]), night.measure)
@@ -126,10 +126,10 @@ class Audit:
         if self.nights.read("webhooks", claim.number) is not None:
             return False
         status = webhook.send(claim.night, body)
-        self.nights.write("webhooks", claim.number, {"status": status, "url": webhook.url})
+        self.nights.write("webhooks", claim.number, {"status": status, "place": webhook.place})
         return True
 
-    def _judged_by(self) -> dict[str, Any]:
+    def _judgement_key(self) -> dict[str, Any]:
         return {"alarm_when": list(self.spec.alarm_when), "baseline": to_plain(self.spec.baseline)}
 
     def _summary(
@@ -142,7 +142,7 @@ class Audit:
     ) -> dict[str, Any]:
         names, baseline = compared
         values = measures(night, baseline)
-        verdicts = [judge(rule, values) for rule in self.rules]
+        verdicts = [evaluate_rule(rule, values) for rule in self.rules]
         alarms = [verdict.rule.name for verdict in verdicts if verdict.outcome == "alarm"]
         return {
             "night": claim.night,
@@ -167,7 +167,7 @@ class Audit:
                 }
                 for verdict in verdicts
             ],
-            "judged_by": self._judged_by(),
+            "judged_by": self._judgement_key(),
             "results": self.nights.results_uri(claim.number),
             "report": self.nights.report_uri(claim.number),
         }

@@ -17,9 +17,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from raydetect.config import WebhookSpec
 from raydetect.errors import RaydetectError, SpecError
-from raydetect.gateway.allow import WEB, NotAllowed, Prefixes, resolved
-from raydetect.spec import WebhookSpec
+from raydetect.gateway.allowed_uris import WEB, NotAllowed, Prefixes, resolved
 
 SECRET, ALLOW = "RAYDETECT_WEBHOOK_SECRET", "RAYDETECT_WEBHOOK_ALLOW"
 LEAST_LETTERS = 16
@@ -39,7 +39,13 @@ class Webhook:
     _secret: bytes
 
     def __repr__(self) -> str:
-        return f"Webhook({self.url!r})"
+        return f"Webhook({self.place!r})"
+
+    @property
+    def place(self) -> str:
+        """Scheme and host; the path may be what opens the webhook, so no message and no file holds it either."""
+        parts = urlsplit(self.url)
+        return f"{parts.scheme}://{parts.netloc}"
 
     def send(self, night: str, body: bytes, pause: Callable[[float], None] = time.sleep) -> int:
         """Posts until it is accepted; returns the status.
@@ -71,7 +77,7 @@ class Webhook:
             if status < 500 and status not in RETRIED:
                 break
         raise WebhookError(
-            f"webhook.url: {self.url} did not take the summary ({problem} after {attempt + 1} attempts). The audit "
+            f"webhook.url: {self.place} did not take the summary ({problem} after {attempt + 1} attempts). The audit "
             "stays; start it again to tell of it."
         )
 
@@ -156,7 +162,7 @@ def webhook_of(spec: WebhookSpec | None, environment: Mapping[str, str]) -> Webh
     try:
         url = Prefixes.of(prefixes).check(spec.url, "webhook.url")
     except NotAllowed:
-        raise SpecError(f"webhook.url: {spec.url!r} is not below a prefix of {ALLOW}. Add one or mend it.") from None
+        raise SpecError(f"webhook.url: is not below a prefix of {ALLOW}. Add one or mend it.") from None
     if urlsplit(url).scheme not in WEB:
-        raise SpecError(f"webhook.url: {spec.url!r} is no web address. Write https://...")
+        raise SpecError("webhook.url: is no web address. Write https://...")
     return Webhook(url, spec, secret.encode())

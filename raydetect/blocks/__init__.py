@@ -1,1 +1,1 @@
-"""Blocks: torch building parts that detectors share; no data input or output."""
+"""Shared torch building blocks of detectors; no data input or output."""

@@ -1,4 +1,4 @@
-"""Randomness keyed by words (seed, purpose, image key), never by position, rank or call order."""
+"""Randomness keyed by (seed, purpose, image key), never by position, rank or call order."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ def _hash(seed: int, words: Sequence[str | int]) -> int:
 
 
 def keyed_seed(seed: int, *words: str | int) -> int:
-    """A 63-bit seed that is a function of `seed` and `words` alone."""
+    """A 63-bit seed that depends only on `seed` and `words`."""
     return _hash(seed, words) >> 1
 
 
@@ -29,20 +29,20 @@ def keyed_generator(seed: int, *words: str | int) -> torch.Generator:
 
 
 def keyed_unit(seed: int, *words: str | int) -> float:
-    """A number in [0, 1), uniform over `words`."""
+    """A pseudo-random number in [0, 1), determined by `seed` and `words`."""
     return (_hash(seed, words) >> 11) / float(1 << 53)
 
 
 def shuffled(keys: Sequence[str], seed: int, epoch: int) -> list[str]:
-    """`keys` in the order of one epoch; does not depend on the order they come in."""
+    """`keys` in the order of an epoch, independent of their input order."""
     return sorted(keys, key=lambda key: (_hash(seed, ("shuffle", epoch, key)), key))
 
 
 def in_rounds(keys: Sequence[str], seed: int, *words: str | int) -> Iterator[str]:
-    """`keys` without end, every round of them in an order of its own; keyed by `seed` and `words` alone.
+    """Infinite stream of `keys` in rounds, each in a different order that depends only on `seed` and `words`.
 
     Raises:
-        ValueError: there is no key.
+        ValueError: `keys` is empty.
     """
     if not keys:
         raise ValueError("there are no keys to draw from")
@@ -51,20 +51,20 @@ def in_rounds(keys: Sequence[str], seed: int, *words: str | int) -> Iterator[str
 
 
 def mixed_hash(values_N: Tensor, seed: int) -> Tensor:
-    """A hash of 64-bit integers (the finaliser of splitmix64, Steele et al. 2014), wrapping around."""
+    """Hash of 64-bit integers with wrap-around (finaliser of splitmix64, Steele et al. 2014)."""
     mixed_N = values_N ^ seed
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         mixed_N = (mixed_N ^ ((mixed_N >> shift) & ((1 << (64 - shift)) - 1))) * factor
     return mixed_N ^ ((mixed_N >> 31) & ((1 << 33) - 1))
 
 
-class Undrawn(TorchFunctionMode):
-    """Networks that are built in the block get no random weights: whatever memory held, until they are loaded.
+class SkipInitialisation(TorchFunctionMode):
+    """Skips random weight initialisation of networks built in the block; weights are undefined until loaded.
 
-    Drawing them takes most of the time of building a network.
+    Initialisation takes most of the time of building a network.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Passes over draws; `torch.nn.init` names its tensor, methods have it first."""
+        """Skips draws; `torch.nn.init` passes the tensor by keyword, methods as the first argument."""
         kwargs = kwargs or {}
         return (args[0] if args else kwargs["tensor"]) if func in DRAWS else func(*args, **kwargs)

@@ -1,22 +1,22 @@
-"""Every mistake of a job file that can be found without a cluster, in seconds.
+"""Finds every mistake in a job file that can be found without a cluster, in seconds.
 
-Only what a kind of job needs is loaded: the checks of jobs that score are over before torch would have started.
+Each kind of job imports only what it needs: the checks of scoring jobs finish in less time than importing torch takes.
 """
 
-from raydetect.check.places import Check
+from raydetect.check.locations import Check
+from raydetect.config import AuditSpec, CalibrateSpec, EvaluateSpec, FitSpec, JobSpec, ScoreSpec, ServeSpec
 from raydetect.errors import RaydetectError, is_outage
-from raydetect.spec import AuditSpec, CalibrateSpec, EvaluateSpec, FitSpec, JobSpec, ScoreSpec, ServeSpec
 
 
 def find_problems(spec: JobSpec) -> list[str]:
-    """One sentence for each mistake; empty when the job can run.
+    """Returns one sentence for each mistake; empty if the job can run.
 
     Raises:
-        StorageError: a storage failed, and nothing else is wrong, so the job may be right.
+        StorageError: a storage failed and nothing else is wrong, so the job may be correct.
     """
     found = [error for check in _checks(spec) if (error := _error(check))]
     if not found and isinstance(spec, ScoreSpec):
-        from raydetect.plan import plan_score
+        from raydetect.planning.plan import plan_score
 
         found = [error for error in [_error(lambda: plan_score(spec))] if error]
     if found and all(is_outage(error) for error in found):
@@ -30,9 +30,9 @@ def _checks(spec: JobSpec) -> list[Check]:
 
         return fit_checks(spec)
     if isinstance(spec, EvaluateSpec | CalibrateSpec):
-        from raydetect.check import judge
+        from raydetect.check import evaluate
 
-        return judge.evaluate_checks(spec) if isinstance(spec, EvaluateSpec) else judge.calibrate_checks(spec)
+        return evaluate.evaluate_checks(spec) if isinstance(spec, EvaluateSpec) else evaluate.calibrate_checks(spec)
     from raydetect.check import score
 
     if isinstance(spec, ServeSpec):

@@ -1,23 +1,23 @@
-"""Mistakes of jobs that score or serve; without torch."""
+"""Checks of scoring, audit and serving jobs; they do not import torch."""
 
 import os
 from functools import partial
 
+from raydetect.artifacts.fleet import read_index, read_records
 from raydetect.audit.measures import MEASURES
 from raydetect.audit.rules import parse_rules
 from raydetect.audit.webhook import webhook_of
-from raydetect.check.places import Check, first_shard, reachable
-from raydetect.fleet_record import read_index, read_records
-from raydetect.gateway.allow import Prefixes
-from raydetect.gateway.desk import load_served
-from raydetect.gateway.tokens import read_tokens
-from raydetect.plan import plan_score
-from raydetect.spec import AuditSpec, ScoreSpec, ServeSpec, night_score, sink_storage, source_storage
+from raydetect.check.locations import Check, first_shard, reachable
+from raydetect.config import AuditSpec, ScoreSpec, ServeSpec, night_score, sink_storage, source_storage
+from raydetect.gateway.allowed_uris import Prefixes
+from raydetect.gateway.backend import load_served
+from raydetect.gateway.http.tokens import read_tokens
+from raydetect.planning.plan import plan_score
 from raydetect.storage import Storage, join_uri, normalise_uri
 
 
 def audit_checks(spec: AuditSpec) -> list[Check]:
-    """What an audit says beside its scoring."""
+    """Returns the checks of an audit beyond those of its scoring."""
     return [
         lambda: parse_rules(spec.alarm_when, MEASURES),
         lambda: webhook_of(spec.webhook, os.environ),
@@ -26,7 +26,7 @@ def audit_checks(spec: AuditSpec) -> list[Check]:
 
 
 def score_checks(spec: ScoreSpec | AuditSpec) -> list[Check]:
-    """What scoring needs before it is planned."""
+    """Returns the checks to run before scoring is planned."""
     models = Storage(spec.storage)
     return [
         lambda: first_shard(spec.source, source_storage(spec, spec.source)),
@@ -36,7 +36,7 @@ def score_checks(spec: ScoreSpec | AuditSpec) -> list[Check]:
 
 
 def serve_checks(spec: ServeSpec) -> list[Check]:
-    """What endpoints need."""
+    """Returns the checks of a serving job."""
     storage = Storage(spec.storage)
     allow = spec.allow
     checks: list[Check] = [

@@ -1,1 +1,1 @@
-"""Algorithms: one file, one class each; none imports another."""
+"""Detection algorithms: one file and one class each; none imports another."""

@@ -1,4 +1,4 @@
-"""The contract of a detector: one file, one class, spelled as its paper spells it.
+"""The interface every detector implements.
 
 Shapes: B images, C channels, H W pixels, N patches, D feature dim.
 """
@@ -12,13 +12,13 @@ import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor
 
-from raydetect.blocks.rows import FitState
-from raydetect.blocks.search import Search
-from raydetect.config import STRICT
+from raydetect.blocks.coresets.keyed_rows import FitState
+from raydetect.blocks.search.search import Search
+from raydetect.config.validation import STRICT
 from raydetect.errors import RaydetectError, SpecError
 
 Phase = Literal["collect", "train"]
-Tick = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 
 
 class NotFittedError(RaydetectError):
@@ -27,17 +27,17 @@ class NotFittedError(RaydetectError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DetectorInfo:
-    """What a person needs to choose: shown by `raydetect detectors`.
+    """What users need to choose a detector; shown by `raydetect detectors`.
 
     Attributes:
-        title: the algorithm's name as its paper writes it.
+        title: the algorithm's name as spelled in its paper.
         paper: "arXiv:2103.04257".
         venue: "BMVC 2021".
-        summary: one sentence: what it does.
-        images: which normal images it is made for.
-        labels: which labels fitting needs.
-        localises: whether the anomaly map shows where.
-        published: published accuracy with its source, for humans.
+        summary: what it does, in one sentence.
+        images: how many normal images it is designed for.
+        labels: the labels needed for fitting.
+        localises: whether the anomaly map locates defects.
+        published: published accuracy with its source, as display text.
     """
 
     title: str
@@ -52,15 +52,15 @@ class DetectorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Images on the device in one forward pass.
+    """Images on the device for one forward pass.
 
     Attributes:
-        images_BCHW: uint8 RGB, all of one size.
-        keys: stable image names, one per image; randomness is keyed by them.
-        labels: 0 normal, 1 anomalous; None when fitting needs none.
-        epoch: 0-based epoch while training, else 0.
-        draws: while training, the place of every image among all that its epoch draws, the same on any number of
-            workers; it tells the draws of an image apart where an epoch has it several times.
+        images_BCHW: uint8 RGB, all the same size.
+        keys: stable image names, one per image; they seed all randomness.
+        labels: 0 normal, 1 anomalous; None if fitting needs no labels.
+        epoch: 0-based epoch during training, else 0.
+        draws: during training, the index of every image among all draws of its epoch, the same for any number of
+            workers; it distinguishes repeated draws of one image within an epoch.
     """
 
     images_BCHW: Tensor
@@ -76,7 +76,7 @@ class Scores:
 
     Attributes:
         image_score_B: float32.
-        anomaly_map_BHW: float32, at the size of the images that went in.
+        anomaly_map_BHW: float32, same height and width as the input images.
     """
 
     image_score_B: Tensor
@@ -87,17 +87,17 @@ class Detector(abc.ABC):
     """One anomaly detection algorithm.
 
     A subclass sets `info`, `phases` and `Params`, and implements `score`, the hooks of its phases, and
-    `tensors` / `load_tensors`. It does no file or network access except in `load_weights`, writes no merging code and
-    never looks at the batch as a whole: an image's score must not depend on its neighbours.
+    `tensors` / `load_tensors`. It accesses files or the network only in `load_weights`, contains no merging code and
+    treats images independently: an image's score must not depend on the rest of its batch.
     """
 
     info: ClassVar[DetectorInfo]
-    phases: tuple[Phase, ...]  # in the order in which a fit runs them; parameters may change an instance's
-    smoke: ClassVar[Mapping[str, Any]] = {}  # parameters of the preset for tests: seconds on two cores, no accuracy
+    phases: tuple[Phase, ...]  # in the order a fit runs them; parameters may override them per instance
+    smoke: ClassVar[Mapping[str, Any]] = {}  # preset for tests: seconds on two cores, not accurate
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Params:
-        """Parameters that every detector has."""
+        """Parameters common to all detectors."""
 
         __pydantic_config__: ClassVar[ConfigDict] = STRICT
         image_size: Annotated[
@@ -105,20 +105,20 @@ class Detector(abc.ABC):
         ] = (256, 256)
 
     def __init__(self, params: "Detector.Params", seed: int = 0) -> None:
-        """Keeps the parameters. Cheap: no weights are loaded here."""
+        """Stores the parameters. Cheap: no weights are loaded here."""
         self.params = params
         self.seed = seed
         self.device = torch.device("cpu")
 
     @abc.abstractmethod
     def load_weights(self) -> str:
-        """Loads pretrained weights, or makes random ones from the seed, and whatever else is read before fitting.
+        """Loads or randomly initialises (from the seed) the weights, and reads any other input needed before fitting.
 
         Returns:
             What was loaded, for the artifact: "<name or URI> sha256:<digest>", "random seed:<n>" or "from scratch".
 
         Raises:
-            ArtifactError: the weights cannot be had, do not match their digest, or miss a used tensor.
+            ArtifactError: the weights are unavailable, do not match their digest, or lack a required tensor.
         """
 
     @abc.abstractmethod
@@ -130,75 +130,75 @@ class Detector(abc.ABC):
         """
 
     def num_collected(self) -> int | None:
-        """How many images `collect` is to see, chosen by keyed hash over all workers; None = all normal ones."""
+        """Maximum number of images to collect, chosen by keyed hash over all workers; None = all normal images."""
         return None
 
     def collect(self, batch: Batch) -> dict[str, Tensor]:
-        """Rows that a batch of normal images leaves, by name: (B, R, D); only when "collect" is in `phases`."""
+        """Rows to store for a batch of normal images, by name: (B, R, D); only when "collect" is in `phases`."""
         raise TypeError(f"{type(self).__name__} has no collect phase")
 
-    def finish(self, state: FitState, tick: Tick) -> None:
-        """Fits from everything that all workers collected; forgets any earlier fit. Every worker calls it.
+    def finish(self, state: FitState, on_progress: ProgressCallback) -> None:
+        """Fits from the rows collected by all workers, replacing any earlier fit. Called on every worker.
 
         Args:
-            state: this worker's rows; its `group` are the workers.
-            tick: told how much more is done, and of how much.
+            state: this worker's rows; `state.group` is the group of workers.
+            tick: called with the progress since the last call and the total.
         """
         raise TypeError(f"{type(self).__name__} has no collect phase")
 
     def extend(self, state: FitState) -> None:
-        """Adds what this fitted detector has stored to a state, before `finish` fits it again.
+        """Adds the data stored in this fitted detector to a state, before `finish` refits it.
 
         Raises:
-            SpecError: this algorithm keeps nothing that could be added to.
+            SpecError: this algorithm stores nothing that can be extended.
         """
-        raise SpecError(f"{type(self).__name__}: has no memory bank that could be extended. Fit it anew on all images.")
+        raise SpecError(f"{type(self).__name__}: has no memory bank to extend. Fit it again on all images.")
 
     def facts(self) -> Mapping[str, Any]:
-        """What the fit measured about itself, as plain JSON values for the artifact's record."""
+        """Statistics of the fit, as plain JSON values for the artifact's record."""
         return {}
 
     def begin_training(self, num_images: int) -> "TrainingPlan":
-        """Makes fresh trainable parts and the optimizer; only when "train" is in `phases`."""
+        """Creates the trainable modules and the optimizer; only when "train" is in `phases`."""
         raise TypeError(f"{type(self).__name__} has no train phase")
 
     def training_pieces(self, batch: Batch) -> Sequence[Any]:
-        """What a batch is cut into, one optimizer step each; as many on every worker, whatever its share of images.
+        """Splits a batch into pieces, one optimizer step each; the number is the same on every worker.
 
-        An algorithm that steps over positions rather than images computes its features here, without gradients.
+        An algorithm that takes steps over positions rather than images computes its features here, without gradients.
         """
         return [batch]
 
     def training_loss(self, piece: Any) -> Tensor:
-        """The scalar loss of a piece, a mean over images, with gradients; a piece is a `Batch` unless cut further."""
+        """Scalar loss of a piece, a mean over images, with gradients; a piece is a `Batch` unless split further."""
         raise TypeError(f"{type(self).__name__} has no train phase")
 
     def end_training(self) -> None:
-        """Freezes what was trained; `score` works from here on."""
+        """Freezes the trained modules; `score` works afterwards."""
         raise TypeError(f"{type(self).__name__} has no train phase")
 
     @abc.abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """Everything a fitted detector needs to score, backbone included, by name."""
+        """All tensors a fitted detector needs for scoring, including the backbone, by name."""
 
     @abc.abstractmethod
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restores what `tensors` returned; scores are bit-identical afterwards.
+        """Restores the tensors returned by `tensors`; scores are then bit-identical.
 
         Raises:
             ArtifactError: a tensor is missing or has the wrong shape.
         """
 
     def memory_bank(self) -> str | None:
-        """Name in `tensors` of a bank (M, D) whose rows searches elsewhere may hold in pieces; None = there is none."""
+        """Name in `tensors` of a bank (M, D) that can be sharded over remote searches; None = no bank."""
         return None
 
     def piece_search(self, piece_MD: Tensor) -> Search:
-        """The search of this detector's parameters over a run of rows of its bank."""
+        """A search over a contiguous shard of the bank, as configured by the parameters."""
         raise SpecError(f"{type(self).__name__}: has no memory bank that can be cut. Set resources.bank_shards to 1.")
 
     def load_beside(self, tensors: Mapping[str, Tensor], search: Search) -> None:
-        """As `load_tensors`, but the tensor `memory_bank` is left out and `search` answers for it.
+        """Like `load_tensors`, but without the tensor named by `memory_bank`; `search` replaces it.
 
         Raises:
             ArtifactError: a tensor is missing or has the wrong shape.
@@ -207,21 +207,21 @@ class Detector(abc.ABC):
 
     @abc.abstractmethod
     def to(self, device: torch.device) -> "Detector":
-        """Moves everything to a device and returns itself."""
+        """Moves the detector to a device and returns it."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingPlan:
-    """How the trainer runs a gradient detector.
+    """How to train a detector by gradient descent.
 
     Attributes:
-        module: all trainable parts.
-        optimizer: over its parameters.
+        module: all trainable modules.
+        optimizer: for the parameters of `module`.
         epochs: passes over the images.
-        batch_size: images per batch of all workers, at most.
-        rate: factor of the optimizer's learning rates as a function of the epochs done, such as 12.25.
-        batches: keys of every batch from (label by key, epoch); None = all images in a keyed order, cut evenly.
-        all_in_every_step: whether every loss uses every parameter; those it leaves out then keep still.
+        batch_size: maximum number of images per batch, over all workers.
+        rate: learning rate multiplier as a function of completed epochs, such as 12.25.
+        batches: maps (label by key, epoch) to the keys per batch; None = all images in a keyed order, split evenly.
+        all_in_every_step: whether every loss uses every parameter; if not, unused parameters are not updated.
     """
 
     module: torch.nn.Module

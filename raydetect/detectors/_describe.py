@@ -1,22 +1,22 @@
-"""The words of a model in Python: the call that makes it, and its parameters with all defaults."""
+"""Describes a model as Python: the call that creates it, and its parameters with all defaults."""
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from raydetect.config import to_plain
+from raydetect.config import ENSEMBLE, DetectorSpec, MemberSpec
+from raydetect.config.validation import to_plain
 from raydetect.detectors._registry import build_detector, build_from, detector_class
 from raydetect.errors import SpecError
-from raydetect.spec import ENSEMBLE, DetectorSpec, MemberSpec
 
-CLASS_NAME = "class_name"  # the parameter of detectors that score by text
+CLASS_NAME = "class_name"  # parameter of detectors that use text prompts
 
 
 def plain_spec(spec: DetectorSpec, seed: int) -> DetectorSpec:
-    """The same with parameters as a job file would have them.
+    """The spec with its parameters as plain values, as in a job file.
 
     Raises:
-        SpecError: an unknown name, unknown or bad parameters, or members that differ in image_size.
+        SpecError: an unknown name, unknown or invalid parameters, or members that differ in image_size.
     """
     build_from(spec, seed)
     if spec.ensemble:
@@ -25,38 +25,38 @@ def plain_spec(spec: DetectorSpec, seed: int) -> DetectorSpec:
 
 
 def spec_of_record(body: Mapping[str, Any]) -> DetectorSpec:
-    """The spec of an artifact's record; every parameter is stated."""
+    """The spec stored in an artifact's record; every parameter is explicit."""
     params = body["params"]
     if body["detector"] != ENSEMBLE:
         return DetectorSpec(name=body["detector"], params=dict(params))
-    members = tuple(MemberSpec(name=words["name"], params=words["params"]) for words in params["members"])
+    members = tuple(MemberSpec(name=member["name"], params=member["params"]) for member in params["members"])
     return DetectorSpec(ensemble=members, weights=tuple(params["weights"]))
 
 
 def with_class_name(spec: DetectorSpec, name: str, seed: int) -> DetectorSpec:
-    """The same, told what the images show.
+    """The spec with the class name set.
 
     Raises:
-        SpecError: no detector in it scores by text.
+        SpecError: no detector in the spec uses text prompts.
     """
     named = tuple(
-        replace(member, params={**member.params, CLASS_NAME: name}) if _knows_text(member) else member
+        replace(member, params={**member.params, CLASS_NAME: name}) if _uses_text(member) else member
         for member in spec.members
     )
-    if named == spec.members and not any(map(_knows_text, named)):
-        raise SpecError(f"{spec.title}: scores without text, so it takes no class name. Leave it out.")
+    if named == spec.members and not any(map(_uses_text, named)):
+        raise SpecError(f"{spec.title}: does not use text prompts, so it takes no class name. Remove it.")
     return plain_spec(replace(spec, ensemble=named) if spec.ensemble else replace(spec, params=named[0].params), seed)
 
 
 def full_params(member: MemberSpec, seed: int) -> dict[str, Any]:
-    """Everything that `create_model` takes, with all defaults filled in."""
+    """All arguments of `create_model`, with defaults filled in."""
     params = build_detector(member.name, member.params, seed, member.preset).params
     named = {f.name: getattr(params, f.name) for f in fields(params)}
     return {"name": member.name, "preset": member.preset, "seed": seed, **named}
 
 
 def call_text(spec: DetectorSpec, seed: int) -> str:
-    """The call that makes a model, with what differs from the preset alone."""
+    """The call that creates a model, with only the arguments that differ from the preset."""
     last = [f"seed={seed}"] if seed else []
     if not spec.ensemble:
         return _member_text(spec.members[0], last)
@@ -72,7 +72,7 @@ def _member_text(member: MemberSpec, seed: list[str]) -> str:
 
 
 def _changed_params(member: MemberSpec) -> dict[str, Any]:
-    """The parameters that differ from the preset, in order of declaration."""
+    """Parameters that differ from the preset, in declaration order."""
     found = full_params(member, 0)
     plain = full_params(replace(member, params={}), 0)
     return {name: value for name, value in found.items() if value != plain[name]}
@@ -83,5 +83,5 @@ def _plain_params(member: MemberSpec) -> dict[str, Any]:
     return {name: to_plain(getattr(params, name)) for name in member.params}
 
 
-def _knows_text(member: MemberSpec) -> bool:
+def _uses_text(member: MemberSpec) -> bool:
     return CLASS_NAME in {f.name for f in fields(detector_class(member.name).Params)}

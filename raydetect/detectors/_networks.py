@@ -1,4 +1,4 @@
-"""Detectors whose fitted state is a set of networks: saving, loading, moving and freezing them is written once here."""
+"""Base classes of detectors whose fitted state is a set of networks: save, load, move and freeze them."""
 
 import abc
 import copy
@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from raydetect.blocks.backbone import Backbone
-from raydetect.blocks.seeding import Undrawn
+from raydetect.blocks.backbones.backbone import Backbone
+from raydetect.blocks.seeding import SkipInitialisation
 from raydetect.detectors._base import Detector, NotFittedError
 from raydetect.detectors._weights import load_backbone
 from raydetect.errors import ArtifactError
@@ -17,25 +17,25 @@ COUNTERS = "num_batches_tracked"
 
 
 class NetworkDetector(Detector):
-    """A detector that is its networks, by name. A `Backbone` among them saves its used tensors alone.
+    """A detector whose state is a set of named networks. A `Backbone` saves only the tensors it uses.
 
     Attributes:
-        networks: those made so far; `load_weights` and `begin_training` put them there.
-        is_fitted: whether it may score; `freeze` says so.
+        networks: the networks created so far by `load_weights` and `begin_training`.
+        is_fitted: whether `score` may be called; set by `freeze`.
     """
 
     def __init__(self, params: Detector.Params, seed: int = 0) -> None:
-        """Keeps the parameters."""
+        """Stores the parameters."""
         super().__init__(params, seed)
         self.networks: dict[str, nn.Module] = {}
         self.is_fitted = False
 
     @abc.abstractmethod
     def make_networks(self) -> dict[str, nn.Module]:
-        """All networks of a fitted detector with values that loading replaces; no file is read."""
+        """All networks of a fitted detector, with placeholder values; reads no files."""
 
     def require_fitted(self) -> None:
-        """Call first in `score`.
+        """Checks that the detector is fitted; call first in `score`.
 
         Raises:
             NotFittedError: the detector is not fitted.
@@ -47,7 +47,7 @@ class NetworkDetector(Detector):
         return type(self).__module__.rpartition(".")[2]
 
     def freeze(self) -> None:
-        """Makes every network ready for scoring: eval mode, no gradients; call last in a fit."""
+        """Prepares all networks for scoring (eval mode, no gradients); call last in a fit."""
         for network in self.networks.values():
             if isinstance(network, Backbone):
                 network.freeze()
@@ -62,11 +62,11 @@ class NetworkDetector(Detector):
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Restores all networks."""
-        with Undrawn():
+        with SkipInitialisation():
             self.networks = self.make_networks()
         for name, network in self.networks.items():
-            start = f"{name}."
-            mine = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
+            prefix = f"{name}."
+            mine = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             if isinstance(network, Backbone):
                 network.load(mine, "the artifact")
             else:
@@ -83,20 +83,20 @@ class NetworkDetector(Detector):
 
 
 class FineTuned(NetworkDetector):
-    """A detector that trains a backbone of one layer from loaded weights; every training starts from these."""
+    """A detector that fine-tunes a backbone with one output layer; every training starts from the loaded weights."""
 
     _start: Backbone | None = None
 
     def load_start(self, backbone: str, last_layer: str, weights: str) -> str:
-        """Loads what training starts from; see `Detector.load_weights`."""
-        self._start, said = load_backbone(backbone, (last_layer,), weights, self.seed)
-        return said
+        """Loads the initial weights for training; see `Detector.load_weights`."""
+        self._start, source = load_backbone(backbone, (last_layer,), weights, self.seed)
+        return source
 
     def fresh_backbone(self) -> Backbone:
-        """A copy of what was loaded.
+        """A copy of the loaded backbone.
 
         Raises:
-            NotFittedError: nothing was loaded yet.
+            NotFittedError: no weights are loaded yet.
         """
         if self._start is None:
             raise NotFittedError(f"{self._name()}: has no backbone yet. Call load_weights first.")
@@ -115,7 +115,7 @@ def _load(network: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
             raise ArtifactError(f"the artifact has no tensor '{name}.{key}'. Fit again.")
         if tensors[key].shape != value.shape:
             raise ArtifactError(
-                f"the artifact's tensor '{name}.{key}' has shape {tuple(tensors[key].shape)}, {tuple(value.shape)} is "
-                "needed. Fit again."
+                f"the artifact's tensor '{name}.{key}' has shape {tuple(tensors[key].shape)}, expected "
+                f"{tuple(value.shape)}. Fit again."
             )
     network.load_state_dict(dict(tensors), strict=False)

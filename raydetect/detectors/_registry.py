@@ -1,4 +1,4 @@
-"""Finds detectors by name: every module of this folder that does not begin with `_` is one detector."""
+"""Finds detectors by name: every module of this package whose name does not start with `_` is one detector."""
 
 import importlib
 import pkgutil
@@ -6,54 +6,54 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-import raydetect.detectors as room
-from raydetect.config import nearest, to_plain, validate
+import raydetect.detectors as package
+from raydetect.config import ENSEMBLE, DetectorSpec, MemberSpec, Preset
+from raydetect.config.validation import nearest, to_plain, validate
 from raydetect.detectors._base import Detector
 from raydetect.detectors._ensemble import Ensemble
 from raydetect.errors import SpecError
-from raydetect.spec import ENSEMBLE, DetectorSpec, MemberSpec, Preset
 
 ALIASES = {"cflow_ad": "cflow"}
-"""Other names that people know detectors by."""
+"""Alternative names of detectors."""
 
 
 @cache
 def list_models() -> tuple[str, ...]:
-    """The names of all detectors, sorted. Imports none of them."""
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(room.__path__) if m.name[0] != "_"))
+    """The names of all detectors, sorted. Imports no detector."""
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name[0] != "_"))
 
 
 def detector_class(name: str) -> type[Detector]:
     """The class of a detector, by its name or an alias.
 
     Raises:
-        SpecError: no detector has this name; the message has the nearest one.
+        SpecError: no detector has this name; the message suggests the closest one.
     """
     name = ALIASES.get(name, name)
     if name not in list_models():
         raise SpecError(f"detector {name!r} is unknown.{nearest(name, list_models())}")
-    module = importlib.import_module(f"{room.__name__}.{name}")
+    module = importlib.import_module(f"{package.__name__}.{name}")
     found = [
         value
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, Detector) and value.__module__ == module.__name__
     ]
     if len(found) != 1:
-        raise TypeError(f"{module.__name__} must define exactly one Detector, it has {len(found)}")
+        raise TypeError(f"{module.__name__} must define exactly one Detector, found {len(found)}")
     return found[0]
 
 
 def build_detector(name: str, params: Mapping[str, Any], seed: int = 0, preset: Preset = "paper") -> Detector:
-    """An unfitted detector, without weights yet.
+    """An unfitted detector; its weights are not loaded yet.
 
     Args:
         name: a name of `list_models()`, or "ensemble" with the parameters of an artifact's record.
-        params: what differs from the preset.
-        seed: seeds every random choice of the fit.
-        preset: "paper", the detector's defaults, or "smoke", which is small and for tests.
+        params: overrides of the preset.
+        seed: seed of all random choices of the fit.
+        preset: "paper", the detector's defaults, or "smoke", a small one for tests.
 
     Raises:
-        SpecError: an unknown name, or unknown or bad parameters.
+        SpecError: an unknown name, or unknown or invalid parameters.
     """
     if name == ENSEMBLE:
         stored = validate(Ensemble.Params, params, f"detector {name}")
@@ -64,10 +64,10 @@ def build_detector(name: str, params: Mapping[str, Any], seed: int = 0, preset: 
 
 
 def build_from(spec: DetectorSpec, seed: int) -> Detector:
-    """The unfitted detector that a job file describes.
+    """The unfitted detector described by a spec.
 
     Raises:
-        SpecError: an unknown name, unknown or bad parameters, or members of an ensemble that differ in image_size.
+        SpecError: an unknown name, unknown or invalid parameters, or ensemble members that differ in image_size.
     """
     if spec.ensemble:
         return _build_ensemble(spec.ensemble, spec.weights or (1.0,) * len(spec.ensemble), seed)

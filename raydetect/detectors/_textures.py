@@ -11,9 +11,9 @@ from torch import Tensor
 
 from raydetect.archives.open import open_archive
 from raydetect.blocks.seeding import keyed_seed
+from raydetect.config import SourceSpec
 from raydetect.errors import ArtifactError, RaydetectError
 from raydetect.records import OK, Member
-from raydetect.spec import SourceSpec
 from raydetect.storage import Storage
 
 MAX_TEXTURES = 1000
@@ -22,21 +22,21 @@ MAX_TEXTURE_PIXELS = 64 << 20
 
 
 def load_textures(uri: str, size_px: tuple[int, int]) -> tuple[Tensor, str]:
-    """Texture images at (height, width) `size_px`, sorted by key, and what they are, for the artifact.
+    """Texture images of size `size_px`, sorted by key, and a description for the artifact.
 
-    Of more than 1,000 images those with the smallest hash of their key are taken; all are read, one after another.
+    If there are more than 1,000, the images with the smallest key hashes are used; all are read, sequentially.
 
     Args:
         uri: a folder, glob, tar, zip or Parquet file of images.
-        size_px: they are resized, bilinear and antialiased.
+        size_px: (height, width) to resize to, bilinear and antialiased.
 
     Returns:
         textures_N3HW: uint8 RGB.
-        said: "<n> textures of <uri> sha256:<digest>".
+        description: "<n> textures of <uri> sha256:<digest>".
 
     Raises:
-        ArtifactError: nothing is there, or an image is bad.
-        SpecError: the URI makes no sense.
+        ArtifactError: no image was found, or one cannot be decoded.
+        SpecError: the URI is invalid.
     """
     members, seen = _chosen(uri)
     total, textures = hashlib.sha256(), np.empty((len(members), *size_px, 3), np.uint8)
@@ -44,12 +44,12 @@ def load_textures(uri: str, size_px: tuple[int, int]) -> tuple[Tensor, str]:
         total.update(hashlib.sha256(member.data).digest())
         textures[number] = _decoded(member, size_px)
     of = "" if seen == len(members) else f" of {seen}"
-    said = f"{len(members)}{of} textures of {uri} sha256:{total.hexdigest()}"
-    return torch.from_numpy(textures).permute(0, 3, 1, 2).contiguous(), said
+    description = f"{len(members)}{of} textures of {uri} sha256:{total.hexdigest()}"
+    return torch.from_numpy(textures).permute(0, 3, 1, 2).contiguous(), description
 
 
 def _chosen(uri: str) -> tuple[list[Member], int]:
-    """The images with the smallest keyed hashes, sorted by key, and how many there are."""
+    """The images with the smallest keyed hashes, sorted by key, and the total number of images."""
     source = SourceSpec(uri=uri, max_image_bytes=MAX_TEXTURE_BYTES, max_pixels=MAX_TEXTURE_PIXELS)
     archive = open_archive(source, Storage())
     kept: list[tuple[int, str, Member]] = []
@@ -63,7 +63,7 @@ def _chosen(uri: str) -> tuple[list[Member], int]:
     except RaydetectError as error:
         raise ArtifactError(f"textures: {error}") from None
     if not kept:
-        raise ArtifactError(f"textures: {uri} holds no image. Name a folder or archive of images, or leave it out.")
+        raise ArtifactError(f"textures: {uri} contains no images. Give a folder or archive of images or omit textures.")
     return sorted((member for _, _, member in kept), key=lambda member: member.key), seen
 
 
@@ -73,7 +73,7 @@ def _decoded(member: Member, size_px: tuple[int, int]) -> np.ndarray:
     try:
         picture = Image.open(io.BytesIO(member.data))
         if picture.width * picture.height > MAX_TEXTURE_PIXELS:
-            raise ValueError(f"{picture.width} x {picture.height} px are too many")
+            raise ValueError(f"{picture.width} x {picture.height} px is too large")
         return np.asarray(picture.convert("RGB").resize(size_px[::-1], Image.Resampling.BILINEAR))
     except Exception as error:
         reason = " ".join(str(error).split())[:160]

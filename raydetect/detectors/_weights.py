@@ -1,11 +1,11 @@
-"""Where pretrained weights come from: ImageNet by name, a file or URL, or random ones by seed.
+"""Loads pretrained weights: ImageNet weights by name, a file or URL, or random weights from a seed.
 
-What is pinned: torchvision's file names carry the first digits of their sha256, and every load checks them, from the
-cache too. Files of the Hugging Face Hub are checked against the sha256 under which its cache keeps them; which file
-that is, timm and the Hub decide. The artifact records the sha256 of the used tensors, wherever they come from.
+Integrity: torchvision's file names contain the first digits of their sha256, which every load verifies, including
+loads from the cache. Files from the Hugging Face Hub are verified against the sha256 under which the cache stores them;
+timm and the Hub decide which file that is. The artifact records the sha256 of the used tensors, whatever their source.
 
-A file in the cache is used as it is, without the network. With HF_HUB_OFFLINE=1 nothing is fetched, and a host that
-does not answer within seconds is not tried again.
+Cached files are used without network access. With HF_HUB_OFFLINE=1 nothing is downloaded, and a host that does not
+respond within seconds is not retried.
 """
 
 import hashlib
@@ -26,10 +26,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from raydetect.blocks.backbone import Backbone, bare_name, is_timm
-from raydetect.blocks.seeding import Undrawn
-from raydetect.blocks.vision import models
-from raydetect.config import nearest
+from raydetect.blocks.backbones.backbone import Backbone, bare_name, is_timm
+from raydetect.blocks.backbones.vision import models
+from raydetect.blocks.seeding import SkipInitialisation
+from raydetect.config.validation import nearest
 from raydetect.errors import ArtifactError, SpecError, StorageError
 from raydetect.storage import Storage, normalise_uri
 
@@ -43,26 +43,26 @@ CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 
 def load_backbone(name: str, layers: tuple[str, ...], weights: str, seed: int) -> tuple[Backbone, str]:
-    """A backbone with its weights, and what they are, for the artifact.
+    """A backbone with its weights, and a description of the weights for the artifact.
 
     Args:
         name: torchvision or timm name.
-        layers: used layers, shallowest first; the trunk is cut after the last.
-        weights: "imagenet" (what the library has for this name), "random", or a path or URL of a .safetensors file or
+        layers: used layers, shallowest first; the trunk is truncated after the last.
+        weights: "imagenet" (the library's weights for this name), "random", or a path or URL of a .safetensors file or
             a state dict with the library's key names.
-        seed: keys random weights.
+        seed: seed of random weights.
 
     Raises:
-        ArtifactError: the weights cannot be had, are damaged, or miss a used tensor.
+        ArtifactError: the weights are unavailable, damaged, or lack a used tensor.
         SpecError: an unknown name or layer.
     """
-    with nullcontext() if weights == RANDOM else Undrawn():
+    with nullcontext() if weights == RANDOM else SkipInitialisation():
         backbone = Backbone(name, layers, seed)
     if weights == RANDOM:
         return backbone, f"random seed:{seed} sha256:{backbone.digest()}"
-    found, said = _imagenet(name) if weights == IMAGENET else (read_weights(weights), weights)
+    found, source = _imagenet(name) if weights == IMAGENET else (read_weights(weights), weights)
     backbone.load(found, weights)
-    return backbone, f"{said} sha256:{backbone.digest()}"
+    return backbone, f"{source} sha256:{backbone.digest()}"
 
 
 def _imagenet(name: str) -> tuple[dict[str, Tensor], str]:
@@ -71,7 +71,7 @@ def _imagenet(name: str) -> tuple[dict[str, Tensor], str]:
         return _of_timm(bare) if is_timm(name) else (_of_torchvision(bare), IMAGENET)
     except Exception as error:
         reason = " ".join(str(error).split())[:400].rstrip(".")
-        raise ArtifactError(f"pretrained weights of {name} cannot be had ({reason}). {OFFLINE}") from None
+        raise ArtifactError(f"pretrained weights of {name} are unavailable ({reason}). {OFFLINE}") from None
 
 
 def _of_torchvision(bare: str) -> dict[str, Tensor]:
@@ -97,10 +97,10 @@ def _of_timm(bare: str) -> tuple[dict[str, Tensor], str]:
 
 
 def url_file(url: str) -> Path:
-    """torch.hub's cached copy of a file whose name ends with the beginning of its sha256; fetched if need be.
+    """torch.hub's cached copy of a file whose name ends with a prefix of its sha256; downloaded if missing.
 
     Raises:
-        OSError: it cannot be fetched, or the copy has another sha256 than its name says.
+        OSError: the download fails, or the sha256 of the copy does not match its name.
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(url).path).name
     digits = re.search(r"-([0-9a-f]{8,})\.", path.name)
@@ -114,10 +114,10 @@ def url_file(url: str) -> Path:
 
 
 def hub_file(repository: str, names: Sequence[str]) -> Path:
-    """The first of some files of a repository of the Hugging Face Hub, from its cache or fetched.
+    """The first available of some files in a Hugging Face Hub repository, cached or downloaded.
 
     Raises:
-        OSError: none can be had, or the copy has another sha256 than the cache keeps it under.
+        OSError: none is available, or the sha256 of the copy does not match its name in the cache.
     """
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError
@@ -126,18 +126,18 @@ def hub_file(repository: str, names: Sequence[str]) -> Path:
     for name in names:
         found = try_to_load_from_cache(bare, name, revision=revision or None)
         if isinstance(found, str):
-            return _as_kept(Path(found))
+            return _verified(Path(found))
     require_reachable(constants.ENDPOINT)
     for name in names:
         try:
-            return _as_kept(Path(hf_hub_download(bare, name, revision=revision or None)))
+            return _verified(Path(hf_hub_download(bare, name, revision=revision or None)))
         except EntryNotFoundError:
             continue
     raise FileNotFoundError(f"{repository} has none of {', '.join(names)}")
 
 
-def _as_kept(path: Path) -> Path:
-    """The path, whose content has the sha256 that is the name of the blob it stands for."""
+def _verified(path: Path) -> Path:
+    """The path, after checking its content against the sha256 in the blob's name."""
     blob = path.resolve().name
     if re.fullmatch(r"[0-9a-f]{64}", blob):
         _require_sha256(path, blob)
@@ -152,10 +152,10 @@ def _require_sha256(path: Path, digits: str) -> None:
 
 
 def require_reachable(url: str) -> None:
-    """Gives up within seconds where a download would try again for minutes; behind a proxy nothing is asked.
+    """Fails within seconds where a download would retry for minutes; behind a proxy nothing is checked.
 
     Raises:
-        OSError: offline mode is on, or the host does not answer.
+        OSError: offline mode is on, or the host does not respond.
     """
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         raise OSError("they are not in the cache, and HF_HUB_OFFLINE is set")
@@ -172,7 +172,7 @@ def read_weights(place: str) -> dict[str, Tensor]:
     """The tensors of a .safetensors file or a state dict at a path or URL.
 
     Raises:
-        ArtifactError: it cannot be read, or holds more than tensors.
+        ArtifactError: it cannot be read, or contains anything but tensors.
     """
     uri = normalise_uri(place)
     try:
@@ -185,21 +185,21 @@ def read_weights(place: str) -> dict[str, Tensor]:
         found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise ArtifactError(f"{uri}: not readable as tensors ({reason}). {OFFLINE}") from None
-    except Exception as error:  # the restricted unpickler refuses anything but tensors
+        raise ArtifactError(f"{uri}: cannot be read as tensors ({reason}). {OFFLINE}") from None
+    except Exception as error:  # the restricted unpickler rejects anything but tensors
         raise ArtifactError(
-            f"{uri}: holds more than tensors ({type(error).__name__}). Save a plain state dict."
+            f"{uri}: contains more than tensors ({type(error).__name__}). Save a plain state dict."
         ) from None
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise ArtifactError(f"{uri}: is no plain state dict of tensors. Save model.state_dict().")
+        raise ArtifactError(f"{uri}: is not a plain state dict of tensors. Save model.state_dict().")
     return found
 
 
 def clip_facts(model: str, weights: str) -> Mapping[str, Any]:
-    """What open_clip knows of a tag of weights: `hf_hub`, `url`, `mean`, `std`, `quick_gelu`; nothing of a file.
+    """open_clip's config of a weights tag: `hf_hub`, `url`, `mean`, `std`, `quick_gelu`; empty for a file.
 
     Raises:
-        SpecError: `weights` is neither a tag of this model, nor looks like a path or URL.
+        SpecError: `weights` is neither a tag of this model nor looks like a path or URL.
     """
     from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model  # slow
 
@@ -209,15 +209,15 @@ def clip_facts(model: str, weights: str) -> Mapping[str, Any]:
         return found
     if weights == RANDOM or "/" in weights or "." in weights:
         return {}
-    said = nearest(weights, tags) if tags else f" open_clip has no weights of {model}."
-    raise SpecError(f"weights {weights!r}: is neither a tag of open_clip for {model}, nor a path or URL.{said}")
+    hint = nearest(weights, tags) if tags else f" open_clip has no weights of {model}."
+    raise SpecError(f"weights {weights!r}: is neither a tag of open_clip for {model}, nor a path or URL.{hint}")
 
 
 def clip_weights(model: str, weights: str) -> dict[str, Tensor]:
-    """The tensors of a CLIP by open_clip's names: of a tag, from the Hub, or of a file.
+    """The tensors of a CLIP model under open_clip's names: of a tag, from the Hub, or of a file.
 
     Raises:
-        ArtifactError: they cannot be had or are damaged.
+        ArtifactError: they are unavailable or damaged.
     """
     facts = clip_facts(model, weights)
     if not facts:
@@ -228,4 +228,4 @@ def clip_weights(model: str, weights: str) -> dict[str, Tensor]:
         return read_weights(str(path))
     except Exception as error:
         reason = " ".join(str(error).split())[:400].rstrip(".")
-        raise ArtifactError(f"weights {weights} of {model} cannot be had ({reason}). {OFFLINE}") from None
+        raise ArtifactError(f"weights {weights} of {model} are unavailable ({reason}). {OFFLINE}") from None

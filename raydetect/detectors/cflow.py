@@ -1,19 +1,19 @@
-"""CFLOW-AD: conditional normalising flows learn how likely each feature is at its place, level by level of a pyramid.
+"""CFLOW-AD: conditional normalising flows model the likelihood of each feature given its position, per pyramid level.
 
-What is unlikely at all levels is anomalous. The flows see single positions, so that a step over a few hundred of them
-costs the same at any image size.
+Positions that are unlikely at all levels are anomalous. The flows process single positions, so the cost of a step over
+a few hundred of them is independent of the image size.
 
 Source: Gudovskiy et al., "CFLOW-AD: Real-Time Unsupervised Anomaly Detection with Localization via Conditional
-Normalizing Flows", WACV 2022, arXiv 2107.12571, and its official code (gudovskiy/cflow-ad) for what the paper leaves
-open.
-Differs from the paper: the likelihoods of a level are divided by the largest of the training images, not of the test
-set, so that an image's score does not depend on others; the map is minus the logarithm of the paper's aggregated
-likelihood instead of a constant minus it, which orders pixels the same and does not run into a ceiling; a step takes
-as many positions of every image as of any other, where the official code shuffles over the batch, so that workers can
-share it; levels whose turn it is not keep still (momentum moved them under the official code's torch); maps are
-upsampled without corner alignment; no epoch is chosen on the test set, the last one is used.
+Normalizing Flows", WACV 2022, arXiv 2107.12571, and its official code (gudovskiy/cflow-ad) where the paper
+is silent.
+Differs from the paper: a level's likelihoods are divided by the maximum over the training images, not the test set, so
+an image's score does not depend on other images; the map is the negative logarithm of the paper's aggregated likelihood
+instead of a constant minus it, which ranks pixels identically and does not saturate; a step uses the same number of
+positions from every image, where the official code shuffles over the batch, so workers can share it; a step updates
+only its own level (in the official code, momentum also moved the others); maps are upsampled without corner alignment;
+the last epoch is used instead of one chosen on the test set.
 
-Shapes: B images, C channels, h w feature grid, S positions of it, L levels, P dims of the position code.
+Shapes: B images, C channels, h w feature grid, S positions, L levels, P dims of the position encoding.
 """
 
 import math
@@ -26,9 +26,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from raydetect.blocks.anomaly_map import unlikely
-from raydetect.blocks.backbone import Backbone
-from raydetect.blocks.flows import (
+from raydetect.blocks.backbones.backbone import Backbone
+from raydetect.blocks.coresets.keyed_rows import FitState
+from raydetect.blocks.maps.anomaly_map import negative_log_mean_likelihood
+from raydetect.blocks.networks.flows import (
     Chain,
     Invertible,
     Rotation,
@@ -37,9 +38,8 @@ from raydetect.blocks.flows import (
     random_permutation,
     random_rotation,
 )
-from raydetect.blocks.rows import FitState
 from raydetect.blocks.seeding import keyed_generator, keyed_seed
-from raydetect.detectors._base import Batch, Detector, DetectorInfo, Scores, Tick, TrainingPlan
+from raydetect.detectors._base import Batch, Detector, DetectorInfo, ProgressCallback, Scores, TrainingPlan
 from raydetect.detectors._networks import NetworkDetector
 from raydetect.detectors._weights import WeightsName, load_backbone
 
@@ -50,12 +50,12 @@ WARM_FROM, COOL_TO = 0.1, 0.001
 
 @dataclass(frozen=True, slots=True)
 class Fibres:
-    """The features of some positions of every image, at one level: what a step learns from.
+    """Features of some positions of every image at one level: the input of a training step.
 
     Attributes:
-        level: number of the level.
-        features_BSC: as many positions of every image.
-        codes_BSP: where they lie.
+        level: index of the level.
+        features_BSC: features, the same number of positions for every image.
+        codes_BSP: position encodings.
     """
 
     level: int
@@ -64,10 +64,10 @@ class Fibres:
 
 
 class LevelFlows(nn.Module):
-    """A flow for every level, and the highest log-likelihood of each on the training images."""
+    """One flow per level, and its maximum log-likelihood on the training images."""
 
     def __init__(self, flows: Sequence[Chain]) -> None:
-        """Keeps the flows, one for each level."""
+        """Stores the flows, one per level."""
         super().__init__()
         self.flows = nn.ModuleList(flows)
         self.highest_L: Tensor
@@ -81,13 +81,13 @@ class LevelFlows(nn.Module):
 
 
 class CFlow(NetworkDetector):
-    """Likelihood of every feature at its place, under one conditional flow for each level."""
+    """Likelihood of every feature given its position, under one conditional flow per level."""
 
     info = DetectorInfo(
         title="CFLOW-AD",
         paper="arXiv:2107.12571",
         venue="WACV 2022",
-        summary="conditional normalising flows tell how likely each feature is at its place",
+        summary="conditional normalising flows model the likelihood of each feature given its position",
         published="MVTec AD, WideResNet-50: 98.26 image AUROC, 98.62 pixel AUROC, 94.60 PRO (paper, tables 2-3)",
     )
     phases = ("train", "collect")
@@ -114,47 +114,47 @@ class CFlow(NetworkDetector):
             tuple[str, ...], Field(min_length=1, description="levels, shallowest first (sec. 4.1; official code)")
         ] = ("layer2", "layer3", "layer4")
         weights: WeightsName = "imagenet"
-        n_flows: Annotated[int, Field(ge=1, description="coupling blocks of every level's flow (sec. 5.1)")] = 8
+        n_flows: Annotated[int, Field(ge=1, description="coupling blocks in each level's flow (sec. 5.1)")] = 8
         clamp: Annotated[float, Field(gt=0, description="bound on the log-scale of a coupling, alpha (eq. 2)")] = 1.9
         position_dims: Annotated[
-            int, Field(ge=4, multiple_of=4, description="P, dims of the sinusoidal position code (sec. 4.1)")
+            int, Field(ge=4, multiple_of=4, description="P, dims of the sinusoidal position encoding (sec. 4.1)")
         ] = 128
         mixing: Annotated[
             Literal["rotation", "permutation"],
-            Field(description="what mixes channels between couplings: random rotations (official code) or orders"),
+            Field(description="mixing of channels between couplings: random rotations (official code) or permutations"),
         ] = "rotation"
-        epochs: Annotated[int, Field(ge=1, description="meta-epochs: rates change between them (official code)")] = 25
-        sub_epochs: Annotated[int, Field(ge=1, description="passes over the images in each (official code)")] = 8
+        epochs: Annotated[
+            int, Field(ge=1, description="meta-epochs; the rate changes between them (official code)")
+        ] = 25
+        sub_epochs: Annotated[int, Field(ge=1, description="passes over the images per meta-epoch (official code)")] = 8
         warm_up_epochs: Annotated[
-            int, Field(ge=0, description="meta-epochs in which the rate climbs from a tenth (sec. 5.1); 0 = none")
+            int, Field(ge=0, description="meta-epochs of warm-up from a tenth of the rate (sec. 5.1); 0 = none")
         ] = 2
-        batch_size: Annotated[int, Field(ge=1, description="images whose features are computed at once (sec. 5.1)")] = (
-            32
-        )
+        batch_size: Annotated[int, Field(ge=1, description="images per forward pass of the backbone (sec. 5.1)")] = 32
         fibre_batch: Annotated[
-            int, Field(ge=1, description="positions of all images per step, at most; at least batch_size (sec. 5.1)")
+            int, Field(ge=1, description="maximum positions per step, over all images; at least batch_size (sec. 5.1)")
         ] = 256
-        learning_rate: Annotated[float, Field(gt=0, description="of Adam, falling by a cosine (sec. 5.1)")] = 2e-4
+        learning_rate: Annotated[float, Field(gt=0, description="of Adam, with cosine decay (sec. 5.1)")] = 2e-4
 
         def __post_init__(self) -> None:
-            """Refuses what does not go together."""
+            """Rejects inconsistent parameters."""
             if self.warm_up_epochs >= self.epochs:
                 raise ValueError(
                     f"warm_up_epochs = {self.warm_up_epochs} leaves nothing of epochs = {self.epochs}; lower the former"
                 )
             if self.fibre_batch < self.batch_size:
                 raise ValueError(
-                    f"fibre_batch = {self.fibre_batch} gives not even one position to each of batch_size = "
-                    f"{self.batch_size} images; raise it"
+                    f"fibre_batch = {self.fibre_batch} is less than one position per image at batch_size = "
+                    f"{self.batch_size}; raise it"
                 )
 
     params: Params
 
     def load_weights(self) -> str:
         """Loads the backbone."""
-        backbone, said = load_backbone(self.params.backbone, self.params.layers, self.params.weights, self.seed)
+        backbone, source = load_backbone(self.params.backbone, self.params.layers, self.params.weights, self.seed)
         self.networks = {BACKBONE: backbone.freeze().to(self.device)}
-        return said
+        return source
 
     def make_networks(self) -> dict[str, nn.Module]:
         """Backbone and flows."""
@@ -162,7 +162,7 @@ class CFlow(NetworkDetector):
         return {BACKBONE: backbone, FLOWS: self._flows(backbone, rotate=False)}
 
     def _flows(self, backbone: Backbone, rotate: bool) -> LevelFlows:
-        """Fresh flows; without their rotations, which take seconds at 2048 channels, where loading overwrites them."""
+        """New flows; `rotate=False` skips random rotations (seconds at 2048 channels) that loading would overwrite."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(keyed_seed(self.seed, "flows"))
             shapes = backbone.shapes(self.params.image_size)
@@ -179,7 +179,7 @@ class CFlow(NetworkDetector):
         return Chain(steps)
 
     def begin_training(self, num_images: int) -> TrainingPlan:
-        """Fresh flows under Adam."""
+        """New flows, optimised by Adam."""
         self.is_fitted = False
         backbone = self.networks[BACKBONE]
         assert isinstance(backbone, Backbone)
@@ -195,7 +195,7 @@ class CFlow(NetworkDetector):
         )
 
     def _rate(self, passes_done: float) -> float:
-        """Official code: constant within a meta-epoch and falling by a cosine to a thousandth, after a linear climb."""
+        """Learning rate factor: linear warm-up, then cosine decay to 0.001 in steps of a meta-epoch (official code)."""
         done, warm = passes_done / self.params.sub_epochs, self.params.warm_up_epochs
         if done >= warm:
             return self._cosine(math.floor(done))
@@ -205,7 +205,7 @@ class CFlow(NetworkDetector):
         return COOL_TO + (1 - COOL_TO) * (1 + math.cos(math.pi * meta_epoch / self.params.epochs)) / 2
 
     def training_pieces(self, batch: Batch) -> list[Fibres]:
-        """The positions of every image in a keyed order, `fibre_batch // batch_size` of each image per step."""
+        """Positions of every image in a keyed order, `fibre_batch // batch_size` per image and step."""
         with torch.no_grad():
             levels = self._fibres(self.networks[BACKBONE](batch.images_BCHW))
         pieces = []
@@ -221,12 +221,12 @@ class CFlow(NetworkDetector):
         return pieces
 
     def _order(self, batch: Batch, level: int, positions: int) -> Tensor:
-        words = "fibres", batch.epoch, level
-        orders = [torch.randperm(positions, generator=keyed_generator(self.seed, *words, key)) for key in batch.keys]
+        key_prefix = "fibres", batch.epoch, level
+        orders = [torch.randperm(positions, generator=keyed_generator(self.seed, *key_prefix, k)) for k in batch.keys]
         return torch.stack(orders).to(self.device)
 
     def _fibres(self, levels: Sequence[Tensor]) -> list[Fibres]:
-        """All positions of every level, row by row."""
+        """All positions of every level, in row-major order."""
         found = []
         for level, features_BChw in enumerate(levels):
             codes_SP = position_codes(self.params.position_dims, *features_BChw.shape[2:]).to(self.device)
@@ -235,20 +235,20 @@ class CFlow(NetworkDetector):
         return found
 
     def training_loss(self, piece: Fibres) -> Tensor:
-        """Official code: the mean of -log sigmoid(log-likelihood per dim)."""
+        """Mean of -log sigmoid(log-likelihood per dim) (official code)."""
         return -F.logsigmoid(self.networks[FLOWS](piece)).mean()
 
     def end_training(self) -> None:
-        """Freezes the flows; the highest likelihoods are still to be collected."""
+        """Freezes the flows; the maximum likelihoods are collected afterwards."""
         self.networks[FLOWS].eval().requires_grad_(False)
 
     def collect(self, batch: Batch) -> dict[str, Tensor]:
-        """The highest log-likelihood of every level in every image."""
+        """Maximum log-likelihood of every level for each image."""
         levels = self._fibres(self.networks[BACKBONE](batch.images_BCHW))
         return {HIGHEST: torch.stack([self.networks[FLOWS](fibres).amax(1) for fibres in levels], 1)[:, None]}
 
-    def finish(self, state: FitState, tick: Tick) -> None:
-        """The highest over the training images of all workers."""
+    def finish(self, state: FitState, on_progress: ProgressCallback) -> None:
+        """Stores the maxima over the training images of all workers."""
         flows = self.networks[FLOWS]
         assert isinstance(flows, LevelFlows)
         flows.highest_L.copy_(state.rows[HIGHEST].everything().amax(0))
@@ -256,7 +256,7 @@ class CFlow(NetworkDetector):
 
     @torch.inference_mode()
     def score(self, images_BCHW: Tensor) -> Scores:
-        """Sec. 4.2: likelihoods of all levels, each relative to its highest, upsampled and added up."""
+        """Likelihoods of all levels, each relative to its maximum, upsampled and summed (sec. 4.2)."""
         self.require_fitted()
         flows = self.networks[FLOWS]
         assert isinstance(flows, LevelFlows)
@@ -264,17 +264,17 @@ class CFlow(NetworkDetector):
         grids = [features_BChw.shape[2:] for features_BChw in levels]
         found = zip(grids, self._fibres(levels), flows.highest_L, strict=True)
         relative = [(flows(fibres) - highest).unflatten(1, grid) for grid, fibres, highest in found]
-        map_BHW = unlikely(relative, (images_BCHW.shape[-2], images_BCHW.shape[-1]))
+        map_BHW = negative_log_mean_likelihood(relative, (images_BCHW.shape[-2], images_BCHW.shape[-1]))
         return Scores(map_BHW.flatten(1).amax(1), map_BHW)
 
 
 def dense_subnet(inside: int, outside: int) -> nn.Module:
-    """One hidden layer, twice as wide as what comes in (official code)."""
+    """One hidden layer, twice as wide as the input (official code)."""
     return nn.Sequential(nn.Linear(inside, 2 * inside), nn.ReLU(), nn.Linear(2 * inside, outside))
 
 
 def position_codes(dims: int, height: int, width: int) -> Tensor:
-    """Sines and cosines of the column in the first half of the dims, of the row in the rest, (h * w, P) (sec. 4.1)."""
+    """Sinusoidal encoding, (h * w, P): the column in the first half of the dims, the row in the second (sec. 4.1)."""
     rates = torch.exp(torch.arange(0, dims // 2, 2) * (-2 * math.log(1e4) / dims))
     columns, rows = (
         torch.stack([angles.sin(), angles.cos()], -1).flatten(1)

@@ -1,15 +1,15 @@
-"""CutPaste: a network learns to tell normal images from the same with a patch cut out and pasted elsewhere.
+"""CutPaste: a network learns to distinguish normal images from copies with a patch cut out and pasted elsewhere.
 
-An image is as anomalous as its embedding is far from the Gaussian of normal ones.
+The anomaly score of an image is the distance of its embedding to a Gaussian fitted on normal embeddings.
 
 Source: Li et al., "CutPaste: Self-Supervised Learning for Anomaly Detection and Localization", CVPR 2021, arXiv
 2104.04015; eq. 1 (loss), sec. 2.2 (augmentations), 2.3 (3-way), 2.4 (patches), Gaussian density estimator of sec. 2;
-settings of the appendix. Gradients of maps: Selvaraju et al., "Grad-CAM", ICCV 2017, eqs. 1-2, here in closed form.
-Where the paper is silent, as the authors' code for their earlier two-stage detectors: embeddings are L2-normalised,
-images are shifted by up to an eighth; the head of 512 and 128 as public implementations have it.
-Differs from the paper: starts from ImageNet weights unless `pretrained` is false (its tables are from scratch); the
-covariance is shrunk as Ledoit and Wolf do, because it has more dims than there are images; one Gaussian for all
-places of patches; pixels are means of patch scores, where a transposed convolution sums them.
+hyperparameters from the appendix. Maps: Selvaraju et al., "Grad-CAM", ICCV 2017, eqs. 1-2, here in closed form.
+Where the paper is silent, as in the authors' code for their earlier two-stage detectors: embeddings are L2-normalised
+and images are shifted by up to an eighth; the head with 512 and 128 units follows public implementations.
+Differs from the paper: training starts from ImageNet weights unless `pretrained` is false (the paper's tables are from
+scratch); the covariance uses Ledoit-Wolf shrinkage, because it has more dims than there are images; one Gaussian for
+all patch positions; a pixel is the mean of patch scores, where the paper's transposed convolution sums them.
 
 Shapes: B images, C channels, h w feature or window grid, H W pixels, R windows of one image, D embedding dim.
 """
@@ -25,15 +25,15 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from raydetect.blocks import pasting
-from raydetect.blocks.anomaly_map import upsample
-from raydetect.blocks.backbone import Backbone
-from raydetect.blocks.gaussian import Gaussian, fit_gaussian
-from raydetect.blocks.grad_cam import grad_cam, unit
-from raydetect.blocks.patch_windows import pooled_windows, spread
-from raydetect.blocks.rows import FitState
+from raydetect.blocks.augment import cut_and_paste
+from raydetect.blocks.backbones.backbone import Backbone
+from raydetect.blocks.coresets.gaussian import Gaussian, fit_gaussian
+from raydetect.blocks.coresets.keyed_rows import FitState
+from raydetect.blocks.maps.anomaly_map import upsample
+from raydetect.blocks.maps.grad_cam import grad_cam, unit
+from raydetect.blocks.maps.patch_windows import pooled_windows, spread
 from raydetect.blocks.seeding import in_rounds, keyed_generator, keyed_seed
-from raydetect.detectors._base import Batch, Detector, DetectorInfo, Scores, Tick, TrainingPlan
+from raydetect.detectors._base import Batch, Detector, DetectorInfo, ProgressCallback, Scores, TrainingPlan
 from raydetect.detectors._networks import FineTuned
 from raydetect.detectors._weights import IMAGENET, RANDOM
 from raydetect.errors import SpecError
@@ -43,13 +43,13 @@ NUM_CLASSES = {"normal": 2, "scar": 2, "3way": 3}
 
 
 class CutPaste(FineTuned):
-    """Mahalanobis distance of an embedding that was learned by telling pasted patches."""
+    """Mahalanobis distance of embeddings learned by recognising pasted patches."""
 
     info = DetectorInfo(
         title="CutPaste",
         paper="arXiv:2104.04015",
         venue="CVPR 2021",
-        summary="distance to the Gaussian of embeddings that learned to tell images with a pasted patch",
+        summary="distance to a Gaussian of embeddings, learned by recognising images with a pasted patch",
         published="MVTec AD, ResNet-18 from scratch: 95.2 image AUROC (3-way), 96.0 pixel AUROC by patches and 88.3 "
         "by gradients (paper, tables 1-2)",
     )
@@ -70,14 +70,14 @@ class CutPaste(FineTuned):
 
         backbone: Annotated[str, Field(description="torchvision or timm name (sec. 4.1)")] = "resnet18"
         last_layer: Annotated[
-            str, Field(description="the embedding is the mean over positions of this layer; layer4 = the whole trunk")
+            str, Field(description="layer whose spatial mean is the embedding; layer4 = the whole trunk")
         ] = "layer4"
         weights: Annotated[
             str,
-            Field(description='what training starts from: "imagenet", "random", or a path or URL of a weights file'),
+            Field(description='initial weights for training: "imagenet", "random", or a path or URL of a weights file'),
         ] = IMAGENET
         pretrained: Annotated[
-            bool, Field(description="false = weights: random, as in the paper's tables 1 and 2; true = as weights says")
+            bool, Field(description="false = weights: random, as in the paper's tables 1 and 2; true = use weights")
         ] = True
         level: Annotated[
             Literal["image", "patch"],
@@ -85,27 +85,27 @@ class CutPaste(FineTuned):
         ] = "image"
         augment_type: Annotated[
             Literal["normal", "scar", "3way"],
-            Field(description="what is told from normal: CutPaste, CutPaste-Scar, or both as two classes (sec. 2.3)"),
+            Field(description="augmentation to recognise: CutPaste, CutPaste-Scar, or both as two classes (sec. 2.3)"),
         ] = "3way"
         epochs: Annotated[int, Field(ge=1, description="epochs of steps_per_epoch each (appendix)")] = 256
         steps_per_epoch: Annotated[
-            int, Field(ge=1, description="optimizer steps that the paper calls an epoch (appendix)")
+            int, Field(ge=1, description="optimizer steps per epoch, as the paper defines it (appendix)")
         ] = 256
         batch_size: Annotated[
             int,
-            Field(ge=3, description="originals and pasted ones in a step (appendix: 96 for 3-way, 64 for the others)"),
+            Field(ge=3, description="original and augmented images per step (appendix: 96 for 3-way, else 64)"),
         ] = 96
-        learning_rate: Annotated[float, Field(gt=0, description="of SGD, falling to 0 by a cosine (appendix)")] = 0.03
+        learning_rate: Annotated[float, Field(gt=0, description="of SGD, with cosine decay to 0 (appendix)")] = 0.03
         momentum: Annotated[float, Field(ge=0, lt=1, description="of SGD (appendix)")] = 0.9
         weight_decay: Annotated[float, Field(ge=0, description="of SGD (appendix)")] = 3e-5
         head_dims: Annotated[
             tuple[int, ...], Field(description="hidden layers between embedding and classes (public implementations)")
         ] = (512, 128)
         area_ratio: Annotated[
-            tuple[float, float], Field(description="share of the image that CutPaste cuts (appendix)")
+            tuple[float, float], Field(description="CutPaste: patch area as a share of the image (appendix)")
         ] = (0.02, 0.15)
         aspect_ratio: Annotated[
-            tuple[float, float], Field(description="width over height of what CutPaste cuts (appendix)")
+            tuple[float, float], Field(description="CutPaste: width over height of the patch (appendix)")
         ] = (0.3, 3.3)
         scar_width_px: Annotated[
             tuple[float, float], Field(description="width of scars, at 256 px of image height (appendix)")
@@ -113,25 +113,23 @@ class CutPaste(FineTuned):
         scar_length_px: Annotated[
             tuple[float, float], Field(description="length of scars, at 256 px of image height (appendix)")
         ] = (10, 25)
-        scar_degrees: Annotated[float, Field(ge=0, le=180, description="scars are turned by up to this (appendix)")] = (
-            45
-        )
+        scar_degrees: Annotated[float, Field(ge=0, le=180, description="maximum rotation of scars (appendix)")] = 45
         jitter: Annotated[
-            float, Field(ge=0, le=0.5, description="of colours, of every image and of what is pasted (appendix)")
+            float, Field(ge=0, le=0.5, description="colour jitter of images and of pasted patches (appendix)")
         ] = 0.1
         shift_ratio: Annotated[
-            float, Field(ge=0, lt=1, description="images are shifted by up to this share of their size (authors' code)")
+            float, Field(ge=0, lt=1, description="maximum shift of images, as a share of their size (authors' code)")
         ] = 0.125
         patch_size_px: Annotated[int, Field(ge=1, description="level patch: side of a window (sec. 4.2)")] = 32
-        patch_stride_px: Annotated[int, Field(ge=1, description="level patch: from window to window (sec. 4.2)")] = 4
+        patch_stride_px: Annotated[int, Field(ge=1, description="level patch: stride between windows (sec. 4.2)")] = 4
         smoothing_sigma: Annotated[
-            float, Field(gt=0, description="level patch: of the Gaussian that spreads a window's score, in px (FCDD)")
+            float, Field(gt=0, description="level patch: Gaussian sigma for spreading a window's score, in px (FCDD)")
         ] = 10.0
 
         @model_validator(mode="before")
         @classmethod
         def _agree(cls, values: Any) -> Any:
-            """`pretrained: false` and `weights: random` say the same; the record holds both."""
+            """`pretrained: false` and `weights: random` are equivalent; the record holds both."""
             pretrained, weights = values.get("pretrained"), values.get("weights")
             if pretrained is False and weights not in (None, RANDOM):
                 raise ValueError(f"pretrained: false contradicts weights: {weights}; remove one of them")
@@ -142,7 +140,7 @@ class CutPaste(FineTuned):
             return {**values, "weights": RANDOM} if pretrained is False else values
 
         def __post_init__(self) -> None:
-            """Refuses ranges that hold nothing."""
+            """Rejects empty ranges."""
             for name in ("area_ratio", "aspect_ratio", "scar_width_px", "scar_length_px"):
                 low, high = getattr(self, name)
                 if not 0 < low <= high:
@@ -153,13 +151,13 @@ class CutPaste(FineTuned):
     params: Params
 
     def __init__(self, params: Params, seed: int = 0) -> None:
-        """Keeps the parameters."""
+        """Stores the parameters."""
         super().__init__(params, seed)
         self._training = nn.ModuleDict()
         self.shrinkage: float | None = None
 
     def load_weights(self) -> str:
-        """Loads what training starts from."""
+        """Loads the initial weights for training."""
         return self.load_start(self.params.backbone, self.params.last_layer, self.params.weights)
 
     def make_networks(self) -> dict[str, nn.Module]:
@@ -168,7 +166,7 @@ class CutPaste(FineTuned):
         return {BACKBONE: backbone, GAUSSIAN: Gaussian(backbone.widths()[0])}
 
     def begin_training(self, num_images: int) -> TrainingPlan:
-        """A fresh head on the loaded backbone, under SGD."""
+        """A new head on the loaded backbone, optimised by SGD."""
         self.is_fitted = False
         backbone = self.fresh_backbone()
         widths = [backbone.widths()[0], *self.params.head_dims]
@@ -196,64 +194,64 @@ class CutPaste(FineTuned):
         )
 
     def _batches(self, labels: Mapping[str, int], epoch: int) -> list[list[str]]:
-        """An epoch's steps: the images in rounds, each round in an order of its own."""
+        """The batches of an epoch: images in rounds, each round in a different order."""
         size = self.params.batch_size // NUM_CLASSES[self.params.augment_type]
         drawn = in_rounds(sorted(labels), self.seed, "batches", epoch)
         return [list(islice(drawn, size)) for _ in range(self.params.steps_per_epoch)]
 
     def training_loss(self, piece: Batch) -> Tensor:
-        """Eq. 1: cross entropy over every image as it is (class 0) and with what is pasted into it."""
+        """Cross entropy over every image unmodified (class 0) and with pasted patches (eq. 1)."""
         draws = piece.draws or [0] * len(piece.keys)
         with torch.no_grad():
-            made = [
+            samples = [
                 self._versions(image_CHW, keyed_generator(self.seed, "paste", key, piece.epoch, draw))
                 for image_CHW, key, draw in zip(piece.images_BCHW, piece.keys, draws, strict=True)
             ]
-            images_BCHW = torch.cat([torch.stack(version) for version in zip(*made, strict=True)]) * 255
-        class_B = torch.arange(len(made[0]), device=images_BCHW.device).repeat_interleave(len(made))
+            images_BCHW = torch.cat([torch.stack(version) for version in zip(*samples, strict=True)]) * 255
+        class_B = torch.arange(len(samples[0]), device=images_BCHW.device).repeat_interleave(len(samples))
         pooled_BD = self._training[BACKBONE](images_BCHW)[0].mean((2, 3))
         return F.cross_entropy(self._training[HEAD](pooled_BD), class_B)
 
     def _versions(self, image_CHW: Tensor, random: torch.Generator) -> list[Tensor]:
-        """The image after mild changes, and that with what `augment_type` pastes into it; float32 in [0, 1]."""
+        """The jittered and shifted image, and its `augment_type` augmentations; float32 in [0, 1]."""
         p = self.params
-        image_CHW = pasting.jittered(image_CHW.float() / 255, p.jitter, random)
-        image_CHW = pasting.shifted(image_CHW, p.shift_ratio, random)
+        image_CHW = cut_and_paste.jittered(image_CHW.float() / 255, p.jitter, random)
+        image_CHW = cut_and_paste.shifted(image_CHW, p.shift_ratio, random)
         if p.level == "patch":
             self._require_windows(image_CHW)
-            image_CHW = pasting.cropped(image_CHW, (p.patch_size_px, p.patch_size_px), random)
-        made = [image_CHW]
+            image_CHW = cut_and_paste.cropped(image_CHW, (p.patch_size_px, p.patch_size_px), random)
+        versions = [image_CHW]
         if p.augment_type != "scar":
-            made.append(pasting.paste_patch(image_CHW, p.area_ratio, p.aspect_ratio, p.jitter, random))
+            versions.append(cut_and_paste.paste_patch(image_CHW, p.area_ratio, p.aspect_ratio, p.jitter, random))
         if p.augment_type != "normal":
             scale = p.image_size[0] / 256
             width, length = ((low * scale, high * scale) for low, high in (p.scar_width_px, p.scar_length_px))
-            made.append(pasting.paste_scar(image_CHW, width, length, p.scar_degrees, p.jitter, random))
-        return made
+            versions.append(cut_and_paste.paste_scar(image_CHW, width, length, p.scar_degrees, p.jitter, random))
+        return versions
 
     def end_training(self) -> None:
-        """Freezes the backbone; the head has done its work."""
+        """Freezes the backbone and drops the head."""
         self._training = nn.ModuleDict()
         self.freeze()
         self.is_fitted = False
 
     def collect(self, batch: Batch) -> dict[str, Tensor]:
-        """The embedding of every image, or of every window of it."""
+        """The embedding of every image, or of each of its windows."""
         return {EMBEDDINGS: unit(self._pooled(batch.images_BCHW)).flatten(1, -2)}
 
-    def finish(self, state: FitState, tick: Tick) -> None:
+    def finish(self, state: FitState, on_progress: ProgressCallback) -> None:
         """Fits the Gaussian of normal embeddings."""
         gaussian, self.shrinkage = fit_gaussian(state.rows[EMBEDDINGS])
         self.networks[GAUSSIAN] = gaussian.to(self.device)
         self.freeze()
 
     def facts(self) -> dict[str, Any]:
-        """How much of the covariance is the scaled identity."""
+        """The shrinkage: weight of the scaled identity in the covariance."""
         return {} if self.shrinkage is None else {"shrinkage": round(self.shrinkage, 6)}
 
     @torch.inference_mode()
     def score(self, images_BCHW: Tensor) -> Scores:
-        """Mahalanobis distances: of the image, or the largest of its windows."""
+        """Mahalanobis distance of the image, or the maximum over its windows."""
         self.require_fitted()
         gaussian = self.networks[GAUSSIAN]
         size_px = (images_BCHW.shape[-2], images_BCHW.shape[-1])
@@ -268,7 +266,7 @@ class CutPaste(FineTuned):
         return Scores(score_B, upsample(grad_cam(features_BDhw, gaussian), size_px))
 
     def _pooled(self, images_BCHW: Tensor) -> Tensor:
-        """Mean features: (B, 1, D) of whole images, (B, h, w, D) of windows."""
+        """Mean features: (B, 1, D) for whole images, (B, h, w, D) for windows."""
         backbone = self.networks[BACKBONE]
         assert isinstance(backbone, Backbone)
         if self.params.level == "image":

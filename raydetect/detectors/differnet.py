@@ -1,16 +1,16 @@
-"""DifferNet: a normalising flow learns how likely the pooled features of an image are, at several scales and turned.
+"""DifferNet: a normalising flow models the likelihood of an image's pooled features at several scales and rotations.
 
-An image is as anomalous as its turned versions are unlikely on average; the gradient shows where that comes from.
-With `head: difference` it is another detector on the same backbone: patches are compared with their nearest normal
-patches, and a small network that is trained on simulated defects says how much each difference counts.
+The anomaly score is the mean negative log-likelihood over rotations of the image; its gradient localises the defect.
+`head: difference` selects a different detector on the same backbone: patches are compared with their nearest normal
+patches, and a small network trained on simulated defects weights the differences.
 
 Source: Rudolph et al., "Same Same But DifferNet: Semi-Supervised Defect Detection with Normalizing Flows", WACV 2021,
-arXiv 2008.12577, and its official code (marco-rudolph/differnet) for what the paper leaves open. `head: difference`
-is no published method (`blocks/difference.py`).
-Differs from the paper: the angles for scoring are evenly spread and the same for all images, not random, so that a
-score can be repeated; light is not changed, as in the official code unless asked; the factor of the soft clamp is
-2 / pi, where the official code has 0.636; gradients are turned back bilinearly, not by splines; no epoch is chosen on
-the test set, the last one is used.
+arXiv 2008.12577, and its official code (marco-rudolph/differnet) where the paper is silent. `head: difference` is
+not a published method (`blocks/search/difference.py`).
+Differs from the paper: scoring uses evenly spaced angles, the same for all images, instead of random ones, so scores
+are reproducible; brightness is not augmented, which is the official code's default; the factor of the soft clamp is
+2 / pi, where the official code has 0.636; gradients are rotated back bilinearly, not by splines; the last epoch is used
+instead of one chosen on the test set.
 
 Shapes: B images, T angles, C channels, H W pixels, D feature dim, N patches, M bank rows, K neighbours.
 """
@@ -23,16 +23,16 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from raydetect.blocks.anomaly_map import smooth_upsampled
-from raydetect.blocks.backbone import Backbone
-from raydetect.blocks.coreset import Coreset, choose_coreset
-from raydetect.blocks.difference import DifferenceNet, Differences, NormalPatches
-from raydetect.blocks.image_flow import image_flow, negative_log_likelihood, turned_features, unlikeliness
-from raydetect.blocks.planted import planted
-from raydetect.blocks.pyramid import patch_embeddings
-from raydetect.blocks.rows import FitState
+from raydetect.blocks.augment.simulated_defect import simulate_defect
+from raydetect.blocks.backbones.backbone import Backbone
+from raydetect.blocks.backbones.patch_embeddings import patch_embeddings
+from raydetect.blocks.coresets.coreset import Coreset, choose_coreset
+from raydetect.blocks.coresets.keyed_rows import FitState
+from raydetect.blocks.maps.anomaly_map import smooth_upsampled
+from raydetect.blocks.networks.image_flow import image_flow, negative_log_likelihood, turned_features, unlikeliness
+from raydetect.blocks.search.difference import DifferenceNet, Differences, NormalPatches
 from raydetect.blocks.seeding import keyed_generator, keyed_seed, keyed_unit
-from raydetect.detectors._base import Batch, Detector, DetectorInfo, Phase, Scores, Tick, TrainingPlan
+from raydetect.detectors._base import Batch, Detector, DetectorInfo, Phase, ProgressCallback, Scores, TrainingPlan
 from raydetect.detectors._networks import NetworkDetector
 from raydetect.detectors._weights import WeightsName, load_backbone
 from raydetect.errors import ArtifactError
@@ -49,7 +49,7 @@ class DifferNet(NetworkDetector):
         title="DifferNet",
         paper="arXiv:2008.12577",
         venue="WACV 2021",
-        summary="a normalising flow tells how likely an image's pooled features are, over many rotations",
+        summary="a normalising flow models the likelihood of an image's pooled features, over many rotations",
         published="MVTec AD, AlexNet: 94.9 image AUROC; magnetic tile defects: 97.7 (paper, tables 1-2)",
     )
     phases: tuple[Phase, ...] = ("train",)
@@ -60,7 +60,7 @@ class DifferNet(NetworkDetector):
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Params(Detector.Params):
-        """Parameters of DifferNet; each head uses its own and those before them."""
+        """Parameters of DifferNet; those prefixed with a head's name apply to that head only."""
 
         image_size: Annotated[
             tuple[int, int], Field(description="(height, width) in px that images are resized to (sec. 4.2)")
@@ -69,8 +69,8 @@ class DifferNet(NetworkDetector):
         layers: Annotated[
             tuple[str, ...],
             Field(
-                description="levels, shallowest first; none named: for the flow the last of all, features or layer4 "
-                "(sec. 3.2); for differences layer2 and layer3, of AlexNet the second and third pooling"
+                description="levels, shallowest first; empty = for flow the last one, features or layer4 (sec. 3.2); "
+                "for difference layer2 and layer3, or AlexNet's second and third pooling"
             ),
         ] = ()
         weights: WeightsName = "imagenet"
@@ -81,62 +81,64 @@ class DifferNet(NetworkDetector):
         head: Annotated[
             Literal["flow", "difference"],
             Field(
-                description="flow: the published method; difference: nearest normal patches and a trained network, "
-                "which stating k_neighbors or train_difference means too"
+                description="flow: the published method; difference: nearest normal patches and a trained network; "
+                "setting k_neighbors or train_difference implies it"
             ),
         ] = "flow"
         num_scales: Annotated[
-            int, Field(ge=1, description="flow: image sizes, each half the one before (sec. 3.2)")
+            int, Field(ge=1, description="flow: image sizes, each half the previous one (sec. 3.2)")
         ] = 3
-        n_flows: Annotated[int, Field(ge=1, description="flow: its coupling blocks (sec. 4.2)")] = 8
-        clamp: Annotated[float, Field(gt=0, description="flow: bound on its log-scales, alpha (sec. 3.1)")] = 3.0
-        hidden_dims: Annotated[int, Field(ge=1, description="flow: width of its subnets (sec. 4.2)")] = 2048
+        n_flows: Annotated[int, Field(ge=1, description="flow: coupling blocks (sec. 4.2)")] = 8
+        clamp: Annotated[float, Field(gt=0, description="flow: bound on the log-scales, alpha (sec. 3.1)")] = 3.0
+        hidden_dims: Annotated[int, Field(ge=1, description="flow: width of the subnets (sec. 4.2)")] = 2048
         train_transforms: Annotated[
-            int, Field(ge=1, description="flow: random angles of every image in a step (official code)")
+            int, Field(ge=1, description="flow: random rotations per image and step (official code)")
         ] = 4
-        test_transforms: Annotated[int, Field(ge=1, description="flow: T, angles that are averaged over (eq. 5)")] = 64
-        max_degrees: Annotated[float, Field(ge=0, le=180, description="flow: largest angle, either way (sec. 4.2)")] = (
-            180
+        test_transforms: Annotated[int, Field(ge=1, description="flow: T, rotations averaged when scoring (eq. 5)")] = (
+            64
         )
+        max_degrees: Annotated[
+            float, Field(ge=0, le=180, description="flow: maximum rotation in either direction (sec. 4.2)")
+        ] = 180
         epochs: Annotated[int, Field(ge=1, description="flow: passes over the images (official code)")] = 192
         learning_rate: Annotated[float, Field(gt=0, description="flow: of Adam (sec. 4.2)")] = 2e-4
         weight_decay: Annotated[float, Field(ge=0, description="flow: of Adam (official code)")] = 1e-5
-        k_neighbors: Annotated[
-            int | None, Field(ge=1, description="difference: K, 5 unless stated; none with the flow")
-        ] = None
+        k_neighbors: Annotated[int | None, Field(ge=1, description="difference: K, default 5; none for the flow")] = (
+            None
+        )
         train_difference: Annotated[
             bool | None,
             Field(
-                description="difference: true = a network trained on simulated defects (unless stated), false = the "
-                "mean distance to the K nearest; none with the flow"
+                description="difference: true (default) = a network trained on simulated defects, false = the mean "
+                "distance to the K nearest; none for the flow"
             ),
         ] = None
         coreset_sampling_ratio: Annotated[
-            float, Field(gt=0, le=1, description="difference: share of normal patches that are compared with")
+            float, Field(gt=0, le=1, description="difference: share of normal patches kept for comparison")
         ] = 0.1
         difference_epochs: Annotated[
-            int, Field(ge=1, description="difference: passes over the images that train its network")
+            int, Field(ge=1, description="difference: passes over the images to train the network")
         ] = 10
-        difference_rate: Annotated[float, Field(gt=0, description="difference: its learning rate, of Adam")] = 3e-2
+        difference_rate: Annotated[float, Field(gt=0, description="difference: learning rate of Adam")] = 3e-2
 
         @model_validator(mode="before")
         @classmethod
         def _agree(cls, values: Any) -> Any:
-            """Settles the head, and what follows from it; the record holds all."""
-            stated = [name for name in DIFFERENCE_ONLY if values.get(name) is not None]
-            head = values.get("head") or (DIFFERENCE if stated else "flow")
-            if head == "flow" and stated:
-                raise ValueError(f"{stated[0]} is of no use to head: flow; leave it out, or set head: difference")
+            """Resolves the head and the defaults that depend on it; the record holds all."""
+            given = [name for name in DIFFERENCE_ONLY if values.get(name) is not None]
+            head = values.get("head") or (DIFFERENCE if given else "flow")
+            if head == "flow" and given:
+                raise ValueError(f"{given[0]} has no effect with head: flow; remove it or set head: difference")
             values = {**values, "head": head}
             if not values.get("layers"):
-                values["layers"] = usual_layers(str(values.get("backbone", "alexnet")), head)
-            usual = dict(zip(DIFFERENCE_ONLY, (K_NEIGHBORS, True), strict=True)) if head == DIFFERENCE else {}
-            return {**usual, **{name: value for name, value in values.items() if value is not None}}
+                values["layers"] = default_layers(str(values.get("backbone", "alexnet")), head)
+            defaults = dict(zip(DIFFERENCE_ONLY, (K_NEIGHBORS, True), strict=True)) if head == DIFFERENCE else {}
+            return {**defaults, **{name: value for name, value in values.items() if value is not None}}
 
     params: Params
 
     def __init__(self, params: Params, seed: int = 0) -> None:
-        """Keeps the parameters; the head decides which phases a fit has."""
+        """Stores the parameters; the head determines the phases of a fit."""
         super().__init__(params, seed)
         self.normal: NormalPatches | None = None
         self.coreset: Coreset | None = None
@@ -149,15 +151,15 @@ class DifferNet(NetworkDetector):
         Raises:
             SpecError: the smallest scale of the images is too small for the backbone.
         """
-        backbone, said = load_backbone(self.params.backbone, self.params.layers, self.params.weights, self.seed)
+        backbone, source = load_backbone(self.params.backbone, self.params.layers, self.params.weights, self.seed)
         self.networks = {BACKBONE: backbone.freeze().to(self.device)}
         if self.params.head == "flow":
             blank_1CHW = torch.zeros(1, 3, *self.params.image_size, dtype=torch.uint8, device=self.device)
             turned_features(backbone, blank_1CHW, [0.0], self.params.num_scales)
-        return said
+        return source
 
     def make_networks(self) -> dict[str, nn.Module]:
-        """Backbone, and the flow or the network of differences."""
+        """Backbone, and the flow or the difference network."""
         backbone = Backbone(self.params.backbone, self.params.layers, self.seed)
         return {BACKBONE: backbone} | ({HEAD: self._head(backbone)} if "train" in self.phases else {})
 
@@ -175,7 +177,7 @@ class DifferNet(NetworkDetector):
         return backbone
 
     def begin_training(self, num_images: int) -> TrainingPlan:
-        """A fresh flow, or a fresh network of differences whose unit is the spread of the bank."""
+        """A new flow, or a new difference network scaled by the standard deviations of the bank."""
         self.is_fitted = False
         head, params = self._head(self._backbone()).to(self.device).train(), self.params
         self.networks[HEAD] = head
@@ -189,12 +191,12 @@ class DifferNet(NetworkDetector):
         return TrainingPlan(head, optimizer, params.epochs, params.batch_size)
 
     def training_pieces(self, batch: Batch) -> list[Any]:
-        """One step: features of randomly turned images, or differences of images with planted defects."""
+        """One step: features of randomly rotated images, or differences of images with planted defects."""
         with torch.no_grad():
-            return [self._turned(batch) if self.params.head == "flow" else self._planted(batch)]
+            return [self._rotated_features(batch) if self.params.head == "flow" else self._planted(batch)]
 
     def training_loss(self, piece: Any) -> Tensor:
-        """Flow: eq. 4, the negative log-likelihood. Differences: cross-entropy between planted and normal patches."""
+        """Flow: negative log-likelihood (eq. 4). Difference: cross-entropy between planted and normal patches."""
         head = self.networks[HEAD]
         return head.loss(piece) if isinstance(head, DifferenceNet) else negative_log_likelihood(*head(piece)).mean()
 
@@ -203,7 +205,7 @@ class DifferNet(NetworkDetector):
         self.freeze()
 
     def score(self, images_BCHW: Tensor) -> Scores:
-        """Scores by the chosen head.
+        """Scores with the selected head.
 
         Raises:
             NotFittedError: the detector is not fitted.
@@ -212,7 +214,7 @@ class DifferNet(NetworkDetector):
         self.require_fitted()
         return self._by_flow(images_BCHW) if self.params.head == "flow" else self._by_difference(images_BCHW)
 
-    def _turned(self, batch: Batch) -> Tensor:
+    def _rotated_features(self, batch: Batch) -> Tensor:
         """Features of every image at each of its random angles, (T * B, D)."""
         found = []
         for number in range(self.params.train_transforms):
@@ -222,7 +224,7 @@ class DifferNet(NetworkDetector):
         return torch.cat(found)
 
     def _by_flow(self, images_BCHW: Tensor) -> Scores:
-        """Eq. 5 and sec. 3.4 over evenly spread angles, 0 among them."""
+        """Scores and maps over evenly spaced angles, including 0 (eq. 5, sec. 3.4)."""
         params, count = self.params, self.params.test_transforms
         degrees = [2 * params.max_degrees * (number - count // 2) / count for number in range(count)]
         head, sigma = self.networks[HEAD], params.smoothing_sigma
@@ -234,12 +236,12 @@ class DifferNet(NetworkDetector):
             return super().collect(batch)
         return {EMBEDDINGS: patch_embeddings(self._backbone()(batch.images_BCHW)).flatten(1, 2)}
 
-    def finish(self, state: FitState, tick: Tick) -> None:
-        """Keeps a coreset of all patches to compare with."""
+    def finish(self, state: FitState, on_progress: ProgressCallback) -> None:
+        """Stores a coreset of all patches for comparison."""
         rows, k = state.rows[EMBEDDINGS], self.params.k_neighbors or K_NEIGHBORS
         count = min(rows.total(), max(k, round(rows.total() * self.params.coreset_sampling_ratio)))
         self.coreset = choose_coreset(
-            rows, count, seed=self.seed, device=self.device, tick=lambda more: tick(more, count)
+            rows, count, seed=self.seed, device=self.device, on_progress=lambda more: on_progress(more, count)
         )
         self.normal = NormalPatches(self.coreset.rows_MD.to(self.device), k, self.coreset.keys_M)
         if "train" not in self.phases:
@@ -250,15 +252,15 @@ class DifferNet(NetworkDetector):
         return self.normal
 
     def _planted(self, batch: Batch) -> Differences:
-        """Patches in planted defects and some of those beside them, against the patches of other images."""
+        """Differences of patches inside and outside planted defects from the patches of other images."""
         draws = [keyed_generator(self.seed, "defect", batch.epoch, key) for key in batch.keys]
-        images, masks = zip(*map(planted, batch.images_BCHW, draws), strict=True)
+        images, masks = zip(*map(simulate_defect, batch.images_BCHW, draws), strict=True)
         embeddings_BhwD = patch_embeddings(self._backbone()(torch.stack(images)))
         return self._normal().taught(embeddings_BhwD, masks, batch.keys, draws)
 
     @torch.inference_mode()
     def _by_difference(self, images_BCHW: Tensor) -> Scores:
-        """The network's logit of every patch, or its mean distance to the K nearest; the largest of the map."""
+        """Map of the network's logits, or of the mean distances to the K nearest patches; the score is its maximum."""
         embeddings_BhwD, normal = patch_embeddings(self._backbone()(images_BCHW)), self._normal()
         patches_ND = embeddings_BhwD.flatten(0, 2)
         if self.params.train_difference:
@@ -270,15 +272,15 @@ class DifferNet(NetworkDetector):
         return Scores(map_BHW.flatten(1).amax(1), map_BHW)
 
     def facts(self) -> dict[str, Any]:
-        """How the patches to compare with were chosen."""
+        """How the stored patches were chosen."""
         return {} if self.coreset is None else {"coreset": self.coreset.facts()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """The networks, and the patches to compare with."""
+        """The networks and the stored patches."""
         return super().tensors() | ({} if self.normal is None else {BANK: self.normal.bank})
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restores both."""
+        """Restores the networks and the stored patches."""
         if self.params.head == DIFFERENCE:
             if BANK not in tensors:
                 raise ArtifactError(f"the artifact has no tensor {BANK!r}. Fit again.")
@@ -286,15 +288,15 @@ class DifferNet(NetworkDetector):
         super().load_tensors(tensors)
 
     def to(self, device: torch.device) -> "DifferNet":
-        """Moves networks and bank."""
+        """Moves the networks and the bank."""
         super().to(device)
         if self.normal is not None:
             self.normal.to(device)
         return self
 
 
-def usual_layers(backbone: str, head: str) -> tuple[str, ...]:
-    """The layers of a backbone when none are named."""
+def default_layers(backbone: str, head: str) -> tuple[str, ...]:
+    """Default layers of a backbone."""
     if head == "flow":
         return ("features",) if backbone.startswith(("alexnet", "vgg")) else ("layer4",)
     return ("features.5", "features.12") if backbone == "alexnet" else ("layer2", "layer3")

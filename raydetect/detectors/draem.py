@@ -1,12 +1,12 @@
-"""DRAEM: one network repairs images with simulated defects, a second one finds the defects by comparing the two.
+"""DRAEM: one network repairs images with simulated defects, a second one segments the defects from both images.
 
-The second learns from the difference of both what a defect is, so it need not be known how real ones look.
+The second network learns to recognise defects from image and repair, so no examples of real defects are needed.
 
 Source: Zavrtanik, Kristan and Skocaj, "DRAEM - A discriminatively trained reconstruction embedding for surface anomaly
 detection", ICCV 2021, arXiv 2108.07610; where the paper is silent, the authors' code ("code" below).
-Differs from the paper: without `textures`, defects are made of procedural textures instead of the DTD data set;
-saturation of textures changes by a factor; an epoch sees every image once, where the code draws as many with
-replacement; the last epoch counts.
+Differs from the paper: without `textures`, defects use procedural textures instead of the DTD data set; the saturation
+of textures is scaled by a factor; an epoch uses every image once, where the code samples with replacement; the last
+epoch is used.
 
 Shapes: B images, C channels, H W pixels.
 """
@@ -21,17 +21,17 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Generator, Tensor, nn
 
-from raydetect.blocks.losses import focal_loss, ssim_loss
+from raydetect.blocks.augment.synthesis import blend, perlin_mask, turned, uniform
+from raydetect.blocks.augment.textures import Textures, varied
+from raydetect.blocks.networks.losses import focal_loss, ssim_loss
+from raydetect.blocks.networks.unet import UpConvolution, convolutions, cropped, keyed_init, normal_init, padded
 from raydetect.blocks.seeding import keyed_generator
-from raydetect.blocks.synthesis import blend, perlin_mask, turned, uniform
-from raydetect.blocks.textures import Textures, varied
-from raydetect.blocks.unet import UpConvolution, convolutions, cropped, keyed_init, normal_init, padded
 from raydetect.detectors._base import Batch, Detector, DetectorInfo, Scores, TrainingPlan
 from raydetect.detectors._networks import NetworkDetector
 from raydetect.detectors._textures import load_textures
 
 RECONSTRUCTION, SEGMENTATION = "reconstruction", "segmentation"
-RECONSTRUCTION_WIDTHS = (1, 2, 4, 8, 8)  # of the levels, in base widths
+RECONSTRUCTION_WIDTHS = (1, 2, 4, 8, 8)  # per level, in base widths
 SEGMENTATION_WIDTHS = (1, 2, 4, 8, 8, 8)
 UP_WIDTHS = (8, 4, 2, 1, 1)
 MULTIPLE = 2 ** (len(SEGMENTATION_WIDTHS) - 1)
@@ -42,13 +42,13 @@ FOCAL_GAMMA = 2.0
 
 
 class DRAEM(NetworkDetector):
-    """Segmentation of what a reconstruction repaired."""
+    """Segmentation of the regions that a reconstruction network repairs."""
 
     info = DetectorInfo(
         title="DRAEM",
         paper="arXiv:2108.07610",
         venue="ICCV 2021",
-        summary="a network learns on simulated defects to find them by what a reconstruction repairs",
+        summary="a network trained on simulated defects segments what a reconstruction repairs",
         published="MVTec AD: 98.0 image AUROC, 97.3 pixel AUROC (paper, tables 1-2)",
     )
     phases = ("train",)
@@ -69,7 +69,7 @@ class DRAEM(NetworkDetector):
         textures: Annotated[
             str | None,
             Field(
-                description="folder or archive of images that defects are made of, such as DTD (sec. 4); none = "
+                description="folder or archive of texture images for defects, such as DTD (sec. 4); none = "
                 "procedural textures"
             ),
         ] = None
@@ -78,39 +78,39 @@ class DRAEM(NetworkDetector):
             Field(
                 ge=2,
                 multiple_of=2,
-                description="channels of the reconstruction's first level, twice those of the segmentation's (code)",
+                description="channels of the reconstruction's first level; the segmentation has half (code)",
             ),
         ] = 128
         anomalous_ratio: Annotated[
-            float, Field(gt=0, le=1, description="share of images that get a simulated defect (code)")
+            float, Field(gt=0, le=1, description="share of images given a simulated defect (code)")
         ] = 0.5
         turned_ratio: Annotated[
             float,
-            Field(ge=0, le=1, description="share of images that are turned first (code), by up to 45 degrees (sec. 4)"),
+            Field(ge=0, le=1, description="share of images rotated first (code), by up to 45 degrees (sec. 4)"),
         ] = 0.3
-        ssim_weight: Annotated[float, Field(ge=0, description="lambda of the SSIM loss (eq. 2; its value: code)")] = 1.0
+        ssim_weight: Annotated[float, Field(ge=0, description="lambda of the SSIM loss (eq. 2; value: code)")] = 1.0
         epochs: Annotated[int, Field(ge=1, description="passes over the images (sec. 4)")] = 700
         batch_size: Annotated[int, Field(ge=1, description="images per step (code)")] = 8
         learning_rate: Annotated[
-            float, Field(gt=0, description="of Adam; a tenth of it after 4/7, again after 6/7 of the epochs (sec. 4)")
+            float, Field(gt=0, description="of Adam; divided by 10 after 4/7 and 6/7 of the epochs (sec. 4)")
         ] = 1e-4
         smoothing_px: Annotated[
             int,
             Field(
                 ge=1,
-                description="side of the squares, odd; the image score is the largest mean of the map in one (eq. 6; "
-                "its size, for images of 256 px: code)",
+                description="side of the mean filter, odd; the image score is the maximum of the filtered map (eq. 6; "
+                "value for images of 256 px: code)",
             ),
         ] = 21
 
         def __post_init__(self) -> None:
             if self.smoothing_px % 2 == 0:
-                raise ValueError(f"smoothing_px {self.smoothing_px} must be odd, so that the square has a centre")
+                raise ValueError(f"smoothing_px {self.smoothing_px} must be odd, so that the filter has a centre")
 
     params: Params
 
     def __init__(self, params: Params, seed: int = 0) -> None:
-        """Keeps the parameters."""
+        """Stores the parameters."""
         super().__init__(params, seed)
         self._textures = Textures()
 
@@ -118,12 +118,12 @@ class DRAEM(NetworkDetector):
         """Reads the textures."""
         if self.params.textures is None:
             return "from scratch"
-        images, said = load_textures(self.params.textures, self.params.image_size)
+        images, source = load_textures(self.params.textures, self.params.image_size)
         self._textures = Textures(images)
-        return f"from scratch, {said}"
+        return f"from scratch, {source}"
 
     def make_networks(self) -> dict[str, nn.Module]:
-        """Both networks, initialised by the seed."""
+        """Both networks, initialised from the seed."""
         with keyed_init(self.seed, "draem"):
             networks: dict[str, nn.Module] = {
                 RECONSTRUCTION: ReconstructionNet(self.params.base_width),
@@ -134,7 +134,7 @@ class DRAEM(NetworkDetector):
         return networks
 
     def begin_training(self, num_images: int) -> TrainingPlan:
-        """Fresh networks under Adam."""
+        """New networks, optimised by Adam."""
         self.is_fitted = False
         both = nn.ModuleDict(self.make_networks())
         both.to(self.device).to(memory_format=torch.channels_last).train()
@@ -150,10 +150,10 @@ class DRAEM(NetworkDetector):
         )
 
     def training_loss(self, piece: Batch) -> Tensor:
-        """L2 and SSIM of the repaired images, focal loss of the masks (eqs. 2-4)."""
-        words = zip(piece.images_BCHW.cpu().float() / 255, piece.keys, strict=True)
-        made = [self._simulated(image, keyed_generator(self.seed, "draem", key, piece.epoch)) for image, key in words]
-        images, damaged, masks = (torch.stack(parts).to(self.device) for parts in zip(*made, strict=True))
+        """L2 and SSIM losses of the repaired images, focal loss of the masks (eqs. 2-4)."""
+        pairs = zip(piece.images_BCHW.cpu().float() / 255, piece.keys, strict=True)
+        samples = [self._simulated(image, keyed_generator(self.seed, "draem", k, piece.epoch)) for image, k in pairs]
+        images, damaged, masks = (torch.stack(parts).to(self.device) for parts in zip(*samples, strict=True))
         repaired, anomalous = self._forward(damaged)
         loss = F.mse_loss(repaired.float(), images) + self.params.ssim_weight * ssim_loss(repaired, images)
         return loss + focal_loss(anomalous, masks, FOCAL_GAMMA)
@@ -164,7 +164,7 @@ class DRAEM(NetworkDetector):
 
     @torch.inference_mode()
     def score(self, images_BCHW: Tensor) -> Scores:
-        """The map of probabilities; the image score is the maximum of its local means (eq. 6)."""
+        """The probability map; the image score is the maximum of its local means (eq. 6)."""
         self.require_fitted()
         map_BHW = self._forward(images_BCHW.float() / 255)[1]
         side = self.params.smoothing_px
@@ -172,7 +172,7 @@ class DRAEM(NetworkDetector):
         return Scores(means.flatten(1).amax(1), map_BHW)
 
     def _simulated(self, image_3HW: Tensor, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """The image, the same with a defect or without, and the mask of the defect (sec. 3.3)."""
+        """The image, a copy with or without a simulated defect, and the defect's mask (sec. 3.3)."""
         size_px = (image_3HW.shape[-2], image_3HW.shape[-1])
         if uniform(0, 1, generator) < self.params.turned_ratio:
             image_3HW = turned(image_3HW, uniform(-MAX_TURN, MAX_TURN, generator))
@@ -184,7 +184,7 @@ class DRAEM(NetworkDetector):
         return image_3HW, damaged, mask.float()
 
     def _forward(self, images_B3HW: Tensor) -> tuple[Tensor, Tensor]:
-        """Repaired images and the probability of being anomalous, float32 (B, H, W)."""
+        """Repaired images and anomaly probabilities, float32 (B, H, W)."""
         wide = padded(images_B3HW, MULTIPLE).contiguous(memory_format=torch.channels_last)
         repaired = self.networks[RECONSTRUCTION](wide)
         logits_B2HW = self.networks[SEGMENTATION](torch.cat([repaired, wide], 1))
@@ -193,7 +193,7 @@ class DRAEM(NetworkDetector):
 
 
 def _encoder(in_channels: int, widths: Sequence[int]) -> nn.ModuleList:
-    """Double convolutions of every level; the levels halve by max-pooling."""
+    """Double convolutions for every level; max-pooling halves the size between levels."""
     return nn.ModuleList(
         convolutions(above, width, width) for above, width in zip((in_channels, *widths), widths, strict=False)
     )
@@ -208,10 +208,10 @@ def _levels(blocks: nn.ModuleList, images: Tensor) -> list[Tensor]:
 
 
 class ReconstructionNet(nn.Module):
-    """Encoder and decoder without skips (sec. 3.1; widths and blocks: code)."""
+    """Encoder and decoder without skip connections (sec. 3.1; widths and blocks: code)."""
 
     def __init__(self, base_width: int) -> None:
-        """Builds it."""
+        """Builds the network."""
         super().__init__()
         self.down = _encoder(3, [base_width * n for n in RECONSTRUCTION_WIDTHS])
         self.up = nn.ModuleList(
@@ -229,10 +229,10 @@ class ReconstructionNet(nn.Module):
 
 
 class SegmentationNet(nn.Module):
-    """A U-Net over the repaired and the given image (sec. 3.2; widths and blocks: code)."""
+    """A U-Net over the repaired and the input image (sec. 3.2; widths and blocks: code)."""
 
     def __init__(self, base_width: int) -> None:
-        """Builds it."""
+        """Builds the network."""
         super().__init__()
         widths = [base_width * n for n in SEGMENTATION_WIDTHS]
         self.down = _encoder(6, widths)

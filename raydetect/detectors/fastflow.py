@@ -1,13 +1,13 @@
-"""FastFlow: a normalising flow over whole feature maps at each level of a pyramid; what it finds unlikely is anomalous.
+"""FastFlow: a normalising flow over whole feature maps at each pyramid level; unlikely features are anomalous.
 
-Its subnets are convolutions, so that a feature is judged with its surroundings, and the map comes at once.
+Its subnets are convolutions, so a feature is scored in its context and one pass gives the whole map.
 
 Source: Yu et al., "FastFlow: Unsupervised Anomaly Detection and Localization via 2D Normalizing Flows", 2021, arXiv
-2111.07677; its authors published no code. What it leaves open is as in gathierry/FastFlow and anomalib, which agree.
-Differs from the paper: nothing known in the flow. Differs from those two: scale and shift of the layer norm count as
-part of the flow, so that the likelihood is exact (they leave the scale out of the determinant, and the loss can then
-be lowered by shrinking all features); the map is minus the logarithm of their mean likelihood over levels, which
-orders pixels the same and does not run into a ceiling.
+2111.07677; its authors published no code. Unspecified details follow gathierry/FastFlow and anomalib, which agree.
+Differs from the paper: no known differences in the flow. Differs from those two: scale and shift of the layer norm are
+part of the flow, so the likelihood is exact (they omit the scale from the determinant, so shrinking all features lowers
+the loss); the map is the negative logarithm of their mean likelihood over levels, which ranks pixels identically and
+does not saturate.
 
 Shapes: B images, C channels, h w feature grid, H W pixels.
 """
@@ -20,9 +20,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from raydetect.blocks.anomaly_map import unlikely
-from raydetect.blocks.backbone import Backbone
-from raydetect.blocks.flows import Chain, flow_step, random_permutation
+from raydetect.blocks.backbones.backbone import Backbone
+from raydetect.blocks.maps.anomaly_map import negative_log_mean_likelihood
+from raydetect.blocks.networks.flows import Chain, flow_step, random_permutation
 from raydetect.blocks.seeding import keyed_generator, keyed_seed
 from raydetect.detectors._base import Batch, Detector, DetectorInfo, Scores, TrainingPlan
 from raydetect.detectors._networks import NetworkDetector
@@ -33,28 +33,28 @@ BACKBONE, FLOWS = "backbone", "flows"
 
 
 class LevelFlow(nn.Module):
-    """Layer norm over a whole feature map, then a flow; the norm's scale and shift are the flow's first map."""
+    """Layer norm over a whole feature map, then a flow; the norm's scale and shift count as part of the flow."""
 
     def __init__(self, shape: tuple[int, ...], flow: Chain) -> None:
-        """Keeps the flow; `shape` is (C, h, w)."""
+        """Stores the flow; `shape` is (C, h, w)."""
         super().__init__()
         self.norm = nn.LayerNorm(shape)
         self.flow = flow
 
     def forward(self, features_BChw: Tensor) -> tuple[Tensor, Tensor]:
-        """z, and log |det| of scale, shift and flow, (B,)."""
+        """z, and log |det| of the scale, the shift and the flow, (B,)."""
         z_BChw, log_det_B = self.flow(self.norm(features_BChw))
         return z_BChw, log_det_B + self.norm.weight.abs().log().sum()
 
 
 class FastFlow(NetworkDetector):
-    """Likelihood of feature maps under one 2-D flow for each level."""
+    """Likelihood of feature maps under one 2-D flow per level."""
 
     info = DetectorInfo(
         title="FastFlow",
         paper="arXiv:2111.07677",
         venue="arXiv 2021",
-        summary="normalising flows over whole feature maps tell where features are unlikely",
+        summary="normalising flows over whole feature maps locate unlikely features",
         published="MVTec AD, best backbone: 99.4 image AUROC, 98.5 pixel AUROC (paper, tables 2-3); WideResNet-50 "
         "reproductions 96.3-98.5",
     )
@@ -81,17 +81,15 @@ class FastFlow(NetworkDetector):
         weights: WeightsName = "imagenet"
         n_flow_steps: Annotated[
             int,
-            Field(ge=1, description="couplings of every level's flow: 8 for ResNets, 20 for transformers (sec. 4.2)"),
+            Field(ge=1, description="couplings in each level's flow: 8 for ResNets, 20 for transformers (sec. 4.2)"),
         ] = 8
         conv3x3_only: Annotated[
             bool,
-            Field(description="3x3 kernels throughout, as the paper has it for ResNet-18; else 3x3 and 1x1 in turn"),
+            Field(description="3x3 kernels throughout, as in the paper for ResNet-18; else alternating 3x3 and 1x1"),
         ] = False
         hidden_ratio: Annotated[
             float,
-            Field(
-                gt=0, description="width of a subnet's hidden layer over its input: 1 for ResNets, 0.16 else (sec. 4.2)"
-            ),
+            Field(gt=0, description="hidden over input width of a subnet: 1 for ResNets, else 0.16 (sec. 4.2)"),
         ] = 1.0
         clamp: Annotated[float, Field(gt=0, description="bound on the log-scale of a coupling (reference code)")] = 2.0
         epochs: Annotated[int, Field(ge=1, description="passes over the images (sec. 4.2)")] = 500
@@ -103,9 +101,9 @@ class FastFlow(NetworkDetector):
 
     def load_weights(self) -> str:
         """Loads the backbone."""
-        backbone, said = load_backbone(self.params.backbone, self.params.layers, self.params.weights, self.seed)
+        backbone, source = load_backbone(self.params.backbone, self.params.layers, self.params.weights, self.seed)
         self.networks = {BACKBONE: backbone.freeze().to(self.device)}
-        return said
+        return source
 
     def make_networks(self) -> dict[str, nn.Module]:
         """Backbone and flows."""
@@ -113,14 +111,14 @@ class FastFlow(NetworkDetector):
         return {BACKBONE: backbone, FLOWS: self._flows(backbone)}
 
     def _flows(self, backbone: Backbone) -> nn.ModuleList:
-        """Fresh flows, for feature maps of `image_size`."""
+        """New flows for the feature maps of `image_size`."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(keyed_seed(self.seed, "flows"))
             shapes = backbone.shapes(self.params.image_size)
             return nn.ModuleList(LevelFlow(shape, self._flow(level, shape[0])) for level, shape in enumerate(shapes))
 
     def _flow(self, level: int, channels: int) -> Chain:
-        """3x3 kernels in even steps, 1x1 in odd ones (sec. 3.3)."""
+        """A flow with 3x3 kernels in even steps and 1x1 in odd ones (sec. 3.3)."""
         steps = []
         for number in range(self.params.n_flow_steps):
             size = 3 if self.params.conv3x3_only or number % 2 == 0 else 1
@@ -130,7 +128,7 @@ class FastFlow(NetworkDetector):
         return Chain(steps)
 
     def begin_training(self, num_images: int) -> TrainingPlan:
-        """Fresh flows under Adam."""
+        """New flows, optimised by Adam."""
         self.is_fitted = False
         backbone = self.networks[BACKBONE]
         assert isinstance(backbone, Backbone)
@@ -142,17 +140,17 @@ class FastFlow(NetworkDetector):
         return TrainingPlan(flows, optimizer, self.params.epochs, self.params.batch_size)
 
     def training_loss(self, piece: Batch) -> Tensor:
-        """Eq. 2 without its constant: half the square of z less the log-determinant, summed over levels."""
+        """Eq. 2 without its constant: half the squared norm of z minus the log-determinant, summed over levels."""
         with torch.no_grad():
             levels = self.networks[BACKBONE](piece.images_BCHW)
-        losses = [0.5 * z_BChw.square().flatten(1).sum(1) - log_det_B for z_BChw, log_det_B in self._flowed(levels)]
+        losses = [0.5 * z_BChw.square().flatten(1).sum(1) - log_det_B for z_BChw, log_det_B in self._run_flows(levels)]
         return torch.stack(losses).sum(0).mean()
 
-    def _flowed(self, levels: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    def _run_flows(self, levels: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """z and log-determinant of every level."""
         flows = self.networks[FLOWS]
         assert isinstance(flows, nn.ModuleList)
-        # couplings cut and join along channels, which contiguous maps do in long runs
+        # couplings split and concatenate channels, which is faster on contiguous maps
         return [flow(level.float().contiguous()) for flow, level in zip(flows, levels, strict=True)]
 
     def end_training(self) -> None:
@@ -161,11 +159,11 @@ class FastFlow(NetworkDetector):
 
     @torch.inference_mode()
     def score(self, images_BCHW: Tensor) -> Scores:
-        """Sec. 3.4: how unlikely z is at each position, as the mean over channels, over all levels; then the maximum.
+        """Negative log-likelihood map of z, averaged over channels and levels; the score is its maximum (sec. 3.4).
 
         Raises:
             NotFittedError: the detector is not fitted.
-            SpecError: the images have another size than `image_size`: the layer norms know each position.
+            SpecError: the images are not of `image_size`; the layer norms have parameters per position.
         """
         self.require_fitted()
         size_px = (images_BCHW.shape[-2], images_BCHW.shape[-1])
@@ -174,12 +172,14 @@ class FastFlow(NetworkDetector):
                 f"fastflow: was fitted on images of {self.params.image_size} px, given {size_px}. Resize them."
             )
         levels = self.networks[BACKBONE](images_BCHW)
-        map_BHW = unlikely([-0.5 * z_BChw.square().mean(1) for z_BChw, _ in self._flowed(levels)], size_px)
+        map_BHW = negative_log_mean_likelihood(
+            [-0.5 * z_BChw.square().mean(1) for z_BChw, _ in self._run_flows(levels)], size_px
+        )
         return Scores(map_BHW.flatten(1).amax(1), map_BHW)
 
 
 def conv_subnet(size: int, hidden_ratio: float, inside: int, outside: int) -> nn.Module:
-    """Two convolutions of kernel `size`, a ReLU between (sec. 3.3)."""
+    """Two convolutions with kernel size `size` and a ReLU between them (sec. 3.3)."""
     hidden = max(1, int(inside * hidden_ratio))
     return nn.Sequential(
         nn.Conv2d(inside, hidden, size, padding="same"),

@@ -1,17 +1,16 @@
-"""MemSeg: a U-Net head learns on simulated defects to tell them by how features differ from those of stored images.
+"""MemSeg: a U-Net head trained on simulated defects segments them from feature differences to stored normal images.
 
-Normal images leave their feature pyramids in a memory; the difference from the nearest one is shown to the head.
+The feature pyramids of normal images form a memory; the head's input includes the difference to the nearest one.
 
 Source: Yang et al., "MemSeg: A semi-supervised method for image surface defect detection using differences and
-commonalities", arXiv 2205.00908. Its authors published no code: layers, optimizer and schedule are those of the
-public implementation TooTouch/MemSeg ("code" below).
-Differs from the paper: while training, an image passes over itself in memory, since no image that is scored will find
-itself there; the stem is frozen with the levels, so that the memory always equals what the head sees; the foreground
-is found by Otsu's threshold and the image's border instead of a threshold per category; without `textures`,
-procedural ones take DTD's place; images are resized, not resized and cropped; the last step is kept, no test image
-chooses it.
+commonalities", arXiv 2205.00908. Its authors published no code: layers, optimizer and schedule follow the public
+implementation TooTouch/MemSeg ("code" below).
+Differs from the paper: during training, an image is not matched with its own memory entry, since scored images are not
+in the memory; the stem is frozen with the levels, so the memory stays consistent with the head's input; the foreground
+is found by Otsu's threshold and the image border instead of a threshold per category; without `textures`, procedural
+textures replace DTD; images are resized without a crop; the last step is used instead of one chosen on test images.
 
-Shapes: B images, M memories, K neighbours, C channels, h w feature grid, H W pixels.
+Shapes: B images, M memory entries, K neighbours, C channels, h w feature grid, H W pixels.
 """
 
 import math
@@ -23,15 +22,15 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor, nn
 
-from raydetect.blocks.backbone import Backbone
-from raydetect.blocks.fusion import MaskDecoder, Memory, MultiScaleFusion, deepest_stage
-from raydetect.blocks.losses import focal_loss
-from raydetect.blocks.rows import FitState
-from raydetect.blocks.seeding import Undrawn, keyed_generator
-from raydetect.blocks.synthesis import blend, foreground, perlin_mask, shuffled_tiles, uniform
-from raydetect.blocks.textures import Textures, adjusted
-from raydetect.blocks.unet import keyed_init
-from raydetect.detectors._base import Batch, Detector, DetectorInfo, Scores, Tick, TrainingPlan
+from raydetect.blocks.augment.synthesis import blend, foreground, perlin_mask, shuffled_tiles, uniform
+from raydetect.blocks.augment.textures import Textures, adjusted
+from raydetect.blocks.backbones.backbone import Backbone
+from raydetect.blocks.coresets.keyed_rows import FitState
+from raydetect.blocks.networks.fusion import MaskDecoder, Memory, MultiScaleFusion, deepest_stage
+from raydetect.blocks.networks.losses import focal_loss
+from raydetect.blocks.networks.unet import keyed_init
+from raydetect.blocks.seeding import SkipInitialisation, keyed_generator
+from raydetect.detectors._base import Batch, Detector, DetectorInfo, ProgressCallback, Scores, TrainingPlan
 from raydetect.detectors._networks import NetworkDetector
 from raydetect.detectors._textures import load_textures
 from raydetect.detectors._weights import WeightsName, load_backbone
@@ -47,13 +46,13 @@ WARM_UP = 0.1
 
 
 class MemSeg(NetworkDetector):
-    """Segmentation of simulated defects by differences from a memory of normal images."""
+    """Segmentation by feature differences to a memory of normal images, trained on simulated defects."""
 
     info = DetectorInfo(
         title="MemSeg",
         paper="arXiv:2205.00908",
         venue="arXiv 2022",
-        summary="a network learns on simulated defects to find them by their difference from stored normal images",
+        summary="a network trained on simulated defects segments differences from stored normal images",
         published="MVTec AD, ResNet-18: 99.56 image AUROC, 98.84 pixel AUROC (paper, abstract)",
     )
     phases = ("collect", "train")
@@ -78,27 +77,27 @@ class MemSeg(NetworkDetector):
         backbone: Annotated[str, Field(description="torchvision or timm name; its levels are frozen (sec. 3.2)")] = (
             "resnet18"
         )
-        stem: Annotated[
-            str, Field(description="the backbone's first output, a half of the image's size (sec. 3.3)")
-        ] = "relu"
+        stem: Annotated[str, Field(description="the backbone's first output, at half the image size (sec. 3.3)")] = (
+            "relu"
+        )
         layers: Annotated[
-            tuple[str, str, str], Field(description="levels kept in memory, shallowest first (sec. 3.2)")
+            tuple[str, str, str], Field(description="levels stored in memory, shallowest first (sec. 3.2)")
         ] = ("layer1", "layer2", "layer3")
         deepest_layer: Annotated[
             str | None,
-            Field(description="trained stage that the decoder begins with (sec. 3.2); none = two fresh ResNet blocks"),
+            Field(description="trained stage below the decoder (sec. 3.2); none = two new ResNet blocks"),
         ] = "layer4"
         weights: WeightsName = "imagenet"
         memory_size: Annotated[
             int,
-            Field(ge=1, description="normal images in memory (sec. 4), 1.8 MB each at 256 px; all if there are fewer"),
+            Field(ge=1, description="normal images in memory (sec. 4), 1.8 MB each at 256 px; all if fewer"),
         ] = 30
         k_neighbors: Annotated[
             int,
             Field(
                 ge=1,
-                description="memories compared with: 1 = the nearest (sec. 3.2); of more, each position attends to "
-                "those that are near it",
+                description="memory entries to compare with: 1 = the nearest (sec. 3.2); with more, each position "
+                "attends to the entries closest to it",
             ),
         ] = 1
         feature_dim: Annotated[
@@ -106,43 +105,43 @@ class MemSeg(NetworkDetector):
             Field(
                 ge=MULTIPLE,
                 multiple_of=MULTIPLE,
-                description="channels that the decoder begins with, halved from level to level: those of ResNet-18's "
-                "layer4 (sec. 3.3); other numbers are reached by a trained 1 x 1 convolution",
+                description="input channels of the decoder, halved at each level; default as ResNet-18's layer4 "
+                "(sec. 3.3), other values add a trained 1 x 1 convolution",
             ),
         ] = 512
         textures: Annotated[
             str | None,
             Field(
-                description="folder or archive of images for defects, such as DTD (sec. 3.1); none = procedural ones"
+                description="folder or archive of texture images for defects, such as DTD (sec. 3.1); none = procedural"
             ),
         ] = None
         texture_ratio: Annotated[
             float,
             Field(
-                ge=0, le=1, description="share of defects made of textures, the others of the image's own tiles (code)"
+                ge=0, le=1, description="share of defects from textures; the others use the image's own tiles (code)"
             ),
         ] = 0.5
         anomalous_ratio: Annotated[
-            float, Field(gt=0, le=1, description="share of images that get a simulated defect (code)")
+            float, Field(gt=0, le=1, description="share of images given a simulated defect (code)")
         ] = 0.5
         foreground: Annotated[
             Literal["auto", "none"],
-            Field(description="where defects may lie: off a plain background (sec. 3.1), or none = anywhere"),
+            Field(description="region for defects: auto = outside a plain background (sec. 3.1), none = anywhere"),
         ] = "auto"
         l1_weight: Annotated[float, Field(ge=0, description="lambda of the L1 loss (sec. 3.4)")] = 0.6
         focal_weight: Annotated[float, Field(ge=0, description="lambda of the focal loss (sec. 3.4)")] = 0.4
-        training_steps: Annotated[int, Field(ge=1, description="batches, rounded up to whole passes (code)")] = 5000
+        training_steps: Annotated[int, Field(ge=1, description="steps, rounded up to whole epochs (code)")] = 5000
         epochs: Annotated[
-            int | None, Field(ge=1, description="passes over the images, in place of training_steps; none = not used")
+            int | None, Field(ge=1, description="passes over the images, overrides training_steps; none = unused")
         ] = None
         batch_size: Annotated[int, Field(ge=1, description="images per step (code)")] = 8
         learning_rate: Annotated[
-            float, Field(gt=0, description="of AdamW, after a tenth of the steps; then down by a cosine (code)")
+            float, Field(gt=0, description="peak of AdamW, after a tenth of the steps; then cosine decay (code)")
         ] = 3e-3
-        last_learning_rate: Annotated[float, Field(ge=0, description="at the begin and end (code)")] = 1e-4
+        last_learning_rate: Annotated[float, Field(ge=0, description="at the start and the end (code)")] = 1e-4
         weight_decay: Annotated[float, Field(ge=0, description="of AdamW (code)")] = 5e-4
         top_pixels: Annotated[
-            int, Field(ge=1, description="the image score is the mean of so many of the largest values (code)")
+            int, Field(ge=1, description="number of largest map values averaged for the image score (code)")
         ] = 100
 
         def __post_init__(self) -> None:
@@ -156,7 +155,7 @@ class MemSeg(NetworkDetector):
     params: Params
 
     def __init__(self, params: Params, seed: int = 0) -> None:
-        """Keeps the parameters."""
+        """Stores the parameters."""
         super().__init__(params, seed)
         self._textures = Textures()
         self._stage_weights: dict[str, Tensor] = {}
@@ -164,43 +163,43 @@ class MemSeg(NetworkDetector):
         self._num_memories = params.memory_size
 
     def load_weights(self) -> str:
-        """Loads the backbone and the stage that training starts from, and reads the textures."""
+        """Loads the backbone and the initial weights of the trained stage, and reads the textures."""
         p, used = self.params, (self.params.stem, *self.params.layers)
         wanted = used if p.deepest_layer is None else (*used, p.deepest_layer)
-        whole, said = load_backbone(p.backbone, wanted, p.weights, self.seed)
-        weights, start = whole.weights(), f"{p.deepest_layer}."
-        with Undrawn():
+        whole, source = load_backbone(p.backbone, wanted, p.weights, self.seed)
+        weights, prefix = whole.weights(), f"{p.deepest_layer}."
+        with SkipInitialisation():
             backbone = Backbone(p.backbone, used, self.seed)
         backbone.load(weights, p.weights)
         self._shapes(backbone)
         self.networks = {BACKBONE: backbone.freeze().to(self.device)}
-        self._stage_weights = {k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)}
+        self._stage_weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
         if p.textures is None:
-            return said
-        images, of = load_textures(p.textures, p.image_size)
+            return source
+        images, textures = load_textures(p.textures, p.image_size)
         self._textures = Textures(images)
-        return f"{said}, {of}"
+        return f"{source}, {textures}"
 
     def _shapes(self, backbone: Backbone) -> list[tuple[int, ...]]:
-        """(C, h, w) of the stem and the levels, each half as large as the one before."""
+        """(C, h, w) of the stem and the levels, each half the size of the previous one."""
         p, shapes = self.params, backbone.shapes(self.params.image_size)
         wanted = [(p.image_size[0] // stride, p.image_size[1] // stride) for stride in STRIDES]
         if [shape[1:] for shape in shapes] != wanted:
             raise SpecError(
-                f"memseg: {p.backbone} has grids {[shape[1:] for shape in shapes]} at {[p.stem, *p.layers]}, they must "
-                f"be {wanted}. Name other layers."
+                f"memseg: {p.backbone} has grids {[shape[1:] for shape in shapes]} at {[p.stem, *p.layers]}, but they "
+                f"must be {wanted}. Choose other layers."
             )
         return shapes
 
     def make_networks(self) -> dict[str, nn.Module]:
-        """Everything: the trained parts initialised by the seed, the memory empty."""
+        """All networks: trained parts initialised from the seed, the memory filled with zeros."""
         backbone = Backbone(self.params.backbone, (self.params.stem, *self.params.layers), self.seed)
         levels = self._shapes(backbone)[1:]
         memory = Memory([torch.zeros(self._num_memories, h, w, channels) for channels, h, w in levels])
         return {BACKBONE: backbone, MEMORY: memory, **self._trained_parts(backbone)}
 
     def _trained_parts(self, backbone: Backbone) -> dict[str, nn.Module]:
-        """Stage, fusion and decoder, initialised by the seed; the stage begins with its loaded weights."""
+        """Stage, fusion and decoder, initialised from the seed; the stage starts from its loaded weights."""
         p, (stem, *widths) = self.params, (shape[0] for shape in self._shapes(backbone))
         with keyed_init(self.seed, "memseg"):
             return {
@@ -214,12 +213,12 @@ class MemSeg(NetworkDetector):
         return self.params.memory_size
 
     def collect(self, batch: Batch) -> dict[str, Tensor]:
-        """The levels of every image, a row for each position."""
+        """The levels of every image, one row per position."""
         levels = self.networks[BACKBONE](batch.images_BCHW)[1:]
         return {f"level{i}": level.flatten(2).transpose(1, 2) for i, level in enumerate(levels)}
 
-    def finish(self, state: FitState, tick: Tick) -> None:
-        """Puts the images of all workers into the memory."""
+    def finish(self, state: FitState, on_progress: ProgressCallback) -> None:
+        """Stores the images of all workers in the memory."""
         self.is_fitted = False
         self._memory_keys = state.rows["level0"].everyone()
         self._num_memories = len(self._memory_keys)
@@ -234,14 +233,14 @@ class MemSeg(NetworkDetector):
             for i, stride in enumerate(STRIDES[1:])
         ]
         self.networks[MEMORY] = Memory(levels).to(self.device)
-        tick(self._num_memories, self._num_memories)
+        on_progress(self._num_memories, self._num_memories)
 
     def facts(self) -> dict[str, Any]:
         """How many images are in memory."""
         return {"memory_images": self._num_memories}
 
     def begin_training(self, num_images: int) -> TrainingPlan:
-        """A fresh stage and head under AdamW, with as many passes as make the stated number of steps."""
+        """A new stage and head, optimised by AdamW for enough epochs to reach `training_steps`."""
         self.is_fitted = False
         p, backbone = self.params, self.networks[BACKBONE]
         assert isinstance(backbone, Backbone)
@@ -255,47 +254,47 @@ class MemSeg(NetworkDetector):
         return TrainingPlan(parts, optimizer, epochs, p.batch_size, lambda done: warm_cosine(done / epochs, least))
 
     def training_loss(self, piece: Batch) -> Tensor:
-        """L1 and focal loss of the masks of simulated defects (sec. 3.4)."""
-        words = zip(piece.images_BCHW.cpu(), piece.keys, strict=True)
-        made = [self._simulated(image, keyed_generator(self.seed, "memseg", key, piece.epoch)) for image, key in words]
-        images, masks = (torch.stack(parts).to(self.device) for parts in zip(*made, strict=True))
+        """L1 and focal losses of the masks of simulated defects (sec. 3.4)."""
+        pairs = zip(piece.images_BCHW.cpu(), piece.keys, strict=True)
+        samples = [self._simulated(image, keyed_generator(self.seed, "memseg", k, piece.epoch)) for image, k in pairs]
+        images, masks = (torch.stack(parts).to(self.device) for parts in zip(*samples, strict=True))
         anomalous = self._forward(255 * images, self._themselves(piece.keys))
         l1 = (anomalous - masks).abs().mean()
         focal = focal_loss(anomalous, masks, FOCAL_GAMMA)
         return self.params.l1_weight * l1 + self.params.focal_weight * focal
 
     def _themselves(self, keys: Sequence[str]) -> Tensor | None:
-        """Which memory is which image, (B, M) bool; none where too few others are left."""
+        """Mask of the memory entries of the images themselves, (B, M) bool; None if too few others would remain."""
         if self._num_memories <= self.params.k_neighbors:
             return None
         same_BM = [[key == kept for kept in self._memory_keys] for key in keys]
         return torch.tensor(same_BM, device=self.device)
 
     def end_training(self) -> None:
-        """Freezes everything."""
+        """Freezes all networks."""
         self.freeze()
 
     @torch.inference_mode()
     def score(self, images_BCHW: Tensor) -> Scores:
-        """The map of probabilities; the image score is the mean of its largest values."""
+        """The probability map; the image score is the mean of its largest values."""
         self.require_fitted()
         size_px = (images_BCHW.shape[-2], images_BCHW.shape[-1])
         if size_px != self.params.image_size:
             raise SpecError(
                 f"memseg: an image of {size_px[0]} x {size_px[1]} px does not fit a memory of images of "
-                f"{self.params.image_size[0]} x {self.params.image_size[1]} px. Resize it, or fit at its size."
+                f"{self.params.image_size[0]} x {self.params.image_size[1]} px. Resize it, or fit at that size."
             )
         map_BHW = self._forward(images_BCHW)
         largest = map_BHW.flatten(1).topk(min(self.params.top_pixels, map_BHW[0].numel())).values
         return Scores(largest.mean(1), map_BHW)
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restores everything; the memory may be smaller than `memory_size`."""
+        """Restores all networks; the memory may be smaller than `memory_size`."""
         self._num_memories = len(tensors.get(f"{MEMORY}.level0", ())) or self.params.memory_size
         super().load_tensors(tensors)
 
     def _simulated(self, image_3HW: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-        """An image in [0, 1] with a simulated defect or without, and the defect's mask (sec. 3.1)."""
+        """An image in [0, 1], with or without a simulated defect, and the defect's mask (sec. 3.1)."""
         image, size_px = image_3HW.float() / 255, (image_3HW.shape[-2], image_3HW.shape[-1])
         if uniform(0, 1, generator) >= self.params.anomalous_ratio:
             return image, torch.zeros(size_px)
@@ -308,13 +307,13 @@ class MemSeg(NetworkDetector):
             source = shuffled_tiles(adjusted(image, generator), TILES, generator)
         return blend(image, source, mask, uniform(LEAST_OPACITY, 1, generator)), mask.float()
 
-    def _forward(self, images_B3HW: Tensor, but_BM: Tensor | None = None) -> Tensor:
-        """Probability of being anomalous, float32 (B, H, W), from images in [0, 255]; `but_BM` memories are hidden."""
+    def _forward(self, images_B3HW: Tensor, excluded_BM: Tensor | None = None) -> Tensor:
+        """Anomaly probability, float32 (B, H, W), of images in [0, 255]; ignores the memory entries `excluded_BM`."""
         memory = self.networks[MEMORY]
         assert isinstance(memory, Memory)
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):  # as exact as what is in memory
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):  # same precision as the memory
             stem, *levels = self.networks[BACKBONE](images_B3HW)
-            remembered = memory.recall(levels, self.params.k_neighbors, but_BM)
+            remembered = memory.recall(levels, self.params.k_neighbors, excluded_BM)
             differences = [(level - other).square() for level, other in zip(levels, remembered, strict=True)]
         fused = self.networks[FUSION](levels, differences)
         logits_B2HW = self.networks[DECODER](self.networks[STAGE](levels[-1]), stem, fused)
@@ -322,7 +321,7 @@ class MemSeg(NetworkDetector):
 
 
 def warm_cosine(done: float, least: float) -> float:
-    """Factor of the learning rate after a share of the training: from `least` up for a tenth, and down by a cosine."""
+    """Learning rate factor at share `done` of the training: warm-up from `least` over a tenth, then cosine decay."""
     if done < WARM_UP:
         return least + (1 - least) * done / WARM_UP
     return least + (1 - least) * (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP))) / 2

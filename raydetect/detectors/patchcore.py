@@ -1,9 +1,9 @@
-"""PatchCore: normal patch embeddings, thinned to a coreset; a patch is as anomalous as it is far from all of them.
+"""PatchCore: a coreset of normal patch embeddings; a patch's anomaly score is its distance to the nearest one.
 
 Source: Roth et al., "Towards Total Recall in Industrial Anomaly Detection", CVPR 2022, arXiv 2106.08265.
-Differs from the paper: the levels are concatenated at their own widths instead of being pooled to 1024 dims, and the
-deeper ones are upsampled bilinearly after the 3x3 averaging; the greedy coreset works on integer-rounded projections,
-so that it is the same on any machine; images are resized, not resized and centre-cropped.
+Differs from the paper: the levels are concatenated at their native widths instead of being pooled to 1024 dims, and
+deeper ones are upsampled bilinearly after the 3x3 averaging; the greedy coreset uses integer-rounded projections, so it
+is identical on any machine; images are resized without a centre crop.
 
 Shapes: B images, h w feature grid, N patches (B * h * w), M bank rows, D feature dim, K neighbours.
 """
@@ -16,16 +16,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from raydetect.blocks.anomaly_map import smooth_upsampled
-from raydetect.blocks.backbone import Backbone
-from raydetect.blocks.coreset import Coreset, CoresetMode, choose_coreset
-from raydetect.blocks.faiss_search import BANK_INDEX, FaissSearch, IvfPqSearch, recall_at_1, require_faiss
-from raydetect.blocks.neighbors import BankSearch
-from raydetect.blocks.pyramid import patch_embeddings
-from raydetect.blocks.rows import FitState, KeyedRows
-from raydetect.blocks.search import Search
-from raydetect.blocks.seeding import Undrawn
-from raydetect.detectors._base import Batch, Detector, DetectorInfo, NotFittedError, Scores, Tick
+from raydetect.blocks.backbones.backbone import Backbone
+from raydetect.blocks.backbones.patch_embeddings import patch_embeddings
+from raydetect.blocks.coresets.coreset import Coreset, CoresetMode, choose_coreset
+from raydetect.blocks.coresets.keyed_rows import FitState, KeyedRows
+from raydetect.blocks.maps.anomaly_map import smooth_upsampled
+from raydetect.blocks.search.faiss_search import BANK_INDEX, FaissSearch, IvfPqSearch, recall_at_1, require_faiss
+from raydetect.blocks.search.neighbors import BankSearch
+from raydetect.blocks.search.search import Search
+from raydetect.blocks.seeding import SkipInitialisation
+from raydetect.detectors._base import Batch, Detector, DetectorInfo, NotFittedError, ProgressCallback, Scores
 from raydetect.detectors._weights import WeightsName, load_backbone
 from raydetect.errors import ArtifactError
 
@@ -62,27 +62,27 @@ class PatchCore(Detector):
             float, Field(gt=0, le=1, description="share of patch embeddings kept in the memory bank (sec. 3.2)")
         ] = 0.1
         max_bank_vectors: Annotated[
-            int | None, Field(ge=1, description="upper bound on rows of the memory bank; none = no bound")
+            int | None, Field(ge=1, description="maximum number of rows in the memory bank; none = no limit")
         ] = None
         coreset_mode: Annotated[
             CoresetMode,
             Field(
-                description="exact: greedy k-center over all patches, the same on any number of workers; composable: "
-                "in two rounds, for banks beyond memory; random: for comparison"
+                description="exact: greedy k-center over all patches, identical for any number of workers; composable: "
+                "two rounds, for banks larger than memory; random: for comparison"
             ),
         ] = "exact"
         projected_dims: Annotated[
-            int | None, Field(ge=1, description="dims the coreset is chosen in (sec. 3.2); none = all")
+            int | None, Field(ge=1, description="projected dims for choosing the coreset (sec. 3.2); none = all")
         ] = 384
         n_neighbors: Annotated[
-            int, Field(ge=1, description="bank rows that re-weight the image score (eq. 7, b); 1 = off")
+            int, Field(ge=1, description="bank rows for re-weighting the image score (eq. 7, b); 1 = off")
         ] = 9
         search: Annotated[
             Literal["exact", "bfloat16", "faiss", "ivfpq"],
             Field(
-                description="how the bank is searched: exact (torch, float32), bfloat16 (proposes, float32 settles; "
-                "for GPUs) and faiss (flat, on CPUs) give the same scores; ivfpq (faiss) is approximate, and the "
-                "artifact tells its recall"
+                description="search of the bank: exact (torch, float32), bfloat16 (candidates refined in float32; for "
+                "GPUs) and faiss (flat, on CPUs) give identical scores; ivfpq (faiss) is approximate, with its "
+                "recall stored in the artifact"
             ),
         ] = "exact"
         smoothing_sigma: Annotated[
@@ -92,7 +92,7 @@ class PatchCore(Detector):
     params: Params
 
     def __init__(self, params: Params, seed: int = 0) -> None:
-        """Keeps the parameters."""
+        """Stores the parameters."""
         super().__init__(params, seed)
         self.backbone: Backbone | None = None
         self.search: Search | None = None
@@ -103,16 +103,16 @@ class PatchCore(Detector):
     def load_weights(self) -> str:
         """Loads the backbone."""
         if self.params.search in ("faiss", "ivfpq"):
-            require_faiss()  # a fit must not run for hours before it misses it
-        backbone, said = load_backbone(self.params.backbone, self.params.layers, self.params.weights, self.seed)
+            require_faiss()  # fail before a fit that may take hours
+        backbone, source = load_backbone(self.params.backbone, self.params.layers, self.params.weights, self.seed)
         self.backbone = backbone.freeze().to(self.device)
-        return said
+        return source
 
     def collect(self, batch: Batch) -> dict[str, Tensor]:
         """Patch embeddings of every image."""
         return {EMBEDDINGS: self._embed(batch.images_BCHW).flatten(1, 2)}
 
-    def finish(self, state: FitState, tick: Tick) -> None:
+    def finish(self, state: FitState, on_progress: ProgressCallback) -> None:
         """Chooses the coreset over the images of all workers."""
         rows = state.rows[EMBEDDINGS]
         self.num_embeddings = rows.total_stands_for()
@@ -125,13 +125,13 @@ class PatchCore(Detector):
             mode=self.params.coreset_mode,
             projected_dims=self.params.projected_dims,
             device=self.device,
-            tick=lambda more: tick(more, count),
+            on_progress=lambda more: on_progress(more, count),
         )
         self.search = self._make_search(self.coreset.rows_MD.to(self.device))
         self.recall = {} if self.search.exact else self._measured_recall(rows)
 
     def _make_search(self, bank_MD: Tensor, stored: Tensor | None = None) -> Search:
-        """The search that the parameters name; `stored` is the saved index of ivfpq."""
+        """The search selected by the parameters; `stored` is the saved index for ivfpq."""
         match self.params.search:
             case "faiss":
                 return FaissSearch(bank_MD)
@@ -143,18 +143,18 @@ class PatchCore(Detector):
                 return BankSearch(bank_MD)
 
     def _measured_recall(self, rows: KeyedRows) -> dict[str, Any]:
-        """Compares an approximate search with the exact one on a sample of embeddings that the coreset left out."""
+        """Recall of an approximate search, on a sample of embeddings that are not in the coreset."""
         assert self.search is not None
         bank_MD = self.search.bank().to(self.device)
         patches_ND = rows.sample(2 * RECALL_PATCHES, self.seed).to(self.device)
-        left_out_ND = patches_ND[BankSearch(bank_MD).nearest(patches_ND)[0][:, 0] > 0][:RECALL_PATCHES]
-        if not len(left_out_ND):
+        held_out_ND = patches_ND[BankSearch(bank_MD).nearest(patches_ND)[0][:, 0] > 0][:RECALL_PATCHES]
+        if not len(held_out_ND):
             return {}
-        recall = recall_at_1(self.search, bank_MD, left_out_ND)
-        return {"recall_at_1": round(recall, 4), "patches": len(left_out_ND)}
+        recall = recall_at_1(self.search, bank_MD, held_out_ND)
+        return {"recall_at_1": round(recall, 4), "patches": len(held_out_ND)}
 
     def extend(self, state: FitState) -> None:
-        """The bank's rows come in as the rows of one more image; they stand for all that they were chosen from."""
+        """Adds the bank's rows as those of extra images; they stand for all embeddings they were chosen from."""
         if self.search is None:
             raise NotFittedError("patchcore: is not fitted, there is nothing to extend.")
         bank_MD = self.search.bank().cpu()
@@ -163,13 +163,13 @@ class PatchCore(Detector):
         state.rows[EMBEDDINGS].stands_for += self.num_embeddings - len(bank_MD)
 
     def facts(self) -> dict[str, Any]:
-        """How the bank was chosen and of how many patch embeddings; how it is searched, with its measured recall."""
+        """How the bank was chosen, from how many patch embeddings, and how it is searched, with measured recall."""
         chosen = {} if self.coreset is None else {"coreset": {**self.coreset.facts(), "of": self.num_embeddings}}
         return {**chosen, "search": {"kind": self.params.search, **self.recall}}
 
     @torch.inference_mode()
     def score(self, images_BCHW: Tensor) -> Scores:
-        """Image scores by eq. 7 and maps of nearest distances."""
+        """Image scores (eq. 7) and maps of nearest-neighbour distances."""
         if self.search is None:
             raise NotFittedError("patchcore: is not fitted. Fit it or load an artifact first.")
         embeddings_BhwD = self._embed(images_BCHW)
@@ -178,14 +178,14 @@ class PatchCore(Detector):
         distance_N1, index_N1 = self.search.nearest(patches_ND)
         distance_BN = distance_N1.view(grid[0], -1)
         worst_B = distance_BN.argmax(1)
-        place_B = torch.arange(grid[0], device=worst_B.device) * distance_BN.shape[1] + worst_B
-        image_score_B = self._reweighted(patches_ND[place_B], distance_N1[place_B, 0], index_N1[place_B, 0])
+        row_B = torch.arange(grid[0], device=worst_B.device) * distance_BN.shape[1] + worst_B
+        image_score_B = self._reweighted(patches_ND[row_B], distance_N1[row_B, 0], index_N1[row_B, 0])
         size_px = (images_BCHW.shape[-2], images_BCHW.shape[-1])
         map_BHW = smooth_upsampled(distance_N1.view(grid), size_px, self.params.smoothing_sigma)
         return Scores(image_score_B, map_BHW)
 
     def _reweighted(self, worst_BD: Tensor, distance_B: Tensor, index_B: Tensor) -> Tensor:
-        """Eq. 7: s = (1 - exp(d*) / sum over the b rows nearest to m* of exp(d)) * d*, in a stable form."""
+        """Eq. 7: s = (1 - exp(d*) / sum of exp(d) over the b rows nearest to m*) * d*, numerically stable."""
         assert self.search is not None
         count = min(self.params.n_neighbors, self.search.num_rows)
         if count == 1:
@@ -210,7 +210,7 @@ class PatchCore(Detector):
         return {BANK: self.search.bank(), BANK_SIZE: size, **self.search.tensors(), **weights}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restores backbone and memory bank."""
+        """Restores the backbone and the memory bank."""
         needed = [BANK, BANK_SIZE, *([BANK_INDEX] if self.params.search == "ivfpq" else [])]
         for name in needed:
             if name not in tensors:
@@ -218,16 +218,16 @@ class PatchCore(Detector):
         self.load_beside(tensors, self._make_search(tensors[BANK].to(self.device), tensors.get(BANK_INDEX)))
 
     def memory_bank(self) -> str | None:
-        """The bank, unless its search is an index that was trained on the whole."""
+        """The bank, unless its search is an index trained on the whole bank."""
         return None if self.params.search == "ivfpq" else BANK
 
     def piece_search(self, piece_MD: Tensor) -> Search:
-        """The search over a run of rows."""
+        """A search over a contiguous run of rows."""
         return self._make_search(piece_MD)
 
     def load_beside(self, tensors: Mapping[str, Tensor], search: Search) -> None:
-        """Restores the backbone; the bank is where `search` has it."""
-        with Undrawn():
+        """Restores the backbone; `search` holds the bank."""
+        with SkipInitialisation():
             backbone = Backbone(self.params.backbone, self.params.layers, self.seed)
         backbone.load({name.removeprefix(BACKBONE): value for name, value in tensors.items()}, "the artifact")
         self.backbone = backbone.freeze().to(self.device)
@@ -235,7 +235,7 @@ class PatchCore(Detector):
         self.num_embeddings = int(tensors[BANK_SIZE][0])
 
     def to(self, device: torch.device) -> "PatchCore":
-        """Moves backbone and memory bank."""
+        """Moves the backbone and the memory bank."""
         self.device = device
         if self.backbone is not None:
             self.backbone.to(device)

@@ -1,13 +1,13 @@
-"""RIAD: a U-Net paints in what grid-like masks took out of an image; where it fails to, the image is not normal.
+"""RIAD: a U-Net inpaints masked grid cells of an image; regions it reconstructs poorly are anomalous.
 
-Every pixel is taken out once: the cells of a grid are dealt to disjoint sets, each set is painted in from all others.
+Every pixel is masked once: the cells of a grid are split into disjoint sets, and each set is inpainted from the others.
 
 Source: Zavrtanik, Kristan and Skocaj, "Reconstruction by inpainting for visual anomaly detection", Pattern Recognition
 112 (2021) 107706.
-Differs from the paper: its authors published no code, so widths, batch size and weight decay are those of the public
-implementation by plutoyuxie; losses are taken on images in [0, 1], for which the constants of SSIM and GMS are made;
-GMS repeats the edge pixel instead of leaving the border out, and smoothing averages over the pixels that are there;
-masks of scoring are drawn once by the seed, so that a score can be repeated. No validation split stops the training.
+Differs from the paper: its authors published no code, so widths, batch size and weight decay follow the public
+implementation by plutoyuxie; losses use images in [0, 1], which the constants of SSIM and GMS assume; GMS replicates
+edge pixels instead of excluding the border, and smoothing averages over valid pixels only; scoring masks are drawn once
+from the seed, so scores are reproducible. There is no early stopping on a validation split.
 
 Shapes: B images, S sets, C channels, H W pixels.
 """
@@ -23,30 +23,30 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Generator, Tensor, nn
 
-from raydetect.blocks.anomaly_map import upsample
-from raydetect.blocks.backbone import Backbone
-from raydetect.blocks.losses import msgms_loss, msgms_maps, ssim_loss
+from raydetect.blocks.backbones.backbone import Backbone
+from raydetect.blocks.maps.anomaly_map import upsample
+from raydetect.blocks.networks.losses import msgms_loss, msgms_maps, ssim_loss
+from raydetect.blocks.networks.unet import convolutions, cropped, keyed_init, padded
 from raydetect.blocks.seeding import keyed_generator
-from raydetect.blocks.unet import convolutions, cropped, keyed_init, padded
 from raydetect.detectors._base import Batch, Detector, DetectorInfo, Scores, TrainingPlan
 from raydetect.detectors._networks import NetworkDetector
 from raydetect.detectors._weights import load_backbone
 from raydetect.errors import SpecError
 
 ENCODER, UNET = "encoder", "unet"
-WIDTHS = (1, 2, 4, 8, 8)  # of the plain U-Net's levels, in base widths
+WIDTHS = (1, 2, 4, 8, 8)  # per level of the plain U-Net, in base widths
 PROBE_PX = 256
 MILESTONE = 250 / 300
 
 
 class RIAD(NetworkDetector):
-    """Gradient dissimilarity between an image and its inpainting, over several cell sizes."""
+    """Gradient dissimilarity between an image and its inpainting, averaged over cell sizes."""
 
     info = DetectorInfo(
         title="RIAD",
         paper="doi:10.1016/j.patcog.2020.107706",
         venue="Pattern Recognition 2021",
-        summary="a U-Net fails to paint in what was masked where an image is not normal",
+        summary="a U-Net inpaints masked regions and fails where an image is anomalous",
         published="MVTec AD: 91.7 image AUROC, 94.2 pixel AUROC (paper, tables 1-2)",
     )
     phases = ("train",)
@@ -65,12 +65,12 @@ class RIAD(NetworkDetector):
 
         grid_size: Annotated[
             int | tuple[int, ...],
-            Field(description="cell size k of the masks in px; of several, each image is masked with one (sec. 3.1)"),
+            Field(description="cell size k of the masks in px; if several, one is drawn per image (sec. 3.1)"),
         ] = (2, 4, 8, 16)
-        num_sets: Annotated[int, Field(ge=2, description="disjoint sets S that the cells are dealt to (sec. 3.1)")] = 3
+        num_sets: Annotated[int, Field(ge=2, description="number of disjoint sets S of cells (sec. 3.1)")] = 3
         backbone: Annotated[
             str | None,
-            Field(description="a pretrained, frozen encoder in place of the U-Net's own; none = the paper's U-Net"),
+            Field(description="pretrained frozen encoder replacing the U-Net's own; none = the paper's U-Net"),
         ] = None
         layers: Annotated[
             tuple[str, ...], Field(min_length=1, description="levels of the backbone, shallowest first")
@@ -78,13 +78,13 @@ class RIAD(NetworkDetector):
         weights: Annotated[
             str, Field(description='of the backbone: "imagenet", "random", or a path or URL of a weights file')
         ] = "imagenet"
-        base_width: Annotated[int, Field(ge=1, description="channels of the first level; deeper ones double")] = 64
+        base_width: Annotated[int, Field(ge=1, description="channels of the first level; deeper levels double it")] = 64
         ssim_weight: Annotated[float, Field(ge=0, description="lambda of the SSIM loss (eq. 5)")] = 1.0
         msgms_weight: Annotated[float, Field(ge=0, description="lambda of the MSGMS loss (eq. 5)")] = 1.0
         epochs: Annotated[int, Field(ge=1, description="passes over the images (sec. 4.1)")] = 300
-        batch_size: Annotated[int, Field(ge=1, description="images per step, each with all its sets")] = 4
+        batch_size: Annotated[int, Field(ge=1, description="images per step, each with all of its sets")] = 4
         learning_rate: Annotated[
-            float, Field(gt=0, description="of Adam; a tenth of it after 5/6 of the epochs (sec. 4.1)")
+            float, Field(gt=0, description="of Adam; divided by 10 after 5/6 of the epochs (sec. 4.1)")
         ] = 1e-4
         weight_decay: Annotated[float, Field(ge=0, description="of Adam")] = 1e-5
         smoothing_px: Annotated[int, Field(ge=1, description="side of the mean filter of the map, odd (eq. 6)")] = 21
@@ -97,7 +97,7 @@ class RIAD(NetworkDetector):
             if self.smoothing_px % 2 == 0:
                 raise ValueError(f"smoothing_px {self.smoothing_px} must be odd, so that the filter has a centre")
             if self.backbone is None and (self.weights, self.layers) != ("imagenet", ("layer1", "layer2", "layer3")):
-                raise ValueError("weights and layers are those of a backbone; name one or leave them out")
+                raise ValueError("weights and layers apply to a backbone only; set backbone or omit them")
 
         def cell_sizes(self) -> tuple[int, ...]:
             """All cell sizes."""
@@ -106,17 +106,17 @@ class RIAD(NetworkDetector):
     params: Params
 
     def load_weights(self) -> str:
-        """Loads the backbone, if there is one."""
+        """Loads the backbone, if any."""
         self.networks = {}
         if self.params.backbone is None:
             return "from scratch"
-        words = self.params.backbone, self.params.layers, self.params.weights, self.seed
-        encoder, said = load_backbone(*words)
+        arguments = self.params.backbone, self.params.layers, self.params.weights, self.seed
+        encoder, source = load_backbone(*arguments)
         self.networks[ENCODER] = encoder.freeze().to(self.device)
-        return said
+        return source
 
     def make_networks(self) -> dict[str, nn.Module]:
-        """The U-Net, initialised by the seed, and the backbone of random weights."""
+        """The U-Net, initialised from the seed, and the backbone, if any, with random weights."""
         width = self.params.base_width
         with keyed_init(self.seed, "riad"):
             if self.params.backbone is None:
@@ -129,7 +129,7 @@ class RIAD(NetworkDetector):
             return {ENCODER: encoder, UNET: InpaintingNet([width, *(x.shape[1] for x in levels)], factors, own=1)}
 
     def begin_training(self, num_images: int) -> TrainingPlan:
-        """A fresh U-Net under Adam."""
+        """A new U-Net, optimised by Adam."""
         self.is_fitted = False
         unet = self.make_networks()[UNET].to(self.device).to(memory_format=torch.channels_last).train()
         self.networks[UNET] = unet
@@ -145,7 +145,7 @@ class RIAD(NetworkDetector):
         )
 
     def training_loss(self, piece: Batch) -> Tensor:
-        """Eq. 5: L2 + SSIM + MSGMS of images and their inpaintings; each image is masked with one random cell size."""
+        """L2 + SSIM + MSGMS losses of the inpaintings, with a random cell size per image (eq. 5)."""
         size_px = (piece.images_BCHW.shape[-2], piece.images_BCHW.shape[-1])
         sizes = self.params.cell_sizes()
         masks = []
@@ -154,9 +154,9 @@ class RIAD(NetworkDetector):
             cell_px = sizes[int(torch.randint(len(sizes), (), generator=generator))]
             masks.append(disjoint_masks(size_px, cell_px, self.params.num_sets, generator))
         images = piece.images_BCHW.float() / 255
-        painted = self._painted(images, torch.stack(masks).to(images.device))
-        loss = F.mse_loss(painted, images) + self.params.ssim_weight * ssim_loss(painted, images)
-        return loss + self.params.msgms_weight * msgms_loss(painted, images)
+        inpainted = self._painted(images, torch.stack(masks).to(images.device))
+        loss = F.mse_loss(inpainted, images) + self.params.ssim_weight * ssim_loss(inpainted, images)
+        return loss + self.params.msgms_weight * msgms_loss(inpainted, images)
 
     def end_training(self) -> None:
         """Freezes the U-Net."""
@@ -164,7 +164,7 @@ class RIAD(NetworkDetector):
 
     @torch.inference_mode()
     def score(self, images_BCHW: Tensor) -> Scores:
-        """Eq. 6: the smoothed dissimilarity, averaged over cell sizes; the image score is its maximum (sec. 3.3)."""
+        """Smoothed dissimilarity, averaged over cell sizes (eq. 6); the image score is its maximum (sec. 3.3)."""
         self.require_fitted()
         size_px = (images_BCHW.shape[-2], images_BCHW.shape[-1])
         if 2 * max(self.params.cell_sizes()) > min(size_px):
@@ -177,16 +177,16 @@ class RIAD(NetworkDetector):
         for cell_px in self.params.cell_sizes():
             generator = keyed_generator(self.seed, "riad", "score", cell_px)
             masks = disjoint_masks(size_px, cell_px, self.params.num_sets, generator).to(images.device)
-            painted = self._painted(images, masks.expand(len(images), -1, -1, -1))
-            alike = [upsample(scale, size_px) for scale in msgms_maps(painted, images)]
-            maps.append(1 - torch.stack(alike).mean(0))
+            inpainted = self._painted(images, masks.expand(len(images), -1, -1, -1))
+            similarity = [upsample(scale, size_px) for scale in msgms_maps(inpainted, images)]
+            maps.append(1 - torch.stack(similarity).mean(0))
         map_BHW = torch.stack(maps).mean(0)
         side = self.params.smoothing_px
         map_BHW = F.avg_pool2d(map_BHW[:, None], side, 1, side // 2, count_include_pad=False)[:, 0]
         return Scores(map_BHW.flatten(1).amax(1), map_BHW)
 
     def _painted(self, images_B3HW: Tensor, masks_BSHW: Tensor) -> Tensor:
-        """Every pixel from the set that leaves it out (eq. 1), in [0, 1]; masks are True where a pixel is left out."""
+        """Inpainted images in [0, 1], each pixel from the set that masks it (eq. 1); masks are True where masked."""
         count = masks_BSHW.shape[1]
         hidden = ((2 * images_B3HW - 1)[:, None] * ~masks_BSHW[:, :, None]).flatten(0, 1)
         net = self.networks[UNET]
@@ -196,14 +196,14 @@ class RIAD(NetworkDetector):
         if ENCODER in self.networks:
             with torch.no_grad():
                 levels = self.networks[ENCODER](127.5 * (wide + 1))
-        painted = cropped(net(wide, levels), images_B3HW.shape[-2:]).unflatten(0, (-1, count))
-        return ((painted.float() + 1) / 2 * masks_BSHW[:, :, None]).sum(1)
+        inpainted = cropped(net(wide, levels), images_B3HW.shape[-2:]).unflatten(0, (-1, count))
+        return ((inpainted.float() + 1) / 2 * masks_BSHW[:, :, None]).sum(1)
 
 
 def disjoint_masks(size_px: tuple[int, int], cell_px: int, num_sets: int, generator: Generator) -> Tensor:
-    """The cells of a grid dealt at random to sets of equal size, (S, H, W) bool: True where a set leaves a pixel out.
+    """Randomly splits the cells of a grid into sets of equal size, (S, H, W) bool: True where a set masks a pixel.
 
-    Cells at the right and lower border are cut where the size is no multiple of `cell_px`.
+    Cells at the right and bottom border are cropped if the size is not a multiple of `cell_px`.
 
     Source: RIAD, sec. 3.1.
     """
@@ -214,19 +214,19 @@ def disjoint_masks(size_px: tuple[int, int], cell_px: int, num_sets: int, genera
 
 
 class InpaintingNet(nn.Module):
-    """The U-Net: levels go down by strided convolutions, or are given, and up by transposed ones with skips.
+    """A U-Net: strided convolutions or given levels as encoder, transposed convolutions with skips as decoder.
 
     Attributes:
-        multiple: of which the input's height and width must be.
+        multiple: the input's height and width must be multiples of it.
     """
 
     def __init__(self, widths: Sequence[int], factors: Sequence[int], own: int | None = None) -> None:
-        """Builds it.
+        """Builds the network.
 
         Args:
             widths: channels of every level, shallowest first.
-            factors: how much smaller each level is than the one above it.
-            own: levels that the net makes itself, the first among them; none = all.
+            factors: downsampling factor of each level relative to the previous one.
+            own: number of levels computed by the network itself, starting with the first; None = all.
         """
         super().__init__()
         self.multiple = math.prod(factors)
@@ -237,13 +237,13 @@ class InpaintingNet(nn.Module):
         self.grow, self.merge = nn.ModuleList(), nn.ModuleList()
         for i in reversed(range(len(factors))):
             width, factor = widths[i], factors[i]
-            side, edge = 2 * factor + factor % 2, (factor + 1) // 2  # so that sizes grow by the factor exactly
+            side, edge = 2 * factor + factor % 2, (factor + 1) // 2  # upsamples by exactly the factor
             self.grow.append(nn.ConvTranspose2d(widths[i + 1], width, side, factor, edge))
             self.merge.append(convolutions(2 * width, width, width))
         self.last = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, images_B3HW: Tensor, given: Sequence[Tensor] = ()) -> Tensor:
-        """Images in [-1, 1] from images in [-1, 1] with zeros where they are hidden; `given` are the deeper levels."""
+        """Inpaints images in [-1, 1], masked with zeros; returns [-1, 1]. `given` are the deeper levels, if any."""
         levels = [images_B3HW]
         for down in self.down:
             levels.append(down(levels[-1]))

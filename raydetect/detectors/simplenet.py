@@ -1,13 +1,13 @@
-"""SimpleNet: a small network tells adapted normal patch features from the same with Gaussian noise.
+"""SimpleNet: a small network discriminates adapted normal patch features from copies with Gaussian noise.
 
-What it takes for noise in a test image is anomalous.
+Patches of a test image that it classifies as noisy are anomalous.
 
 Source: Liu et al., "SimpleNet: A Simple Network for Image Anomaly Detection and Localization", CVPR 2023,
 arXiv 2303.15140; eqs. 1-3 (features), 4 (adaptor), 5 (noise), 6-7 (loss), 8 (score). Where the paper is silent, as
-the authors' code: pooling of the levels, 1024 hidden dims, Xavier initialisation, no bias in the last layer.
-Differs from the paper: images are resized, not resized and centre-cropped; the last epoch is used, where the authors'
-code keeps the best on the test images. Differs from the authors' code, which differs from the paper there: the adaptor
-has no bias, and its weight decay is the discriminator's.
+in the authors' code: pooling of the levels, 1024 hidden dims, Xavier initialisation, no bias in the last layer.
+Differs from the paper: images are resized without a centre crop; the last epoch is used, where the authors' code keeps
+the best on the test images. Differs from the authors' code, following the paper: the adaptor has no bias, and its
+weight decay is the discriminator's.
 
 Shapes: B images, h w feature grid, H W pixels, N patches (B * h * w), D feature dim.
 """
@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from raydetect.blocks.anomaly_map import smooth_upsampled
-from raydetect.blocks.backbone import Backbone
-from raydetect.blocks.product import product
-from raydetect.blocks.pyramid import patch_embeddings, pooled_patch_embeddings
+from raydetect.blocks.backbones.backbone import Backbone
+from raydetect.blocks.backbones.patch_embeddings import patch_embeddings, pooled_patch_embeddings
+from raydetect.blocks.maps.anomaly_map import smooth_upsampled
+from raydetect.blocks.search.matrix_product import product
 from raydetect.blocks.seeding import keyed_generator, keyed_seed
 from raydetect.detectors._base import Batch, Detector, DetectorInfo, Scores, TrainingPlan
 from raydetect.detectors._networks import NetworkDetector
@@ -35,13 +35,13 @@ LEAK = 0.2
 
 
 class SimpleNet(NetworkDetector):
-    """A discriminator of adapted patch features and noisy ones."""
+    """A discriminator between adapted patch features and noisy copies."""
 
     info = DetectorInfo(
         title="SimpleNet",
         paper="arXiv:2303.15140",
         venue="CVPR 2023",
-        summary="a small network tells normal patch features from the same with Gaussian noise",
+        summary="a small network discriminates normal patch features from copies with Gaussian noise",
         published="MVTec AD, WideResNet-50: 99.6 image AUROC, 98.1 pixel AUROC (paper, tables 1-2)",
     )
     phases = ("train",)
@@ -70,8 +70,8 @@ class SimpleNet(NetworkDetector):
             int | None,
             Field(
                 ge=1,
-                description="dims that the 3x3 neighbourhoods of each level, then all levels together, are pooled to "
-                "(sec. 4.3); none = 3x3 means of the levels at their own widths",
+                description="dims to pool the 3x3 neighbourhoods of each level, then all levels together, to (sec. "
+                "4.3); none = 3x3 means of the levels at their native widths",
             ),
         ] = 1536
         hidden_dims: Annotated[int, Field(ge=1, description="hidden layer of the discriminator (authors' code)")] = 1024
@@ -92,12 +92,12 @@ class SimpleNet(NetworkDetector):
 
     def load_weights(self) -> str:
         """Loads the backbone."""
-        backbone, said = load_backbone(self.params.backbone, self.params.layers, self.params.weights, self.seed)
+        backbone, source = load_backbone(self.params.backbone, self.params.layers, self.params.weights, self.seed)
         self.networks = {BACKBONE: backbone.freeze().to(self.device)}
-        return said
+        return source
 
     def make_networks(self) -> dict[str, nn.Module]:
-        """Backbone, adaptor and discriminator, the last two initialised by the seed."""
+        """Backbone, adaptor and discriminator, the last two initialised from the seed."""
         backbone = Backbone(self.params.backbone, self.params.layers, self.seed)
         dims = self.params.embedding_dims or sum(backbone.widths())
         with torch.random.fork_rng(devices=[]):
@@ -112,10 +112,10 @@ class SimpleNet(NetworkDetector):
         return {BACKBONE: backbone, ADAPTOR: adaptor, DISCRIMINATOR: discriminator}
 
     def begin_training(self, num_images: int) -> TrainingPlan:
-        """Fresh adaptor and discriminator under one Adam with two learning rates."""
+        """A new adaptor and discriminator, optimised by one Adam with two learning rates."""
         self.is_fitted = False
-        made = self.make_networks()
-        trained = nn.ModuleDict({name: made[name].to(self.device).train() for name in (ADAPTOR, DISCRIMINATOR)})
+        networks = self.make_networks()
+        trained = nn.ModuleDict({name: networks[name].to(self.device).train() for name in (ADAPTOR, DISCRIMINATOR)})
         self.networks.update(trained.items())
         groups = [
             {"params": trained[ADAPTOR].parameters(), "lr": self.params.adaptor_learning_rate},
@@ -125,7 +125,7 @@ class SimpleNet(NetworkDetector):
         return TrainingPlan(trained, optimizer, self.params.epochs, self.params.batch_size)
 
     def training_loss(self, piece: Batch) -> Tensor:
-        """Eqs. 5-7, with normal and noisy features in one batch of the discriminator."""
+        """Loss of eqs. 5-7, with normal and noisy features in one discriminator batch."""
         with torch.no_grad():
             embeddings_BhwD = self._embed(piece.images_BCHW)
             noise_BhwD = torch.stack(
@@ -142,12 +142,12 @@ class SimpleNet(NetworkDetector):
         return self.params.noise_sigma * torch.randn(tuple(shape), generator=generator)
 
     def end_training(self) -> None:
-        """Freezes adaptor and discriminator."""
+        """Freezes the adaptor and the discriminator."""
         self.freeze()
 
     @torch.inference_mode()
     def score(self, images_BCHW: Tensor) -> Scores:
-        """Eq. 8: minus what the discriminator says of a patch; the image score is that of the worst patch."""
+        """Negated discriminator output per patch (eq. 8); the image score is the maximum over patches."""
         self.require_fitted()
         embeddings_BhwD = self._embed(images_BCHW)
         discriminator = self.networks[DISCRIMINATOR]
@@ -167,7 +167,7 @@ class SimpleNet(NetworkDetector):
 
 
 def truncated_l1(normal_N: Tensor, anomalous_N: Tensor, margin: float) -> Tensor:
-    """Eqs. 6-7: normal patches are to reach `margin`, noisy ones `-margin`; beyond that they cost nothing."""
+    """Hinge loss: penalises normal patches below `margin` and noisy ones above `-margin` (eqs. 6-7)."""
     return F.relu(margin - normal_N).mean() + F.relu(margin + anomalous_N).mean()
 
 

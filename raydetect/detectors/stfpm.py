@@ -1,7 +1,7 @@
-"""STFPM: a student learns a pretrained teacher's feature pyramid on normal images; where it fails is anomalous.
+"""STFPM: a student learns a pretrained teacher's feature pyramid on normal images; mismatches are anomalous.
 
 Source: Wang et al., "Student-Teacher Feature Pyramid Matching for Anomaly Detection", BMVC 2021, arXiv 2103.04257.
-Differs from the paper: no validation split chooses the epoch; the last one is used.
+Differs from the paper: the last epoch is used instead of one chosen on a validation split.
 
 Shapes: B images, C channels, h w feature grid, H W pixels.
 """
@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from raydetect.blocks.anomaly_map import upsample
-from raydetect.blocks.backbone import Backbone
+from raydetect.blocks.backbones.backbone import Backbone
+from raydetect.blocks.maps.anomaly_map import upsample
 from raydetect.detectors._base import Batch, Detector, DetectorInfo, Scores, TrainingPlan
 from raydetect.detectors._networks import NetworkDetector
 from raydetect.detectors._weights import load_backbone
@@ -24,13 +24,13 @@ TEACHER, STUDENT = "teacher", "student"
 
 
 class STFPM(NetworkDetector):
-    """Disagreement of a student with its teacher over several feature levels."""
+    """Feature mismatch between a student and its teacher over several levels."""
 
     info = DetectorInfo(
         title="STFPM",
         paper="arXiv:2103.04257",
         venue="BMVC 2021",
-        summary="a student fails to follow a pretrained teacher where an image is not normal",
+        summary="a student's features differ from its pretrained teacher's where an image is anomalous",
         published="MVTec AD, ResNet-18: 95.5 image AUROC, 97.0 pixel AUROC, 92.1 PRO (paper, tables 1-2)",
     )
     phases = ("train",)
@@ -57,17 +57,17 @@ class STFPM(NetworkDetector):
 
     def load_weights(self) -> str:
         """Loads the teacher."""
-        teacher, said = load_backbone(self.params.backbone, self.params.layers, self.params.weights, self.seed)
+        teacher, source = load_backbone(self.params.backbone, self.params.layers, self.params.weights, self.seed)
         self.networks = {TEACHER: teacher.freeze().to(self.device)}
-        return said
+        return source
 
     def make_networks(self) -> dict[str, nn.Module]:
-        """Teacher and student, the latter initialised by the seed."""
-        words = self.params.backbone, self.params.layers, self.seed
-        return {TEACHER: Backbone(*words), STUDENT: Backbone(*words, STUDENT)}
+        """Teacher and student, the latter initialised from the seed."""
+        arguments = self.params.backbone, self.params.layers, self.seed
+        return {TEACHER: Backbone(*arguments), STUDENT: Backbone(*arguments, STUDENT)}
 
     def begin_training(self, num_images: int) -> TrainingPlan:
-        """A fresh student under SGD."""
+        """A new student, optimised by SGD."""
         self.is_fitted = False
         student = self.make_networks()[STUDENT].to(self.device).to(memory_format=torch.channels_last).train()
         self.networks[STUDENT] = student
@@ -80,7 +80,7 @@ class STFPM(NetworkDetector):
         return TrainingPlan(student, optimizer, self.params.epochs, self.params.batch_size)
 
     def training_loss(self, piece: Batch) -> Tensor:
-        """Eqs. 1-3: sum over levels of the mean over positions, averaged over the batch."""
+        """Sum over levels of the mean over positions, averaged over the batch (eqs. 1-3)."""
         with torch.no_grad():
             teacher = self.networks[TEACHER](piece.images_BCHW)
         student = self.networks[STUDENT](piece.images_BCHW)
@@ -93,7 +93,7 @@ class STFPM(NetworkDetector):
 
     @torch.inference_mode()
     def score(self, images_BCHW: Tensor) -> Scores:
-        """Eq. 4: the product over levels of upsampled errors; the image score is its maximum."""
+        """Product over levels of the upsampled errors (eq. 4); the image score is its maximum."""
         self.require_fitted()
         size_px = (images_BCHW.shape[-2], images_BCHW.shape[-1])
         map_BHW = torch.ones(len(images_BCHW), *size_px, device=self.device)
@@ -104,7 +104,7 @@ class STFPM(NetworkDetector):
 
 
 def level_error(teacher_BChw: Tensor, student_BChw: Tensor) -> Tensor:
-    """Half the squared distance of the two L2-normalised features at every position (eq. 1), shape (B, h, w)."""
+    """Half the squared distance of the L2-normalised features at every position (eq. 1), (B, h, w)."""
     teacher = F.normalize(teacher_BChw, dim=1)
     student = F.normalize(student_BChw, dim=1)
     return 0.5 * (teacher - student).square().sum(1)

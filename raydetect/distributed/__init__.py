@@ -1,6 +1,6 @@
-"""The only room that imports Ray."""
+"""The only package that imports Ray."""
 
 import os
 
-# Read when Ray is imported: a thread that still asks after a session's end must not start another Ray.
+# Ray reads this on import. A thread that calls Ray after the session has ended must not start a new cluster.
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")

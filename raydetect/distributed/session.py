@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,12 +12,11 @@ from ray._private import ray_constants
 from ray._private import worker as ray_worker
 from ray.data import DataContext
 
-from raydetect.distributed.places import ClusterError, disk_text, messages_file, require_ray_folder
-from raydetect.errors import RaydetectError
-from raydetect.spec import ResourceSpec
+from raydetect.config import ResourceSpec
+from raydetect.distributed.local_disk import open_message_log, require_ray_folder
+from raydetect.distributed.ray_errors import translate
 
 LOOPBACK = "127.0.0.1"
-REFUSED = re.compile(r"authentication token|token authentication|unauthenticated|unauthorized|code 401", re.IGNORECASE)
 STARTING_AT_ONCE = 8  # actors without CPU slots start beside the workers; Ray warns past four times the slots
 
 
@@ -58,7 +56,7 @@ def _native_messages_in_a_file() -> Iterator[None]:
 
     The file `raydetect-ray-PID.log` lies in the temporary folder, and is removed when nothing was written.
     """
-    file, log = messages_file()
+    file, log = open_message_log()
     sys.stderr.flush()
     kept = os.dup(2)
     people = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
@@ -142,23 +140,3 @@ def _quiet() -> None:
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setLevel(logging.CRITICAL)
-
-
-def translate(error: BaseException, target: str | None) -> RaydetectError:
-    """Ray's exception as ours: the deliberate error inside it, or one sentence about the cluster."""
-    inner: BaseException | None = error
-    while inner is not None:
-        if isinstance(inner, RaydetectError):
-            return inner
-        inner = getattr(inner, "cause", None) or inner.__cause__
-    text = " ".join(str(error).split())
-    place = target or "the local Ray"
-    said = disk_text(f"{type(error).__name__}: {text}")
-    if said is not None:
-        return ClusterError(said)
-    if REFUSED.search(text):
-        return ClusterError(
-            f"{place}: refused the connection (authentication). Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or "
-            "RAY_AUTH_TOKEN_PATH to the cluster's token."
-        )
-    return ClusterError(f"{place}: {type(error).__name__}: {text[:400]}")

@@ -1,4 +1,4 @@
-"""Ray Jobs: submits a job file to a cluster, follows its log, and returns its exit code."""
+"""Submits a job file to a cluster with Ray Jobs, follows its log and returns its exit code."""
 
 import asyncio
 import logging
@@ -11,8 +11,7 @@ from typing import Any
 import yaml
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from raydetect.distributed.places import ClusterError
-from raydetect.distributed.session import translate
+from raydetect.distributed.ray_errors import ClusterError, translate
 
 ENTRYPOINT = "python -m raydetect {kind} job.yaml"
 STOPPED_EXIT_CODE = 130
@@ -21,16 +20,16 @@ CHATTY = ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.j
 
 
 def submit(address: str, values: dict[str, Any]) -> tuple[JobSubmissionClient, str]:
-    """Submits a checked job and returns its client and id.
+    """Submits a validated job and returns its client and ID.
 
-    The job file travels as the job's working directory; the cluster's image has raydetect installed.
+    The job file is uploaded as the job's working directory; raydetect must be installed in the cluster's image.
 
     Args:
-        address: of the cluster's dashboard, `http://head:8265`.
-        values: the job file's plain values, overrides applied.
+        address: URL of the cluster's dashboard, `http://head:8265`.
+        values: the job file's plain values, with overrides applied.
 
     Raises:
-        ClusterError: it cannot be reached or refuses the token.
+        ClusterError: the cluster cannot be reached or rejects the token.
     """
     try:
         client = JobSubmissionClient(address)
@@ -38,29 +37,29 @@ def submit(address: str, values: dict[str, Any]) -> tuple[JobSubmissionClient, s
             logging.getLogger(name).setLevel(logging.WARNING)
         with tempfile.TemporaryDirectory(prefix="raydetect-") as folder:
             (Path(folder) / "job.yaml").write_text(yaml.safe_dump(values))
-            job = _accepted(client, ENTRYPOINT.format(kind=values["kind"]), folder)
+            job = _submit_when_ready(client, ENTRYPOINT.format(kind=values["kind"]), folder)
     except Exception as error:
-        raise _refused(error, address) from None
+        raise _translate(error, address) from None
     return client, job
 
 
-def _accepted(client: JobSubmissionClient, entrypoint: str, folder: str) -> str:
-    """The job's id; a head that has just come up is asked again until its agent is there."""
-    end = time.monotonic() + AGENT_SECONDS
+def _submit_when_ready(client: JobSubmissionClient, entrypoint: str, folder: str) -> str:
+    """Submits and returns the job's ID; retries while the agent of a newly started head is not up."""
+    deadline = time.monotonic() + AGENT_SECONDS
     while True:
         try:
             return str(client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": folder}))
         except RuntimeError as error:
-            if NOT_YET not in str(error) or time.monotonic() > end:
+            if NOT_YET not in str(error) or time.monotonic() > deadline:
                 raise
         time.sleep(1.0)
 
 
 def follow(client: JobSubmissionClient, job: str, echo: Callable[[str], None]) -> int:
-    """Prints the job's log as it grows, and returns its exit code.
+    """Streams the job's log and returns its exit code.
 
     Raises:
-        ClusterError: the job never ran, or its driver was lost.
+        ClusterError: the job never started, or its driver was lost.
     """
     asyncio.run(_tail(client, job, echo))
     info = client.get_job_info(job)
@@ -69,7 +68,7 @@ def follow(client: JobSubmissionClient, job: str, echo: Callable[[str], None]) -
     if info.status == JobStatus.STOPPED:
         return STOPPED_EXIT_CODE
     if info.driver_exit_code is None:
-        raise ClusterError(f"job {job}: did not run to an end ({info.message}). Look at its log on the cluster.")
+        raise ClusterError(f"job {job}: did not finish ({info.message}). See its log on the cluster.")
     return int(info.driver_exit_code)
 
 
@@ -78,7 +77,7 @@ async def _tail(client: JobSubmissionClient, job: str, echo: Callable[[str], Non
         echo(text)
 
 
-def _refused(error: Exception, address: str) -> Exception:
+def _translate(error: Exception, address: str) -> Exception:
     text = str(error)
     if "connect" in text.lower() and "auth" not in text.lower():
         return ClusterError(f"{address}: no Ray dashboard answers there. Check --address (http://HOST:8265).")

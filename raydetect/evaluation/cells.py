@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from raydetect.archives.base import archive_fingerprint
-from raydetect.archives.layouts import Labelled, read_layout
+from raydetect.archives.dataset_layouts import Labelled, read_layout
 from raydetect.archives.open import open_archive
-from raydetect.config import digest, to_plain
+from raydetect.config import DetectorSpec, EvaluateSpec, public_spec, result_settings, source_storage
+from raydetect.config.validation import digest, to_plain
 from raydetect.detectors._registry import build_from
 from raydetect.errors import DamagedError, SpecError
-from raydetect.spec import DetectorSpec, EvaluateSpec, public_spec, result_words, source_storage
 from raydetect.storage import Storage, join_uri, normalise_uri
 
 FORMAT_VERSION = 1
@@ -91,7 +91,7 @@ def plan_evaluation(spec: EvaluateSpec) -> Evaluation:
     images, groups = _data(spec)
     words = {
         name: word
-        for name, word in result_words(public_spec(spec)).items()
+        for name, word in result_settings(public_spec(spec)).items()
         if name not in ("detectors", "grid", "seeds", "output")
     }
     cells = []

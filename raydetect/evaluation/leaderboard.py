@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raydetect.sinks.csv_cells import cell as csv_cell
 from raydetect.storage import Storage, join_uri
 
 ALL = "mean of categories"
@@ -90,7 +91,7 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
     text = io.StringIO()
     table = csv.DictWriter(text, _names(rows), lineterminator="\n")
     table.writeheader()
-    table.writerows(rows)
+    table.writerows([{name: csv_cell(value) for name, value in row.items()} for row in rows])
     return text.getvalue().encode()
 
 
@@ -102,7 +103,8 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     heads = ["detector", "category", "seeds", *shown, *(titles[name] for name in costs)]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in rows:
-        cells = [str(row["detector"]).replace("|", "\\|"), row["category"] or "-", str(row["seeds"])]
+        names = (" ".join(str(row[name]).split()).replace("|", "\\|") or "-" for name in ("detector", "category"))
+        cells = [*names, str(row["seeds"])]
         cells += [_figure(row, name) for name in shown]
         cells += [_cost(row, name) for name in costs]
         lines.append("| " + " | ".join(cells) + " |")

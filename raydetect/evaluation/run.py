@@ -5,29 +5,29 @@ from typing import Any
 
 import torch
 
-from raydetect.archives.layouts import Labelled
+from raydetect.archives.chunks import read_chunks
+from raydetect.archives.dataset_layouts import Labelled
 from raydetect.archives.open import open_archive
-from raydetect.blocks.group import Group
-from raydetect.config import to_plain, validate
+from raydetect.artifacts.store import load_artifact, package_versions
+from raydetect.blocks.coresets.group import Group
+from raydetect.config import FIT_CHUNK_BYTES, FIT_CHUNK_IMAGES, FitSpec, SourceSpec, source_storage
+from raydetect.config.validation import to_plain, validate
 from raydetect.errors import RaydetectError
 from raydetect.evaluation.cells import Cell, Evaluation
+from raydetect.evaluation.labelled_images import EvaluationOutcome, evaluate_images, member_chunks, peak_memory_bytes
+from raydetect.fitting.fit_run import ProgressCallback
+from raydetect.fitting.worker import fit_worker
 from raydetect.metrics.figures import image_figures, pixel_figures
 from raydetect.metrics.quality import Quality, counted
 from raydetect.records import Chunk, Member
-from raydetect.spec import FIT_CHUNK_BYTES, FIT_CHUNK_IMAGES, FitSpec, SourceSpec, source_storage
 from raydetect.storage import Storage, join_uri, normalise_uri
-from raydetect.worker.artifact import load_artifact, package_versions
-from raydetect.worker.evaluate import Judged, judge_images, member_chunks, peak_memory_bytes
-from raydetect.worker.fit import fit_worker
-from raydetect.worker.one_fit import Tick
-from raydetect.worker.read import read_chunks
 
 
 class EvaluationError(RaydetectError):
     """The labelled images do not allow the figures that are asked for."""
 
 
-def run_cell(evaluation: Evaluation, cell: Cell, tick: Tick) -> dict[str, Any]:
+def run_cell(evaluation: Evaluation, cell: Cell, on_progress: ProgressCallback) -> dict[str, Any]:
     """Fits the cell's detector, judges the test images by it, and returns what its file holds.
 
     Raises:
@@ -37,14 +37,14 @@ def run_cell(evaluation: Evaluation, cell: Cell, tick: Tick) -> dict[str, Any]:
     spec, uri = evaluation.spec, join_uri(evaluation.output, "artifacts", cell.name)
     device = _device(spec.resources.gpus_per_worker)
     fit_spec = _fit_spec(evaluation, cell, uri)
-    report = fit_worker(fit_spec, _chunks(evaluation, cell, "train"), None, Group(), tick, device)
+    report = fit_worker(fit_spec, _chunks(evaluation, cell, "train"), None, Group(), on_progress, device)
     assert report is not None
     detector = load_artifact(report.uri, Storage(spec.storage)).detector.to(device)
     source, threads = _source(evaluation, "test"), spec.resources.cpus_per_worker
     masks = Storage(source_storage(spec, source))
     chunks = _chunks(evaluation, cell, "test")
     try:
-        judged = judge_images(detector, chunks, source, masks, spec.batch_size, threads)
+        judged = evaluate_images(detector, chunks, source, masks, spec.batch_size, threads)
         figures = figures_of(judged.quality, spec.replicates)
     except ValueError as error:
         raise EvaluationError(f"{cell.line}, category {cell.category!r}: {error}") from None
@@ -90,7 +90,7 @@ def _plain_figures(quality: Quality, replicates: int) -> dict[str, Any]:
     return {"images": counted(quality), "figures": {name: f.plain() for name, f in figures.items()}}
 
 
-def _scoring_facts(judged: Judged) -> Mapping[str, Any]:
+def _scoring_facts(judged: EvaluationOutcome) -> Mapping[str, Any]:
     return {
         "test_images": judged.images,
         "bad_images": judged.bad,

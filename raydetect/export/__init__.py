@@ -1,1 +1,1 @@
-"""Exports: a run's rows, outlines and flagged images for spreadsheets and labelling tools."""
+"""Exports rows, outlines and flagged images of a run for spreadsheets and labelling tools."""

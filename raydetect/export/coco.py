@@ -1,4 +1,4 @@
-"""COCO annotations of the anomaly maps of a run, thresholded at one stated value."""
+"""Exports thresholded anomaly maps of a run as COCO annotations."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -21,57 +21,58 @@ CLASS = {"id": 1, "name": "anomaly", "supercategory": "anomaly"}
 
 
 def write_coco(pictures: Pictures, output: Path, threshold: float | None, polygons: bool) -> tuple[int, int]:
-    """Writes a COCO file of every image with a stored anomaly map; one image is in memory at a time.
+    """Writes a COCO file of all images with a stored anomaly map; one image is in memory at a time.
 
     Args:
-        pictures: of the run.
-        output: the file.
-        threshold: a pixel is anomalous from this value on; None = above all pixels of held-out normal images.
-        polygons: outlines along pixel edges, which fill holes, instead of run lengths.
+        pictures: images and heatmaps of the run.
+        output: the file to write.
+        threshold: smallest map value of anomalous pixels; None = just above all pixels of held-out normal images.
+        polygons: write outlines along pixel edges, which fill holes, instead of run lengths.
 
     Returns:
-        Numbers of images and of annotations.
+        Number of images and number of annotations.
 
     Raises:
         SpecError: the run stored no anomaly maps.
-        StorageError: a part or map is missing or damaged, or the file cannot be written; one that was there stays.
+        StorageError: a part or map is missing or damaged, or the file cannot be written; an existing file stays.
     """
     require_maps(pictures)
     images = annotations = 0
-    kept = Scratch("outlines")
+    annotation_file = Scratch("outlines")
     with whole_text(output) as out:
-        head = json.dumps(_info(pictures, threshold, polygons))
-        out.write(f'{{"info": {head}, "licenses": [], "categories": [{json.dumps(CLASS)}], "images": [')
+        info = json.dumps(_info(pictures, threshold, polygons))
+        out.write(f'{{"info": {info}, "licenses": [], "categories": [{json.dumps(CLASS)}], "images": [')
         for row, map_HW in _maps(pictures):
             images += 1
             out.write(_entry(images == 1, _image(images, row)))
-            for found in regions(map_HW >= limit_of(pictures, row, threshold)):
+            for region in regions(map_HW >= limit_of(pictures, row, threshold)):
                 annotations += 1
-                kept.append(_entry(annotations == 1, _annotation(annotations, images, found, polygons)).encode())
+                annotation = _annotation(annotations, images, region, polygons)
+                annotation_file.append(_entry(annotations == 1, annotation).encode())
         out.write('\n], "annotations": [')
-        for part in kept.parts():
+        for part in annotation_file.parts():
             out.write(part.decode())
         out.write("\n]}\n")
     return images, annotations
 
 
 def require_maps(pictures: Pictures) -> None:
-    """Refuses a run whose heatmaps are no numbers.
+    """Refuses a run without stored anomaly maps.
 
     Raises:
-        SpecError: it stored overlays, or nothing.
+        SpecError: the run stored overlays or no heatmaps.
     """
-    kept = pictures.run["spec"]["sink"]["heatmaps"]
-    if heatmap_style(pictures.run) != "map" or kept == "none":
-        stored = "overlays, which are pictures" if kept != "none" else "no heatmaps"
+    selection = pictures.run["spec"]["sink"]["heatmaps"]
+    if heatmap_style(pictures.run) != "map" or selection == "none":
+        stored = "overlays" if selection != "none" else "no heatmaps"
         raise SpecError(
-            f"{pictures.ledger.uri}: stores {stored}, and outlines need anomaly maps. Score with sink.style: map and "
+            f"{pictures.ledger.uri}: stores {stored}, but outlines need anomaly maps. Score with sink.style: map and "
             "sink.heatmaps: flagged or all."
         )
 
 
 def limit_of(pictures: Pictures, row: Mapping[str, Any], threshold: float | None) -> float:
-    """From which value on a pixel of this image is anomalous."""
+    """Returns the smallest map value of anomalous pixels in this image."""
     if threshold is not None:
         return threshold
     scale = map_scale(pictures.run, row["category"])
@@ -79,7 +80,7 @@ def limit_of(pictures: Pictures, row: Mapping[str, Any], threshold: float | None
 
 
 def sized(map_HW: np.ndarray, width: int, height: int) -> np.ndarray:
-    """The map at the size of its image, bilinear between pixel centres, float32."""
+    """Resizes a map to its image, bilinear between pixel centres; returns float32."""
     picture = Image.fromarray(map_HW.astype(np.float32))
     return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
 
@@ -98,12 +99,12 @@ def _entry(first: bool, body: Mapping[str, Any]) -> str:
 
 
 def _info(pictures: Pictures, threshold: float | None, polygons: bool) -> dict[str, Any]:
-    said = threshold if threshold is not None else "above the highest value of held-out normal images"
+    map_threshold = threshold if threshold is not None else "above the highest value of held-out normal images"
     return {
         "description": f"anomalies found by raydetect {__version__}, not labelled by people",
         "results": pictures.ledger.uri,
         "artifact": str(pictures.run["result"]["artifact"]),
-        "map_threshold": said,
+        "map_threshold": map_threshold,
         "outlines": "polygons; holes are filled" if polygons else "run lengths",
     }
 
@@ -122,15 +123,15 @@ def _image(number: int, row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _annotation(number: int, image: int, found: Region, polygons: bool) -> dict[str, Any]:
-    height, width = found.mask_HW.shape
-    lengths = {"size": [height, width], "counts": length_text(run_lengths(found.mask_HW))}
+def _annotation(number: int, image: int, region: Region, polygons: bool) -> dict[str, Any]:
+    height, width = region.mask_HW.shape
+    lengths = {"size": [height, width], "counts": length_text(run_lengths(region.mask_HW))}
     return {
         "id": number,
         "image_id": image,
         "category_id": CLASS["id"],
-        "segmentation": [polygon(found)] if polygons else lengths,
-        "area": found.area_px,
-        "bbox": list(found.box),
+        "segmentation": [polygon(region)] if polygons else lengths,
+        "area": region.area_px,
+        "bbox": list(region.box),
         "iscrowd": 0,
     }

@@ -1,4 +1,4 @@
-"""The flagged images of a run as files, with their overlays and a table."""
+"""Exports the flagged images of a run as files, with overlays and a table."""
 
 import csv
 import io
@@ -9,8 +9,8 @@ from PIL import Image
 
 from raydetect.errors import MemberError, RaydetectError
 from raydetect.export.naming import file_name
-from raydetect.export.table import cell
 from raydetect.report.pictures import Pictures, why_not
+from raydetect.sinks.csv_cells import cell
 from raydetect.sinks.rows import read_rows
 from raydetect.storage import whole_file, whole_text
 
@@ -18,16 +18,16 @@ COLUMNS = ("key", "image_score", "p_value", "threshold", "category", "label", "d
 
 
 def write_folder(pictures: Pictures, output: Path) -> tuple[int, list[str]]:
-    """Copies flagged images as they are stored to `images/`, overlays to `overlays/`, and lists both in `flagged.csv`.
+    """Copies flagged images unchanged to `images/`, overlays to `overlays/`, and lists both in `flagged.csv`.
 
-    One image is in memory at a time. The table gets its name when all that it lists is there; until then that of an
+    One image is in memory at a time. The table is completed after all files that it lists; until then the table of an
     earlier export stays.
 
     Returns:
-        The number of flagged images, and a sentence for each that could not be read.
+        Number of flagged images, and one sentence for each that could not be read.
 
     Raises:
-        StorageError: a record or part is missing or damaged, or something cannot be written.
+        StorageError: a record or part is missing or damaged, or a file cannot be written.
     """
     count, missing = 0, list[str]()
     with whole_text(output / "flagged.csv", newline="") as out:
@@ -43,7 +43,7 @@ def write_folder(pictures: Pictures, output: Path) -> tuple[int, list[str]]:
 
 
 def _copy(row: dict[str, Any], pictures: Pictures, output: Path, missing: list[str]) -> tuple[str, str]:
-    """Relative paths of the image and its overlay, each "" when there is none."""
+    """Writes an image and its overlay; returns their relative paths, "" for a missing one."""
     name, image, overlay = file_name(row["key"], row["image_uri"]), "", ""
     data, picture = _read(row, pictures, missing)
     if data is not None:
@@ -63,7 +63,7 @@ def _copy(row: dict[str, Any], pictures: Pictures, output: Path, missing: list[s
 
 
 def _read(row: dict[str, Any], pictures: Pictures, missing: list[str]) -> tuple[bytes | None, Image.Image | None]:
-    """The bytes of the image, and itself decoded, each None when that cannot be done."""
+    """Returns the encoded and the decoded image, None for what cannot be read or decoded."""
     data = None
     try:
         data = pictures.encoded(row["image_uri"])

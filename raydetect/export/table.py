@@ -1,24 +1,22 @@
-"""All rows as one CSV file."""
+"""Exports all rows as one CSV file."""
 
 import csv
 from pathlib import Path
-from typing import Any
 
+from raydetect.sinks.csv_cells import cell
 from raydetect.sinks.ledger import Ledger
 from raydetect.sinks.parquet import SCHEMA
 from raydetect.sinks.rows import read_rows
 from raydetect.storage import whole_text
 
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
-
 
 def write_csv(ledger: Ledger, output: Path) -> int:
-    """Writes the committed rows, part after part, in order of shards; returns how many there are.
+    """Writes the committed rows part by part in order of shards and returns their number.
 
-    UTF-8, comma, header; null is empty. A text that a spreadsheet would run as a formula gets an apostrophe in front.
+    UTF-8 with commas and a header; null is an empty cell. Formulas are escaped; see `sinks/csv_cells.py`.
 
     Raises:
-        StorageError: a record or part is missing or damaged, or the file cannot be written; one that was there stays.
+        StorageError: a record or part is missing or damaged, or the file cannot be written; an existing file stays.
     """
     count = 0
     with whole_text(output, newline="") as out:
@@ -29,10 +27,3 @@ def write_csv(ledger: Ledger, output: Path) -> int:
                 writer.writerow([cell(value) for value in row.values()])
             count += table.num_rows
     return count
-
-
-def cell(value: Any) -> Any:
-    """What stands in the file for a value."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value

@@ -1,1 +1,1 @@
-"""The HTTP door: tokens, limits, what may be named, and the endpoints; knows neither Ray nor torch."""
+"""The HTTP API: endpoints, tokens, limits and allowed URIs; imports neither Ray nor torch."""

@@ -1,1 +1,1 @@
-"""Metrics: numpy and scipy only."""
+"""Metrics, with numpy and scipy only."""

@@ -30,20 +30,20 @@ def p_values(calibration_M: np.ndarray, scores_N: np.ndarray) -> np.ndarray:
 
 
 def required_size(alpha: float) -> int:
-    """The fewest calibration images with which a p-value can be <= alpha."""
+    """The smallest number of calibration images for which a p-value can be <= alpha."""
     return max(1, math.ceil((1.0 - ROUNDING) / alpha) - 1)
 
 
 def threshold_for(calibration_M: np.ndarray, alpha: float, word: str = "flag.alpha") -> float:
-    """The threshold t with: score >= t exactly when its p-value is <= alpha.
+    """The threshold t such that a score is >= t exactly when its p-value is <= alpha.
 
-    It is the float just above the (k+1)-th largest calibration score, where k calibration scores may be at least
-    as large as a flagged one.
+    It is the float just above the (k+1)-th largest calibration score, where k is the number of calibration scores
+    that may be at least as large as a flagged one.
 
     Args:
         calibration_M: scores of held-out normal images, ascending.
         alpha: share of normal images that may be flagged, in (0, 1).
-        word: how the user calls it, for the message.
+        word: name of the setting, for the message.
 
     Raises:
         SpecError: too few calibration images for this alpha.
@@ -52,8 +52,8 @@ def threshold_for(calibration_M: np.ndarray, alpha: float, word: str = "flag.alp
     allowed = math.floor(alpha * (size + 1) * (1.0 + ROUNDING)) - 1
     if allowed < 0:
         raise SpecError(
-            f"{word} = {alpha} needs at least {required_size(alpha)} held-out normal images, the artifact has "
-            f"{size}. Fit with more images or a larger holdout_ratio, or raise alpha to "
+            f"{word} = {alpha} needs at least {required_size(alpha)} held-out normal images, but the artifact "
+            f"has {size}. Fit with more images or a larger holdout_ratio, or raise alpha to "
             f"{math.ceil(1000 / (size + 1)) / 1000}."
         )
     if allowed >= size:

@@ -1,8 +1,8 @@
 """AUROC, average precision, F1-max and FPR at 95 % TPR from binned counts, each with proven bounds.
 
-What is lost in a bin is the order of the scores in it. Every figure is that of the bins taken as ties, and no order
-inside the bins leads out of [low, high]: the exact figure lies between them. Where bins hold one value each
-(`ScoreBins.shift` 0) all three are the exact figure.
+Binning loses the order of the scores within a bin. Every value treats the scores of a bin as ties, and for any order
+within the bins the exact value lies in [low, high]. If every bin holds a single value (`ScoreBins.shift` 0), all three
+are the exact value.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ TPR = 0.95
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One number of quality; the exact one lies in [low, high]."""
+    """The value of a metric; the exact value lies in [low, high]."""
 
     value: float
     low: float
@@ -25,17 +25,17 @@ class Figure:
 
     @property
     def error(self) -> float:
-        """How far the exact figure may be from the value, at most; 0 when the value is exact."""
+        """Maximum distance of the exact value from `value`; 0 if `value` is exact."""
         return max(self.value - self.low, self.high - self.value)
 
 
 def ranking_figures(normal: ScoreBins, anomalous: ScoreBins, columns: tuple[int, int] = (0, 0)) -> dict[str, Figure]:
-    """Every figure of RANKING.
+    """Computes every metric of RANKING.
 
     Args:
         normal: scores of normal items.
-        anomalous: of anomalous ones.
-        columns: which counts of the two are meant.
+        anomalous: scores of anomalous items.
+        columns: the column of counts to use of each.
 
     Raises:
         ValueError: a class is missing.
@@ -48,11 +48,11 @@ def ranking_figures(normal: ScoreBins, anomalous: ScoreBins, columns: tuple[int,
 
 
 def auroc_of(normal_B: np.ndarray, anomalous_B: np.ndarray) -> Figure:
-    """Chance that an anomalous item outranks a normal one; pairs in one bin count half, and may count 0 or 1.
+    """Probability that an anomalous item outranks a normal one; pairs in one bin count half, 0 or 1 in the bounds.
 
     Args:
         normal_B: counts by bin, highest scores first.
-        anomalous_B: likewise.
+        anomalous_B: counts of the same bins.
 
     Raises:
         ValueError: a class is missing.
@@ -67,8 +67,9 @@ def auroc_of(normal_B: np.ndarray, anomalous_B: np.ndarray) -> Figure:
 def average_precision_of(normal_B: np.ndarray, anomalous_B: np.ndarray) -> Figure:
     """Sum over bins of precision times the step in recall.
 
-    In a bin of p hits and n false ones, after H and F of them, the precision is at most (H + p) / (H + p + F) at every
-    hit, and at least (H + i) / (H + i + F + n) at the i-th; the sum of the latter is bounded by its integral.
+    In a bin with p true and n false positives, after H true and F false ones, the precision is at most
+    (H + p) / (H + p + F) at every true positive, and at least (H + i) / (H + i + F + n) at the i-th; the sum of the
+    latter is bounded by its integral.
 
     Raises:
         ValueError: a class is missing.
@@ -80,13 +81,13 @@ def average_precision_of(normal_B: np.ndarray, anomalous_B: np.ndarray) -> Figur
     false = np.cumsum(normal_B, dtype=np.float64)[some_B]
     value = np.sum(step * hits / (hits + false))
     high = np.sum(step * hits / (hits + false - normal_B[some_B]))
-    before = np.maximum(hits - step + false, 1e-9)  # 0 only where `false` is, and nothing is lost
+    before = np.maximum(hits - step + false, 1e-9)  # 0 only where `false` is 0, and the term vanishes
     low = np.sum(step - false * np.log1p(step / before))
     return Figure(float(value / positives), float(low / positives), float(high / positives))
 
 
 def f1_max_of(normal_B: np.ndarray, anomalous_B: np.ndarray) -> Figure:
-    """Largest F1 over thresholds at edges of bins; one inside a bin may be better.
+    """Largest F1 over thresholds at bin edges; a threshold inside a bin may give a larger one.
 
     Raises:
         ValueError: a class is missing.
@@ -105,9 +106,9 @@ def fpr_at_tpr_of(normal_B: np.ndarray, anomalous_B: np.ndarray) -> Figure:
         ValueError: a class is missing.
     """
     negatives, positives = _totals(normal_B, anomalous_B)
-    place = int(np.searchsorted(np.cumsum(anomalous_B), TPR * positives * (1 - 1e-12)))
-    false = np.cumsum(normal_B, dtype=np.float64)[place]
-    return Figure(float(false / negatives), float((false - normal_B[place]) / negatives), float(false / negatives))
+    index = int(np.searchsorted(np.cumsum(anomalous_B), TPR * positives * (1 - 1e-12)))
+    false = np.cumsum(normal_B, dtype=np.float64)[index]
+    return Figure(float(false / negatives), float((false - normal_B[index]) / negatives), float(false / negatives))
 
 
 RANKING: dict[str, Callable[[np.ndarray, np.ndarray], Figure]] = {
@@ -122,5 +123,5 @@ def _totals(normal_B: np.ndarray, anomalous_B: np.ndarray) -> tuple[float, float
     negatives, positives = float(normal_B.sum()), float(anomalous_B.sum())
     if not negatives or not positives:
         lacking = "normal" if not negatives else "anomalous"
-        raise ValueError(f"there is nothing {lacking}, and ranking quality is not defined for one class. Add some.")
+        raise ValueError(f"there is nothing {lacking}, and ranking metrics are undefined for one class. Add some.")
     return negatives, positives

@@ -1,9 +1,10 @@
-"""Benjamini-Hochberg on conformal p-values, from a histogram of them: which images to flag in a whole archive.
+"""Selects the images to flag in a whole archive: Benjamini-Hochberg on a histogram of conformal p-values.
 
-The largest p-value t with t <= level * (images at or below t) / images is the threshold; images at or below it are
-flagged. Conformal p-values of one calibration are positively dependent in the way that the proof needs, so the
-expected share of normal images among the flagged ones is at most the level times the share of normal images, over the
-draw of the calibration images too. A calibration of M scores gives M + 1 different p-values, so the histogram is exact.
+The threshold is the largest p-value t with t <= level * (images at or below t) / images; images at or below it are
+flagged. Conformal p-values of one calibration are positively dependent (PRDS), as the proof requires, so the expected
+share of normal images among the flagged ones is at most the level times the share of normal images, where the
+expectation includes the draw of the calibration images. A calibration of M scores gives M + 1 different p-values, so
+the histogram is exact.
 
 Source: Benjamini and Hochberg, "Controlling the false discovery rate", JRSS B 57 (1995); Bates et al., "Testing for
 outliers with conformal p-values", Annals of Statistics 51 (2023), theorem 2.
@@ -18,17 +19,17 @@ ROUNDING = 1e-9
 
 @dataclass(frozen=True, slots=True)
 class Discovery:
-    """What is flagged in an archive, and the number that backs it.
+    """The images flagged in an archive, and the estimate behind it.
 
     Attributes:
-        level: share of normal images among the flagged ones that is allowed, on average.
-        tested: images with a p-value.
-        p_threshold: flagged are those with a p-value of at most this; None = none is flagged.
-        flagged: how many.
-        expected_false: `tested * p_threshold`: how many images would be expected at or below the threshold if all were
-            normal. Over `flagged` it is at most the level.
-        needed_held_out: held-out images with which those of the smallest p-value would be flagged, when none is;
-            0 otherwise.
+        level: allowed expected share of normal images among the flagged ones (false discovery rate).
+        tested: number of images with a p-value.
+        p_threshold: images with a p-value of at most this are flagged; None = no image is flagged.
+        flagged: number of flagged images.
+        expected_false: `tested * p_threshold`, the expected number of images at or below the threshold if all were
+            normal. Divided by `flagged` it is at most the level.
+        needed_held_out: if no image is flagged, the number of held-out images with which those of the smallest p-value
+            would be; 0 otherwise.
     """
 
     level: float
@@ -40,15 +41,15 @@ class Discovery:
 
     @property
     def false_share(self) -> float:
-        """The estimate of the false discovery rate that the procedure holds at or below the level."""
+        """The estimated false discovery rate, which the procedure keeps at or below the level."""
         return self.expected_false / self.flagged if self.flagged else 0.0
 
 
 def discover(counts: Mapping[float, int], level: float) -> Discovery:
-    """Flags by Benjamini-Hochberg.
+    """Applies the Benjamini-Hochberg procedure.
 
     Args:
-        counts: how many images have which p-value.
+        counts: number of images by p-value.
         level: in (0, 1).
     """
     tested = sum(counts.values())

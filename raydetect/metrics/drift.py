@@ -1,7 +1,7 @@
-"""How far apart two distributions are, with intervals: Kolmogorov-Smirnov and population stability.
+"""Distances between two distributions, with intervals: Kolmogorov-Smirnov distance and population stability index.
 
 Both are computed from histograms, so memory does not grow with the number of images, and summaries of earlier nights
-are enough.
+suffice.
 
 Source: Massart, "The tight constant in the Dvoretzky-Kiefer-Wolfowitz inequality", Annals of Probability 18 (1990).
 """
@@ -15,7 +15,7 @@ from raydetect.metrics.histogram import Histogram
 
 LEVEL = 0.95
 GROUPS, DRAWS = 10, 1000
-PRIOR = 0.5  # pseudo count of each group, so that an empty one is no infinity
+PRIOR = 0.5  # pseudo-count of each group, so that an empty one does not give infinity
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +28,13 @@ class Distance:
 
 
 def ks_distance(one: Histogram, other: Histogram) -> Distance:
-    """Largest difference of two distribution functions, at the bins' edges.
+    """Largest difference between two distribution functions at the bin edges.
 
     The interval holds for any distribution and any number of images (Massart's bound, half of the error for each of
-    the two), and reaches up to what the difference may be inside a bin.
+    the two), and includes the largest difference possible inside a bin.
 
     Raises:
-        ValueError: one of them is empty.
+        ValueError: one of the histograms is empty.
     """
     counts_2N = _aligned(one, other)
     sums_2 = counts_2N.sum(axis=1)
@@ -51,16 +51,16 @@ def ks_distance(one: Histogram, other: Histogram) -> Distance:
 def stability_index(one: Histogram, other: Histogram, seed: int = 0) -> Distance:
     """Population stability index of `one` against `other`: sum of (p - q) * ln(p / q) over groups.
 
-    Groups are runs of bins that hold about a tenth of `other` each. The interval is a basic bootstrap of DRAWS draws
-    from both; it takes out most of the index's bias, which is about (groups - 1) * (1/n + 1/m).
+    Groups are runs of bins that each hold about a tenth of `other`. The interval is a basic bootstrap with DRAWS draws
+    from both; it removes most of the index's bias, which is about (groups - 1) * (1/n + 1/m).
 
     Args:
         one: this night.
-        other: what it is compared with.
+        other: the baseline it is compared with.
         seed: of the bootstrap.
 
     Raises:
-        ValueError: one of them is empty.
+        ValueError: one of the histograms is empty.
     """
     counts_2N = _aligned(one, other)
     groups_2G = _grouped(counts_2N)
@@ -70,14 +70,14 @@ def stability_index(one: Histogram, other: Histogram, seed: int = 0) -> Distance
         random.multinomial(int(row.sum()), (row + PRIOR) / (row + PRIOR).sum(), size=DRAWS).astype(np.float64)
         for row in groups_2G
     ]
-    again = _index(drawn[0], drawn[1])
+    resampled = _index(drawn[0], drawn[1])
     tail = (1.0 - LEVEL) / 2.0
-    least, most = (float(found) for found in np.quantile(again, [tail, 1.0 - tail]))
+    least, most = (float(found) for found in np.quantile(resampled, [tail, 1.0 - tail]))
     return Distance(value, max(0.0, 2.0 * value - most), max(0.0, 2.0 * value - least))
 
 
 def share_interval(part: int, whole: int) -> Distance:
-    """A share with its Wilson interval at LEVEL; of nothing it is 0 to 1.
+    """A share with its Wilson interval at LEVEL; 0 to 1 if `whole` is 0.
 
     Source: Wilson, "Probable inference", JASA 22 (1927).
     """
@@ -98,9 +98,9 @@ def _index(one_G: np.ndarray, other_G: np.ndarray) -> np.ndarray:
 
 
 def _aligned(one: Histogram, other: Histogram) -> np.ndarray:
-    """Counts of both on one grid, (2, N) float64."""
+    """Counts of both histograms on a common grid, (2, N) float64."""
     if not one.total or not other.total:
-        raise ValueError("a distribution of no images cannot be compared.")
+        raise ValueError("an empty distribution cannot be compared.")
     grid = Histogram()
     grid.merge(one)
     grid.merge(other)
@@ -111,7 +111,7 @@ def _aligned(one: Histogram, other: Histogram) -> np.ndarray:
 
 
 def _grouped(counts_2N: np.ndarray) -> np.ndarray:
-    """Sums over GROUPS runs of bins, cut where the second row reaches its tenths, (2, G)."""
+    """Sums over GROUPS runs of bins, split at the deciles of the second row, (2, G)."""
     reached_N = np.cumsum(counts_2N[1]) / counts_2N[1].sum()
     group_N = np.minimum(np.floor((reached_N - counts_2N[1] / counts_2N[1].sum() / 2) * GROUPS), GROUPS - 1)
     numbers_N = np.maximum(group_N, 0).astype(np.int64)

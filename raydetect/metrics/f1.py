@@ -1,4 +1,4 @@
-"""The best trade of precision and recall over all thresholds."""
+"""The largest F1 score over all thresholds."""
 
 import numpy as np
 
@@ -6,10 +6,10 @@ from raydetect.metrics.roc import checked
 
 
 def best_f1(labels_N: np.ndarray, scores_N: np.ndarray) -> tuple[float, float]:
-    """Largest F1 over all thresholds, and the threshold that has it: `score >= threshold` is anomalous.
+    """Largest F1 over all thresholds, and its threshold: `score >= threshold` is anomalous.
 
-    Exact, every score is tried; of equal ones the highest threshold. The threshold has seen the labels: it describes
-    the scores, and is no calibration.
+    Exact: every score is tried; among equal F1 the highest threshold is returned. The threshold is chosen with the
+    labels: it describes these scores and is not a calibration.
 
     Args:
         labels_N: 0 normal, 1 anomalous.

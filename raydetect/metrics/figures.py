@@ -1,4 +1,4 @@
-"""Figures of quality with their error bounds and bootstrap intervals, for a whole category or one kind of defect."""
+"""Metrics with error bounds and bootstrap intervals, for a whole category or one kind of defect."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,21 +16,21 @@ REPLICATES, CONFIDENCE = 200, 0.95
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A figure and its bootstrap interval; `spread` is None when too little was there to draw from."""
+    """A metric and its bootstrap interval; `spread` is None if there was too little data to resample."""
 
     figure: Figure
     spread: tuple[float, float] | None
 
     def plain(self) -> dict[str, float | None]:
-        """As JSON: value, error bound of the binning, and the interval."""
+        """Converts to JSON types: value, error bound of the binning, and interval."""
         low, high = self.spread or (None, None)
         return {"value": self.figure.value, "error_bound": self.figure.error, "ci_low": low, "ci_high": high}
 
 
 def image_figures(quality: Quality, seed: int, replicates: int = REPLICATES) -> dict[str, Measured]:
-    """`image_auroc` and its kin, with percentile intervals over images drawn again within each group.
+    """`image_auroc` and the other image metrics, with percentile intervals from resampling images within each group.
 
-    Drawing images of a group again is drawing its counts by bin from a multinomial.
+    Resampling the images of a group is the same as drawing its counts by bin from a multinomial distribution.
 
     Raises:
         ValueError: a class is missing.
@@ -50,15 +50,15 @@ def image_figures(quality: Quality, seed: int, replicates: int = REPLICATES) -> 
 
 def _drawn(part: ScoreBins, random: np.random.Generator) -> ScoreBins:
     counts_B = part.counts_BC[:, 0]
-    again_B = random.multinomial(part.total, counts_B / counts_B.sum())
-    return replace(part, counts_BC=again_B[:, None].astype(np.int64))
+    resampled_B = random.multinomial(part.total, counts_B / counts_B.sum())
+    return replace(part, counts_BC=resampled_B[:, None].astype(np.int64))
 
 
 def pixel_figures(quality: Quality, seed: int, replicates: int = REPLICATES) -> dict[str, Measured]:
-    """`pixel_auroc` and its kin, `aupro_0.3` and `aupro_0.05`, with intervals over blocks of images drawn again.
+    """Pixel metrics (`pixel_auroc` and so on, `aupro_0.3`, `aupro_0.05`), with intervals from resampling image blocks.
 
-    Of every group as many blocks are drawn, with replacement, as it has. Blocks have coarser bins; what these change in
-    the figure is taken out of the interval. Empty when no anomalous pixel or no normal one is known.
+    Each group's blocks are resampled with replacement. Blocks have coarser bins; the intervals are corrected for the
+    difference this makes. Empty if no anomalous or no normal pixel is known.
     """
     whole = ScoreBins.empty(PIXEL_BINS, COLUMNS).merge(*[s.pixels.whole() for s in quality.summaries()])
     if not _has_both(whole):
@@ -69,14 +69,14 @@ def pixel_figures(quality: Quality, seed: int, replicates: int = REPLICATES) -> 
     drawn = []
     for _ in range(replicates):
         times_N = np.concatenate([random.multinomial(len(g), np.full(len(g), 1 / len(g))) for g in groups])
-        again = replace(coarse, counts_BC=np.tensordot(times_N, stack_NBC, 1))
-        if _has_both(again):
-            drawn.append(_pixel_figures(again))
+        resampled = replace(coarse, counts_BC=np.tensordot(times_N, stack_NBC, 1))
+        if _has_both(resampled):
+            drawn.append(_pixel_figures(resampled))
     return _with_spreads(_pixel_figures(whole), drawn, _pixel_figures(coarse))
 
 
 def _stacked(blocks: list[ScoreBins]) -> tuple[ScoreBins, np.ndarray]:
-    """All blocks together, and each one's counts over the bins of all, (N, B, C)."""
+    """All blocks merged, and the counts of each block over the merged bins, (N, B, C)."""
     coarse = ScoreBins.empty(BLOCK_BINS, COLUMNS).merge(*blocks)
     stack_NBC = np.zeros((len(blocks), *coarse.counts_BC.shape), np.int64)
     for counts_BC, block in zip(stack_NBC, blocks, strict=True):
@@ -97,7 +97,7 @@ def _pixel_figures(pixels: ScoreBins) -> dict[str, Figure]:
 def _with_spreads(
     figures: dict[str, Figure], drawn: list[dict[str, Figure]], centre: dict[str, Figure]
 ) -> dict[str, Measured]:
-    """Percentile intervals, moved by what `centre`, the undrawn figure on the bins of the drawn ones, differs."""
+    """Percentile intervals, shifted by the difference to `centre`: the metric without resampling, on the same bins."""
     if len(drawn) < 2:
         return {name: Measured(figure, None) for name, figure in figures.items()}
     found = {}

@@ -1,4 +1,4 @@
-"""Counts of numbers on a grid that grows with them: one pass, bounded memory, and exactly mergeable."""
+"""A histogram on a grid that grows with the data: one pass, bounded memory, and exactly mergeable."""
 
 import math
 from collections.abc import Mapping
@@ -8,24 +8,24 @@ from typing import Any
 import numpy as np
 
 MAX_BINS = 1024
-PLACES = 40  # bits of a bin's number, at most: keeps it exact in a float64 and in JSON
+INDEX_BITS = 40  # maximum bits of a bin's index, which keeps it exact in a float64 and in JSON
 LEAST_EXPONENT = -200
 
 
 @dataclass(slots=True)
 class Histogram:
-    """Bin `i` counts the numbers in [i, i + 1) * 2**exponent.
+    """A histogram whose bin `i` counts the numbers in [i, i + 1) * 2**exponent.
 
-    The width is the smallest power of two with which at most MAX_BINS bins reach from the lowest number to the
-    highest. Halving the number of bins loses nothing but detail, so the counts do not depend on the order in which
-    numbers come, nor on how they were divided before merging.
+    The bin width is the smallest power of two for which at most MAX_BINS bins cover the range from the lowest number to
+    the highest. Halving the number of bins loses only resolution, so the counts do not depend on the order of the
+    numbers or on how they were split before merging.
 
     Attributes:
-        exponent: of the width.
-        first: number of the first bin.
+        exponent: of the bin width.
+        first: index of the first bin.
         counts: int64, from the first bin on.
         low: lowest number added; infinite while there is none.
-        high: highest.
+        high: highest number added.
     """
 
     exponent: int = LEAST_EXPONENT
@@ -36,12 +36,12 @@ class Histogram:
 
     @property
     def total(self) -> int:
-        """How many numbers were added."""
+        """Number of values added."""
         return int(self.counts.sum())
 
     @property
     def width(self) -> float:
-        """Of one bin."""
+        """Width of a bin."""
         return math.ldexp(1.0, self.exponent)
 
     def add(self, values_N: np.ndarray) -> None:
@@ -54,15 +54,15 @@ class Histogram:
         if not len(values_N):
             return
         if not np.isfinite(values_N).all():
-            raise ValueError("a histogram counts finite numbers; leave failed images out by their status.")
+            raise ValueError("a histogram counts finite numbers only; exclude failed images by their status.")
         low, high = float(values_N.min()), float(values_N.max())
         self._widen(min(self.low, low), max(self.high, high))
-        places_N = _place(values_N, self.exponent)
-        self._cover(int(places_N.min()), int(places_N.max()) + 1)
-        self.counts += np.bincount(places_N - self.first, minlength=len(self.counts))
+        indices_N = _bin_indices(values_N, self.exponent)
+        self._cover(int(indices_N.min()), int(indices_N.max()) + 1)
+        self.counts += np.bincount(indices_N - self.first, minlength=len(self.counts))
 
     def merge(self, other: "Histogram") -> None:
-        """Adds what another one counted."""
+        """Adds the counts of another histogram."""
         if not other.total:
             return
         self._widen(min(self.low, other.low), max(self.high, other.high))
@@ -72,13 +72,13 @@ class Histogram:
         self.counts[start : start + len(more.counts)] += more.counts
 
     def coarsened(self, exponent: int) -> "Histogram":
-        """The same counts in bins of width 2**exponent, which is not finer."""
+        """The same counts in bins of width 2**exponent, at least the current width."""
         if exponent == self.exponent or not len(self.counts):
             return Histogram(exponent, self.first, self.counts.copy(), self.low, self.high)
         shift = min(exponent - self.exponent, 62)
-        places = (self.first + np.arange(len(self.counts), dtype=np.int64)) >> shift
-        first = int(places[0])
-        return Histogram(exponent, first, _summed(places - first, self.counts), self.low, self.high)
+        indices = (self.first + np.arange(len(self.counts), dtype=np.int64)) >> shift
+        first = int(indices[0])
+        return Histogram(exponent, first, _summed(indices - first, self.counts), self.low, self.high)
 
     def with_bins(self, most: int) -> "Histogram":
         """The finest coarsening with at most `most` bins, at least 2."""
@@ -88,18 +88,18 @@ class Histogram:
         return found
 
     def quantile(self, share: float) -> float:
-        """The number below which `share` of all lie, off by at most one width; NaN when there is none."""
+        """The value below which `share` of the numbers lie, within one bin width; NaN if the histogram is empty."""
         if not self.total:
             return math.nan
         reached = np.cumsum(self.counts)
         target = share * self.total
-        place = int(np.searchsorted(reached, target, side="left"))
-        before = float(reached[place] - self.counts[place])
-        inside = (target - before) / float(self.counts[place]) if self.counts[place] else 0.0
-        return float(np.clip((self.first + place + inside) * self.width, self.low, self.high))
+        position = int(np.searchsorted(reached, target, side="left"))
+        before = float(reached[position] - self.counts[position])
+        inside = (target - before) / float(self.counts[position]) if self.counts[position] else 0.0
+        return float(np.clip((self.first + position + inside) * self.width, self.low, self.high))
 
     def plain(self) -> dict[str, Any]:
-        """For JSON."""
+        """Converts to JSON types."""
         if not self.total:
             return {"counts": []}
         return {
@@ -112,10 +112,10 @@ class Histogram:
 
     @classmethod
     def of_plain(cls, body: Mapping[str, Any]) -> "Histogram":
-        """From `plain`.
+        """Restores a histogram from `plain`.
 
         Raises:
-            ValueError, KeyError, TypeError: it is something else.
+            ValueError, KeyError, TypeError: `body` is not such an object.
         """
         if not body["counts"]:
             return cls()
@@ -139,24 +139,24 @@ class Histogram:
         self.first -= left
 
 
-def _place(values_N: np.ndarray, exponent: int) -> np.ndarray:
-    places_N: np.ndarray = np.floor(np.ldexp(values_N, -exponent)).astype(np.int64)
-    return places_N
+def _bin_indices(values_N: np.ndarray, exponent: int) -> np.ndarray:
+    indices_N: np.ndarray = np.floor(np.ldexp(values_N, -exponent)).astype(np.int64)
+    return indices_N
 
 
 def _exponent(low: float, high: float) -> int:
-    """Depends on the lowest and the highest number alone, and grows when they move apart."""
+    """The exponent of the bin width; depends only on the lowest and highest number and grows with their distance."""
     largest = max(abs(low), abs(high))
-    exponent = max(LEAST_EXPONENT, math.frexp(largest)[1] - PLACES) if largest else LEAST_EXPONENT
+    exponent = max(LEAST_EXPONENT, math.frexp(largest)[1] - INDEX_BITS) if largest else LEAST_EXPONENT
     ends = np.asarray([low, high])
     while True:
-        first, last = _place(ends, exponent)
+        first, last = _bin_indices(ends, exponent)
         if last - first < MAX_BINS:
             return exponent
         exponent += max(1, math.frexp((last - first + 1) / MAX_BINS)[1] - 1)
 
 
-def _summed(places: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    summed = np.zeros(int(places[-1]) + 1, dtype=np.int64)
-    np.add.at(summed, places, counts)
+def _summed(indices: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    summed = np.zeros(int(indices[-1]) + 1, dtype=np.int64)
+    np.add.at(summed, indices, counts)
     return summed

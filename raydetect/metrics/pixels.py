@@ -1,11 +1,11 @@
-"""Pixel histograms of anomaly maps with their masks, and the per-region overlap from them.
+"""Pixel histograms of anomaly maps with their masks, and the per-region overlap computed from them.
 
-Columns: normal pixels, anomalous pixels, and overlap. A region's pixels share `UNIT` among them in whole numbers: from
-the highest bin down, the part that is reached is floor(UNIT * pixels so far / pixels of the region). So a region counts
-alike whatever its size, sums stay integers (merging is exact), and overlaps are short by less than 2^-32.
+Columns: normal pixels, anomalous pixels, and overlap. The pixels of a region share `UNIT` in whole numbers: from the
+highest bin down, the cumulative part is floor(UNIT * pixels so far / pixels of the region). So every region has the
+same weight whatever its size, sums stay integers (merging is exact), and overlaps are low by less than 2^-32.
 
-Definition: regions touch at corners too; the curve is the mean overlap of all regions over the false positive rate of
-all normal pixels, a point for each bin, joined by straight lines; its area up to a limit, divided by the limit.
+Definition: regions are 8-connected; the curve is the mean overlap of all regions over the false positive rate of all
+normal pixels, with one point per bin and linear interpolation; AUPRO is its area up to a limit, divided by the limit.
 Source: Bergmann et al., "The MVTec Anomaly Detection Dataset", IJCV 2021, sec. 5.2.
 """
 
@@ -22,7 +22,7 @@ COLUMNS = 3
 
 
 def pixels_of(map_HW: np.ndarray, mask_HW: np.ndarray, limit: int) -> ScoreBins:
-    """The pixels of one map, as exact as a histogram of at most `limit` bins may be.
+    """Creates the histogram of one map's pixels, as exact as at most `limit` bins allow.
 
     Args:
         map_HW: float32, higher = more anomalous.
@@ -33,39 +33,39 @@ def pixels_of(map_HW: np.ndarray, mask_HW: np.ndarray, limit: int) -> ScoreBins:
         ValueError: the shapes differ, or a value is not finite.
     """
     if map_HW.shape != mask_HW.shape:
-        raise ValueError(f"the map is {map_HW.shape}, its mask {mask_HW.shape}; they must have one size.")
-    bins_B, place_N = np.unique(order_of(map_HW), return_inverse=True)
+        raise ValueError(f"the map has shape {map_HW.shape} and its mask {mask_HW.shape}; they must be equal.")
+    bins_B, bin_N = np.unique(order_of(map_HW), return_inverse=True)
     anomalous_HW = mask_HW != 0
     anomalous_N = anomalous_HW.ravel()
     counts_BC = np.zeros((len(bins_B), COLUMNS), np.int64)
-    counts_BC[:, NORMAL] = np.bincount(place_N[~anomalous_N], minlength=len(bins_B))
+    counts_BC[:, NORMAL] = np.bincount(bin_N[~anomalous_N], minlength=len(bins_B))
     if anomalous_N.any():
-        counts_BC[:, ANOMALOUS] = np.bincount(place_N[anomalous_N], minlength=len(bins_B))
+        counts_BC[:, ANOMALOUS] = np.bincount(bin_N[anomalous_N], minlength=len(bins_B))
         regions_HW, count = label(anomalous_HW, structure=NEIGHBOURS)
         regions_N = regions_HW.ravel()
         for region in range(1, count + 1):
-            _share(place_N[regions_N == region], counts_BC[:, OVERLAP])
+            _share(bin_N[regions_N == region], counts_BC[:, OVERLAP])
     return ScoreBins.empty(limit, COLUMNS).merge(ScoreBins(limit, 0, bins_B, counts_BC))
 
 
-def _share(place_R: np.ndarray, overlap_B: np.ndarray) -> None:
+def _share(bin_R: np.ndarray, overlap_B: np.ndarray) -> None:
     """Adds one region's UNIT to the bins of its pixels."""
-    bins, counts = np.unique(place_R, return_counts=True)
-    reached = np.cumsum(counts[::-1].astype(object)) * UNIT // len(place_R)  # Python integers: no overflow
+    bins, counts = np.unique(bin_R, return_counts=True)
+    reached = np.cumsum(counts[::-1].astype(object)) * UNIT // len(bin_R)  # Python integers: no overflow
     overlap_B[bins[::-1]] += np.diff(reached.astype(np.int64), prepend=0)
 
 
 def aupro_of(parts: list[ScoreBins], fpr_limit: float) -> Figure:
-    """Area under the mean per-region overlap up to a false positive rate; see the top of this module.
+    """Area under the mean per-region overlap up to a false positive rate, as defined in the module docstring.
 
-    Between two points of the curve the exact one only rises, so it stays in the box of the two.
+    The exact curve is monotone, so between two points it stays inside the box they span.
 
     Args:
-        parts: pixel histograms that belong together.
+        parts: pixel histograms to evaluate together.
         fpr_limit: in (0, 1].
 
     Raises:
-        ValueError: no region, no normal pixel, or a bad limit.
+        ValueError: there is no region or no normal pixel, or the limit is invalid.
     """
     if not 0 < fpr_limit <= 1:
         raise ValueError(f"fpr_limit = {fpr_limit}: must be in (0, 1].")
@@ -83,7 +83,7 @@ def aupro_of(parts: list[ScoreBins], fpr_limit: float) -> Figure:
 
 
 def _area(rate: np.ndarray, covered: np.ndarray, limit: float) -> tuple[float, float]:
-    """(area by trapezoids, what the boxes allow beside it), both over the limit."""
+    """(area by the trapezoidal rule, its error bound from the boxes), both divided by the limit."""
     inside = int(np.searchsorted(rate, limit, side="right"))
     x, y = rate[:inside], covered[:inside]
     loss = float(np.sum(np.diff(x) * np.diff(y))) / 2

@@ -1,8 +1,8 @@
-"""What evaluation keeps of a labelled archive: summaries by category and defect that merge, and the figures from them.
+"""Mergeable summaries of a labelled archive by category and defect, from which evaluation computes its metrics.
 
 Memory is bounded by the number of categories and defects, not of images: see `score_bins`. Image scores are exact up to
-IMAGE_BINS distinct ones in each group. For the intervals of pixel figures, images are dealt by a hash of their key to
-BLOCKS blocks with coarse histograms of their own, which are drawn instead of images.
+IMAGE_BINS distinct ones in each group. For the intervals of pixel metrics, images are assigned by a hash of their key
+to BLOCKS blocks with coarse histograms of their own, which are resampled instead of images.
 """
 
 import zlib
@@ -19,7 +19,7 @@ IMAGE_BINS, PIXEL_BINS, BLOCK_BINS, BLOCKS = 1 << 18, 1 << 16, 1 << 11, 16
 
 @dataclass(frozen=True, slots=True, order=True)
 class Group:
-    """Images of one category, label and kind of defect; "" where the archive says nothing."""
+    """Images of one category, label and kind of defect; "" where the archive gives none."""
 
     category: str
     label: int
@@ -28,7 +28,7 @@ class Group:
 
 @dataclass(slots=True)
 class Summary:
-    """One group: image scores, pixels, pixels by block, and images whose mask is not known."""
+    """Summary of one group: image scores, pixels, pixels by block, and number of images without a known mask."""
 
     images: Tally = field(default_factory=lambda: Tally(IMAGE_BINS))
     pixels: Tally = field(default_factory=lambda: Tally(PIXEL_BINS, COLUMNS))
@@ -36,7 +36,7 @@ class Summary:
     without_mask: int = 0
 
     def add(self, key: str, image: ScoreBins, pixels: ScoreBins | None) -> None:
-        """Takes one image."""
+        """Adds one image."""
         self.images.add(image)
         if pixels is not None:
             self.pixels.add(pixels)
@@ -44,7 +44,7 @@ class Summary:
             self.blocks.setdefault(block, Tally(BLOCK_BINS, COLUMNS)).add(pixels)
 
     def take(self, other: "Summary") -> None:
-        """Adds another one; the order does not matter."""
+        """Adds another summary; the order does not matter."""
         self.images.add(other.images.whole())
         self.pixels.add(other.pixels.whole())
         for number, block in other.blocks.items():
@@ -61,14 +61,14 @@ class Quality:
     def add(
         self, group: Group, key: str, image_score: float, map_HW: np.ndarray | None, mask_HW: np.ndarray | None
     ) -> None:
-        """Takes one image.
+        """Adds one image.
 
         Args:
-            group: where it belongs.
-            key: of the image; deals it to its block.
+            group: the image's group.
+            key: of the image; determines its block.
             image_score: raw.
-            map_HW: anomaly map, None when pixels are not judged.
-            mask_HW: of the map's size, None when it is not known.
+            map_HW: anomaly map, None if pixels are not evaluated.
+            mask_HW: of the map's size, None if unknown.
 
         Raises:
             ValueError: a score or value is not finite, or the sizes differ.
@@ -80,7 +80,7 @@ class Quality:
         summary.without_mask += map_HW is not None and mask_HW is None
 
     def merge(self, other: "Quality") -> "Quality":
-        """Both together; the order does not matter."""
+        """Merges both into a new object; the order does not matter."""
         both = Quality()
         for part in (self, other):
             for group, summary in part.groups.items():
@@ -89,11 +89,11 @@ class Quality:
 
     @property
     def categories(self) -> list[str]:
-        """Sorted."""
+        """Names of the categories, sorted."""
         return sorted({group.category for group in self.groups})
 
     def of(self, category: str, defect: str | None = None) -> "Quality":
-        """The groups of a category; with a defect, of that defect and of all normal images."""
+        """The groups of a category; with `defect`, those of that defect and of all normal images."""
         return Quality(
             {
                 group: summary
@@ -107,12 +107,12 @@ class Quality:
         return sorted({g.defect for g in self.groups if g.category == category and g.label == 1 and g.defect})
 
     def summaries(self, label: int | None = None) -> list[Summary]:
-        """Of one label or all, in order of groups."""
+        """Summaries of one label or all, in order of their groups."""
         return [self.groups[group] for group in sorted(self.groups) if label is None or group.label == label]
 
 
 def counted(quality: Quality) -> Mapping[str, int]:
-    """How many images there are of each label, and how many lack a mask."""
+    """Number of images of each label, and number without a mask."""
     return {
         "normal": sum(s.images.whole().total for s in quality.summaries(0)),
         "anomalous": sum(s.images.whole().total for s in quality.summaries(1)),

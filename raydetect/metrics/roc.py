@@ -1,10 +1,10 @@
-"""Ranking quality of scores against labels, exact with ties."""
+"""Ranking metrics of scores against labels, exact with ties."""
 
 import numpy as np
 
 
 def auroc(labels_N: np.ndarray, scores_N: np.ndarray) -> float:
-    """Area under the ROC curve: the chance that an anomalous item outranks a normal one, ties counting half.
+    """Area under the ROC curve: the probability that an anomalous item outranks a normal one, ties counting half.
 
     Exact (Mann-Whitney U by average ranks); sorts, so O(N log N).
 
@@ -23,14 +23,14 @@ def auroc(labels_N: np.ndarray, scores_N: np.ndarray) -> float:
 
 
 def _average_ranks(scores_N: np.ndarray) -> np.ndarray:
-    """Places from 1, ascending; ties share their mean. scipy.stats has this and takes half a second to load."""
-    _, place_N, counts_U = np.unique(scores_N, return_inverse=True, return_counts=True)
+    """Ranks from 1, ascending; ties get their mean rank. scipy.stats has this, but takes half a second to import."""
+    _, index_N, counts_U = np.unique(scores_N, return_inverse=True, return_counts=True)
     mean_U: np.ndarray = np.cumsum(counts_U) - (counts_U - 1) / 2
-    return mean_U[place_N]
+    return mean_U[index_N]
 
 
 def average_precision(labels_N: np.ndarray, scores_N: np.ndarray) -> float:
-    """Sum over thresholds of precision times the step in recall; ties are one threshold.
+    """Sum over thresholds of precision times the step in recall; tied scores share one threshold.
 
     Args:
         labels_N: 0 normal, 1 anomalous.
@@ -49,7 +49,7 @@ def average_precision(labels_N: np.ndarray, scores_N: np.ndarray) -> float:
 
 
 def checked(labels_N: np.ndarray, scores_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Labels as int64 and scores as float64.
+    """Validates labels and scores; returns them as int64 and float64.
 
     Raises:
         ValueError: a class is missing, the lengths differ, or a score is not finite.
@@ -57,9 +57,9 @@ def checked(labels_N: np.ndarray, scores_N: np.ndarray) -> tuple[np.ndarray, np.
     labels_N = np.asarray(labels_N).astype(np.int64).ravel()
     scores_N = np.asarray(scores_N, dtype=np.float64).ravel()
     if len(labels_N) != len(scores_N):
-        raise ValueError(f"{len(labels_N)} labels and {len(scores_N)} scores; one each is needed.")
+        raise ValueError(f"{len(labels_N)} labels and {len(scores_N)} scores; give one label for each score.")
     if set(np.unique(labels_N)) != {0, 1}:
-        raise ValueError("labels must hold both 0 and 1; ranking quality is not defined for one class.")
+        raise ValueError("labels must contain both 0 and 1; ranking metrics are undefined for one class.")
     if not np.isfinite(scores_N).all():
-        raise ValueError("a score is NaN or infinite. Leave failed images out by their status.")
+        raise ValueError("a score is NaN or infinite. Exclude failed images by their status.")
     return labels_N, scores_N

@@ -1,1 +1,1 @@
-"""Reports: what a results directory holds, as one HTML file for people."""
+"""Reports: a results directory as one HTML file."""

@@ -1,4 +1,4 @@
-"""Inline SVG charts. Colours are variables of the page, so that they follow light, dark and print."""
+"""Inline SVG charts. Colours are CSS variables of the page, so that charts follow its light, dark and print styles."""
 
 import math
 from collections.abc import Sequence
@@ -9,17 +9,17 @@ from markupsafe import Markup
 WIDTH, HEIGHT = 480, 220
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 14, 34
 TICKS = 5
-LETTER_PX = 6.3  # about, of the axis texts
+LETTER_PX = 6.3  # approximate, of the axis labels
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Counts or shares of one kind.
+    """A data series of counts or shares.
 
     Attributes:
-        name: for the legend.
-        tone: class that the page colours: `one`, `two`, `good`, `bad` or `quiet`.
-        values: one for each place; NaN is a gap.
+        name: name in the legend.
+        tone: CSS class for the colour: `one`, `two`, `good`, `bad` or `quiet`.
+        values: one value per x position; NaN is a gap.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Series:
 
 @dataclass(slots=True)
 class Plot:
-    """A frame with axes, into which shapes are drawn; `x` runs over [x_low, x_high], `y` over [0, y_high]."""
+    """A plot with axes to draw shapes into; `x` covers [x_low, x_high], `y` covers [0, y_high]."""
 
     title: str
     x_low: float
@@ -39,18 +39,18 @@ class Plot:
     parts: list[Markup] = field(default_factory=list)
 
     def x(self, value: float) -> float:
-        """Place of an x value in px."""
+        """Converts an x value to px."""
         span = (self.x_high - self.x_low) or 1.0
         return LEFT + (value - self.x_low) / span * (WIDTH - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
-        """Place of a y value in px; on a square-root scale small counts stay visible beside large ones."""
+        """Converts a y value to px; a square-root scale keeps small counts visible beside large ones."""
         share = min(max(value / (self.y_high or 1.0), 0.0), 1.0)
         share = math.sqrt(share) if self.root else share
         return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
     def bar(self, start: float, stop: float, low: float, high: float, tone: str, says: str) -> None:
-        """A bar from `low` to `high`, with a text that shows when it is pointed at."""
+        """Draws a bar from `low` to `high` with a tooltip."""
         left, right = self.x(start), self.x(stop)
         width = max(right - left - (1.0 if right - left > 4 else 0.0), 0.8)
         top, bottom = self.y(high), self.y(low)
@@ -61,51 +61,51 @@ class Plot:
             )  # fmt: skip
 
     def line(self, points: Sequence[tuple[float, float]], tone: str, dots: Sequence[str] = ()) -> None:
-        """A line through points in axis values; `dots` are texts of marks on them."""
-        placed = [(self.x(x), self.y(y)) for x, y in points]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
+        """Draws a line through points given in axis values; `dots` are tooltips of markers on them."""
+        pixels = [(self.x(x), self.y(y)) for x, y in points]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in pixels)
         self.parts.append(Markup('<polyline class="{}" points="{}"/>').format(f"line {tone}", path))
-        for (x, y), says in zip(placed, dots, strict=False):
+        for (x, y), says in zip(pixels, dots, strict=False):
             self.parts.append(
                 Markup('<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="3"><title>{}</title></circle>')
                 .format(tone, x, y, says)
             )  # fmt: skip
 
     def upright(self, value: float, says: str) -> None:
-        """A vertical mark with its text, when it lies inside."""
+        """Draws a labelled vertical line if it lies within the axis range."""
         if not self.x_low <= value <= self.x_high:
             return
-        at = self.x(value)
-        at_right = at + LETTER_PX * len(says) + 6 > WIDTH - RIGHT
-        beside, anchor = (at - 5, "end") if at_right else (at + 5, "start")
+        x_px = self.x(value)
+        near_edge = x_px + LETTER_PX * len(says) + 6 > WIDTH - RIGHT
+        beside, anchor = (x_px - 5, "end") if near_edge else (x_px + 5, "start")
         self.parts.append(
             Markup('<line class="mark" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>'
                    '<text class="said" x="{3:.1f}" y="{4}" text-anchor="{5}">{6}</text>')
-            .format(at, TOP, HEIGHT - BOTTOM, beside, TOP + 9, anchor, says)
+            .format(x_px, TOP, HEIGHT - BOTTOM, beside, TOP + 9, anchor, says)
         )  # fmt: skip
 
     def level(self, value: float, says: str) -> None:
-        """A dashed horizontal mark."""
-        at = self.y(value)
+        """Draws a dashed horizontal line."""
+        y_px = self.y(value)
         self.parts.append(
             Markup('<line class="mark" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"><title>{}</title></line>')
-            .format(LEFT, WIDTH - RIGHT, at, at, says)
+            .format(LEFT, WIDTH - RIGHT, y_px, y_px, says)
         )  # fmt: skip
 
     def svg(self, x_ticks: Sequence[tuple[float, str]], x_name: str, percent: bool = False) -> Markup:
-        """The chart."""
+        """Renders the chart as SVG."""
         axis = [_y_tick(self, value, percent) for value in nice_ticks(0.0, self.y_high, 4)]
-        places = [
+        tick_labels = [
             Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(self.x(v), HEIGHT - BOTTOM + 14, t)
             for v, t in x_ticks
         ]
-        named = Markup('<text class="name" x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
+        axis_label = Markup('<text class="name" x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
             (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, x_name
         )
         base = Markup('<line class="base" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(
             LEFT, WIDTH - RIGHT, HEIGHT - BOTTOM, HEIGHT - BOTTOM
         )
-        inner = Markup("").join([*axis, *self.parts, base, *places, named])
+        inner = Markup("").join([*axis, *self.parts, base, *tick_labels, axis_label])
         return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
             WIDTH, HEIGHT, self.title, inner
         )
@@ -131,7 +131,7 @@ def nice_ticks(low: float, high: float, most: int = TICKS) -> list[float]:
 
 
 def tick_texts(values: Sequence[float]) -> list[tuple[float, str]]:
-    """Ticks with texts."""
+    """Ticks with their labels."""
     return [(value, short(value)) for value in values]
 
 
@@ -144,7 +144,7 @@ def short(value: float) -> str:
 
 
 def legend(series: Sequence[Series]) -> Markup:
-    """Names beside their colours."""
+    """A legend: names beside their colours."""
     return Markup("").join(
-        Markup('<span class="key"><i class="{}"></i>{}</span>').format(one.tone, one.name) for one in series
+        Markup('<span class="key"><i class="{}"></i>{}</span>').format(item.tone, item.name) for item in series
     )

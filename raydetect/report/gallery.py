@@ -1,4 +1,4 @@
-"""The cards of a report: an image, its overlay and what its row says, small enough to stand in the page itself."""
+"""The cards of a report: an image, its overlay and its row, small enough to embed in the page."""
 
 import base64
 import io
@@ -13,6 +13,7 @@ from raydetect.errors import MemberError, RaydetectError
 from raydetect.report.pictures import Pictures, why_not
 
 SIDE_PX, QUALITY = 360, 78
+DRAWN_PX = 1024  # the longest side of an image over which a heatmap is drawn
 JPEG_URI = "data:image/jpeg;base64,"
 
 
@@ -21,13 +22,13 @@ class Card:
     """One image of the gallery.
 
     Attributes:
-        place: 1 for the most anomalous.
-        name: of the member, without its container.
+        place: rank; 1 is the most anomalous.
+        name: member name, without its container.
         shard: URI of the container or folder.
-        product: the category, where the name does not tell it.
-        image: data URI of a small picture, "" when there is none.
-        overlay: the same with the heatmap drawn over it.
-        note: why a picture is missing, else "".
+        product: the category, unless it is part of the name.
+        image: data URI of a thumbnail, "" if there is none.
+        overlay: the same with the heatmap overlaid.
+        note: the reason if a picture is missing, else "".
     """
 
     place: int
@@ -47,18 +48,18 @@ class Card:
 
 
 def cards(rows: Sequence[Mapping[str, Any]], pictures: Pictures) -> list[Card]:
-    """A card for every row, in their order; images are read container by container."""
-    made: dict[int, Card] = {}
-    for place in sorted(range(len(rows)), key=lambda i: (rows[i]["image_uri"].partition("::")[2], i)):
-        made[place] = _card(place + 1, rows[place], pictures)
-    return [made[place] for place in range(len(rows))]
+    """One card per row, in the order of the rows; images are read container by container."""
+    found: dict[int, Card] = {}
+    for index in sorted(range(len(rows)), key=lambda i: (rows[i]["image_uri"].partition("::")[2], i)):
+        found[index] = _card(index + 1, rows[index], pictures)
+    return [found[index] for index in range(len(rows))]
 
 
 def _card(place: int, row: Mapping[str, Any], pictures: Pictures) -> Card:
     notes: list[str] = []
     image = overlay = None
     try:
-        image = pictures.decoded(pictures.encoded(row["image_uri"]))
+        image = pictures.decoded(pictures.encoded(row["image_uri"]), DRAWN_PX)
     except (MemberError, RaydetectError) as error:
         notes.append(f"No image: {why_not(error)}")
     try:
@@ -86,7 +87,7 @@ def _card(place: int, row: Mapping[str, Any], pictures: Pictures) -> Card:
 
 
 def data_uri(picture: Image.Image | None) -> str:
-    """A small JPEG as data URI; "" for none."""
+    """A JPEG thumbnail as a data URI; "" for None."""
     if picture is None:
         return ""
     small = picture.copy()

@@ -1,7 +1,7 @@
-"""A report as one HTML file that needs no network: the template, its styles and its script, filled in.
+"""Renders a report as one self-contained HTML file from a template, its styles and its script.
 
-Everything that comes from outside passes through jinja2's escaping, and a content security policy lets nothing run but
-the page's own script, by its digest.
+All values from outside are escaped by jinja2, and a content security policy allows only the page's own script, by its
+digest.
 """
 
 import base64
@@ -21,16 +21,16 @@ from raydetect.report.pictures import Pictures
 from raydetect.report.run_charts import Figure, distribution_figure, p_limit, timeline_figure
 from raydetect.report.tally import MAX_BAD_PER_STATUS, CategorySums, Tally
 from raydetect.sinks.ledger import Ledger
-from raydetect.sinks.results import labelled_auroc, notes_text
+from raydetect.sinks.run_progress import fdr_text, labelled_auroc, notes_text
 
-MAX_LABELLED = 1_000_000  # above it the AUROC, which needs all labelled scores at once, is left out
+MAX_LABELLED = 1_000_000  # omit the AUROC above, as it needs all labelled scores in memory
 MAX_CATEGORY_ROWS = 300
-SPEC_LETTERS = 20_000
+MAX_SPEC_LENGTH = 20_000
 
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """A figure of the head of a page."""
+    """A key figure at the top of the page."""
 
     name: str
     value: str
@@ -40,14 +40,14 @@ class Fact:
 
 @dataclass(frozen=True, slots=True)
 class Extra:
-    """What an audit adds to the report of its night.
+    """Section that an audit adds to the report of a night.
 
     Attributes:
-        title: of the page.
+        title: title of the page.
         verdict: one sentence.
-        alarm: whether it is bad news.
-        rules: (rule, outcome, what it was judged by).
-        measures: (measure, this night, baseline, how far apart).
+        alarm: whether the verdict is an alarm.
+        rules: (rule, outcome, values behind the outcome).
+        measures: (measure, this night, baseline, difference).
         figures: drift charts.
         note: what the night is compared with.
     """
@@ -64,21 +64,21 @@ class Extra:
 def render(
     ledger: Ledger, run: Mapping[str, Any], found: Tally, pictures: Pictures, detector: str, extra: Extra | None = None
 ) -> str:
-    """The page of a results directory; the same results give the same page.
+    """Renders the page of a results directory; the same results give the same page.
 
     Args:
-        ledger: of the results directory.
-        run: its `run.json`.
-        found: its rows, counted.
+        ledger: ledger of the results directory.
+        run: content of its `run.json`.
+        found: tally of its rows.
         pictures: opens the images and heatmaps of the gallery.
-        detector: what the artifact is, for the head.
-        extra: of an audit.
+        detector: description of the detector, shown at the top.
+        extra: section of an audit.
     """
     environment = Environment(
         loader=FunctionLoader(_part), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     script, style = _part("report.js"), _part("report.css")
-    gallery = cards(found.foremost.rows(), pictures)
+    gallery = cards(found.top_images.rows(), pictures)
     manifest = ledger.manifest()
     figures = [distribution_figure(found, p_limit(run, manifest)), timeline_figure(found.timeline)]
     return environment.get_template("report.html").render(
@@ -86,7 +86,7 @@ def render(
         script=script,
         style=style,
         policy=_policy(script),
-        scored=_scored(run, detector),
+        scored=_scored(run, detector, manifest),
         facts=facts(ledger, run, found, manifest),
         finished=found.totals.shards >= int(run["num_shards"]),
         shards_left=int(run["num_shards"]) - found.totals.shards,
@@ -102,7 +102,7 @@ def render(
         left_out=[(REASONS.get(why, why), entry) for why, entry in sorted(found.totals.left_out.found.items())],
         notes=notes_text(found.totals.notes),
         box=_box(ledger, run, found, manifest),
-        spec=yaml.safe_dump(run["spec"], sort_keys=False, allow_unicode=True)[:SPEC_LETTERS],
+        spec=yaml.safe_dump(run["spec"], sort_keys=False, allow_unicode=True)[:MAX_SPEC_LENGTH],
         packages=sorted(run.get("packages", {}).items()),
         version=__version__,
         extra=extra,
@@ -110,10 +110,10 @@ def render(
 
 
 def facts(ledger: Ledger, run: Mapping[str, Any], found: Tally, manifest: Mapping[str, Any] | None) -> list[Fact]:
-    """The figures of the head."""
+    """Returns the key figures at the top of the page."""
     totals = found.totals
     bad = _percent(totals.bad_rows, totals.rows)
-    made = [
+    figures = [
         Fact("images", f"{totals.rows:,}", f"in {totals.shards:,} of {int(run['num_shards']):,} shards"),
         _flagged(run, found, manifest),
         Fact("without a score", f"{totals.bad_rows:,}", bad, "bad" if totals.bad_rows else ""),
@@ -121,8 +121,8 @@ def facts(ledger: Ledger, run: Mapping[str, Any], found: Tally, manifest: Mappin
     ]
     quality = labelled_auroc(ledger) if 0 < totals.labelled <= MAX_LABELLED else None
     if quality is not None:
-        made.append(Fact("image AUROC", f"{quality[0]:.4f}", f"over {quality[1]:,} labelled images"))
-    return made
+        figures.append(Fact("image AUROC", f"{quality[0]:.4f}", f"over {quality[1]:,} labelled images"))
+    return figures
 
 
 def _flagged(run: Mapping[str, Any], found: Tally, manifest: Mapping[str, Any] | None) -> Fact:
@@ -132,12 +132,14 @@ def _flagged(run: Mapping[str, Any], found: Tally, manifest: Mapping[str, Any] |
         if manifest is None:
             return Fact("flagged", "open", "decided when all shards are committed (flag.fdr)")
         fdr = manifest["fdr"]
-        note += f"; of these at most {100 * fdr['false_share']:.2f} % expected normal, asked {100 * fdr['level']:g} %"
+        if fdr["p_threshold"] is None:
+            return Fact("flagged", "0", fdr_text(fdr))
+        note += f"; at most {100 * fdr['false_share']:.2f} % of these expected normal, limit {100 * fdr['level']:g} %"
     return Fact("flagged", f"{totals.flagged:,}", note, "bad" if totals.flagged else "")
 
 
 def _category_rows(found: Tally) -> list[tuple[str, CategorySums, str]]:
-    """The categories with the largest flagged share first; none when images have no category."""
+    """Rows of the category table, largest flagged share first; empty if images have no category."""
     if set(found.categories) <= {""}:
         return []
     order = sorted(found.categories.items(), key=lambda item: (-item[1].flagged / max(item[1].images, 1), item[0]))
@@ -148,17 +150,27 @@ def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.3g} % of images" if whole else ""
 
 
-def _scored(run: Mapping[str, Any], detector: str) -> list[tuple[str, str]]:
+def _scored(run: Mapping[str, Any], detector: str, manifest: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     spec = run["spec"]
     uris = spec["source"]["uri"]
-    flag = spec["flag"]
-    by_score = f"image score at least {flag['threshold']}"
-    rule = by_score if flag.get("alpha") is None else f"p-value at most {flag['alpha']}"
     return [
         ("Source", uris if isinstance(uris, str) else ", ".join(uris)),
         ("Detector", f"{detector}, {spec['artifact']}"),
-        ("Flagged when", rule),
+        ("Flagged when", _rule(spec["flag"], manifest)),
     ]
+
+
+def _rule(flag: Mapping[str, Any], manifest: Mapping[str, Any] | None) -> str:
+    """Describes the flagging rule of the job, with the resulting limit for a rule over the whole archive."""
+    if flag.get("fdr") is not None:
+        rule = f"false discovery rate at most {100 * flag['fdr']:g} % over the whole archive (Benjamini-Hochberg)"
+        if manifest is None:
+            return f"{rule}; decided when all shards are committed"
+        limit = manifest["fdr"]["p_threshold"]
+        return f"{rule}: p-value at most {limit:.6g}" if limit is not None else f"{rule}: no p-value is small enough"
+    if flag.get("alpha") is not None:
+        return f"p-value at most {flag['alpha']}"
+    return f"image score at least {flag['threshold']}"
 
 
 def _box(
@@ -176,7 +188,7 @@ def _box(
 
 
 def _short_name(uri: str) -> str:
-    """The last two names of a path, which tell runs apart."""
+    """Returns the last two names of a path, enough to distinguish runs."""
     return "/".join(uri.partition("://")[2].rstrip("/").split("/")[-2:]) or uri
 
 

@@ -1,6 +1,5 @@
-"""Pictures of rows: the image from its archive, and its heatmap from the results directory."""
+"""Pictures of rows: images from the archive and heatmaps from the results directory."""
 
-import io
 import re
 import zipfile
 from collections.abc import Callable, Mapping
@@ -11,20 +10,22 @@ import fsspec
 import numpy as np
 from PIL import Image
 
+from raydetect.config import StorageOptions
 from raydetect.errors import MemberError, RaydetectError, SpecError, StorageError
-from raydetect.sinks.heatmaps import overlay_png, read_map_png
+from raydetect.images.decode import decode_image
+from raydetect.images.opening import DecodeRules
+from raydetect.sinks.heatmaps import overlay_png, read_map_png, read_png
 from raydetect.sinks.ledger import Ledger
-from raydetect.spec import StorageOptions
 from raydetect.storage import Storage, check_uri, join_uri, translate
-from raydetect.worker.preprocess import DecodeRules, decode_image
 
+MAX_HEATMAP_BYTES = 256 << 20
 CONTAINERS = ("tar", "zip", "parquetrow", "member", "tarzst")
 HEATMAP = re.compile(r"zip://(\d{6,}\.png)::.*/heatmaps/(\d{5,}-\d{4,}\.zip)")
 
 
 @dataclass(frozen=True, slots=True)
 class MapScale:
-    """What 0 and 65535 of a heatmap of style `map` stand for."""
+    """The scores that 0 and 65535 stand for in a heatmap of style `map`."""
 
     low: float
     high: float
@@ -32,13 +33,13 @@ class MapScale:
 
 @dataclass(slots=True)
 class Pictures:
-    """Opens what rows point to. Keeps the last container open: ask for the rows of one container together.
+    """Opens the files that rows point to. Keeps the last container open, so query rows container by container.
 
     Attributes:
-        ledger: of the results directory, where heatmaps are looked for wherever they were written first.
+        ledger: ledger of the results directory; heatmaps are read from there even if it was moved.
         run: its `run.json`.
-        storage: reaches the archive.
-        allows: whether the file of this URI may be read; rows may name any.
+        storage: storage of the archive.
+        allows: whether the file at a URI may be read, as rows may contain any URI.
     """
 
     ledger: Ledger
@@ -50,40 +51,44 @@ class Pictures:
     _maps: dict[str, MapScale] = field(default_factory=dict)
 
     def encoded(self, image_uri: str) -> bytes:
-        """The encoded bytes of an image, from an fsspec URL of raydetect's own kinds.
+        """Reads the encoded bytes of an image from an fsspec URL with one of raydetect's schemes.
 
         Raises:
-            StorageError, SpecError: it cannot be read, may not be, or is a URL of another kind.
+            StorageError, SpecError: it cannot be read, is not allowed, or has another scheme.
         """
         inner, chained, container = image_uri.partition("::")
+        limit = int(self.run["spec"]["source"]["max_image_bytes"])
         if not self.allows(container if chained else image_uri):
-            raise StorageError(f"{image_uri}: images are not read from there.")
+            raise StorageError(f"{image_uri}: reading images from there is not allowed.")
         if not chained:
             return self.storage.read(image_uri)
-        scheme, _, path = inner.partition("://")
+        scheme, _, member = inner.partition("://")
         if scheme not in CONTAINERS:
-            raise SpecError(f"{image_uri}: {scheme!r} is no container of raydetect. Known: {', '.join(CONTAINERS)}.")
+            raise SpecError(f"{image_uri}: unknown container {scheme!r}. Known: {', '.join(CONTAINERS)}.")
         check_uri(container)
         try:
-            data: bytes = self._archive(scheme, container).cat_file(path)
+            with self._archive(scheme, container).open(member, "rb") as handle:
+                data: bytes = handle.read(limit + 1)
         except RaydetectError:
             raise
         except Exception as error:
             raise translate(image_uri, "read", error) from error
+        if len(data) > limit:
+            raise StorageError(f"{image_uri}: is of more than source.max_image_bytes = {limit:,}.")
         return data
 
-    def decoded(self, data: bytes) -> Image.Image:
-        """An encoded image of the run at its own size, by the rules of the run.
+    def decoded(self, data: bytes, longest_px: int | None = None) -> Image.Image:
+        """Decodes an image of the run at its original size, or no longer than `longest_px`, with the run's settings.
 
         Raises:
             MemberError: it cannot be decoded.
         """
         source = self.run["spec"]["source"]
         rules = DecodeRules(int(source["max_pixels"]), source["exif_orientation"] == "apply")
-        return decode_image(data, rules)
+        return decode_image(data, rules, longest_px)
 
     def heatmap(self, row: Mapping[str, Any]) -> bytes | None:
-        """The stored PNG of a row, None when it has none.
+        """The stored heatmap PNG of a row; None if it has none.
 
         Raises:
             StorageError: it is missing or damaged.
@@ -92,16 +97,18 @@ class Pictures:
             return None
         found = HEATMAP.fullmatch(row["heatmap_uri"])
         if found is None:
-            raise StorageError(f"{row['heatmap_uri']!r}: is no heatmap of a results directory.")
-        place = join_uri(self.ledger.uri, "heatmaps", found.group(2))
+            raise StorageError(f"{row['heatmap_uri']!r}: is not a heatmap of a results directory.")
+        path = join_uri(self.ledger.uri, "heatmaps", found.group(2))
         try:
-            with self.ledger.storage.open(place) as handle, zipfile.ZipFile(handle) as archive:
+            with self.ledger.storage.open(path) as handle, zipfile.ZipFile(handle) as archive:
+                if archive.getinfo(found.group(1)).file_size > MAX_HEATMAP_BYTES:
+                    raise zipfile.BadZipFile("a heatmap that is too large")
                 return archive.read(found.group(1))
         except (KeyError, zipfile.BadZipFile, OSError) as error:
-            raise StorageError(f"{place}: holds no {found.group(1)} ({type(error).__name__}).") from None
+            raise StorageError(f"{path}: holds no {found.group(1)} ({type(error).__name__}).") from None
 
     def anomaly_map(self, row: Mapping[str, Any]) -> np.ndarray | None:
-        """The stored anomaly map of a row, (H, W) float32; None when it has none.
+        """The stored anomaly map of a row, (H, W) float32; None if it has none.
 
         Raises:
             StorageError: it is missing or damaged, or the run stored overlays.
@@ -115,7 +122,7 @@ class Pictures:
         return read_map_png(data, scale.low, scale.high)
 
     def overlay(self, row: Mapping[str, Any], image: Image.Image | None) -> Image.Image | None:
-        """The image with its heatmap drawn over it; None when no heatmap is stored, or a map without its image.
+        """The image with its heatmap overlaid; None if no heatmap is stored, or only a map without its image.
 
         Raises:
             StorageError: the heatmap is missing or damaged.
@@ -141,12 +148,12 @@ class Pictures:
 
 
 def heatmap_style(run: Mapping[str, Any]) -> str:
-    """`overlay` or `map`."""
+    """The heatmap style of a run: `overlay` or `map`."""
     return str(run["spec"]["sink"]["style"])
 
 
 def map_scale(run: Mapping[str, Any], category: str | None) -> MapScale:
-    """The scale of a category's heatmaps."""
+    """The heatmap scale of a category."""
     scale = run["heatmap_scale"]
     found = scale.get("categories", {}).get(category, scale)
     return MapScale(float(found["low"]), float(found["high"]))
@@ -154,11 +161,11 @@ def map_scale(run: Mapping[str, Any], category: str | None) -> MapScale:
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """How to get at what a run was made from.
+    """Storages of a run's inputs.
 
     Attributes:
-        source: its archive.
-        models: its artifact.
+        source: storage of the archive.
+        models: storage of the artifact.
     """
 
     source: Storage
@@ -166,25 +173,21 @@ class Reach:
 
 
 def reach_of(run: Mapping[str, Any]) -> Reach:
-    """By the public words of the run's job; keys come from the environment."""
+    """Storages from the public settings of the run's job; credentials come from the environment."""
     spec = run["spec"]
     return Reach(_public(spec["source"].get("storage") or spec.get("storage")), _public(spec.get("storage")))
 
 
-def _public(words: Mapping[str, Any] | None) -> Storage:
+def _public(options: Mapping[str, Any] | None) -> Storage:
     known = StorageOptions().public()
-    return Storage(StorageOptions(**{name: (words or {}).get(name, default) for name, default in known.items()}))
+    return Storage(StorageOptions(**{name: (options or {}).get(name, default) for name, default in known.items()}))
 
 
 def why_not(error: MemberError | RaydetectError) -> str:
-    """A short reason for a picture that is missing."""
+    """A short reason for a missing picture."""
     return str(error)[:200]
 
 
 def _png(data: bytes) -> Image.Image:
-    try:
-        picture = Image.open(io.BytesIO(data), formats=("PNG",))
-        picture.load()
-    except Exception as error:
-        raise StorageError(f"a heatmap is no whole PNG ({type(error).__name__}).") from None
+    picture = read_png(data)
     return picture.convert("RGB") if picture.mode != "RGB" else picture

@@ -1,4 +1,4 @@
-"""The charts of a run: how its scores are distributed, and what was flagged along its shards."""
+"""The charts of a run: the distribution of its scores, and flagged images by shard."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ LABELS = {None: ("images", "one"), 0: ("labelled normal", "good"), 1: ("labelled
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A chart with what stands around it."""
+    """A chart with its title, legend and note."""
 
     title: str
     svg: Markup
@@ -28,38 +28,41 @@ class Figure:
 
 
 def distribution_figure(tally: Tally, p_limit: float | None) -> Figure | None:
-    """Histogram of the scores by label, with the threshold; None when no image has a score."""
+    """Histogram of the scores by label, with the threshold; None if no image has a score."""
     shown = {label: found for label, found in tally.distributions.items() if found.total}
     if not shown:
         return None
-    grid = _common(list(shown.values()))
+    grid = _common_bins(list(shown.values()))
     first, stop = grid.first, grid.first + len(grid.counts)
-    counts = {label: _on(grid, found) for label, found in shown.items()}
+    counts = {label: _counts_on(grid, found) for label, found in shown.items()}
     plot = Plot("Distribution of scores", first * grid.width, stop * grid.width, float(grid.counts.max()), root=True)
-    for place in range(len(grid.counts)):
+    for i in range(len(grid.counts)):
         low = 0.0
         for label, values in counts.items():
-            says = f"{short((first + place) * grid.width)} to {short((first + place + 1) * grid.width)}: "
-            high = low + float(values[place])
+            tooltip = f"{short((first + i) * grid.width)} to {short((first + i + 1) * grid.width)}: "
+            high = low + float(values[i])
             plot.bar(
-                (first + place) * grid.width, (first + place + 1) * grid.width, low, high, LABELS[label][1],
-                f"{says}{int(values[place]):,} {LABELS[label][0]}",
+                (first + i) * grid.width, (first + i + 1) * grid.width, low, high, LABELS[label][1],
+                f"{tooltip}{int(values[i]):,} {LABELS[label][0]}",
             )  # fmt: skip
             low = high
-    mark, said = _decision(tally, p_limit)
+    mark, text = _decision(tally, p_limit)
     if mark is not None:
-        plot.upright(mark, said)
+        plot.upright(mark, text)
     name = "image score" if tally.measure == "image_score" else "p-value"
     svg = plot.svg(tick_texts(nice_ticks(plot.x_low, plot.x_high)), name)
     series = [Series(LABELS[label][0], LABELS[label][1], ()) for label in counts]
     return Figure(
-        f"Distribution of {name}s", svg, legend(series), _far(mark, plot, "Heights are on a square-root scale.")
+        f"Distribution of {name}s",
+        svg,
+        legend(series),
+        _with_threshold(mark, plot, "Bar heights are on a square-root scale."),
     )
 
 
-def _far(mark: float | None, plot: Plot, note: str) -> str:
+def _with_threshold(mark: float | None, plot: Plot, note: str) -> str:
     inside = mark is None or not math.isfinite(mark) or plot.x_low <= mark <= plot.x_high
-    return note if inside else f"The threshold, {mark:.4g}, lies outside of the scores. {note}"
+    return note if inside else f"The threshold, {mark:.4g}, lies outside the range of scores. {note}"
 
 
 def _decision(tally: Tally, p_limit: float | None) -> tuple[float | None, str]:
@@ -70,38 +73,38 @@ def _decision(tally: Tally, p_limit: float | None) -> tuple[float | None, str]:
     return tally.threshold, f"threshold {tally.threshold:.4g}"
 
 
-def _common(found: Sequence[Histogram]) -> Histogram:
+def _common_bins(found: Sequence[Histogram]) -> Histogram:
     merged = Histogram()
     for one in found:
         merged.merge(one)
     return merged.with_bins(BARS)
 
 
-def _on(grid: Histogram, found: Histogram) -> np.ndarray:
-    mine = found.coarsened(grid.exponent)
+def _counts_on(grid: Histogram, found: Histogram) -> np.ndarray:
+    coarse = found.coarsened(grid.exponent)
     counts = np.zeros(len(grid.counts), dtype=np.int64)
-    start = mine.first - grid.first
-    counts[start : start + len(mine.counts)] = mine.counts
+    start = coarse.first - grid.first
+    counts[start : start + len(coarse.counts)] = coarse.counts
     return counts
 
 
 def timeline_figure(timeline: Timeline) -> Figure | None:
-    """Shares of flagged and of bad images along the shards; None without images."""
+    """Shares of flagged and of bad images by shard; None without images."""
     spans = timeline.spans
     shares = [(_share(span.flagged, span.images), _share(span.bad, span.images)) for span in spans]
     if not any(span.images for span in spans):
         return None
     top = max(max(flagged + bad for flagged, bad in shares), 1e-4)
-    plot = Plot("Flagged and bad images along the shards", spans[0].first, spans[-1].last + 1.0, top)
+    plot = Plot("Flagged and bad images by shard", spans[0].first, spans[-1].last + 1.0, top)
     for span, (flagged, bad) in zip(spans, shares, strict=True):
-        says = _span_text(span)
-        plot.bar(span.first, span.last + 1.0, 0.0, flagged, "one", says)
-        plot.bar(span.first, span.last + 1.0, flagged, flagged + bad, "bad", says)
+        tooltip = _span_text(span)
+        plot.bar(span.first, span.last + 1.0, 0.0, flagged, "one", tooltip)
+        plot.bar(span.first, span.last + 1.0, flagged, flagged + bad, "bad", tooltip)
     whole = [value for value in nice_ticks(plot.x_low, plot.x_high - 1.0) if value == int(value)]
-    svg = plot.svg([(value + 0.5, f"{int(value):,}") for value in whole], "shard, in order of names", percent=True)
+    svg = plot.svg([(value + 0.5, f"{int(value):,}") for value in whole], "shard, sorted by name", percent=True)
     each = f"Each bar is {timeline.shards_each:,} shards." if timeline.shards_each > 1 else "Each bar is one shard."
     series = [Series("flagged", "one", ()), Series("without a score", "bad", ())]
-    return Figure("Along the shards", svg, legend(series), f"{each} Point at one for its name.")
+    return Figure("By shard", svg, legend(series), f"{each} Hover over a bar for details.")
 
 
 def _share(part: int, whole: int) -> float:
@@ -118,7 +121,7 @@ def _tail(uri: str) -> str:
 
 
 def p_limit(run: Mapping[str, Any], manifest: Mapping[str, Any] | None) -> float | None:
-    """Up to which p-value images are flagged; None when a score decides, or the whole archive has not yet."""
+    """The largest p-value that is flagged; None if a score threshold decides or the run has to finish first."""
     flag = run["spec"]["flag"]
     decided = None if manifest is None else manifest.get("fdr")
     limit = flag.get("alpha") if decided is None else decided["p_threshold"]

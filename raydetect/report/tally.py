@@ -1,4 +1,4 @@
-"""One pass over the rows of a run: sums, distributions and samples, in memory that does not grow with the run."""
+"""Sums, distributions and samples from one pass over the rows of a run, in constant memory."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 
 from raydetect.metrics.histogram import Histogram
 from raydetect.records import OK
-from raydetect.report.foremost import Foremost
 from raydetect.report.timeline import Timeline
+from raydetect.report.top_images import TopImages
 from raydetect.sinks.ledger import Ledger, Totals
 from raydetect.sinks.rows import read_rows
 
@@ -40,20 +40,20 @@ class CategorySums:
 
 @dataclass(slots=True)
 class Tally:
-    """What a report says of a run's rows.
+    """Statistics of a run's rows for a report.
 
     Attributes:
-        measure: the column whose distribution is counted: scores of different detectors cannot be compared, so of a
-            fleet it is the p-value.
-        distributions: by label: 0, 1, or None where it is unknown.
-        categories: sums by category, "" where there is none.
+        measure: column whose distribution is counted; the p-value for a fleet, since scores of different detectors are
+            not comparable.
+        distributions: histograms by label: 0, 1, or None if unknown.
+        categories: sums by category, "" if there is none.
         foremost: the most anomalous images.
-        bad: rows without a score, at most MAX_BAD_PER_STATUS of a status.
-        threshold: of the run's only artifact; None with a fleet or before the first row.
+        bad: rows without a score, at most MAX_BAD_PER_STATUS per status.
+        threshold: threshold of the run's only artifact; None for a fleet or before the first row.
     """
 
     measure: str
-    foremost: Foremost
+    top_images: TopImages
     totals: Totals = field(default_factory=Totals)
     timeline: Timeline = field(default_factory=Timeline)
     distributions: dict[int | None, Histogram] = field(default_factory=dict)
@@ -63,11 +63,11 @@ class Tally:
     _bad_kept: Counter[str] = field(default_factory=Counter)
 
     def add(self, table: pa.Table) -> None:
-        """Counts the rows of one part."""
+        """Adds the rows of one part."""
         scored = table.filter(pc.equal(table["status"], OK))
         self._add_distributions(scored)
         self._add_categories(table)
-        self.foremost.add(scored)
+        self.top_images.add(scored)
         if scored.num_rows < table.num_rows:
             self._add_bad(table.filter(pc.not_equal(table["status"], OK)))
         if self.threshold is None and self.measure == "image_score" and scored.num_rows:
@@ -115,19 +115,19 @@ class Tally:
 def tally(
     ledger: Ledger, run: Mapping[str, Any], pictures: int, also: Callable[[pa.Table], None] | None = None
 ) -> Tally:
-    """Reads every committed row once.
+    """Reads all committed rows once and tallies them.
 
     Args:
-        ledger: of the results directory.
+        ledger: ledger of the results directory.
         run: its `run.json`.
-        pictures: how many of the most anomalous images are kept.
-        also: is given the rows of every part, for other sums in the same pass.
+        pictures: number of most anomalous images to keep.
+        also: called with the rows of each part, to compute other statistics in the same pass.
 
     Raises:
         StorageError: a record or part is missing or damaged.
     """
     measure = measure_of(run)
-    found = Tally(measure, Foremost(pictures, by_p_value=measure == "p_value"))
+    found = Tally(measure, TopImages(pictures, by_p_value=measure == "p_value"))
     shard = -1
     for receipt, _, table in read_rows(ledger, COLUMNS):
         if receipt.shard != shard:
@@ -141,21 +141,21 @@ def tally(
 
 
 def measure_of(run: Mapping[str, Any]) -> str:
-    """The column by which images of a run are compared: raw scores of a fleet's detectors cannot be."""
+    """The column that ranks images of a run: the p-value for a fleet, whose raw scores are not comparable."""
     return "p_value" if run["result"].get("categories") else "image_score"
 
 
 def floats(table: pa.Table, name: str) -> np.ndarray:
-    """A column as float64, NaN where it is null."""
+    """A column as float64, with NaN for null."""
     column: np.ndarray = table[name].cast(pa.float64()).to_numpy(zero_copy_only=False)
     return column
 
 
 def by_category(table: pa.Table) -> Iterator[tuple[str, np.ndarray]]:
-    """(category, which rows are of it), in order of names; "" is none."""
+    """Yields (category, mask of its rows), sorted by name; "" is no category."""
     column = pc.fill_null(table["category"], "").combine_chunks()
     encoded = pc.dictionary_encode(column)
     codes_N = encoded.indices.to_numpy(zero_copy_only=False)
     names = encoded.dictionary.to_pylist()
-    for code in sorted(range(len(names)), key=lambda place: names[place]):
+    for code in sorted(range(len(names)), key=lambda code: names[code]):
         yield names[code], codes_N == code

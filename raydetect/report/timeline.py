@@ -1,4 +1,4 @@
-"""Counts over the shards of a run in their order, in a bounded number of spans."""
+"""Counts over the shards of a run, in order, in a bounded number of spans."""
 
 from dataclasses import dataclass, field
 
@@ -9,7 +9,7 @@ MAX_SPANS = 96
 
 @dataclass(slots=True)
 class Span:
-    """Consecutive shards."""
+    """Counts over consecutive shards."""
 
     first: int
     last: int
@@ -20,7 +20,7 @@ class Span:
     bad: int = 0
 
     def merge(self, later: "Span") -> None:
-        """Takes in the span that follows."""
+        """Merges the following span into this one."""
         self.last, self.last_uri = later.last, later.last_uri
         self.images += later.images
         self.flagged += later.flagged
@@ -29,7 +29,7 @@ class Span:
 
 @dataclass(slots=True)
 class Timeline:
-    """Spans of equally many shards; they double when there are too many of them."""
+    """Spans with an equal number of shards, which doubles when there are too many spans."""
 
     spans: list[Span] = field(default_factory=list)
     shards_each: int = 1
@@ -38,23 +38,23 @@ class Timeline:
     def add(self, receipt: Receipt) -> None:
         """Adds the next shard."""
         flagged = sum(part.flagged for part in receipt.parts)
-        made = Span(
+        span = Span(
             receipt.shard, receipt.shard, receipt.uri, receipt.uri, receipt.rows, flagged, receipt.bad_rows
         )  # fmt: skip
         if self.spans and self._in_last < self.shards_each:
-            self.spans[-1].merge(made)
+            self.spans[-1].merge(span)
             self._in_last += 1
             return
         if len(self.spans) == MAX_SPANS:
             self._double()
-        self.spans.append(made)
+        self.spans.append(span)
         self._in_last = 1
 
     def _double(self) -> None:
         pairs = zip(self.spans[::2], self.spans[1::2], strict=True)
         merged = []
-        for span, later in pairs:
-            span.merge(later)
-            merged.append(span)
+        for first, later in pairs:
+            first.merge(later)
+            merged.append(first)
         self.spans = merged
         self.shards_each *= 2

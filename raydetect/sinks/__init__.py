@@ -1,1 +1,1 @@
-"""Sinks: rows, heatmaps and the ledger out."""
+"""Sinks: write rows, heatmaps and the ledger, and read them back."""

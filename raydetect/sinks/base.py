@@ -1,4 +1,4 @@
-"""What a worker needs of a sink: write a chunk, commit a shard; both may be repeated without harm."""
+"""The sink interface of a worker: write a chunk and commit a shard, both idempotent."""
 
 import abc
 from collections.abc import Mapping, Sequence
@@ -7,20 +7,20 @@ from raydetect.records import Chunk, Part, Receipt, Row
 
 
 class Sink(abc.ABC):
-    """Idempotent: the same chunk written twice leaves the same files. Nothing else is state."""
+    """Writes results. Stateless and idempotent: writing a chunk twice leaves the same files."""
 
     @abc.abstractmethod
     def write(self, chunk: Chunk, rows: Sequence[Row], pictures: Mapping[int, bytes], clipped_pixels: int = 0) -> Part:
-        """Writes the rows of a chunk and its heatmaps (PNG bytes by position), heatmaps first.
+        """Writes the heatmaps of a chunk (PNG bytes by position), then its rows.
 
         Raises:
-            StorageError: it cannot be written.
+            StorageError: a file cannot be written.
         """
 
     @abc.abstractmethod
     def commit(self, receipt: Receipt) -> None:
-        """Writes the ledger record of a shard: from here on its rows count.
+        """Writes the ledger record of a shard, from which on its rows count.
 
         Raises:
-            StorageError: it cannot be written.
+            StorageError: the record cannot be written.
         """

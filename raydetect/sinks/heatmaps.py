@@ -1,12 +1,14 @@
-"""Heatmaps: an overlay for people, or the anomaly map itself as 16-bit PNG on a fixed scale."""
+"""Heatmaps: an overlay on the image, or the anomaly map itself as 16-bit PNG on a fixed scale."""
 
 import io
 
 import numpy as np
 from PIL import Image
 
-# Control points (position, red, green, blue) of a dark-violet to pale-yellow ramp of rising lightness, which stays
-# readable with every kind of colour blindness and in grey print.
+from raydetect.errors import StorageError
+
+# Control points (position, red, green, blue) of a colour map from dark violet to pale yellow with rising lightness,
+# which is readable with every kind of colour blindness and in greyscale print.
 RAMP = (
     (0.00, 48, 18, 90),
     (0.25, 132, 32, 107),
@@ -17,45 +19,56 @@ RAMP = (
 NORMAL_SHARE = 0.1
 OPAQUE = 0.72
 DEEPEST = 65535
+BAND_PIXELS = 1 << 18  # blended at a time, with about a hundred bytes per pixel
+MAX_PIXELS = 1 << 26  # limit for reading; written heatmaps have at most the detector's input size, or 1024 px per side
 
 
 def ramp_colours(level_HW: np.ndarray) -> np.ndarray:
-    """RGB of levels in [0, 1], float32 in [0, 255], shape (H, W, 3)."""
-    places = [point[0] for point in RAMP]
-    channels = [np.interp(level_HW, places, [point[c] for point in RAMP]) for c in (1, 2, 3)]
+    """Maps levels in [0, 1] to RGB, float32 in [0, 255], shape (H, W, 3)."""
+    positions = [point[0] for point in RAMP]
+    channels = [np.interp(level_HW, positions, [point[c] for point in RAMP]) for c in (1, 2, 3)]
     return np.stack(channels, axis=-1).astype(np.float32)
 
 
 def overlay_png(image_HW3: np.ndarray, map_HW: np.ndarray, low: float, high: float) -> bytes:
-    """The image with its anomaly map drawn over it, PNG.
+    """Draws an anomaly map over its image; returns PNG bytes.
 
-    What lies in the range of normal images stays untouched; above it colour and opacity grow with the map up to
-    three times that range, so one picture can be compared with another.
+    Pixels in the range of normal images are unchanged; above it, colour and opacity grow with the map up to three
+    times that range, so overlays of different images are comparable.
 
     Args:
-        image_HW3: uint8 RGB.
+        image_HW3: uint8 RGB image.
         map_HW: anomaly map of any size; resized to the image.
-        low: smallest value of the fixed scale.
-        high: largest; the normal range is its lowest tenth.
+        low: lower end of the fixed scale.
+        high: upper end of the fixed scale; the normal range is its lowest tenth.
     """
     height, width = image_HW3.shape[:2]
     resized = Image.fromarray(map_HW.astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC)
-    share_HW = (np.asarray(resized) - low) / (high - low) / NORMAL_SHARE
+    resized_HW, drawn_HW3 = np.asarray(resized), np.empty_like(image_HW3)
+    step = max(1, BAND_PIXELS // width)
+    for rows in (slice(top, top + step) for top in range(0, height, step)):
+        share_HW = (resized_HW[rows] - low) / (high - low) / NORMAL_SHARE
+        drawn_HW3[rows] = _blended(image_HW3[rows], share_HW)
+    return _png(Image.fromarray(drawn_HW3))
+
+
+def _blended(image_HW3: np.ndarray, share_HW: np.ndarray) -> np.ndarray:
     level_HW = np.clip((share_HW - 1.0) / 2.0, 0.0, 1.0)
     soft_HW = np.clip((share_HW - 0.9) / 0.4, 0.0, 1.0)
     alpha_HW1 = (OPAQUE * soft_HW * (0.55 + 0.45 * level_HW))[..., None]
-    mixed = (1.0 - alpha_HW1) * image_HW3.astype(np.float32) + alpha_HW1 * ramp_colours(level_HW)
-    return _png(Image.fromarray(np.clip(np.rint(mixed), 0, 255).astype(np.uint8)))
+    blended = (1.0 - alpha_HW1) * image_HW3.astype(np.float32) + alpha_HW1 * ramp_colours(level_HW)
+    blended_HW3: np.ndarray = np.clip(np.rint(blended), 0, 255).astype(np.uint8)
+    return blended_HW3
 
 
 def map_png(map_HW: np.ndarray, low: float, high: float) -> tuple[bytes, int]:
-    """The map as 16-bit grey PNG: round(65535 * (x - low) / (high - low)), clipped.
+    """Encodes a map as 16-bit grey PNG: round(65535 * (x - low) / (high - low)), clipped.
 
     Returns:
-        The PNG, and how many pixels lay outside the scale.
+        The PNG bytes and the number of clipped pixels.
 
     Raises:
-        ValueError: high is not above low.
+        ValueError: `high` is not above `low`.
     """
     if not high > low:
         raise ValueError(f"the scale of a map needs high > low, given {low} and {high}")
@@ -66,9 +79,30 @@ def map_png(map_HW: np.ndarray, low: float, high: float) -> tuple[bytes, int]:
 
 
 def read_map_png(data: bytes, low: float, high: float) -> np.ndarray:
-    """The map of `map_png`, float32; pixels inside the scale are off by at most (high - low) / 65535 / 2."""
-    values_HW = np.asarray(Image.open(io.BytesIO(data), formats=("PNG",))).astype(np.float64)
+    """Decodes a map of `map_png` to float32; the error within the scale is at most (high - low) / 65535 / 2.
+
+    Raises:
+        StorageError: the PNG is damaged.
+    """
+    values_HW = np.asarray(read_png(data)).astype(np.float64)
     return (low + values_HW / DEEPEST * (high - low)).astype(np.float32)
+
+
+def read_png(data: bytes) -> Image.Image:
+    """Opens a stored heatmap.
+
+    Raises:
+        StorageError: it is not a complete PNG, or has more than `MAX_PIXELS`.
+    """
+    try:
+        picture = Image.open(io.BytesIO(data), formats=("PNG",))
+        if picture.width * picture.height > MAX_PIXELS:
+            raise ValueError(f"{picture.width} x {picture.height} px are more than any heatmap has")
+        picture.load()
+    except Exception as error:
+        reason = str(error) if type(error) is ValueError else type(error).__name__
+        raise StorageError(f"a heatmap cannot be read as PNG ({reason}).") from None
+    return picture
 
 
 def _png(picture: Image.Image) -> bytes:

@@ -1,4 +1,4 @@
-"""The ledger of a results directory: what was asked, which shards are committed, the manifest at the end."""
+"""The ledger of a results directory: the job, the committed shards and the final manifest."""
 
 import json
 import logging
@@ -10,18 +10,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from raydetect.config import differences, to_plain, validate
+from raydetect.config.validation import differences, to_plain, validate
 from raydetect.errors import DamagedError, IncompleteError, MissingError, ResumeError, SpecError, StorageError
 from raydetect.left_out import LeftOutCount
 from raydetect.records import Receipt
-from raydetect.sinks.shapes import Manifest, Run
+from raydetect.sinks.schemas import Manifest, Run
 from raydetect.storage import Storage, join_uri
 
 log = logging.getLogger("raydetect.sinks")
 FORMAT_VERSION = 1
 RECEIPT_NAME = re.compile(r"/ledger/(\d{5,})\.json$")
 READERS = 16
-MAX_DIFFERENCES, MAX_DIFFERENCE = 12, 400  # lines, letters of each
+MAX_DIFFERENCES, MAX_DIFFERENCE = 12, 400  # lines, characters per line
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,25 +30,25 @@ class Ledger:
 
     Attributes:
         uri: the results directory.
-        storage: reaches it.
+        storage: storage of that URI.
     """
 
     uri: str
     storage: Storage
 
     def begin(self, run: Mapping[str, Any], replaces: Mapping[str, Any] | None = None) -> bool:
-        """Writes `run.json` and reads it back, or checks that the one there asks for the same rows.
+        """Writes `run.json` and reads it back, or checks that the existing one describes the same rows.
 
         Args:
-            run: must hold `result`: what decides the rows.
-            replaces: a `run.json` that may be written over, because it differs in the archive alone and every
-                committed shard is in the new one too.
+            run: content of `run.json`, with the entry `result` that determines the rows.
+            replaces: a `run.json` that may be overwritten, because it differs only in the archive and all committed
+                shards are part of the new archive too.
 
         Returns:
-            Whether it was written now.
+            Whether `run.json` was written.
 
         Raises:
-            ResumeError: the directory belongs to another spec, artifact or archive; says what differs.
+            ResumeError: the directory belongs to another spec, artifact or archive; the message lists the differences.
         """
         old = self.run()
         if old is not None and old["result"] == to_plain(run["result"]):
@@ -61,17 +61,17 @@ class Ledger:
         return True
 
     def forget(self) -> None:
-        """Takes `run.json` away, so that the job whose records are there may begin again."""
+        """Removes `run.json`, so that the job that owns the records can be started again."""
         self.storage.delete(join_uri(self.uri, "run.json"))
 
     def compare(self, run: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Refuses a run that would mix other rows into this directory; a difference in the archive is left open.
+        """Refuses a run whose rows would not match those of this directory; allows differences in the archive.
 
         Returns:
-            The `run.json` that is there.
+            The existing `run.json`.
 
         Raises:
-            ResumeError: it would; says what differs.
+            ResumeError: the runs differ; the message lists the differences.
         """
         old = self.run()
         if old is not None:
@@ -83,36 +83,36 @@ class Ledger:
     def _refuse(self, changed: list[str]) -> NoReturn:
         raise ResumeError(
             f"{self.uri}: holds the results of another job; these differ (there -> here): "
-            f"{_short(changed)}. Use another sink.uri, or the job it was begun with."
+            f"{_short(changed)}. Use another sink.uri, or the job it was started with."
         )
 
     def require_own(self, run: Mapping[str, Any]) -> None:
-        """`run.json` must be there and ask for the rows of this run; one small request.
+        """Checks that `run.json` exists and describes the rows of this run; takes one small request.
 
         Raises:
-            StorageError: it was removed.
-            ResumeError: it is of another job, or of the same one with another listing of the archive.
+            StorageError: `run.json` was removed.
+            ResumeError: it belongs to another job, or to the same job with another listing of the archive.
         """
-        found = self.run()
-        if found is None:
+        current = self.run()
+        if current is None:
             raise StorageError(
-                f"{join_uri(self.uri, 'run.json')}: was removed while the run went on. Start the same job again; it "
-                "scores what is missing."
+                f"{join_uri(self.uri, 'run.json')}: was removed during the run. Start the same job again to score "
+                "what is missing."
             )
-        changed = differences(found["result"], to_plain(run["result"]))
+        changed = differences(current["result"], to_plain(run["result"]))
         if changed:
             raise ResumeError(
                 f"{self.uri}: another job took the results directory over while this one ran; these differ (there -> "
-                f"here): {_short(changed)}. This job has stopped. Give each job a sink.uri of its own."
+                f"here): {_short(changed)}. This job has stopped. Give each job its own sink.uri."
             )
 
     def withdraw(self, shards: Iterable[int] = ()) -> None:
-        """Takes the manifest away, then the records of shards, so that the same job scores them again.
+        """Removes the manifest, then the records of shards, so that the same job scores them again.
 
-        Parts and heatmaps stay; they are written over.
+        Parts and heatmaps stay and are overwritten later.
 
         Args:
-            shards: whose records go.
+            shards: indexes of the shards.
         """
         if self.storage.info(join_uri(self.uri, "manifest.json")) is not None:
             self.storage.delete(join_uri(self.uri, "manifest.json"))
@@ -120,29 +120,29 @@ class Ledger:
             self.storage.delete(join_uri(self.uri, f"ledger/{shard:05d}.json"))
 
     def remove_leftovers(self) -> None:
-        """Removes what killed processes left of files that they were writing here."""
+        """Removes unfinished files of killed processes from this directory."""
         self.storage.remove_leftovers(self.uri)
 
     def run(self) -> dict[str, Any] | None:
-        """`run.json`, None when the run was never begun.
+        """Reads `run.json`; None if no run was started here.
 
         Raises:
-            DamagedError: it is not what was written.
-            ResumeError: it is of a newer format.
+            DamagedError: the file is damaged.
+            ResumeError: the file has a newer format.
         """
         return self._read_versioned("run.json", Run)
 
     def manifest(self) -> dict[str, Any] | None:
-        """`manifest.json`, None while the run is not finished.
+        """Reads `manifest.json`; None while the run is not finished.
 
         Raises:
-            DamagedError: it is not what was written.
-            ResumeError: it is of a newer format.
+            DamagedError: the file is damaged.
+            ResumeError: the file has a newer format.
         """
         return self._read_versioned("manifest.json", Manifest)
 
     def committed(self) -> frozenset[int]:
-        """Indexes of the committed shards, from one listing; opens no record."""
+        """Returns the indexes of the committed shards, from one listing without reading records."""
         folder = join_uri(self.uri, "ledger")
         if not self.storage.exists(folder):
             return frozenset()
@@ -154,10 +154,10 @@ class Ledger:
         self._write(f"ledger/{receipt.shard:05d}.json", to_plain(receipt))
 
     def receipts(self, shards: Iterable[int] | None = None) -> Iterator[Receipt]:
-        """Receipts in order of shards, read by several threads.
+        """Yields receipts in order of shards, read by several threads.
 
         Args:
-            shards: committed ones; None = all.
+            shards: indexes of committed shards; None = all.
 
         Raises:
             StorageError: a record is damaged.
@@ -166,24 +166,24 @@ class Ledger:
             yield from pool.map(self.receipt, sorted(self.committed() if shards is None else shards))
 
     def receipt(self, shard: int) -> Receipt:
-        """The receipt of one committed shard.
+        """Reads the receipt of one committed shard.
 
         Raises:
-            MissingError: it is not there.
-            DamagedError: it is no record, or that of another shard.
+            MissingError: the record does not exist.
+            DamagedError: the file is not a record, or is the record of another shard.
         """
         name = f"ledger/{shard:05d}.json"
-        place = join_uri(self.uri, name)
+        uri = join_uri(self.uri, name)
         body = self._read(name)
         if body is None:
-            raise MissingError(f"{place}: the ledger record is missing. Start the same job again to score the shard.")
+            raise MissingError(f"{uri}: the ledger record is missing. Start the same job again to score the shard.")
         try:
-            found = validate(Receipt, body, place)
+            receipt = validate(Receipt, body, uri)
         except SpecError as error:
-            raise self._damaged(name, str(error).partition("\n")[0].removeprefix(f"{place}: ")) from None
-        if found.shard != shard:
-            raise self._damaged(name, f"it is that of shard {found.shard:05d}")
-        return found
+            raise self._damaged(name, str(error).partition("\n")[0].removeprefix(f"{uri}: ")) from None
+        if receipt.shard != shard:
+            raise self._damaged(name, f"it is the record of shard {receipt.shard:05d}")
+        return receipt
 
     def finish(
         self,
@@ -191,17 +191,17 @@ class Ledger:
         decide: "Callable[[Totals], Mapping[str, Any]]" = lambda totals: {},
         checked: Callable[[Iterable[Receipt]], Iterable[Receipt]] = lambda receipts: receipts,
     ) -> dict[str, Any]:
-        """Makes `manifest.json` from all receipts, and returns it; it is written unless it is there already.
+        """Creates `manifest.json` from all receipts and returns it; writes it unless it exists with the same content.
 
-        One that is there goes when the run turns out not to be whole.
+        Removes an existing manifest if the run turns out to be incomplete.
 
         Args:
-            facts: of the run.
-            decide: what the sums of all receipts decide; its entries replace those of the sums.
-            checked: passes receipts on, and raises when they do not make a whole run.
+            facts: further entries about the run.
+            decide: computes entries from the sums of all receipts; they replace those of the sums.
+            checked: passes receipts on and raises if they do not make a complete run.
 
         Raises:
-            IncompleteError: by `checked`.
+            IncompleteError: raised by `checked`.
             DamagedError: a record is damaged.
         """
         totals = Totals()
@@ -220,10 +220,10 @@ class Ledger:
         try:
             self.withdraw()
         except StorageError as error:
-            log.warning("the run is not whole, and its manifest.json stays: %s", error)
+            log.warning("the run is incomplete, but its manifest.json cannot be removed: %s", error)
 
     def part_uris(self) -> list[str]:
-        """Parquet parts that count, in order of shards and chunks; whatever else lies there does not."""
+        """Returns the URIs of committed Parquet parts, in order of shards and chunks."""
         return [join_uri(self.uri, part.path) for receipt in self.receipts() for part in receipt.parts]
 
     def _write(self, name: str, body: Mapping[str, Any]) -> None:
@@ -244,10 +244,10 @@ class Ledger:
         except ValueError as error:
             raise self._damaged(name, str(error) if data else "it is empty") from None
         if not isinstance(body, dict):
-            raise self._damaged(name, "it is no JSON object")
+            raise self._damaged(name, "it is not a JSON object")
         return body
 
-    def _read_versioned(self, name: str, shape: type[Run] | type[Manifest]) -> dict[str, Any] | None:
+    def _read_versioned(self, name: str, schema: type[Run] | type[Manifest]) -> dict[str, Any] | None:
         body = self._read(name)
         if body is None:
             return None
@@ -258,18 +258,18 @@ class Ledger:
                 "Update raydetect or use another sink.uri."
             )
         try:
-            validate(shape, body, name)
+            validate(schema, body, name)
         except SpecError as error:
             raise self._damaged(name, str(error).partition("\n")[0].removeprefix(f"{name}: ")) from None
         return body
 
     def _damaged(self, name: str, reason: str) -> DamagedError:
-        return DamagedError(f"{join_uri(self.uri, name)}: is damaged ({reason.rstrip('.')}). {mend(self.uri)}")
+        return DamagedError(f"{join_uri(self.uri, name)}: is damaged ({reason.rstrip('.')}). {repair_hint(self.uri)}")
 
 
-def mend(uri: str) -> str:
-    """What to do about damaged results."""
-    return f"`raydetect verify {shlex.quote(uri)} --repair` takes away what is damaged; the same job makes it again."
+def repair_hint(uri: str) -> str:
+    """Says how to repair damaged results."""
+    return f"`raydetect verify {shlex.quote(uri)} --repair` removes what is damaged; then start the same job again."
 
 
 def _text(body: Mapping[str, Any]) -> bytes:
@@ -277,20 +277,20 @@ def _text(body: Mapping[str, Any]) -> bytes:
 
 
 def _short(changed: list[str]) -> str:
-    """Of very many or very long differences the beginning."""
+    """Shortens many or long differences."""
     shown = [line if len(line) <= MAX_DIFFERENCE else line[:MAX_DIFFERENCE] + "..." for line in changed]
     more = len(shown) - MAX_DIFFERENCES
     return "; ".join(shown[:MAX_DIFFERENCES]) + (f"; and {more:,} more" if more > 0 else "")
 
 
 def _is_unreadable(receipt: Receipt) -> bool:
-    """A shard of which nothing could be read counts as a bad one."""
+    """Whether no row of the shard could be read; such a shard counts as bad."""
     return 0 < receipt.rows == receipt.statuses.get("unreadable", 0)
 
 
 @dataclass(slots=True)
 class Totals:
-    """Sums over receipts; adding is associative and does not depend on order."""
+    """Sums over receipts; addition is associative and independent of order."""
 
     shards: int = 0
     rows: int = 0
@@ -308,7 +308,7 @@ class Totals:
     last_unix: float = 0.0
 
     def add(self, receipt: Receipt) -> None:
-        """Adds one shard."""
+        """Adds the receipt of one shard."""
         self.shards += 1
         self.rows += receipt.rows
         self.statuses.update(receipt.statuses)
@@ -327,11 +327,11 @@ class Totals:
 
     @property
     def bad_rows(self) -> int:
-        """Rows without a score."""
+        """Number of rows without a score."""
         return self.rows - self.statuses.get("ok", 0)
 
     def plain(self) -> dict[str, Any]:
-        """What the manifest holds: nothing that depends on when or where the run happened."""
+        """Returns the entries of the manifest, none of which depends on when or where the run happened."""
         return {
             "shards": self.shards,
             "rows": self.rows,

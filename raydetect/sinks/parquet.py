@@ -1,4 +1,4 @@
-"""Rows as Parquet parts, one per chunk, in Hive folders by shard; heatmaps as one zip per chunk."""
+"""Writes rows as one Parquet part per chunk, in Hive folders by shard, and heatmaps as one zip per chunk."""
 
 import dataclasses
 import hashlib
@@ -35,28 +35,28 @@ ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ResultsSink(Sink):
-    """Writes into a results directory. Cheap to build and to send to a worker.
+    """Writes into a results directory. Cheap to create and to send to a worker.
 
     Attributes:
         uri: the results directory.
-        storage: reaches it.
+        storage: storage of that URI.
     """
 
     uri: str
     storage: Storage
 
     def write(self, chunk: Chunk, rows: Sequence[Row], pictures: Mapping[int, bytes], clipped_pixels: int = 0) -> Part:
-        """Heatmaps first, then the Parquet part; file names are functions of the chunk's id."""
+        """Writes heatmaps, then the Parquet part; file names depend only on the chunk's id."""
         heatmap_path = f"heatmaps/{chunk.id}.zip" if pictures else ""
         zipped = zip_pictures(pictures) if pictures else b""
         if pictures:
             self.storage.write(join_uri(self.uri, heatmap_path), zipped)
-        placed = [
+        linked = [
             dataclasses.replace(row, heatmap_uri=self.heatmap_uri(chunk.id, i)) if i in pictures else row
             for i, row in enumerate(rows)
         ]
         path = f"scores/shard={chunk.shard:05d}/part-{chunk.number:04d}.parquet"
-        data = encode_rows(placed)
+        data = encode_rows(linked)
         self.storage.write(join_uri(self.uri, path), data)
         return Part(
             chunk=chunk.id,
@@ -81,21 +81,21 @@ class ResultsSink(Sink):
         )
 
     def commit(self, receipt: Receipt) -> None:
-        """Writes the ledger record."""
+        """Writes the ledger record of a shard."""
         Ledger(self.uri, self.storage).write_receipt(receipt)
 
     def heatmap_uri(self, chunk_id: str, position: int) -> str:
-        """fsspec URL of one heatmap."""
+        """Returns the fsspec URL of one heatmap."""
         return f"zip://{picture_name(position)}::{join_uri(self.uri, 'heatmaps', chunk_id + '.zip')}"
 
 
 def picture_name(position: int) -> str:
-    """Name of a heatmap in its chunk's zip."""
+    """Returns the name of a heatmap in its chunk's zip."""
     return f"{position:06d}.png"
 
 
 def encode_rows(rows: Sequence[Row]) -> bytes:
-    """Parquet bytes of rows, the same for the same rows."""
+    """Encodes rows as Parquet; the same rows give the same bytes."""
     columns = {name: [getattr(row, name) for row in rows] for name in SCHEMA.names}
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns, schema=SCHEMA), buffer, compression="zstd")
@@ -103,7 +103,7 @@ def encode_rows(rows: Sequence[Row]) -> bytes:
 
 
 def zip_pictures(pictures: Mapping[int, bytes]) -> bytes:
-    """A zip of PNGs by position, stored uncompressed and without times, the same for the same pictures."""
+    """Packs PNGs by position into an uncompressed zip without timestamps; the same pictures give the same bytes."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for position in sorted(pictures):

@@ -1,4 +1,4 @@
-"""Rows of a results directory, part after part in bounded memory."""
+"""Reads the rows of a results directory part by part in bounded memory."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -9,23 +9,23 @@ import pyarrow.parquet as pq
 
 from raydetect.errors import StorageError
 from raydetect.records import Part, Receipt
-from raydetect.sinks.flags import NEEDED, ArchiveFlags, archive_flags
+from raydetect.sinks.archive_flags import NEEDED, ArchiveFlags, archive_flags
 from raydetect.sinks.ledger import Ledger
 from raydetect.storage import join_uri
 
 READERS, AHEAD = 8, 16
-LATER = ("note", "sha256")  # columns that parts of older versions have not
+NEW_COLUMNS = ("note", "sha256")  # missing in parts of older versions
 
 
 def read_rows(ledger: Ledger, columns: Sequence[str] | None = None) -> Iterator[tuple[Receipt, Part, pa.Table]]:
-    """Rows of every committed part, in order of shards and chunks; a few parts are read ahead by threads.
+    """Yields the rows of every committed part, in order of shards and chunks; threads read a few parts ahead.
 
-    Where the whole archive decided what is flagged (`flag.fdr`), rows and counts tell its decision; before it they tell
-    none.
+    If flags are decided over the whole archive (`flag.fdr`), rows and counts include that decision once the run is
+    finished; before, `flagged` is null.
 
     Args:
-        ledger: of the results directory.
-        columns: which ones; None = all.
+        ledger: ledger of the results directory.
+        columns: columns to read; None = all.
 
     Raises:
         StorageError: a record or part is missing or damaged.
@@ -34,7 +34,7 @@ def read_rows(ledger: Ledger, columns: Sequence[str] | None = None) -> Iterator[
     with ThreadPoolExecutor(READERS) as pool:
         ahead: deque[tuple[Receipt, Part, Future[pa.Table]]] = deque()
         for written in ledger.receipts():
-            receipt = written if flags is None else flags.receipt(written)
+            receipt = written if flags is None else flags.apply_to_receipt(written)
             for part in receipt.parts:
                 ahead.append((receipt, part, pool.submit(_read, ledger, part, columns, flags)))
                 if len(ahead) == AHEAD:
@@ -44,41 +44,41 @@ def read_rows(ledger: Ledger, columns: Sequence[str] | None = None) -> Iterator[
 
 
 def _next(ahead: deque[tuple[Receipt, Part, "Future[pa.Table]"]]) -> tuple[Receipt, Part, pa.Table]:
-    receipt, part, coming = ahead.popleft()
-    return receipt, part, coming.result()
+    receipt, part, future = ahead.popleft()
+    return receipt, part, future.result()
 
 
 def _read(ledger: Ledger, part: Part, columns: Sequence[str] | None, flags: ArchiveFlags | None) -> pa.Table:
     if flags is None:
         return read_part(ledger, part, columns)
     if columns is None:
-        return flags.decided(read_part(ledger, part))
-    return flags.decided(read_part(ledger, part, tuple(dict.fromkeys((*columns, *NEEDED))))).select(list(columns))
+        return flags.apply(read_part(ledger, part))
+    return flags.apply(read_part(ledger, part, tuple(dict.fromkeys((*columns, *NEEDED))))).select(list(columns))
 
 
 def read_part(ledger: Ledger, part: Part, columns: Sequence[str] | None = None) -> pa.Table:
-    """The rows of one part.
+    """Reads the rows of one part.
 
     Raises:
-        StorageError: it is missing or damaged.
+        StorageError: the part is missing or damaged.
     """
-    place = join_uri(ledger.uri, part.path)
-    # from memory: Arrow's threads may hold a Python file until after the interpreter has ended, which aborts
-    data = pa.BufferReader(ledger.storage.read(place))
+    uri = join_uri(ledger.uri, part.path)
+    # Read from memory: Arrow's threads may keep a Python file open until after interpreter shutdown, which aborts.
+    data = pa.BufferReader(ledger.storage.read(uri))
     try:
         table = pq.ParquetFile(data).read(columns=None if columns is None else list(columns))
     except (pa.ArrowException, OSError) as error:
         raise StorageError(
-            f"{place}: is no whole Parquet part ({' '.join(str(error).split())[:160]}). Remove the ledger record of "
-            f"shard {part.shard} to score it anew."
+            f"{uri}: is not a valid Parquet part ({' '.join(str(error).split())[:160]}). Remove the ledger record of "
+            f"shard {part.shard} to score it again."
         ) from None
     return _completed(table, columns)
 
 
 def _completed(table: pa.Table, columns: Sequence[str] | None) -> pa.Table:
-    """A part of an older version, with the columns that came since; they are texts, and the last ones."""
-    lacking = [name for name in LATER if name not in table.column_names and (columns is None or name in columns)]
-    for name in lacking:
+    """Adds the columns missing in parts of older versions; these are the last ones and contain strings."""
+    missing = [name for name in NEW_COLUMNS if name not in table.column_names and (columns is None or name in columns)]
+    for name in missing:
         empty = pa.array([""] * table.num_rows, pa.string())
         table = table.append_column(pa.field(name, pa.string(), nullable=False), empty)
-    return table if columns is None or not lacking else table.select(list(columns))
+    return table if columns is None or not missing else table.select(list(columns))

@@ -1,4 +1,4 @@
-"""Reads a results directory whole, once, and says what in it is not what was written.
+"""Verifies a results directory by reading every file once and comparing it with its record.
 
 Memory: 16 bytes for every row with a score (a digest of its key), the names of all files below `scores/` and
 `heatmaps/`, and the bytes of at most `READERS` chunks with their heatmaps.
@@ -19,33 +19,33 @@ import pyarrow.parquet as pq
 
 from raydetect.errors import DamagedError, MissingError, SpecError
 from raydetect.records import OK, Part, Receipt
-from raydetect.sinks.agreement import NAMED, listed_files, named, rows_digest
-from raydetect.sinks.flags import archive_flags
-from raydetect.sinks.ledger import Ledger, Totals, mend
+from raydetect.sinks.archive_flags import archive_flags
+from raydetect.sinks.consistency import NAMED, listed_files, names_text, rows_digest
+from raydetect.sinks.ledger import Ledger, Totals, repair_hint
 from raydetect.storage import join_uri
 
 READERS, AHEAD = 8, 16
 DIGEST_BYTES = 16
 COLUMNS = ["key", "status", "flagged"]
 KINDS = {
-    "run": "run.json is missing or damaged, so the job is not known",
-    "missing_records": "ledger records missing beside a manifest",
+    "run": "run.json is missing or damaged, so the job is unknown",
+    "missing_records": "ledger records that are missing although manifest.json exists",
     "damaged_records": "ledger records that are damaged",
     "foreign_records": "ledger records of another job",
     "missing_files": "files that are missing",
-    "changed_files": "files whose sha256 is not that of their record",
-    "broken_files": "files that are no whole Parquet part or zip",
-    "counts": "files that hold other counts than their record",
-    "keys": "keys that more than one scored row has",
-    "manifest": "sums of manifest.json that differ from those of the records",
+    "changed_files": "files whose sha256 differs from their record",
+    "broken_files": "files that are not valid Parquet parts or zips",
+    "counts": "files whose counts differ from their record",
+    "keys": "keys of more than one scored row",
+    "manifest": "sums in manifest.json that differ from the records",
 }
-Tick = Callable[[str, int, int | None], None]
-Damage = tuple[str, str]  # its kind, and the name of what is damaged
+ProgressCallback = Callable[[str, int, int | None], None]
+Damage = tuple[str, str]  # kind, name of the damaged file or entry
 
 
 @dataclass(slots=True)
 class Found:
-    """Damage of one kind: how much, and the first names."""
+    """Damage of one kind: count and first names."""
 
     count: int = 0
     names: list[str] = field(default_factory=list)
@@ -53,16 +53,19 @@ class Found:
 
 @dataclass(slots=True)
 class Verification:
-    """What a results directory is like.
+    """State of a results directory.
 
     Attributes:
-        uri: of it.
-        num_shards: of the job; 0 when run.json is missing.
-        finished: a manifest is there, and a record of every shard.
-        shards: ledger records that were read.
-        unnamed: files that no record names: of runs that were killed, or of one that goes on.
-        damage: by kind; empty when all is whole.
-        damaged: indexes of shards whose record must go, so that they are scored again.
+        uri: the results directory.
+        num_shards: number of shards of the job; 0 if run.json is missing.
+        finished: whether the manifest and the records of all shards exist.
+        shards: number of ledger records that were read.
+        parts: number of Parquet parts.
+        heatmap_zips: number of heatmap zips.
+        rows: number of rows.
+        unnamed: number of files that no record names, of killed or running jobs.
+        damage: damage by kind; empty if there is none.
+        damaged: indexes of shards whose records must be removed, so that they are scored again.
     """
 
     uri: str
@@ -78,11 +81,11 @@ class Verification:
 
     @property
     def whole(self) -> bool:
-        """Whether everything that is there is what was written."""
+        """Whether no damage was found."""
         return not self.damage
 
     def add(self, kind: str, name: str, shard: int | None = None) -> None:
-        """Notes damage, and the shard that is to be scored again."""
+        """Adds damage, and the shard that must be scored again."""
         found = self.damage.setdefault(kind, Found())
         found.count += 1
         if found.count <= NAMED:
@@ -91,7 +94,7 @@ class Verification:
             self.damaged.add(shard)
 
     def plain(self) -> dict[str, Any]:
-        """For machines."""
+        """Returns the state as a JSON object."""
         return {
             "uri": self.uri,
             "whole": self.whole,
@@ -107,38 +110,38 @@ class Verification:
         }
 
     def lines(self, repaired: bool = False) -> list[str]:
-        """For people.
+        """Formats the state as lines of text.
 
         Args:
-            repaired: the records of damaged shards were taken away.
+            repaired: whether the records of damaged shards were removed.
         """
         lines = [
-            f"{KINDS[kind]}: {found.count:,} ({named(found.names, found.count)})" if kind != "run" else KINDS[kind]
+            f"{KINDS[kind]}: {found.count:,} ({names_text(found.names, found.count)})" if kind != "run" else KINDS[kind]
             for kind, found in self.damage.items()
         ]
         if self.unnamed:
-            lines.append(f"files that no record names: {self.unnamed:,} (of killed runs; they count for nothing)")
+            lines.append(f"files that no record names: {self.unnamed:,} (of killed runs; they are ignored)")
         if self.num_shards and not self.finished:
             lines.append(f"The run is not finished: {self.shards:,} of {self.num_shards:,} shards are committed.")
         what = f"{self.shards:,} shards, {self.parts:,} parts, {self.heatmap_zips:,} heatmap zips"
         if self.whole:
-            return [*lines, f"{what}: all whole."]
+            return [*lines, f"{what}: all intact."]
         if repaired:
-            taken = f"manifest.json and the ledger records of {len(self.damaged):,} shards are taken away"
-            return [*lines, f"{what}: {taken}. Start the same job again; it makes what is missing."]
-        said = f"{len(self.damaged):,} shards are damaged" if self.damaged else "not all whole"
-        return [*lines, f"{what}: {said}. {mend(self.uri)}"]
+            removed = f"manifest.json and the ledger records of {len(self.damaged):,} shards were removed"
+            return [*lines, f"{what}: {removed}. Start the same job again to restore what is missing."]
+        message = f"{len(self.damaged):,} shards are damaged" if self.damaged else "not all intact"
+        return [*lines, f"{what}: {message}. {repair_hint(self.uri)}"]
 
 
-def verify(ledger: Ledger, tick: Tick) -> Verification:
-    """Reads every record, part and heatmap zip, and compares each with what was noted when it was written.
+def verify(ledger: Ledger, on_progress: ProgressCallback) -> Verification:
+    """Reads every record, part and heatmap zip, and compares sha256 and counts with those recorded on writing.
 
     Args:
-        ledger: of the results directory.
-        tick: told of every shard.
+        ledger: ledger of the results directory.
+        on_progress: called after each shard.
 
     Raises:
-        MissingError: no run was begun there.
+        MissingError: no run was started there.
         StorageError: the storage failed.
     """
     found = Verification(ledger.uri)
@@ -146,47 +149,47 @@ def verify(ledger: Ledger, tick: Tick) -> Verification:
     run = _run(ledger, bool(committed), found)
     manifest = _manifest(ledger, found)
     found.finished = manifest is not None
-    _judge_run(run, committed, found)
+    _check_run(run, committed, found)
     files, keys, totals = listed_files(ledger), bytearray(), Totals()
     flags = archive_flags(manifest)
     for shard in _read_ahead(ledger, committed):
-        tick("verified shards", 1, len(committed))
+        on_progress("verified shards", 1, len(committed))
         for kind, name in shard.damage:
             found.add(kind, name, shard.index)
         if shard.receipt is None:
             continue
         keys += shard.keys
-        _judge_record(shard.receipt, run, found)
-        totals.add(shard.receipt if flags is None else flags.receipt(shard.receipt))
+        _check_record(shard.receipt, run, found)
+        totals.add(shard.receipt if flags is None else flags.apply_to_receipt(shard.receipt))
         for part in shard.receipt.parts:
             files.pop(part.path, None)
             files.pop(part.heatmap_path, None)
     found.unnamed = len(files)
-    _judge_keys(ledger, committed, keys, found)
-    _judge_sums(run, manifest, totals, found)
+    _check_keys(ledger, committed, keys, found)
+    _check_sums(run, manifest, totals, found)
     found.shards, found.parts, found.rows = totals.shards, totals.parts, totals.rows
     return found
 
 
 def repair(ledger: Ledger, found: Verification) -> None:
-    """Takes away what is damaged, so that the same job makes it again; files that are read by nobody stay.
+    """Removes damaged records, so that the same job writes them again; unnamed files stay.
 
     Raises:
-        StorageError: something cannot be removed.
+        StorageError: a file cannot be removed.
     """
     ledger.withdraw(sorted(found.damaged))
     if "run" in found.damage:
         ledger.forget()
 
 
-def _run(ledger: Ledger, is_begun: bool, found: Verification) -> dict[str, Any] | None:
+def _run(ledger: Ledger, has_records: bool, found: Verification) -> dict[str, Any] | None:
     try:
         run = ledger.run()
     except DamagedError:
         found.add("run", "run.json")
         return None
-    if run is None and not is_begun:
-        raise MissingError(f"{ledger.uri}: holds no run.json, so no run was begun there. Check the URI.")
+    if run is None and not has_records:
+        raise MissingError(f"{ledger.uri}: holds no run.json, so no run was started there. Check the URI.")
     if run is None:
         found.add("run", "run.json")
     return run
@@ -196,28 +199,28 @@ def _manifest(ledger: Ledger, found: Verification) -> dict[str, Any] | None:
     try:
         return ledger.manifest()
     except DamagedError:
-        found.add("manifest", "it is not what was written")
+        found.add("manifest", "the file is damaged")
         return None
 
 
-def _judge_run(run: Mapping[str, Any] | None, committed: Iterable[int], found: Verification) -> None:
-    """Whether there is a record of each shard when the run says that it is finished."""
+def _check_run(run: Mapping[str, Any] | None, committed: Iterable[int], found: Verification) -> None:
+    """Checks that a finished run has a record of each of its shards, and no others."""
     if run is None:
         return
     found.num_shards = int(run["num_shards"])
-    there = set(committed)
+    recorded = set(committed)
     if found.finished:
         for index in range(found.num_shards):
-            if index not in there:
+            if index not in recorded:
                 found.add("missing_records", _record(index))
         found.finished = "missing_records" not in found.damage
-    for index in sorted(there):
+    for index in sorted(recorded):
         if index >= found.num_shards:
             found.add("foreign_records", _record(index), index)
 
 
-def _judge_record(receipt: Receipt, run: Mapping[str, Any] | None, found: Verification) -> None:
-    """Whether a record is of the job, and its parts make a whole shard."""
+def _check_record(receipt: Receipt, run: Mapping[str, Any] | None, found: Verification) -> None:
+    """Checks that a record belongs to the job and that its parts form a complete shard."""
     name = _record(receipt.shard)
     if run is not None and receipt.run not in ("", rows_digest(run)):
         found.add("foreign_records", name, receipt.shard)
@@ -239,7 +242,7 @@ def _record(index: int) -> str:
 
 @dataclass(slots=True)
 class _Shard:
-    """What was read of a shard; `keys` are digests of the keys of its scored rows."""
+    """What was read of one shard; `keys` holds digests of the keys of its scored rows."""
 
     index: int
     receipt: Receipt | None = None
@@ -248,7 +251,7 @@ class _Shard:
 
 
 def _read_ahead(ledger: Ledger, committed: Iterable[int]) -> Iterator[_Shard]:
-    """Every committed shard in order, read by threads that are at most `AHEAD` shards ahead."""
+    """Reads committed shards in order, by threads that are at most `AHEAD` shards ahead."""
     with ThreadPoolExecutor(READERS) as pool:
         coming: deque[Future[_Shard]] = deque()
         try:
@@ -271,21 +274,21 @@ def _read_shard(ledger: Ledger, index: int) -> _Shard:
         shard.damage.append(("damaged_records", _record(index)))
         return shard
     for part in shard.receipt.parts:
-        data = _whole(ledger, part.path, part.sha256, shard.damage)
+        data = _verified(ledger, part.path, part.sha256, shard.damage)
         if data is not None:
-            shard.damage += _judge_rows(part, data, shard.keys)
+            shard.damage += _check_rows(part, data, shard.keys)
         if part.heatmap_path:
-            shard.damage += _judge_heatmaps(ledger, part)
+            shard.damage += _check_heatmaps(ledger, part)
         elif part.heatmaps:
             shard.damage.append(("counts", part.path))
     return shard
 
 
-def _whole(ledger: Ledger, path: str, sha256: str, damage: list[Damage]) -> bytes | None:
-    """The bytes of a file; None when it is not there or not what was written, which is noted."""
+def _verified(ledger: Ledger, path: str, sha256: str, damage: list[Damage]) -> bytes | None:
+    """Reads a file; adds to `damage` and returns None if it is missing or its sha256 differs."""
     try:
         data = ledger.storage.read(join_uri(ledger.uri, path))
-    except (MissingError, SpecError):  # a record that was tampered with may name what is no path
+    except (MissingError, SpecError):  # a tampered record may contain an invalid path
         damage.append(("missing_files", path))
         return None
     if sha256 and hashlib.sha256(data).hexdigest() != sha256:
@@ -294,8 +297,8 @@ def _whole(ledger: Ledger, path: str, sha256: str, damage: list[Damage]) -> byte
     return data
 
 
-def _judge_rows(part: Part, data: bytes, keys: bytearray) -> list[Damage]:
-    """Compares the rows of a part with its record, and notes their keys."""
+def _check_rows(part: Part, data: bytes, keys: bytearray) -> list[Damage]:
+    """Compares the rows of a part with its record and adds digests of their keys to `keys`."""
     table = _table(data)
     if table is None:
         return [("broken_files", part.path)]
@@ -306,10 +309,10 @@ def _judge_rows(part: Part, data: bytes, keys: bytearray) -> list[Damage]:
     return [] if same else [("counts", part.path)]
 
 
-def _judge_heatmaps(ledger: Ledger, part: Part) -> list[Damage]:
-    """Compares a zip with its record; what an older raydetect wrote has no sha256 and is opened."""
+def _check_heatmaps(ledger: Ledger, part: Part) -> list[Damage]:
+    """Compares a zip with its record; checks the CRCs of zips without sha256, written by an older raydetect."""
     damage: list[Damage] = []
-    data = _whole(ledger, part.heatmap_path, part.heatmap_sha256, damage)
+    data = _verified(ledger, part.heatmap_path, part.heatmap_sha256, damage)
     if data is None:
         return damage
     try:
@@ -324,7 +327,7 @@ def _judge_heatmaps(ledger: Ledger, part: Part) -> list[Damage]:
 
 
 def _table(data: bytes) -> pa.Table | None:
-    # from memory: Arrow's threads may hold a Python file until after the interpreter has ended, which aborts
+    # Read from memory: Arrow's threads may keep a Python file open until after interpreter shutdown, which aborts.
     try:
         return pq.ParquetFile(pa.BufferReader(data)).read(columns=COLUMNS)
     except (pa.ArrowException, OSError, KeyError):
@@ -332,7 +335,7 @@ def _table(data: bytes) -> pa.Table | None:
 
 
 def _scored_keys(table: pa.Table) -> Iterator[str]:
-    """Keys of rows with a score: others may repeat one, such as those of status `duplicate_key`."""
+    """Keys of rows with a score; other rows, such as those of status `duplicate_key`, may repeat a key."""
     pairs = zip(table["key"].to_pylist(), table["status"].to_pylist(), strict=True)
     return (key for key, status in pairs if status == OK)
 
@@ -341,27 +344,27 @@ def _digest(key: str) -> bytes:
     return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()
 
 
-def _judge_keys(ledger: Ledger, committed: Sequence[int], keys: bytearray, found: Verification) -> None:
-    """Notes keys that came twice; only then are the parts read a second time, to name them."""
+def _check_keys(ledger: Ledger, committed: Sequence[int], keys: bytearray, found: Verification) -> None:
+    """Adds repeated keys to `found`; reads the parts a second time to name them, only if there are any."""
     keys_N = np.frombuffer(keys, dtype=f"S{DIGEST_BYTES}")
     keys_N.sort()
     repeated = {_padded(key) for key in np.unique(keys_N[1:][keys_N[1:] == keys_N[:-1]]).tolist()}
     if not repeated:
         return
-    places: dict[bytes, list[tuple[str, int]]] = {}
+    rows_by_digest: dict[bytes, list[tuple[str, int]]] = {}
     for index in committed:
         for part in _parts(ledger, index):
-            table = _table(_whole(ledger, part.path, part.sha256, []) or b"")
+            table = _table(_verified(ledger, part.path, part.sha256, []) or b"")
             for key in () if table is None else _scored_keys(table):
                 if (digest := _digest(key)) in repeated:
-                    places.setdefault(digest, []).append((key, index))
-    for rows in places.values():
+                    rows_by_digest.setdefault(digest, []).append((key, index))
+    for rows in rows_by_digest.values():
         found.add("keys", rows[0][0])
         found.damaged |= {index for _, index in rows}
 
 
 def _padded(digest: bytes) -> bytes:
-    return digest.ljust(DIGEST_BYTES, b"\0")  # numpy drops zeros at the end of bytes
+    return digest.ljust(DIGEST_BYTES, b"\0")  # numpy strips trailing zero bytes
 
 
 def _parts(ledger: Ledger, index: int) -> tuple[Part, ...]:
@@ -371,14 +374,14 @@ def _parts(ledger: Ledger, index: int) -> tuple[Part, ...]:
         return ()
 
 
-def _judge_sums(
+def _check_sums(
     run: Mapping[str, Any] | None, manifest: Mapping[str, Any] | None, totals: Totals, found: Verification
 ) -> None:
-    """Compares the manifest with the sums of the records, unless other damage explains a difference."""
+    """Compares the manifest with the sums of the records, unless other damage explains differences."""
     if manifest is None or run is None or {"missing_records", "damaged_records", "foreign_records"} & set(found.damage):
         return
     if manifest.get("result") not in (None, run["result"]):
-        found.add("manifest", "result is that of another job")
+        found.add("manifest", "result belongs to another job")
     for name, value in totals.plain().items():
         if manifest.get(name) != value:
-            found.add("manifest", f"{name} {manifest.get(name)} there, {value} in the records")
+            found.add("manifest", f"{name} is {manifest.get(name)}, but {value} in the records")

@@ -1,10 +1,10 @@
-"""Files on any storage behind one URL: local, S3 and what else fsspec opens, with errors people can act on."""
+"""Access to files by URL: local disk, S3 and other fsspec file systems, with actionable errors."""
 
+from raydetect.storage.error_translation import disk_reason, translate
 from raydetect.storage.files import RANGE_BYTES, FileInfo, Storage
-from raydetect.storage.local import remove_leftovers, whole_file, whole_text
+from raydetect.storage.local_files import remove_leftovers, whole_file, whole_text
 from raydetect.storage.scratch import Scratch
 from raydetect.storage.stored_file import StoredFile
-from raydetect.storage.troubles import disk_reason, translate
 from raydetect.storage.uris import SCHEMES, check_uri, join_uri, normalise_uri, relative_to
 
 __all__ = [

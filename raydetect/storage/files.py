@@ -1,4 +1,4 @@
-"""Opening, listing, reading and writing files by URL."""
+"""Opens, lists, reads and writes files by URL."""
 
 import hashlib
 import logging
@@ -15,11 +15,12 @@ from typing import Any
 import fsspec
 from fsspec.spec import AbstractFileSystem
 
+from raydetect.config import StorageOptions
 from raydetect.errors import ChangedError, MissingError, SpecError, StorageError
-from raydetect.spec import StorageOptions
-from raydetect.storage.local import remove_leftovers, write_local
+from raydetect.storage.error_translation import changed, translate
+from raydetect.storage.globs import linear_glob
+from raydetect.storage.local_files import remove_leftovers, write_local
 from raydetect.storage.stored_file import StoredFile
-from raydetect.storage.troubles import changed, translate
 from raydetect.storage.uris import check_uri, normalise_uri
 
 log = logging.getLogger("raydetect.storage")
@@ -27,8 +28,8 @@ READ_BLOCK_BYTES = 8 << 20
 RANGE_BYTES = 64 << 20
 LISTERS = 16
 MAX_FOLDERS_AT_ONCE = 256
-S3_ATTEMPTS = 3  # botocore's, with growing pauses; s3fs then tries each request up to five times
-SYSTEM_FOLDERS = ("lost+found", "$RECYCLE.BIN", "System Volume Information")  # often closed to all but the system
+S3_ATTEMPTS = 3  # of botocore, with exponential backoff; on top, s3fs retries each request up to five times
+SYSTEM_FOLDERS = ("lost+found", "$RECYCLE.BIN", "System Volume Information")  # often readable only by the system
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +37,11 @@ class FileInfo:
     """One listed file.
 
     Attributes:
-        uri: as the storage names it.
-        size_bytes: of the file; -1 when it is not known.
-        fingerprint: changes when the file is overwritten: its ETag, or a hash of size and time where there is none.
-        modified: seconds since 1970, None where the storage does not tell.
-        kind: "file", "link" (to a folder, which is not followed) or "other" (a FIFO, socket or device): those are
+        uri: URI as the storage names it.
+        size_bytes: file size; -1 if unknown.
+        fingerprint: changes when the file is overwritten: its ETag, or else a hash of size and modification time.
+        modified: modification time in seconds since 1970; None if the storage does not report it.
+        kind: "file", "link" (to a folder; not followed) or "other" (a FIFO, socket or device). Links and others are
             never opened.
     """
 
@@ -51,24 +52,24 @@ class FileInfo:
     kind: str = "file"
 
     def is_same(self, other: "FileInfo") -> bool:
-        """Whether a file is as it was listed."""
+        """Whether the fingerprints are equal, so the file is unchanged."""
         return self.fingerprint == other.fingerprint
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """Opens, lists, reads and writes files by URL with one set of options. Cheap to build and to pickle.
+    """Opens, lists, reads and writes files by URL with one set of options. Cheap to create and to pickle.
 
-    No method but `glob` takes a name for a pattern: `out [line 4]` is a folder of that name.
+    Only `glob` interprets wildcards; for all other methods `out [line 4]` is a folder of that name.
     """
 
     options: StorageOptions = field(default_factory=StorageOptions)
 
     def filesystem(self, uri: str) -> tuple[AbstractFileSystem, str]:
-        """The fsspec filesystem of a URI and the path in it.
+        """Returns the fsspec filesystem of a URI and the path in it.
 
         Raises:
-            SpecError: a scheme that is not supported or whose package is not installed.
+            SpecError: the scheme is not supported, or its package is not installed.
         """
         if "://" not in uri:
             uri = normalise_uri(uri)
@@ -81,50 +82,50 @@ class Storage:
         return fs, fs._strip_protocol(uri)
 
     def fsspec_options(self, uri: str) -> dict[str, Any]:
-        """Keyword arguments with which `fsspec.open(uri, **options)` reaches the same storage."""
+        """Returns the keyword arguments for `fsspec.open(uri, **options)` to access the same storage."""
         if not uri.startswith("s3://"):
             return {}
         options = self.options
         client: dict[str, Any] = {"region_name": options.region} if options.region else {}
         retries = {"max_attempts": S3_ATTEMPTS, "mode": "standard"}
-        made: dict[str, Any] = {
+        fixed: dict[str, Any] = {
             "anon": options.anon,
             "use_listings_cache": False,
-            "max_concurrency": 1,  # s3fs does not repeat a cut body when it reads a file in parts at once
+            "max_concurrency": 1,  # s3fs does not retry a truncated body when it reads parts in parallel
             "config_kwargs": {"retries": retries, "connect_timeout": 10, "read_timeout": 60},
             "client_kwargs": client,
         }
-        named = {
+        optional = {
             "endpoint_url": options.endpoint_url,
-            "key": options.key,
-            "secret": options.secret,
-            "token": options.token,
+            "key": options.key and options.key.get_secret_value(),
+            "secret": options.secret and options.secret.get_secret_value(),
+            "token": options.token and options.token.get_secret_value(),
             "profile": options.profile,
         }
-        return made | {name: value for name, value in named.items() if value is not None}
+        return fixed | {name: value for name, value in optional.items() if value is not None}
 
     def open(self, uri: str, listed: FileInfo | None = None) -> StoredFile:
-        """A seekable binary file for reading; sequential reads fetch ahead in blocks.
+        """Opens a seekable binary file for reading; sequential reads are buffered in blocks.
 
         Args:
-            uri: of the file.
-            listed: the file that is meant. On S3 every request then names its ETag; elsewhere size and time are
-                compared here and when the file is closed.
+            uri: the file.
+            listed: the expected version of the file. On S3 every request is then conditional on its ETag; elsewhere
+                size and time are compared on opening and on closing.
 
         Raises:
-            ChangedError: another file is there than was listed.
+            ChangedError: the file has changed since it was listed.
             UnreadableError: this file cannot be read.
             StorageError: the storage cannot be reached.
         """
         fs, path = self.filesystem(uri)
         try:
             inner = fs.open(path, "rb", block_size=READ_BLOCK_BYTES)
-            found = getattr(inner, "details", None) or fs.info(path)
+            details = getattr(inner, "details", None) or fs.info(path)
         except Exception as error:
             raise translate(uri, "read", error) from error
-        if listed is not None and not listed.is_same(_file_info(uri, found)):
+        if listed is not None and not listed.is_same(_file_info(uri, details)):
             self.refuse_changed(listed)
-        size = found.get("size") if listed is None or listed.size_bytes < 0 else listed.size_bytes
+        size = details.get("size") if listed is None or listed.size_bytes < 0 else listed.size_bytes
 
         def check_end() -> None:
             if listed is not None and not uri.startswith("s3://"):
@@ -133,22 +134,23 @@ class Storage:
         return StoredFile(inner, uri, None if size is None else int(size), check_end)
 
     def read(self, uri: str, listed: FileInfo | None = None) -> bytes:
-        """The whole file, in one request.
+        """Reads the whole file in one request.
 
         Args:
-            uri: of the file.
-            listed: the file that is meant. On S3 the request names its ETag; elsewhere it is looked up again after.
+            uri: the file.
+            listed: the expected version of the file. On S3 the request is conditional on its ETag; elsewhere the file
+                is checked again after reading.
 
         Raises:
-            ChangedError, UnreadableError, StorageError: as for `open`.
+            ChangedError, UnreadableError, StorageError: see `open`.
         """
         fs, path = self.filesystem(uri)
         try:
             data = _read_version(fs, path, listed) if listed and uri.startswith("s3://") else bytes(fs.cat_file(path))
         except Exception as error:
-            found = translate(uri, "read", error)
-            if listed is None or not isinstance(found, ChangedError):
-                raise found from error
+            translated = translate(uri, "read", error)
+            if listed is None or not isinstance(translated, ChangedError):
+                raise translated from error
             self.refuse_changed(listed)
             data = self.read(uri)
         if listed is not None and (len(data) != listed.size_bytes or not uri.startswith("s3://")):
@@ -158,14 +160,14 @@ class Storage:
         return data
 
     def refuse_changed(self, listed: FileInfo) -> None:
-        """Looks a file up again: alone, and if that differs as a listing has it, where some stores tell another ETag.
+        """Checks that a file is still the listed one, by its own metadata and, where ETags differ, by a new listing.
 
         Raises:
-            ChangedError: it is another one now, or gone.
+            ChangedError: the file has changed or was deleted.
             StorageError: the storage cannot be reached.
         """
         fs, path = self.filesystem(listed.uri)
-        for look_up in (lambda: fs.info(path), lambda: _listed_alone(fs, path)):
+        for look_up in (lambda: fs.info(path), lambda: _listing_entry(fs, path)):
             try:
                 found = look_up()
             except FileNotFoundError:
@@ -177,10 +179,10 @@ class Storage:
         raise changed(listed.uri)
 
     def read_range(self, uri: str, start: int, stop: int) -> bytearray:
-        """The bytes from `start` up to `stop`, in parts, so that a broken transfer repeats little.
+        """Reads the bytes from `start` to `stop` in parts, so that a failed transfer repeats little.
 
         Raises:
-            StorageError: it is missing, shorter, or cannot be reached.
+            StorageError: the file is missing, too short or cannot be read.
         """
         fs, path = self.filesystem(uri)
         data = bytearray()
@@ -190,16 +192,16 @@ class Storage:
         except Exception as error:
             raise translate(uri, "read", error) from error
         if len(data) != stop - start:
-            raise StorageError(f"{uri}: ends before byte {stop}; {len(data)} of {stop - start} bytes came.")
+            raise StorageError(f"{uri}: ends before byte {stop}; {len(data)} of {stop - start} bytes were received.")
         return data
 
     def write(self, uri: str, data: bytes) -> None:
-        """Writes the whole file or nothing: readers see the old bytes or the new ones, never a part.
+        """Writes a file atomically: readers see the old content or the new content, never a part.
 
-        On a local disk it is there after a power cut too when this returns.
+        On a local disk the file survives a power failure once this method returns.
 
         Raises:
-            StorageError: it cannot be written.
+            StorageError: the file cannot be written.
         """
         fs, path = self.filesystem(uri)
         try:
@@ -211,19 +213,19 @@ class Storage:
             raise translate(uri, "write", error) from error
 
     def exists(self, uri: str) -> bool:
-        """Whether a file or folder is there.
+        """Whether a file or folder exists.
 
         Raises:
-            StorageError: the storage cannot be reached or refuses.
+            StorageError: the storage cannot be reached or denies access.
         """
-        return self._found(uri) is not None
+        return self._details(uri) is not None
 
     def info(self, uri: str) -> FileInfo | None:
-        """Size and fingerprint of one file; None when it is a folder or not there."""
-        found = self._found(uri)
-        return None if found is None or found["type"] == "directory" else _file_info(uri, found)
+        """Returns size and fingerprint of one file; None if it is a folder or does not exist."""
+        details = self._details(uri)
+        return None if details is None or details["type"] == "directory" else _file_info(uri, details)
 
-    def _found(self, uri: str) -> dict[str, Any] | None:
+    def _details(self, uri: str) -> dict[str, Any] | None:
         fs, path = self.filesystem(uri)
         try:
             return dict(fs.info(path))
@@ -233,11 +235,11 @@ class Storage:
             raise translate(uri, "look up", error) from error
 
     def list(self, uri: str) -> Iterator[FileInfo]:
-        """Every file below a folder, sorted by URI; one listing pass.
+        """Lists every file below a folder, sorted by URI, in one pass.
 
         Raises:
-            MissingError: nothing is there.
-            StorageError: it cannot be reached.
+            MissingError: nothing exists at the URI.
+            StorageError: the storage cannot be reached.
         """
         fs, path = self.filesystem(uri)
         try:
@@ -253,18 +255,20 @@ class Storage:
         yield from _files(uri, found)
 
     def glob(self, uri: str) -> Iterator[FileInfo]:
-        """Every file that a pattern names, and every file below the folders that it names, sorted by URI.
+        """Lists every file that a pattern matches, and every file below the folders it matches, sorted by URI.
 
         Raises:
-            StorageError: it cannot be listed.
+            SpecError: the pattern has too many wildcards.
+            StorageError: the storage cannot be listed.
         """
         fs, path = self.filesystem(uri)
+        wide, matches = linear_glob(path)
         try:
             fs.invalidate_cache()
             if "file" in fs.protocol:
                 fixed, pattern = _before_wildcards(path)
                 _refuse_closed_folders(fixed, float("inf") if "**" in pattern else pattern.count("/"))
-            named = dict(fs.glob(path, detail=True))
+            named = {name: entry for name, entry in fs.glob(wide, detail=True).items() if matches(name)}
             found = {name: entry for name, entry in named.items() if entry["type"] != "directory"}
             for name in sorted(named.keys() - found.keys()):
                 found |= _find(fs, name)
@@ -275,9 +279,9 @@ class Storage:
         yield from _files(uri, found)
 
     def remove_leftovers(self, uri: str) -> None:
-        """Removes what killed processes left of unfinished files below a folder of a local disk.
+        """Removes unfinished files of killed processes below a folder on a local disk.
 
-        On S3 a killed upload shows nowhere; a lifecycle rule of the bucket ends what it holds.
+        On S3 an interrupted upload is invisible; a lifecycle rule of the bucket can abort it.
         """
         if uri.startswith("file://"):
             count = remove_leftovers(Path(self.filesystem(uri)[1]))
@@ -285,7 +289,7 @@ class Storage:
                 log.warning("%s: removed %d unfinished files of killed processes", uri, count)
 
     def delete(self, uri: str) -> None:
-        """Removes one file if it is there."""
+        """Deletes one file if it exists."""
         fs, path = self.filesystem(uri)
         try:
             fs.rm_file(path)
@@ -295,17 +299,17 @@ class Storage:
             raise translate(uri, "delete", error) from error
 
     def delete_folder(self, uri: str) -> None:
-        """Removes a folder and all below it, if it is there."""
+        """Deletes a folder and everything below it, if it exists."""
         if not self.exists(uri):
             return
-        for file in self.list(uri):  # one by one: not every S3 store knows the request for many
+        for file in self.list(uri):  # one by one: not every S3 store supports bulk delete
             self.delete(file.uri)
         if uri.startswith("file://"):
             shutil.rmtree(uri.removeprefix("file://"))
 
 
 def _read_version(fs: Any, path: str, listed: FileInfo) -> bytes:
-    """An S3 object whose ETag is the listed one, without asking for its size first."""
+    """Reads an S3 object if its ETag is the listed one, without requesting its size first."""
     if not listed.size_bytes:
         return b""
     file = fs.open(path, "rb", size=listed.size_bytes, cache_type="none")
@@ -315,7 +319,7 @@ def _read_version(fs: Any, path: str, listed: FileInfo) -> bytes:
         return bytes(file.read())
 
 
-def _listed_alone(fs: AbstractFileSystem, path: str) -> dict[str, Any]:
+def _listing_entry(fs: AbstractFileSystem, path: str) -> dict[str, Any]:
     for entry in fs.ls(fs._parent(path), detail=True, refresh=True):
         if entry["name"] == path:
             return dict(entry)
@@ -323,7 +327,7 @@ def _listed_alone(fs: AbstractFileSystem, path: str) -> dict[str, Any]:
 
 
 def _find(fs: AbstractFileSystem, path: str) -> dict[str, dict[str, Any]]:
-    """Every file below a folder. Object stores list keys one page after the other, so folders are listed at once."""
+    """Finds every file below a folder. S3 lists keys page by page, so subfolders are listed in parallel."""
     if "file" in fs.protocol:
         _refuse_closed_folders(path)
     if "s3" not in fs.protocol:
@@ -334,23 +338,23 @@ def _find(fs: AbstractFileSystem, path: str) -> dict[str, dict[str, Any]]:
         return dict(fs.find(path, detail=True))
     found = {entry["name"]: entry for entry in entries if entry["type"] != "directory"}
     with ThreadPoolExecutor(LISTERS) as pool:
-        for below in pool.map(lambda folder: fs.find(folder, detail=True), folders):
-            found |= below
+        for entries_below in pool.map(lambda folder: fs.find(folder, detail=True), folders):
+            found |= entries_below
     return found
 
 
 def _before_wildcards(path: str) -> tuple[str, str]:
-    """The folder before the first wildcard, and the pattern in it."""
-    place = min(path.find(letter) for letter in "*?[" if letter in path)
-    folder = path[:place].rpartition("/")[0]
+    """Splits a path into the folder before the first wildcard and the pattern below it."""
+    position = min(path.find(char) for char in "*?[" if char in path)
+    folder = path[:position].rpartition("/")[0]
     return folder, path[len(folder) + 1 :]
 
 
 def _refuse_closed_folders(path: str, depth: float = float("inf")) -> None:
-    """On a local disk a folder that may not be listed is an error; fsspec would pass over it and all that is in it."""
-    for folder, below, _ in os.walk(path, onerror=_refuse_folder):
+    """Raises for local folders without read permission; fsspec would silently skip them and their content."""
+    for folder, subfolders, _ in os.walk(path, onerror=_refuse_folder):
         if folder.count("/") - path.count("/") >= depth:
-            below.clear()
+            subfolders.clear()
 
 
 def _refuse_folder(error: OSError) -> None:
@@ -367,19 +371,19 @@ def _files(uri: str, found: dict[str, dict[str, Any]]) -> Iterator[FileInfo]:
             yield _file_info(name if "://" in name else f"{scheme}://{name}", entry)
 
 
-def _file_info(uri: str, found: dict[str, Any]) -> FileInfo:
-    size = int(found.get("size") or 0)
-    etag = found.get("ETag") or found.get("etag")
-    changed_at = found.get("mtime") or found.get("LastModified") or found.get("created") or ""
-    if isinstance(changed_at, datetime):
-        changed_at = changed_at.timestamp()
-    mark = str(etag).strip('"') if etag else hashlib.sha256(f"{size}:{changed_at}".encode()).hexdigest()[:16]
-    return FileInfo(uri, size, mark, changed_at if isinstance(changed_at, float) else None, _kind(found))
+def _file_info(uri: str, details: dict[str, Any]) -> FileInfo:
+    size = int(details.get("size") or 0)
+    etag = details.get("ETag") or details.get("etag")
+    modified = details.get("mtime") or details.get("LastModified") or details.get("created") or ""
+    if isinstance(modified, datetime):
+        modified = modified.timestamp()
+    fingerprint = str(etag).strip('"') if etag else hashlib.sha256(f"{size}:{modified}".encode()).hexdigest()[:16]
+    return FileInfo(uri, size, fingerprint, modified if isinstance(modified, float) else None, _kind(details))
 
 
-def _kind(found: dict[str, Any]) -> str:
-    """A link that leads nowhere counts as a file, which then cannot be read; what is no file would wait for ever."""
-    mode = found.get("mode")
-    if found.get("islink") and os.path.isdir(found["name"]):
+def _kind(details: dict[str, Any]) -> str:
+    """Returns `FileInfo.kind`. A broken link counts as an unreadable file; reading a FIFO could block for ever."""
+    mode = details.get("mode")
+    if details.get("islink") and os.path.isdir(details["name"]):
         return "link"
     return "file" if mode is None or stat.S_ISREG(mode) or stat.S_ISLNK(mode) or stat.S_ISDIR(mode) else "other"

@@ -1,4 +1,4 @@
-"""What does not fit into memory, in the temporary folder."""
+"""Unnamed temporary files for data that do not fit into memory."""
 
 import os
 import tempfile
@@ -7,67 +7,67 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from raydetect.errors import StorageError
-from raydetect.storage.troubles import disk_reason
+from raydetect.storage.error_translation import disk_reason
 
 PART_BYTES = 4 << 20
 
 
 class Scratch:
-    """A file without a name in the folder of `TMPDIR`: it goes with this object, and with a process that is killed."""
+    """An unnamed file in `TMPDIR`, deleted together with this object or when the process ends."""
 
     def __init__(self, what: str) -> None:
-        """An empty file.
+        """Creates an empty file.
 
         Args:
-            what: it holds, for messages: "decoded images".
+            what: description of the content for messages, such as "decoded images".
 
         Raises:
-            StorageError: it cannot be made.
+            StorageError: the file cannot be created.
         """
         self._what, self.size_bytes = what, 0
-        with self._told():
-            self._file = tempfile.TemporaryFile(prefix="raydetect-", buffering=0)  # noqa: SIM115 (kept)
+        with self._translated():
+            self._file = tempfile.TemporaryFile(prefix="raydetect-", buffering=0)  # noqa: SIM115 (stays open)
 
     def write_at(self, start: int, data: Any) -> None:
-        """Writes all bytes of a buffer; a disk that fills takes some of them without an error.
+        """Writes all bytes of a buffer; a single `pwrite` may write only a part when the disk fills up.
 
         Raises:
-            StorageError: they do not fit.
+            StorageError: the disk is full.
         """
-        left, place = memoryview(data).cast("B"), start
-        with self._told():
+        left, offset = memoryview(data).cast("B"), start
+        with self._translated():
             while left:
-                count = os.pwrite(self._file.fileno(), left, place)
-                left, place = left[count:], place + count
-        self.size_bytes = max(self.size_bytes, place)
+                count = os.pwrite(self._file.fileno(), left, offset)
+                left, offset = left[count:], offset + count
+        self.size_bytes = max(self.size_bytes, offset)
 
     def append(self, data: Any) -> None:
-        """Writes at the end.
+        """Writes a buffer at the end.
 
         Raises:
-            StorageError: it does not fit.
+            StorageError: the disk is full.
         """
         self.write_at(self.size_bytes, data)
 
     def read_at(self, start: int, buffer: Any) -> None:
-        """Fills a buffer with what was written.
+        """Fills a buffer from the file.
 
         Raises:
-            StorageError: the disk cannot give it.
+            StorageError: the disk cannot be read.
         """
-        left, place = memoryview(buffer).cast("B"), start
-        with self._told():
+        left, offset = memoryview(buffer).cast("B"), start
+        with self._translated():
             while left:
-                count = os.preadv(self._file.fileno(), [left], place)
+                count = os.preadv(self._file.fileno(), [left], offset)
                 if not count:
-                    raise EOFError(f"{self._what}: {self.size_bytes} bytes are there, and byte {place} was asked for")
-                left, place = left[count:], place + count
+                    raise EOFError(f"{self._what}: cannot read byte {offset} of {self.size_bytes}")
+                left, offset = left[count:], offset + count
 
     def parts(self) -> Iterator[bytes]:
-        """All that was written, in order, some megabytes at a time.
+        """Yields the whole content in order, `PART_BYTES` at a time.
 
         Raises:
-            StorageError: the disk cannot give it.
+            StorageError: the disk cannot be read.
         """
         for start in range(0, self.size_bytes, PART_BYTES):
             part = bytearray(min(PART_BYTES, self.size_bytes - start))
@@ -75,15 +75,15 @@ class Scratch:
             yield bytes(part)
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _translated(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             self._refuse(error)
 
     def _refuse(self, error: OSError) -> NoReturn:
-        place = tempfile.tempdir or os.environ.get("TMPDIR") or "the temporary folder"
+        folder = tempfile.tempdir or os.environ.get("TMPDIR") or "the temporary folder"
         raise StorageError(
-            f"{place}: cannot hold {self._what} ({disk_reason(error)}). Free some space there, or set TMPDIR to "
+            f"{folder}: cannot hold {self._what} ({disk_reason(error)}). Free some space there, or set TMPDIR to "
             "another folder, and start the same command again."
         ) from None

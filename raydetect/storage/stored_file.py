@@ -1,4 +1,4 @@
-"""A file of a storage, opened: what goes wrong below it is a StorageError, whatever a reader makes of it."""
+"""An open file whose storage errors are raised as StorageError, even if a reading library swallows them."""
 
 import io
 from collections.abc import Callable
@@ -6,24 +6,24 @@ from types import TracebackType
 from typing import Any
 
 from raydetect.errors import RaydetectError, StorageError
-from raydetect.storage.troubles import translate
+from raydetect.storage.error_translation import translate
 
 
 class StoredFile(io.RawIOBase):
     """A seekable binary file for reading.
 
-    Libraries that read archives catch `OSError` and call it damage of the archive. So errors of the storage leave here
-    as `StorageError`, which is none; and should a library swallow that too, leaving the `with` block raises it again.
+    Libraries that read archives catch `OSError` and report a damaged archive. So storage errors are raised as
+    `StorageError`, which is not an `OSError`; if a library swallows that too, leaving the `with` block raises it again.
     """
 
     def __init__(self, inner: Any, uri: str, size_bytes: int | None, check_end: Callable[[], None]) -> None:
-        """Takes over an open file.
+        """Wraps an open file and takes ownership of it.
 
         Args:
-            inner: of fsspec.
-            uri: its name in messages.
-            size_bytes: of the file; a read that brings less is an error. None where the server does not tell.
-            check_end: raises when the file was changed while it was read.
+            inner: fsspec's file.
+            uri: name of the file in messages.
+            size_bytes: file size; shorter reads are errors. None if the server does not report it.
+            check_end: raises if the file was changed while it was read.
         """
         self.uri = uri
         self.size_bytes = size_bytes
@@ -31,26 +31,26 @@ class StoredFile(io.RawIOBase):
         self._inner, self._check_end = inner, check_end
 
     def readable(self) -> bool:
-        """Always."""
+        """Returns True."""
         return True
 
     def seekable(self) -> bool:
-        """As the file below."""
+        """Whether the wrapped file is seekable."""
         return bool(self._inner.seekable())
 
     def tell(self) -> int:
-        """The place of the next byte."""
+        """Returns the current position."""
         return int(self._inner.tell())
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Moves there."""
+        """Changes the position and returns it."""
         return int(self._inner.seek(offset, whence))
 
     def read(self, size: int | None = -1) -> bytes:
-        """`size` bytes, or all that are left; fewer only at the end of the file.
+        """Reads `size` bytes, or all that are left; fewer only at the end of the file.
 
         Raises:
-            StorageError: the storage failed, or sent fewer.
+            StorageError: the storage failed or sent fewer bytes.
         """
         if self.failure is not None:
             raise self.failure
@@ -72,14 +72,14 @@ class StoredFile(io.RawIOBase):
         return data
 
     def readinto(self, buffer: Any) -> int:
-        """Fills a buffer."""
+        """Reads into a buffer and returns the number of bytes."""
         view = memoryview(buffer).cast("B")
         data = self.read(len(view))
         view[: len(data)] = data
         return len(data)
 
     def close(self) -> None:
-        """Closes the file below."""
+        """Closes the wrapped file."""
         if not self.closed:
             self._inner.close()
         super().close()

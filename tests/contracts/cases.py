@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from raydetect import local
+from raydetect.artifacts.store import load_artifact
+from raydetect.config import FitSpec, parse_job
 from raydetect.detectors._base import Detector, Scores
 from raydetect.detectors._registry import build_detector, detector_class
-from raydetect.spec import FitSpec, parse_job
+from raydetect.local import jobs
 from raydetect.storage import Storage
-from raydetect.worker.artifact import load_artifact
-from tests.made.archives import normal_files, pack
-from tests.made.images import DEFECTS, defect_image, encode, normal_image
+from tests.builders.archives import normal_files, pack
+from tests.builders.images import DEFECTS, defect_image, encode, normal_image
 
 SIZE_PX = 64
 
@@ -250,7 +250,7 @@ def _fit(case: Case, place: str, params: dict[str, Any], images: int, shard_imag
         case.name,
     )
     assert isinstance(spec, FitSpec)
-    local.fit(spec, lambda *_: None)
+    jobs.fit(spec, lambda *_: None)
     return load_artifact(f"memory://{place}/artifact", Storage()).detector
 
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from raydetect.artifact_record import Calibration
-from raydetect.blocks.rows import PAD_KEY, FitState
+from raydetect.artifacts.checks import load_checked
+from raydetect.artifacts.record import Calibration
+from raydetect.artifacts.store import load_artifact, save_artifact
+from raydetect.blocks.coresets.keyed_rows import PAD_KEY, FitState
 from raydetect.detectors._base import Batch, Detector, NotFittedError
 from raydetect.detectors._registry import build_detector, detector_class, list_models
 from raydetect.errors import ArtifactError, RaydetectError, SpecError
 from raydetect.storage import Storage
-from raydetect.worker.artifact import load_artifact, save_artifact
-from raydetect.worker.trial import load_checked
 from tests.contracts import cases
 from tests.contracts.cases import CASES, SIZE_PX, Case
 
@@ -96,9 +96,9 @@ def test_its_name_is_its_file_and_its_facts_are_there(case: Case) -> None:
 
 def test_it_is_cheap_to_build(case: Case) -> None:
     detector_class(case.name)
-    begun = time.process_time()
+    started = time.process_time()
     build_detector(case.name, {"weights": "no/such/file"} if needs_weights(case) else {})  # nothing is loaded yet
-    assert time.process_time() - begun < 0.2
+    assert time.process_time() - started < 0.2
 
 
 def test_unknown_and_bad_parameters_are_refused(case: Case) -> None:

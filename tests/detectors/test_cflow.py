@@ -8,16 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from raydetect.blocks.flows import log_likelihood
-from raydetect.blocks.rows import FitState
+from raydetect.blocks.coresets.keyed_rows import FitState
+from raydetect.blocks.networks.flows import log_likelihood
 from raydetect.blocks.seeding import keyed_generator
 from raydetect.detectors._base import Batch
 from raydetect.detectors._registry import build_detector, detector_class
 from raydetect.detectors.cflow import CFlow, Fibres, LevelFlows, position_codes
 from raydetect.errors import SpecError
+from tests.builders.bottle import aurocs, fit_in_memory, read_bottles
+from tests.builders.images import defect_image, normal_image
 from tests.contracts.cases import as_batch
-from tests.made.bottle import aurocs, fit_in_memory, read_bottles
-from tests.made.images import defect_image, normal_image
 
 TINY = {"weights": "random", "backbone": "resnet18", "layers": ["layer1", "layer2"], "image_size": [32, 32]}
 SMALL = {**TINY, "n_flows": 2, "position_dims": 8, "batch_size": 4, "fibre_batch": 40}
@@ -103,8 +103,8 @@ def test_every_position_comes_once_with_its_own_code_in_another_order_each_epoch
         pieces = detector.training_pieces(Batch(batch.images_BCHW, batch.keys, epoch=epoch))
         mine = [piece for piece in pieces if piece.level == 0]
         features = torch.cat([piece.features_BSC for piece in mine], 1)
-        said = torch.cat([piece.codes_BSP for piece in mine], 1)
-        places = torch.cdist(said, codes.expand(2, -1, -1)).argmin(2)
+        message = torch.cat([piece.codes_BSP for piece in mine], 1)
+        places = torch.cdist(message, codes.expand(2, -1, -1)).argmin(2)
         assert all(sorted(places[i].tolist()) == list(range(64)) for i in range(2))
         for i in range(2):
             assert torch.equal(features[i], level[i].flatten(1).T[places[i]])

@@ -10,20 +10,20 @@ import torch
 from sklearn.covariance import LedoitWolf
 from torch import nn
 
-from raydetect.blocks.anomaly_map import upsample
-from raydetect.blocks.backbone import Backbone
-from raydetect.blocks.gaussian import Gaussian
-from raydetect.blocks.grad_cam import grad_cam, unit
-from raydetect.blocks.patch_windows import spread
-from raydetect.blocks.rows import FitState
+from raydetect.blocks.backbones.backbone import Backbone
+from raydetect.blocks.coresets.gaussian import Gaussian
+from raydetect.blocks.coresets.keyed_rows import FitState
+from raydetect.blocks.maps.anomaly_map import upsample
+from raydetect.blocks.maps.grad_cam import grad_cam, unit
+from raydetect.blocks.maps.patch_windows import spread
 from raydetect.blocks.seeding import keyed_generator
 from raydetect.detectors._base import Batch
 from raydetect.detectors._registry import build_detector
 from raydetect.detectors.cutpaste import CutPaste
 from raydetect.errors import SpecError
+from tests.builders.bottle import aurocs, fit_in_memory, read_bottles
+from tests.builders.images import defect_image, normal_image
 from tests.contracts.cases import as_batch
-from tests.made.bottle import aurocs, fit_in_memory, read_bottles
-from tests.made.images import defect_image, normal_image
 
 IMAGES = as_batch([normal_image(i, 64) for i in range(10)])
 KEYS = [f"image-{i}" for i in range(10)]
@@ -178,8 +178,8 @@ def test_training_starts_from_the_loaded_weights_and_saves_no_head(tmp_path: Pat
     torch.save(source.trunk.state_dict(), tmp_path / "weights.pth")
     detector = build_detector("cutpaste", {"weights": str(tmp_path / "weights.pth")}, preset="smoke")
     assert isinstance(detector, CutPaste)
-    said = detector.load_weights()
-    assert source.digest() in said
+    message = detector.load_weights()
+    assert source.digest() in message
     plan = detector.begin_training(10)
     loss = detector.training_loss(Batch(IMAGES, KEYS))
     loss.backward()

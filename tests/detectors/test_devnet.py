@@ -11,19 +11,20 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torch import nn
 
-from raydetect import create_model, local
-from raydetect.blocks.backbone import Backbone
+from raydetect import create_model
+from raydetect.blocks.backbones.backbone import Backbone
 from raydetect.blocks.seeding import keyed_generator, keyed_unit
 from raydetect.check import find_problems
+from raydetect.config import FitSpec, parse_job
 from raydetect.detectors._base import Batch
 from raydetect.detectors._registry import build_detector
 from raydetect.detectors.devnet import DevNet, deviation_loss, worst_mean
 from raydetect.errors import SpecError
-from raydetect.spec import FitSpec, parse_job
+from raydetect.local import jobs
+from tests.builders.archives import normal_files, pack
+from tests.builders.bottle import aurocs, fit_in_memory, read_bottles
+from tests.builders.images import DEFECTS, defect_image, encode, normal_image
 from tests.contracts.cases import CASES, as_batch
-from tests.made.archives import normal_files, pack
-from tests.made.bottle import aurocs, fit_in_memory, read_bottles
-from tests.made.images import DEFECTS, defect_image, encode, normal_image
 
 IMAGES = as_batch([*(normal_image(i, 64) for i in range(4)), *(defect_image(i, "spot", 64)[0] for i in range(4))])
 KEYS, LABELS = [f"image-{i}" for i in range(8)], [0, 0, 0, 0, 1, 1, 1, 1]
@@ -200,13 +201,15 @@ def test_a_fit_without_a_labelled_anomalous_image_is_refused_in_one_sentence() -
     pack("memory://both", "", [*NORMAL, *SPOILT], 1)
     for spec in (job("loose", PATTERN), job("both", None)):
         (sentence,) = find_problems(spec)
-        assert sentence.startswith("source.pattern: devnet learns from some anomalous images, and no path tells of one")
+        assert sentence.startswith("source.pattern: devnet needs labelled anomalous images, and no path is labelled")
     assert find_problems(job("both", PATTERN)) == [] == find_problems(job("packed", PATTERN))
     assert find_problems(job("loose", PATTERN, detector={"name": "riad"})) == []
     for place in ("loose", "packed"):
-        with pytest.raises(SpecError, match="devnet learns from some anomalous images, and none of 5 is labelled so"):
-            local.fit(job(place, PATTERN), lambda *_: None)
-    facts = local.fit(job("both", PATTERN), lambda *_: None).facts
+        with pytest.raises(
+            SpecError, match="devnet needs labelled anomalous images, and none of 5 is labelled anomalous"
+        ):
+            jobs.fit(job(place, PATTERN), lambda *_: None)
+    facts = jobs.fit(job("both", PATTERN), lambda *_: None).facts
     assert facts["images"] == {"fitted": 8, "held_out": 1, "labelled_anomalous_left_out": 0, "bad": 0}
 
 
@@ -215,20 +218,18 @@ def test_every_category_of_a_fleet_needs_one() -> None:
     pack("memory://two", "", [*NORMAL, *SPOILT, *other], 1)
     spec = job("two", PATTERN, per_category=True)
     (sentence,) = find_problems(spec)
-    assert "no path of category 'gadget' tells of one" in sentence
-    with pytest.raises(SpecError, match=r"category 'gadget': .*none of 5 is labelled so"):
-        local.fit(spec, lambda *_: None)
+    assert "no path of category 'gadget' is labelled" in sentence
+    with pytest.raises(SpecError, match=r"category 'gadget': .*none of 5 is labelled anomalous"):
+        jobs.fit(spec, lambda *_: None)
     pack("memory://two", "", [(name.replace("widget", "gadget"), data) for name, data in SPOILT], 1)
-    assert find_problems(spec) == [] and local.fit(spec, lambda *_: None).facts["categories"] == 2
+    assert find_problems(spec) == [] and jobs.fit(spec, lambda *_: None).facts["categories"] == 2
 
 
 def test_in_python_labels_are_given_beside_the_images() -> None:
     words = {**CASE.sized(), "hidden_dims": [128, 64], "margin": 5.0, "epochs": 1, "steps_per_epoch": 2}
     images = IMAGES.permute(0, 2, 3, 1).numpy()
     for y in (None, [0] * 8):
-        with pytest.raises(
-            SpecError, match=r"devnet: learns from some anomalous images\. Call fit\(images, y=labels\)"
-        ):
+        with pytest.raises(SpecError, match=r"devnet: needs labelled anomalous images\. Call fit\(images, y=labels\)"):
             create_model("devnet", "smoke", **words).fit(images, y)
     with pytest.raises(SpecError, match="usable normal image"):
         create_model("devnet", "smoke", **words).fit(images, [1] * 8)

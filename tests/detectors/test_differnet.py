@@ -12,19 +12,19 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from raydetect import create_model
-from raydetect.blocks.flows import log_likelihood
-from raydetect.blocks.image_flow import deep_subnet
-from raydetect.blocks.rows import FitState
+from raydetect.blocks.coresets.keyed_rows import FitState
+from raydetect.blocks.networks.flows import log_likelihood
+from raydetect.blocks.networks.image_flow import deep_subnet
 from raydetect.blocks.seeding import keyed_generator, keyed_unit
-from raydetect.config import to_plain
+from raydetect.config.validation import to_plain
 from raydetect.detectors._base import Batch
 from raydetect.detectors._registry import build_detector
 from raydetect.detectors.differnet import DifferNet
 from raydetect.errors import SpecError
+from tests.builders.bottle import aurocs, fit_in_memory, read_bottles
+from tests.builders.images import defect_image, normal_image
 from tests.contracts.cases import as_batch
-from tests.made.bottle import aurocs, fit_in_memory, read_bottles
-from tests.made.images import defect_image, normal_image
-from tests.plain import reference
+from tests.reference import reference
 
 TINY = {"weights": "random", "backbone": "resnet18", "layers": ["layer2"], "image_size": [32, 32], "num_scales": 2}
 FLOW = {**TINY, "n_flows": 2, "hidden_dims": 16, "test_transforms": 4, "train_transforms": 3}
@@ -199,7 +199,7 @@ def test_a_step_leaves_an_images_own_patches_out_and_is_shared_by_workers() -> N
     whole = detector.training_pieces(images)[0]
     halves = [detector.training_pieces(Batch(images.images_BCHW[i::2], images.keys[i::2]))[0] for i in range(2)]
     assert len(whole.values_ND) == sum(len(half.values_ND) for half in halves)
-    normal = whole.values_ND[whole.planted_N == 0]
+    normal = whole.values_ND[whole.simulated_N == 0]
     assert normal.mean(1).min() > 1e-3 * whole.values_ND.mean()
     detector.begin_training(6)
     losses = [detector.training_loss(piece).item() for piece in (whole, *halves)]
@@ -236,7 +236,7 @@ def words(**stated: object) -> DifferNet.Params:
 
 
 def test_the_head_follows_from_what_is_stated_and_settles_what_is_not() -> None:
-    with pytest.raises(SpecError, match="k_neighbors is of no use to head: flow; leave it out, or set head: differ"):
+    with pytest.raises(SpecError, match="k_neighbors has no effect with head: flow; remove it or set head: differ"):
         words(head="flow", k_neighbors=5)
     for stated in ({"head": "difference"}, {"k_neighbors": 5, "train_difference": True}, {"k_neighbors": 5}):
         params = words(backbone="wide_resnet50", **stated)

@@ -7,17 +7,17 @@ import pytest
 import torch
 from scipy.ndimage import uniform_filter
 
+from raydetect.blocks.augment.synthesis import perlin_mask
 from raydetect.blocks.seeding import keyed_generator
-from raydetect.blocks.synthesis import perlin_mask
 from raydetect.detectors import draem
 from raydetect.detectors._base import Batch
 from raydetect.detectors._registry import build_detector
 from raydetect.detectors.draem import DRAEM, ReconstructionNet, SegmentationNet
 from raydetect.errors import ArtifactError
+from tests.builders.archives import pack
+from tests.builders.images import defect_image, encode, normal_image
 from tests.contracts.cases import as_batch
-from tests.made.archives import pack
-from tests.made.images import defect_image, encode, normal_image
-from tests.plain import images as plain
+from tests.reference import images as plain
 
 SMALL = {"image_size": [64, 64], "base_width": 4, "learning_rate": 3e-3, "epochs": 10}
 

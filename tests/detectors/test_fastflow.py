@@ -13,9 +13,9 @@ from raydetect.detectors._base import Batch
 from raydetect.detectors._registry import build_detector
 from raydetect.detectors.fastflow import FastFlow, LevelFlow
 from raydetect.errors import SpecError
+from tests.builders.bottle import aurocs, fit_in_memory, read_bottles
+from tests.builders.images import defect_image, normal_image
 from tests.contracts.cases import as_batch
-from tests.made.bottle import aurocs, fit_in_memory, read_bottles
-from tests.made.images import defect_image, normal_image
 
 SMALL = {
     "weights": "random",

@@ -9,19 +9,19 @@ import torch
 from safetensors.torch import save_file
 from scipy.ndimage import zoom
 
-from raydetect.blocks.backbone import Backbone
-from raydetect.blocks.fusion import CoordinateAttention, MaskDecoder, Memory, MultiScaleFusion, deepest_stage
-from raydetect.blocks.rows import FitState
+from raydetect.blocks.augment.synthesis import foreground
+from raydetect.blocks.backbones.backbone import Backbone
+from raydetect.blocks.coresets.keyed_rows import FitState
+from raydetect.blocks.networks.fusion import CoordinateAttention, MaskDecoder, Memory, MultiScaleFusion, deepest_stage
 from raydetect.blocks.seeding import keyed_generator
-from raydetect.blocks.synthesis import foreground
 from raydetect.detectors._base import Batch
 from raydetect.detectors._registry import build_detector
 from raydetect.detectors.memseg import MemSeg, warm_cosine
 from raydetect.errors import ArtifactError, SpecError
+from tests.builders.images import defect_image, normal_image
 from tests.contracts.cases import as_batch
-from tests.made.images import defect_image, normal_image
-from tests.plain import images as plain
-from tests.plain.memory import coordinate_attention, recalled
+from tests.reference import images as plain
+from tests.reference.memory import coordinate_attention, recalled
 
 SMALL = {
     "image_size": [64, 64],

@@ -7,15 +7,15 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from raydetect.blocks.rows import FitState
-from raydetect.blocks.search import ShardedSearch, cut_bank
+from raydetect.blocks.coresets.keyed_rows import FitState
+from raydetect.blocks.search.search import ShardedSearch, split_bank
 from raydetect.detectors._base import Batch
 from raydetect.detectors._registry import build_detector
 from raydetect.detectors.patchcore import PatchCore
 from raydetect.errors import ArtifactError, SpecError
+from tests.builders.images import defect_image, normal_image
 from tests.contracts.cases import as_batch
-from tests.made.images import defect_image, normal_image
-from tests.plain import reference
+from tests.reference import reference
 
 PARAMS = {"backbone": "resnet18", "weights": "random", "image_size": [64, 64], "coreset_sampling_ratio": 0.2}
 
@@ -84,9 +84,9 @@ def test_every_exact_search_gives_the_same_scores(search: str) -> None:
 
 def test_ivfpq_tells_its_recall_and_scores_the_same_when_loaded() -> None:
     detector = fitted(search="ivfpq", coreset_sampling_ratio=0.9)
-    said = detector.facts()["search"]
-    assert said["kind"] == "ivfpq" and said["patches"] == 12 * 64 - round(12 * 64 * 0.9)
-    assert 0.3 < said["recall_at_1"] <= 1.0
+    message = detector.facts()["search"]
+    assert message["kind"] == "ivfpq" and message["patches"] == 12 * 64 - round(12 * 64 * 0.9)
+    assert 0.3 < message["recall_at_1"] <= 1.0
     other = build_detector("patchcore", {**PARAMS, "search": "ivfpq", "coreset_sampling_ratio": 0.9})
     other.load_tensors(detector.tensors())
     images = as_batch([normal_image(900, 64), defect_image(1, "blob", 64)[0]])
@@ -110,7 +110,7 @@ def test_a_fit_that_needs_faiss_misses_it_before_it_begins(monkeypatch: pytest.M
 def test_with_its_bank_elsewhere_it_scores_the_same_and_holds_no_bank() -> None:
     detector = fitted()
     tensors = detector.tensors()
-    pieces = [detector.piece_search(tensors["bank"][a:b]) for a, b in cut_bank(len(tensors["bank"]), 3)]
+    pieces = [detector.piece_search(tensors["bank"][a:b]) for a, b in split_bank(len(tensors["bank"]), 3)]
     other = build_detector("patchcore", PARAMS)
     other.load_beside({name: value for name, value in tensors.items() if name != "bank"}, ShardedSearch(pieces))
     images = as_batch([normal_image(900, 64), defect_image(1, "blob", 64)[0]])

@@ -5,14 +5,14 @@ import pytest
 import torch
 from scipy.ndimage import zoom
 
-from raydetect.blocks.backbone import Backbone
+from raydetect.blocks.backbones.backbone import Backbone
 from raydetect.blocks.seeding import keyed_generator
 from raydetect.detectors._base import Batch
 from raydetect.detectors._registry import build_detector
 from raydetect.detectors.riad import RIAD, InpaintingNet, disjoint_masks
+from tests.builders.images import defect_image, normal_image
 from tests.contracts.cases import as_batch
-from tests.made.images import defect_image, normal_image
-from tests.plain import images as plain
+from tests.reference import images as plain
 
 SMALL = {"image_size": [64, 64], "base_width": 4, "smoothing_px": 5, "grid_size": [4, 8], "learning_rate": 3e-3}
 

@@ -6,14 +6,14 @@ import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter
 
-from raydetect.blocks.pyramid import patch_embeddings, pooled_patch_embeddings
+from raydetect.blocks.backbones.patch_embeddings import patch_embeddings, pooled_patch_embeddings
 from raydetect.detectors._base import Batch
 from raydetect.detectors._registry import build_detector
 from raydetect.detectors.simplenet import SimpleNet, truncated_l1
+from tests.builders.bottle import aurocs, fit_in_memory, read_bottles
+from tests.builders.images import defect_image, normal_image
 from tests.contracts.cases import as_batch
-from tests.made.bottle import aurocs, fit_in_memory, read_bottles
-from tests.made.images import defect_image, normal_image
-from tests.plain import embedding as plain
+from tests.reference import embedding as plain
 
 SIGMA, MARGIN, LEAK, EPS = 0.05, 0.5, 0.2, 1e-5
 KEYS = ["a", "b", "c"]
@@ -65,8 +65,8 @@ def test_the_loss_is_the_papers_on_one_batch_of_normal_and_noisy_features() -> N
     adapted = embeddings.flatten(0, 2).double().numpy() @ v["adaptor.weight"].T
     both = np.concatenate([adapted, adapted + noise.reshape(adapted.shape)])
     hidden = both @ v["discriminator.0.weight"].T + v["discriminator.0.bias"]
-    said = by_hand(both, v, hidden.mean(0), hidden.var(0))
-    normal, noisy = np.split(said, 2)
+    message = by_hand(both, v, hidden.mean(0), hidden.var(0))
+    normal, noisy = np.split(message, 2)
     want = np.mean([max(0.0, MARGIN - x) for x in normal]) + np.mean([max(0.0, MARGIN + x) for x in noisy])
     assert abs(loss - want) < 1e-4 * want
     assert float(truncated_l1(torch.tensor([0.5, 9.0]), torch.tensor([-0.5, -9.0]), MARGIN)) == 0.0

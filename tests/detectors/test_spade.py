@@ -8,17 +8,17 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from raydetect.blocks.group import Group
-from raydetect.blocks.rows import FitState
+from raydetect.blocks.coresets.group import Group
+from raydetect.blocks.coresets.keyed_rows import FitState
 from raydetect.detectors._base import Batch
 from raydetect.detectors._registry import build_detector
 from raydetect.detectors.spade import SPADE
 from raydetect.errors import SpecError
+from tests.builders.bottle import aurocs, fit_in_memory, read_bottles
+from tests.builders.group import together
+from tests.builders.images import defect_image, normal_image
 from tests.contracts.cases import as_batch
-from tests.made.bottle import aurocs, fit_in_memory, read_bottles
-from tests.made.group import together
-from tests.made.images import defect_image, normal_image
-from tests.plain.correspondence import nearest_squares
+from tests.reference.correspondence import nearest_squares
 
 PARAMS = {"backbone": "resnet18", "weights": "random", "image_size": [64, 64], "k_neighbors": 3, "smoothing_sigma": 0}
 NORMAL = [normal_image(i, 64) for i in range(7)]

@@ -3,12 +3,12 @@
 import numpy as np
 import torch
 
-from raydetect.blocks.backbone import Backbone
+from raydetect.blocks.backbones.backbone import Backbone
 from raydetect.detectors._base import Batch
 from raydetect.detectors._registry import build_detector
 from raydetect.detectors.stfpm import STFPM, level_error
+from tests.builders.images import defect_image, normal_image
 from tests.contracts.cases import as_batch
-from tests.made.images import defect_image, normal_image
 
 
 def test_the_error_is_one_minus_the_cosine() -> None:

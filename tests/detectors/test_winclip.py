@@ -10,20 +10,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from raydetect.blocks.clip import TINY_WORDS, ImageTower, TextTower, build_clip, clip_config, load_clip
-from raydetect.blocks.group import Group
-from raydetect.blocks.prompts import TEMPLATES
-from raydetect.blocks.rows import FitState
-from raydetect.blocks.windows import harmonic_mean, spread_harmonic, window_patches
+from raydetect.blocks.backbones.clip import TINY_WORDS, ImageTower, TextTower, build_clip, clip_config, load_clip
+from raydetect.blocks.backbones.prompts import TEMPLATES
+from raydetect.blocks.coresets.group import Group
+from raydetect.blocks.coresets.keyed_rows import FitState
+from raydetect.blocks.maps.windows import harmonic_mean, spread_harmonic, window_patches
 from raydetect.detectors import _weights
 from raydetect.detectors._base import Batch
 from raydetect.detectors._registry import build_detector
 from raydetect.detectors.winclip import WinCLIP
 from raydetect.errors import ArtifactError, SpecError
+from tests.builders.group import together
+from tests.builders.images import defect_image, normal_image
 from tests.contracts.cases import as_batch
-from tests.made.group import together
-from tests.made.images import defect_image, normal_image
-from tests.plain import winclip as plain
+from tests.reference import winclip as plain
 
 PROMPTS = {"prompts_normal": ["a good {}"], "prompts_anomalous": ["a broken {}", "a {} with a hole"]}
 
@@ -88,7 +88,7 @@ def test_windows_are_embedded_the_same_in_any_blocks(monkeypatch: pytest.MonkeyP
     tokens = tower.tokens(as_batch([picture(i) for i in range(5)]))
     windows = window_patches(tower.grid, 3)
     at_once = tower.embed_windows(tokens, windows)
-    monkeypatch.setattr("raydetect.blocks.clip.BLOCK_TOKENS", 1)
+    monkeypatch.setattr("raydetect.blocks.backbones.clip.BLOCK_TOKENS", 1)
     torch.testing.assert_close(tower.embed_windows(tokens, windows), at_once, rtol=1e-5, atol=1e-6)
 
 
@@ -214,10 +214,10 @@ def test_the_input_size_is_the_models_own_or_the_users(params: dict[str, object]
 @pytest.mark.parametrize(
     ("params", "word"),
     [
-        ({"window_size": 230}, r"image_size \[230, 230\] is no multiple of 16 px, ViT-B-16-plus-240's patch"),
+        ({"window_size": 230}, r"image_size \[230, 230\] is not a multiple of 16 px, ViT-B-16-plus-240's patch"),
         ({"clip_model": "ViT-B/32", "scales": [8]}, r"larger than an image_size of \[224, 224\]"),
-        ({"clip_model": "RN50"}, "no plain CLIP with a vision transformer"),
-        ({"clip_model": "ViT-B-16-SigLIP"}, r"no plain CLIP .*timm_model_name"),
+        ({"clip_model": "RN50"}, "not a plain CLIP with a vision transformer"),
+        ({"clip_model": "ViT-B-16-SigLIP"}, r"not a plain CLIP .*timm_model_name"),
         ({"clip_model": "ViT-B/23"}, "ViT-B-32"),
         ({"prompts_normal": []}, "prompts_normal"),
     ],
@@ -233,7 +233,7 @@ def test_every_plain_model_of_open_clip_has_a_configuration() -> None:
         try:
             config = clip_config(name)
         except SpecError as error:
-            assert "no plain CLIP" in str(error), name
+            assert "not a plain CLIP" in str(error), name
             continue
         assert config.words == open_clip.get_model_config(name), name
 
@@ -288,10 +288,10 @@ def test_weights_that_cannot_be_had_are_one_sentence_soon(
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(urllib.request, "getproxies", dict)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1" if offline else "0")
-    begun = time.perf_counter()
+    started = time.perf_counter()
     why = "HF_HUB_OFFLINE is set" if offline else r"127\.0\.0\.1 cannot be reached"
     with pytest.raises(ArtifactError, match=rf"weights laion400m_e32 of ViT-B-16-plus-240 .*{why}.*Give a file"):
         build_detector("winclip", {}).load_weights()
-    assert time.perf_counter() - begun < 3
+    assert time.perf_counter() - started < 3
     with pytest.raises(SpecError, match=r"is neither a tag of open_clip for ViT-B-32.*laion400m_e32"):
         build_detector("winclip", {"clip_model": "ViT-B/32", "weights": "laion400m_e33"}).load_weights()

@@ -3,7 +3,7 @@
 import socket
 from dataclasses import dataclass
 
-from raydetect.spec import StorageOptions
+from raydetect.config import StorageOptions
 from raydetect.storage import Storage
 
 

@@ -1,0 +1,1 @@
+"""One module for each archive format: tar, zip, Parquet, loose files."""

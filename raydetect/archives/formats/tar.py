@@ -1,0 +1,207 @@
+"""tar, tar.gz and tar.zst: one pass over the headers tells what is there, a second one reads the images.
+
+Of several members of one name the last is the file, and a sidecar may stand anywhere, so all names are needed before
+the first image. A local tar is sought through, which reads its headers alone. One on another storage is first copied to
+a temporary file of at most SPOOL_BYTES, so that it crosses the network once; a larger one, and the parts of one with an
+index, cross it twice.
+"""
+
+import io
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO
+
+from raydetect.archives.base import listed_file
+from raydetect.archives.directory import Directory, MemberReader
+from raydetect.archives.formats.decompression import is_compressed, unpacked
+from raydetect.archives.formats.tar_headers import TarHeaders, read_headers
+from raydetect.archives.formats.tar_index import compare, read_index, region_of
+from raydetect.archives.formats.zip import REPAIR
+from raydetect.archives.path_patterns import Naming
+from raydetect.archives.samples import MAX_SIDECAR_BYTES, Entry, is_sidecar
+from raydetect.config import SourceSpec
+from raydetect.errors import ArchiveError, MemberError, RaydetectError, StorageError
+from raydetect.left_out import LeftOutCount
+from raydetect.records import Member, Shard
+from raydetect.storage import Storage, StoredFile
+
+SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst")
+COPY_BYTES = 1 << 20
+SPOOL_BYTES = 2 << 30
+KEPT_SIDECAR_BYTES = 64 << 20
+ITS_START = "its start"
+OTHERS = {b"BZh": "bzip2", b"PK\3\4": "a zip", b"\xfd7zX": "xz", b"7z\xbc\xaf": "7z", b"Rar!": "rar"}
+SEEKABLE = ("file://", "memory://")
+
+
+def read_tar(
+    shard: Shard, source: SourceSpec, storage: Storage, naming: Naming, left_out: LeftOutCount
+) -> Iterator[Member]:
+    """Members of a tar shard.
+
+    Raises:
+        ArchiveError: the tar is broken, or its index does not fit it.
+        StorageError: the storage failed.
+    """
+    with storage.open(shard.uri, listed_file(shard)) as stored:
+        if shard.span is not None:
+            directory = _part(shard, shard.span, stored, storage)
+            yield from MemberReader(directory, source, naming, left_out).members(shard.span)
+            return
+        with _at_hand(stored) as handle:
+            directory = tar_directory(handle, shard.uri)
+            yield from MemberReader(directory, source, naming, left_out).members(None)
+
+
+def tar_directory(handle: IO[bytes], uri: str) -> Directory:
+    """The files of a tar, compressed or not as its first bytes say.
+
+    Args:
+        handle: at its first byte, seekable.
+        uri: of the tar.
+    """
+    start = handle.read(4)
+    handle.seek(0)
+    other = next((name for magic, name in OTHERS.items() if start.startswith(magic)), None)
+    if other is not None:
+        raise ArchiveError(f"{uri}: is no tar but {other} by its first bytes. Pack it as tar, tar.gz, tar.zst or zip.")
+    return CompressedTar(handle, uri, start) if is_compressed(start) else PlainTar(handle, uri)
+
+
+@contextmanager
+def _at_hand(stored: StoredFile) -> Iterator[IO[bytes]]:
+    """The file itself where seeking in it is cheap, or when it is very large; else a copy on this machine's disk."""
+    size = stored.size_bytes
+    if stored.uri.startswith(SEEKABLE) or (size is not None and size > SPOOL_BYTES):
+        yield stored  # type: ignore[misc]
+        return
+    with tempfile.TemporaryFile(prefix="raydetect-tar-") as copy:
+        try:
+            shutil.copyfileobj(stored, copy, COPY_BYTES)
+        except OSError as error:  # of the disk: those of the storage are none
+            place = tempfile.gettempdir()
+            message = f"{place}: cannot hold a copy of {stored.uri} ({error.strerror}). Free some space, or set TMPDIR."
+            raise StorageError(message) from None
+        copy.seek(0)
+        yield copy
+
+
+class PlainTar(Directory):
+    """A tar whose members lie in the file as they are."""
+
+    def __init__(self, handle: IO[bytes], uri: str, headers: TarHeaders | None = None) -> None:
+        """Reads the headers, unless they were read already."""
+        headers = headers or read_headers(handle, uri, "r:")
+        self.uri, self.entries = uri, headers.entries
+        self.scheme = "tar" if uri.endswith(".tar") and headers.is_plain else ""
+        self._handle, self._headers, self._good = handle, headers, ITS_START
+
+    def read(self, entry: Entry) -> bytes:
+        """The bytes of a member.
+
+        Raises:
+            ArchiveError: the tar was cut inside it.
+            StorageError: the storage failed.
+        """
+        self._handle.seek(entry.place)
+        data = self._handle.read(entry.size)
+        if len(data) != entry.size:
+            raise _broken(self.uri, self._good, f"{entry.name!r} has {len(data):,} of {entry.size:,} bytes")
+        self._good = repr(entry.name)
+        return data
+
+    def finish(self, left_out: LeftOutCount) -> None:
+        """Counts what follows the tar.
+
+        Raises:
+            ArchiveError: it breaks after its last member.
+        """
+        self._headers.finish(left_out)
+
+
+class CompressedTar(Directory):
+    """A compressed tar: unpacked once for its headers, and once more for the images, in bounded memory.
+
+    Sidecars are kept from the first pass, up to KEPT_SIDECAR_BYTES in all, because they may stand behind their image.
+    """
+
+    def __init__(self, handle: IO[bytes], uri: str, start: bytes) -> None:
+        """Reads the headers."""
+        self._kept: dict[int, bytes] = {}
+        self._kept_bytes = 0
+        self._headers = read_headers(unpacked(handle, start), uri, "r|", keep=self._keep)
+        self.uri, self.entries = uri, self._headers.entries
+        self.scheme = "tar" if uri.endswith(".tar.gz") and self._headers.is_plain else ""
+        handle.seek(0)
+        self._plain, self._at, self._last = unpacked(handle, start), 0, -1
+        self._last_data, self._good = b"", ITS_START
+
+    def read(self, entry: Entry) -> bytes:
+        """The bytes of a member.
+
+        Raises:
+            MemberError: a sidecar that was not kept.
+            ArchiveError: the tar is broken here.
+            StorageError: the storage failed.
+        """
+        if entry.place in self._kept:
+            return self._kept[entry.place]
+        if entry.place == self._last:
+            return self._last_data
+        if entry.place < self._at or is_sidecar(entry.name):
+            message = f"the sidecars of this tar are more than {KEPT_SIDECAR_BYTES >> 20} MiB, so not all could be kept"
+            raise MemberError("too_many_bytes", message)
+        try:
+            self._skip(entry.place - self._at)
+            self._last_data, self._last = self._plain.read(entry.size), entry.place
+        except RaydetectError:
+            raise
+        except Exception as error:  # whatever hostile bytes make a decompressor raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise _broken(self.uri, self._good, reason) from None
+        self._at = entry.place + len(self._last_data)
+        if len(self._last_data) != entry.size:
+            raise _broken(self.uri, self._good, "it ends early")
+        self._good = repr(entry.name)
+        return self._last_data
+
+    def finish(self, left_out: LeftOutCount) -> None:
+        """Counts what follows the tar.
+
+        Raises:
+            ArchiveError: it breaks after its last member.
+        """
+        self._headers.finish(left_out)
+
+    def _skip(self, count: int) -> None:
+        while count:
+            passed = len(self._plain.read(min(count, COPY_BYTES)))
+            if not passed:
+                raise EOFError("it ends early")
+            count -= passed
+
+    def _keep(self, tar: tarfile.TarFile, info: tarfile.TarInfo) -> None:
+        room = KEPT_SIDECAR_BYTES - self._kept_bytes
+        if info.isreg() and is_sidecar(info.name) and info.size <= min(MAX_SIDECAR_BYTES, room):
+            self._kept[info.offset_data] = (tar.extractfile(info) or io.BytesIO()).read()
+            self._kept_bytes += info.size
+
+
+def _broken(uri: str, good: str, reason: str) -> ArchiveError:
+    return ArchiveError(f"{uri}: broken after {good} ({reason}). {REPAIR}")
+
+
+def _part(shard: Shard, span: tuple[int, int], handle: StoredFile, storage: Storage) -> Directory:
+    """All files of a tar by its index, proven for the stretch of this part."""
+    components = read_index(shard.index_uri, storage)
+    region = region_of(components, span)
+    headers = TarHeaders()
+    if region.begin != region.stop:
+        handle.seek(int(region.begin))
+        headers = read_headers(handle, shard.uri, "r:", region.stop)  # type: ignore[arg-type]
+    if not headers.broken:
+        headers.entries = compare(region, components, headers.entries, shard.uri, shard.index_uri)
+    return PlainTar(handle, shard.uri, headers)  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""Stored detectors: records, fleets and tensors."""

@@ -1,0 +1,1 @@
+"""Keyed rows over all workers: coresets, Gaussians, integer embeddings."""

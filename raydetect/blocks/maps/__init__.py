@@ -1,0 +1,1 @@
+"""From patch scores to anomaly maps."""

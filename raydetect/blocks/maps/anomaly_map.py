@@ -1,0 +1,86 @@
+"""Anomaly maps from grids of patch scores: upsampling and Gaussian smoothing."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from raydetect.blocks.search.matrix_product import product
+
+LEAST_LIKELIHOOD = 1e-300
+
+
+def upsample(grid_Bhw: Tensor, size_px: tuple[int, int]) -> Tensor:
+    """Bilinear upsampling (pixel centres, no corner alignment) to (height, width), float32."""
+    return F.interpolate(grid_Bhw[:, None].float(), size=size_px, mode="bilinear", align_corners=False)[:, 0]
+
+
+def negative_log_mean_likelihood(levels: Sequence[Tensor], size_px: tuple[int, int]) -> Tensor:
+    """Negative logarithm of the mean over levels of upsampled likelihoods, (B, H, W) float32.
+
+    Likelihoods are computed in float64, so only log-likelihoods below about -690 are clipped.
+
+    Args:
+        levels: log-likelihoods (B, h_i, w_i), each up to a constant per level.
+        size_px: (height, width).
+    """
+    grids = [level_Bhw[:, None].double().exp() for level_Bhw in levels]
+    maps = [F.interpolate(grid_B1hw, size=size_px, mode="bilinear") for grid_B1hw in grids]
+    return -torch.cat(maps, 1).mean(1).clamp_min(LEAST_LIKELIHOOD).log().float()
+
+
+def gaussian_kernel(sigma_px: float) -> Tensor:
+    """Normalised 1-D Gaussian kernel, truncated at four sigma, float32."""
+    radius = int(4.0 * sigma_px + 0.5)
+    offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
+    weights = torch.exp(-0.5 * (offsets / sigma_px) ** 2)
+    return (weights / weights.sum()).float()
+
+
+def smooth(map_BHW: Tensor, sigma_px: float) -> Tensor:
+    """Gaussian smoothing with scipy's `reflect` boundary mode; sigma 0 is the identity."""
+    if sigma_px == 0.0:
+        return map_BHW
+    kernel = gaussian_kernel(sigma_px).to(map_BHW.device)
+    radius = len(kernel) // 2
+    for dim in (1, 2):
+        index = _reflected(map_BHW.shape[dim], radius).to(map_BHW.device)
+        padded = map_BHW.index_select(dim, index)[:, None]
+        shape = (1, 1, -1, 1) if dim == 1 else (1, 1, 1, -1)
+        map_BHW = F.conv2d(padded, kernel.view(shape))[:, 0]
+    return map_BHW
+
+
+def smooth_upsampled(grid_Bhw: Tensor, size_px: tuple[int, int], sigma_px: float) -> Tensor:
+    """`smooth(upsample(grid_Bhw, size_px), sigma_px)` up to rounding, as two small matrix products, (B, H, W) float32.
+
+    Both are linear and separable, so each axis is one matrix.
+    """
+    if sigma_px == 0.0:
+        return upsample(grid_Bhw, size_px)
+    batch, height, width = grid_Bhw.shape
+    rows_Hh, columns_Ww = (
+        _axis_matrix(length, size, sigma_px).to(grid_Bhw.device)
+        for length, size in ((height, size_px[0]), (width, size_px[1]))
+    )
+    wide_BhW = product(grid_Bhw.float().reshape(batch * height, width), columns_Ww).view(batch, height, -1)
+    transposed_BWh = wide_BhW.transpose(1, 2).reshape(-1, height)
+    return product(transposed_BWh, rows_Hh).view(batch, -1, size_px[0]).transpose(1, 2).contiguous()
+
+
+@lru_cache(maxsize=64)
+def _axis_matrix(length: int, size_px: int, sigma_px: float) -> Tensor:
+    """Matrix (size, length) of upsampling from `length` to `size_px` and smoothing along one axis, via float64."""
+    with torch.inference_mode(False):
+        wide = F.interpolate(torch.eye(length, dtype=torch.float64)[:, None], size=size_px, mode="linear")[:, 0]
+        kernel = gaussian_kernel(sigma_px).double()
+        padded = wide[:, _reflected(size_px, len(kernel) // 2)]
+        return (padded.unfold(1, len(kernel), 1) @ kernel).T.float().contiguous()
+
+
+def _reflected(size: int, radius: int) -> Tensor:
+    """Indices that extend an axis of `size` by `radius` on both sides: d c b a | a b c d | d c b a, periodically."""
+    indices = torch.arange(-radius, size + radius) % (2 * size)
+    return torch.where(indices < size, indices, 2 * size - 1 - indices)

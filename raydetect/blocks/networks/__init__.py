@@ -1,0 +1,1 @@
+"""Parts of networks that are trained: flows, U-Nets, losses, normalisation."""

@@ -1,0 +1,1 @@
+"""Nearest-neighbour search, exact unless it says otherwise."""

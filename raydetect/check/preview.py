@@ -1,0 +1,77 @@
+"""Describes how a job will read its source, before it runs: labels, files left out, and notes on the listing."""
+
+from collections import Counter
+from collections.abc import Iterator
+from itertools import chain, islice
+
+from raydetect.archives.base import Archive, Listing
+from raydetect.archives.chunks import read_members
+from raydetect.archives.labels import labels_text
+from raydetect.archives.open import open_archive
+from raydetect.config import AuditSpec, CalibrateSpec, FitSpec, JobSpec, ScoreSpec, SourceSpec, source_storage
+from raydetect.errors import SpecError
+from raydetect.left_out import LeftOutCount, left_out_text
+from raydetect.records import Member
+from raydetect.storage import Storage
+
+MAX_IMAGES, MAX_BYTES = 1000, 128 << 20
+
+
+def source_lines(spec: JobSpec) -> list[str]:
+    """Returns one line for each fact; reads only the first images, up to MAX_IMAGES and MAX_BYTES.
+
+    Raises:
+        RaydetectError: the source cannot be read.
+    """
+    if not isinstance(spec, FitSpec | ScoreSpec | AuditSpec | CalibrateSpec):
+        return []
+    archive = open_archive(spec.source, Storage(source_storage(spec, spec.source)))
+    listing, left_out = archive.listing(), LeftOutCount()
+    counts: Counter[tuple[int | None, str]] = Counter()
+    is_all = False
+    for member in _first_members(archive, listing, spec.source, left_out):
+        if member is None:
+            is_all = True
+        else:
+            counts[member.label, member.raw_label] += 1
+    if is_all:
+        _refuse_useless(spec, counts, left_out)
+    of = "" if is_all else f", of the first {counts.total():,} images"
+    lines = [f"Note: {note}" for note in listing.notes]
+    if any(label is not None for label, _ in counts):
+        lines.append(f"label: {labels_text([(*key, count) for key, count in counts.items()])}{of}")
+    if left_out.found:
+        lines.append(f"Left out{of}: {left_out_text(left_out.found)}")
+    return lines
+
+
+def _refuse_useless(spec: JobSpec, counts: Counter[tuple[int | None, str]], left_out: LeftOutCount) -> None:
+    """Refuses a source that the job would refuse after reading everything.
+
+    Raises:
+        SpecError: there is no image, or no normal image to fit on.
+    """
+    assert isinstance(spec, FitSpec | ScoreSpec | AuditSpec | CalibrateSpec)
+    where = ", ".join(spec.source.uris())
+    if not counts:
+        text = left_out_text(left_out.found) or "nothing"
+        raise SpecError(f"{where}: has no images; left out: {text}. Check source.uri, format and pattern.")
+    if isinstance(spec, FitSpec) and all(label == 1 for label, _ in counts):
+        text = labels_text([(*key, count) for key, count in counts.items()])
+        raise SpecError(f"{where}: has no normal images (label: {text}). Set source.normal_names, or add some.")
+
+
+def _first_members(
+    archive: Archive, listing: Listing, source: SourceSpec, left_out: LeftOutCount
+) -> Iterator[Member | None]:
+    """Yields the first members, then None if these are all."""
+    left_out.add_all(listing.shards[0].left_out)
+    held = 0
+    members = chain.from_iterable(read_members(archive, shard, source, left_out) for shard in listing.shards)
+    for member in islice(members, MAX_IMAGES):
+        yield member
+        held += len(member.data)
+        if held > MAX_BYTES:
+            return
+    if next(members, None) is None:
+        yield None

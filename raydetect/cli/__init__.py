@@ -1,0 +1,1 @@
+"""Commands that have their own module, and code shared by all commands."""

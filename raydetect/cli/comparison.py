@@ -1,0 +1,89 @@
+"""A table for choosing a detector: properties and the results of `make reproduce` (`detectors/measured.json`)."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, Literal
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from raydetect.detectors._registry import detector_class, list_models
+
+FILE = "measured.json"
+FITS: dict[tuple[str, ...], str] = {("collect",): "one pass", ("train",): "training"}
+PLAIN_WIDTH = 220
+COLUMNS: tuple[tuple[str, Literal["left", "right"]], ...] = (
+    ("Detector", "left"),
+    ("Needs", "left"),
+    ("Localises", "left"),
+    ("Fit", "left"),
+    ("Fit, s", "right"),
+    ("Images/s", "right"),
+    ("x backbone", "right"),
+    ("Image AUROC", "right"),
+    ("Pixel AUROC", "right"),
+    ("Published", "left"),
+)
+FIGURES = (
+    ("fit_seconds", ".0f"),
+    ("images_per_second", ".1f"),
+    ("over_backbone", ".1f"),
+    ("image_auroc", ".3f"),
+    ("pixel_auroc", ".3f"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One row of the table.
+
+    Attributes:
+        name: of the detector in the registry.
+        needs: images required for fitting.
+        localises: whether the anomaly map locates the anomaly.
+        fit: how it is fitted.
+        measured: results of `make reproduce`; empty if it was not run for this detector.
+        published: published accuracy with its source.
+    """
+
+    name: str
+    needs: str
+    localises: bool
+    fit: str
+    measured: dict[str, Any]
+    published: str
+
+
+def compare() -> tuple[list[Comparison], str]:
+    """Returns a row for every detector, and a description of the data and machine of the measurements."""
+    stored = json.loads(resources.files("raydetect.detectors").joinpath(FILE).read_text())
+    rows = []
+    for name in list_models():
+        kind = detector_class(name)
+        needs = kind.info.images if kind.info.labels == "none" else f"{kind.info.images}, {kind.info.labels}"
+        fit = FITS.get(kind.phases, "training and one pass")
+        measured = stored["detectors"].get(name, {})
+        rows.append(Comparison(name, needs, kind.info.localises, fit, measured, kind.info.published))
+    return rows, stored["where"]
+
+
+def print_comparison(rows: Sequence[Comparison], where: str) -> None:
+    """Prints the table, PLAIN_WIDTH characters wide if standard output is not a terminal."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, justify in COLUMNS:
+        table.add_column(name, justify=justify, overflow="fold")
+    for row in rows:
+        figures = [_figure(row.measured.get(key), form) for key, form in FIGURES]
+        table.add_row(row.name, row.needs, "yes" if row.localises else "no", row.fit, *figures, row.published)
+    width = None if sys.stdout.isatty() else PLAIN_WIDTH
+    console = Console(file=sys.stdout, width=width, highlight=False)
+    console.print(table)
+    console.print(where)
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

@@ -1,0 +1,61 @@
+"""`raydetect plan`: what a scoring job has left, before it runs."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from raydetect.cli.options import BAD_JOB, errors, expect, job_file, load, overrides
+from raydetect.errors import SpecError
+
+if TYPE_CHECKING:
+    from raydetect.planning.forecast import Forecast
+
+NAMED_CATEGORIES = 8
+
+
+@click.command()
+@job_file
+@overrides
+@click.option("--workers", default="1,2,4,8,16", help="Worker counts to forecast.", show_default=True)
+@click.option("--price", type=float, help="Price of one worker for one hour, for the cost column.")
+def plan(job: Path, overrides: tuple[str, ...], workers: str, price: float | None) -> None:
+    """Shards, bytes, chunks, PUTs, hours and cost of what a scoring job has left."""
+    with errors(BAD_JOB):
+        spec = expect(load(job, overrides), "score", job)
+        from raydetect.planning.forecast import forecast
+        from raydetect.planning.plan import plan_score
+
+        try:
+            counts = [int(word) for word in workers.split(",")]
+        except ValueError:
+            raise SpecError(f"--workers {workers}: expected numbers such as 1,2,4.") from None
+        if min(counts) < 1:
+            raise SpecError(f"--workers {workers}: every count must be at least 1.")
+        found = forecast(plan_score(spec), counts, price)
+    _print_forecast(found)
+
+
+def _print_forecast(found: "Forecast") -> None:
+    from raydetect.progress import bytes_text, seconds_text
+
+    if found.categories:
+        more = ", ..." if len(found.categories) > NAMED_CATEGORIES else ""
+        names = ", ".join(found.categories[:NAMED_CATEGORIES]) + more
+        click.echo(f"Fleet      {len(found.categories):,} categories: {names}")
+    click.echo(f"Shards     {found.shards_left:,} left of {found.shards:,}")
+    click.echo(f"Bytes      {bytes_text(found.bytes_left)} to read")
+    click.echo(f"Images     {found.images:,} ({found.images_from})")
+    click.echo(f"Chunks     {found.chunks:,}")
+    click.echo(f"PUTs       {found.puts:,} at most")
+    if not found.images_per_second:
+        click.echo("Time       unknown: the artifact holds no measured rate.")
+        return
+    how = " (as many images of each category)" if found.categories else ""
+    click.echo(
+        f"Rate       {found.images_per_second:.1f} images/s and worker, measured when the artifact was fitted{how}"
+    )
+    click.echo("Workers    time" + ("         cost" if found.estimates[0].cost is not None else ""))
+    for row in found.estimates:
+        cost = "" if row.cost is None else f"{row.cost:>10.2f}"
+        click.echo(f"{row.num_workers:>7}    {seconds_text(row.hours * 3600):<8}{cost}")

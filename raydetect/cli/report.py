@@ -1,0 +1,42 @@
+"""`raydetect report`: writes one HTML file for a results directory."""
+
+from pathlib import Path
+
+import click
+
+from raydetect.cli.options import BAD_JOB, errors, ledger_of, prepare_output, storage_options
+
+
+@click.command()
+@click.argument("results")
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), default="report.html", show_default=True
+)
+@click.option("--pictures", type=click.IntRange(0, 500), default=48, show_default=True, help="Images in the gallery.")
+@storage_options
+def report(
+    results: str, output: Path, pictures: int, endpoint_url: str | None, profile: str | None, anon: bool
+) -> None:
+    """Write one HTML file for a results directory: totals, charts, the most anomalous images, bad images and reasons.
+
+    The file needs no network. Images of the gallery are read from the run's archive, with the endpoint of its job and
+    credentials from the environment.
+    """
+    with errors(BAD_JOB):
+        from raydetect.report.build import page_of, started
+        from raydetect.report.tally import tally
+        from raydetect.storage import whole_text
+
+        ledger = ledger_of(results, endpoint_url, profile, anon)
+        run = started(ledger)
+        prepare_output(output)
+    with errors(), whole_text(output) as out:
+        found = tally(ledger, run, pictures)
+        text = page_of(ledger, run, found)
+        out.write(text)
+    totals = found.totals
+    click.echo(
+        f"Reported {totals.rows:,} images in {totals.shards:,} shards: {totals.flagged:,} flagged, "
+        f"{totals.bad_rows:,} without a score."
+    )
+    click.echo(f"Report: {output} ({len(text.encode()) / 1e6:.1f} MB)")

@@ -1,0 +1,57 @@
+"""Runs a scoring plan with a progress display, on Ray or in this process."""
+
+from typing import TYPE_CHECKING, Any
+
+from raydetect.errors import MissingError, StorageError
+
+if TYPE_CHECKING:
+    from raydetect.planning.plan import ScorePlan
+
+
+def run_score(plan: "ScorePlan", address: str | None, in_process: bool) -> dict[str, Any]:
+    """Scores the remaining shards of a plan, showing progress, and returns the manifest.
+
+    Args:
+        plan: the scoring plan.
+        address: cluster address, or None.
+        in_process: run in this process, without Ray.
+
+    Raises:
+        RaydetectError: the run failed, or is complete but too many rows are bad.
+    """
+    try:
+        return _run_score(plan, address, in_process)
+    except MissingError as error:  # it existed when the job was planned, so the job file is valid
+        raise StorageError(f"{error} It existed when the run started; run the same job again.") from error
+
+
+def retried_text(plan: "ScorePlan", retry: tuple[str, ...]) -> str:
+    """Describes which committed shards are rescored, because they contain rows to retry."""
+    statuses = " or ".join(retry)
+    if not plan.retried:
+        return f"No committed shard contains a row with status {statuses}."
+    rows, shards = sum(plan.retried.values()), len(plan.retried)
+    return f"Retrying {rows:,} rows with status {statuses}: rescoring {shards:,} shards."
+
+
+def _run_score(plan: "ScorePlan", address: str | None, in_process: bool) -> dict[str, Any]:
+    from raydetect.progress import ScoreDisplay
+    from raydetect.records import Part, Receipt
+
+    left = sum(shard.size_bytes for shard in plan.todo)
+    with ScoreDisplay(len(plan.shards) - len(plan.todo), len(plan.shards), left) as display:
+
+        def on_part(part: Part, receipt: Receipt | None) -> None:
+            display.part(part, receipt, plan.shards[part.shard].size_bytes)
+
+        if in_process:
+            from raydetect.local import jobs
+
+            return jobs.score(plan, on_part)
+        if plan.spec.engine == "serve":
+            from raydetect.distributed.serving.run import score_through
+
+            return score_through(plan, address, on_part)
+        from raydetect.distributed.scoring.score import score as score_on_ray
+
+        return score_on_ray(plan, address, on_part)

@@ -1,0 +1,66 @@
+"""Job file settings: frozen, strict dataclasses in which every field is documented and validated."""
+
+from raydetect.config.audit import AuditSpec, BaselineSpec, WebhookSpec, night_score
+from raydetect.config.calibrate import CalibrateSpec
+from raydetect.config.evaluate import ArchiveSpec, EvaluateSpec, LabelledSpec, Layout
+from raydetect.config.fit import (
+    ENSEMBLE,
+    FIT_CHUNK_BYTES,
+    FIT_CHUNK_IMAGES,
+    CalibrationSpec,
+    DetectorSpec,
+    FitSpec,
+    MemberSpec,
+    Preset,
+)
+from raydetect.config.jobs import (
+    JobSpec,
+    parse_job,
+    public_spec,
+    result_digest,
+    result_settings,
+    sink_storage,
+    source_storage,
+)
+from raydetect.config.score import Heatmaps, ScoreSpec, SinkSpec
+from raydetect.config.serve import AllowSpec, LimitSpec, ServedSpec, ServeSpec
+from raydetect.config.shared import FlagSpec, MiB, ResourceSpec, SourceSpec, StorageOptions
+
+__all__ = [
+    "ENSEMBLE",
+    "FIT_CHUNK_BYTES",
+    "FIT_CHUNK_IMAGES",
+    "AllowSpec",
+    "ArchiveSpec",
+    "AuditSpec",
+    "BaselineSpec",
+    "CalibrateSpec",
+    "CalibrationSpec",
+    "DetectorSpec",
+    "EvaluateSpec",
+    "FitSpec",
+    "FlagSpec",
+    "Heatmaps",
+    "JobSpec",
+    "LabelledSpec",
+    "Layout",
+    "LimitSpec",
+    "MemberSpec",
+    "MiB",
+    "Preset",
+    "ResourceSpec",
+    "ScoreSpec",
+    "ServeSpec",
+    "ServedSpec",
+    "SinkSpec",
+    "SourceSpec",
+    "StorageOptions",
+    "WebhookSpec",
+    "night_score",
+    "parse_job",
+    "public_spec",
+    "result_digest",
+    "result_settings",
+    "sink_storage",
+    "source_storage",
+]

@@ -1,0 +1,83 @@
+"""`kind: evaluate`: a leaderboard of detectors on labelled images, or of existing results."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import ConfigDict, Field
+
+from raydetect.config.fit import DetectorSpec
+from raydetect.config.shared import ResourceSpec, SourceSpec, StorageOptions
+from raydetect.config.validation import STRICT
+
+Layout = Literal["mvtec_ad", "mvtec_ad2", "visa", "btad", "manifest"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelledSpec:
+    """A labelled data set of loose images in its published layout."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    uri: Annotated[str, Field(description="folder of the data set")]
+    layout: Annotated[
+        Layout,
+        Field(description="folder layout; visa reads its split CSV, manifest reads manifest.csv in the folder"),
+    ]
+    split_csv: Annotated[str, Field(description="visa only: the split CSV file in the folder")] = "split_csv/1cls.csv"
+    categories: Annotated[tuple[str, ...], Field(description="categories to evaluate; none = all")] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArchiveSpec:
+    """A labelled archive of any format; the patterns of its sources define labels."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    train: SourceSpec
+    test: SourceSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateSpec:
+    """`kind: evaluate`: a leaderboard of detectors on labelled images, or of existing results."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    kind: Literal["evaluate"]
+    output: Annotated[str, Field(description="folder of cells and leaderboard; an interrupted job resumes there")]
+    data: Annotated[LabelledSpec | None, Field(description="a labelled data set of loose images")] = None
+    archive: Annotated[ArchiveSpec | None, Field(description="a labelled archive instead")] = None
+    results: Annotated[
+        tuple[str, ...],
+        Field(description="results directories of labelled archives instead; these have image scores but no maps"),
+    ] = ()
+    detectors: Annotated[
+        tuple[DetectorSpec, ...], Field(description="detectors to fit and evaluate; one line of the leaderboard each")
+    ] = ()
+    grid: Annotated[
+        Mapping[str, tuple[Any, ...]],
+        Field(description="parameter values by name; every detector is fitted with every combination"),
+    ] = field(default_factory=dict)
+    seeds: Annotated[
+        tuple[Annotated[int, Field(ge=0)], ...],
+        Field(min_length=1, description="seeds for each cell; the leaderboard has mean and std over them"),
+    ] = (0,)
+    replicates: Annotated[int, Field(ge=0, description="bootstrap replicates for intervals; 0 = none")] = 200
+    holdout_ratio: Annotated[
+        float, Field(gt=0, lt=1, description="as in a fit job, so that detectors are the same")
+    ] = 0.1
+    batch_size: Annotated[int, Field(ge=1, description="images in one forward pass")] = 16
+    storage: Annotated[StorageOptions, Field(description="storage for everything that has none of its own")] = field(
+        default_factory=StorageOptions
+    )
+    resources: ResourceSpec = field(default_factory=ResourceSpec)
+
+    def __post_init__(self) -> None:
+        if sum((self.data is not None, self.archive is not None, bool(self.results))) != 1:
+            raise ValueError("set exactly one of data, archive and results")
+        if bool(self.results) == bool(self.detectors):
+            raise ValueError("set detectors with data or archive, and not with results")
+        if self.results and (self.grid or self.seeds != (0,)):
+            raise ValueError("grid and seeds apply to detectors that are fitted; remove them with results")
+        if self.grid and any(detector.ensemble for detector in self.detectors):
+            raise ValueError("grid sets parameters of single detectors; list ensembles in a job of their own")
+        if self.resources.bank_shards != 1:
+            raise ValueError("resources.bank_shards applies to scoring jobs only; remove it")

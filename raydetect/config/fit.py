@@ -1,0 +1,130 @@
+"""`kind: fit`: fits a detector on images and writes an artifact."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import ConfigDict, Field
+
+from raydetect.config.shared import MiB, ResourceSpec, SourceSpec, StorageOptions
+from raydetect.config.validation import STRICT
+
+Preset = Literal["paper", "smoke"]
+ENSEMBLE = "ensemble"
+FIT_CHUNK_IMAGES, FIT_CHUNK_BYTES = 64, 128 * MiB  # chunk size of a fit; does not affect the artifact
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberSpec:
+    """One algorithm, with its parameters (`raydetect detectors NAME` lists them)."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    name: Annotated[str, Field(description="a name of `raydetect detectors`")]
+    preset: Annotated[
+        Preset, Field(description="paper: the published defaults; smoke: small and fast, for tests only")
+    ] = "paper"
+    params: Annotated[dict[str, Any], Field(description="parameters that differ from the defaults")] = field(
+        default_factory=dict
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DetectorSpec:
+    """An algorithm with its parameters, or an ensemble of several in one artifact."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    name: Annotated[str, Field(description="a name of `raydetect detectors`; omit for an ensemble")] = ENSEMBLE
+    preset: Annotated[Preset, Field(description="paper or smoke, as for ensemble members")] = "paper"
+    params: Annotated[dict[str, Any], Field(description="parameters that differ from the defaults")] = field(
+        default_factory=dict
+    )
+    ensemble: Annotated[
+        tuple[MemberSpec, ...],
+        Field(description="instead of name: detectors with equal image_size; averages their scores on a common scale"),
+    ] = ()
+    weights: Annotated[
+        tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] | None,
+        Field(description="weights of the ensemble's mean; only their ratios matter; none = equal"),
+    ] = None
+
+    def __post_init__(self) -> None:
+        if bool(self.ensemble) != (self.name == ENSEMBLE):
+            raise ValueError("set either name or ensemble, not both")
+        if self.ensemble and (self.params or self.preset != "paper"):
+            raise ValueError("params and preset belong to the members of an ensemble; set them there")
+        if self.weights is not None and len(self.weights) != len(self.ensemble):
+            raise ValueError(
+                f"{len(self.weights)} weights for {len(self.ensemble)} members of an ensemble; set one each"
+            )
+
+    @property
+    def members(self) -> tuple[MemberSpec, ...]:
+        """The detectors of the ensemble, or the only one."""
+        return self.ensemble or (MemberSpec(name=self.name, preset=self.preset, params=self.params),)
+
+    @property
+    def title(self) -> str:
+        """`patchcore`, or `ensemble of patchcore, stfpm`."""
+        return f"{ENSEMBLE} of {', '.join(m.name for m in self.ensemble)}" if self.ensemble else self.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationSpec:
+    """Held-out normal images, which the detector is not fitted on; they set the thresholds."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    holdout_ratio: Annotated[
+        float, Field(gt=0, lt=1, description="share of the source held out, chosen by hash of seed and key")
+    ] = 0.1
+    source: Annotated[SourceSpec | None, Field(description="separate archive of normal images instead")] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitSpec:
+    """`kind: fit`: fits a detector on images and writes an artifact."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    kind: Literal["fit"]
+    source: SourceSpec
+    detector: DetectorSpec
+    artifact: Annotated[str, Field(description="where the artifact is written")]
+    storage: Annotated[StorageOptions, Field(description="storage for everything that has none of its own")] = field(
+        default_factory=StorageOptions
+    )
+    seed: Annotated[int, Field(ge=0, description="seeds every random choice")] = 0
+    per_category: Annotated[
+        bool,
+        Field(
+            description="fit a fleet: one detector per {category} of the pattern, in parallel on the workers, "
+            "in one artifact"
+        ),
+    ] = False
+    extend: Annotated[
+        str | None,
+        Field(description="artifact to whose memory bank the images of the source are added; none = a new fit"),
+    ] = None
+    batch_size: Annotated[int, Field(ge=1, description="images in one forward pass when collecting features")] = 16
+    max_bank_bytes: Annotated[
+        int, Field(ge=1, description="memory per worker for collected rows; the rest spills to disk")
+    ] = 4096 * MiB
+    precision: Annotated[
+        Literal["float32", "bfloat16"], Field(description="training precision; bfloat16 uses torch autocast")
+    ] = "float32"
+    checkpoint_epochs: Annotated[
+        int, Field(ge=1, description="epochs between training checkpoints; a killed fit resumes from the last")
+    ] = 10
+    max_failures: Annotated[
+        int, Field(ge=0, description="lost workers or nodes that a fit tolerates before it fails")
+    ] = 3
+    calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
+    max_bad_fraction: Annotated[
+        float, Field(ge=0, le=1, description="more bad images than this share: exit 3, no artifact")
+    ] = 0.05
+    resources: ResourceSpec = field(default_factory=ResourceSpec)
+
+    def __post_init__(self) -> None:
+        if self.per_category and self.extend is not None:
+            raise ValueError("extend takes one artifact; extend the categories of a fleet one by one")
+        if self.detector.ensemble and self.extend is not None:
+            raise ValueError("extend adds to one memory bank; refit an ensemble on all images")
+        if self.resources.bank_shards != 1:
+            raise ValueError("resources.bank_shards applies to scoring jobs only; remove it")

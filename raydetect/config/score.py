@@ -1,0 +1,56 @@
+"""`kind: score`: scores an archive with an artifact and writes a results directory."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import ConfigDict, Field
+
+from raydetect.config.shared import FlagSpec, MiB, ResourceSpec, SourceSpec, StorageOptions
+from raydetect.config.validation import STRICT
+
+Heatmaps = Literal["none", "flagged", "top_k", "all"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SinkSpec:
+    """Where results go and which images get a heatmap."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    uri: Annotated[str, Field(description="results directory")]
+    storage: Annotated[StorageOptions | None, Field(description="storage of the results; none = the job's storage")] = (
+        None
+    )
+    heatmaps: Annotated[Heatmaps, Field(description="which images get a heatmap")] = "flagged"
+    top_k: Annotated[
+        int, Field(ge=1, description="with top_k: heatmaps per chunk, which include the top_k of the whole run")
+    ] = 8
+    style: Annotated[
+        Literal["overlay", "map"],
+        Field(description="overlay on the image, or the map as 16-bit PNG with the manifest's scale"),
+    ] = "overlay"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreSpec:
+    """`kind: score`: scores an archive with an artifact and writes a results directory."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    kind: Literal["score"]
+    source: SourceSpec
+    artifact: Annotated[str, Field(description="the fitted detector")]
+    sink: SinkSpec
+    storage: Annotated[StorageOptions, Field(description="storage for everything that has none of its own")] = field(
+        default_factory=StorageOptions
+    )
+    flag: FlagSpec = field(default_factory=lambda: FlagSpec(alpha=0.01))
+    batch_size: Annotated[int, Field(ge=1, description="images in one forward pass")] = 16
+    chunk_images: Annotated[int, Field(ge=1, description="images per Parquet part, at most")] = 64
+    chunk_bytes: Annotated[int, Field(ge=1, description="encoded bytes after which a chunk is closed")] = 128 * MiB
+    max_bad_fraction: Annotated[
+        float, Field(ge=0, le=1, description="more bad rows or shards than this share: exit 3")
+    ] = 0.05
+    engine: Annotated[
+        Literal["batch", "serve"],
+        Field(description="batch: actors of this job; serve: the running replicas of `raydetect serve` on the cluster"),
+    ] = "batch"
+    resources: ResourceSpec = field(default_factory=ResourceSpec)

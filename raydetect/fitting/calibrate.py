@@ -1,0 +1,50 @@
+"""Scores held-out normal images, from which thresholds, p-values and the heatmap scale are derived."""
+
+from collections.abc import Callable
+
+import torch
+
+from raydetect.artifacts.record import Calibration
+from raydetect.blocks.coresets.group import Group
+from raydetect.detectors._base import Detector
+from raydetect.errors import RaydetectError
+from raydetect.fitting.image_cache import ImageCache
+from raydetect.images.decode import Pixels
+from raydetect.scoring.scorer import score_batches
+
+
+class CalibrationError(RaydetectError):
+    """A held-out normal image has no finite score, so no threshold can be trusted."""
+
+
+def calibrate(
+    detector: Detector,
+    cache: ImageCache,
+    keys: list[str],
+    batch_size: int,
+    group: Group,
+    on_progress: Callable[[int], None],
+) -> Calibration:
+    """Scores the images of `keys` on every worker and gathers all scores.
+
+    Raises:
+        CalibrationError: there are no images, or a score is not finite.
+    """
+    scores: list[float] = []
+    ends = torch.full((2,), -torch.inf, dtype=torch.float64)  # (-minimum, maximum) of all maps
+    pixels = (Pixels(cache.pixels([key])[0]) for key in keys)
+    for scored in score_batches(detector, pixels, batch_size):
+        scores.append(scored.image_score)
+        here = torch.tensor([-float(scored.anomaly_map_HW.min()), float(scored.anomaly_map_HW.max())])
+        ends = torch.maximum(ends, here.double()) if torch.isfinite(here).all() else torch.full_like(ends, torch.inf)
+        on_progress(1)
+    gathered = torch.cat(group.gather(torch.tensor(scores, dtype=torch.float64)))
+    ends = group.max(ends)
+    if not len(gathered):
+        raise CalibrationError("there is no usable image to calibrate on. Add normal images.")
+    if not (torch.isfinite(gathered).all() and torch.isfinite(ends).all()):
+        raise CalibrationError(
+            "a held-out normal image has a score that is not finite; check the weights and parameters."
+        )
+    low, high = -float(ends[0]), float(ends[1])
+    return Calibration(scores=tuple(gathered.sort().values.tolist()), map_low=low, map_high=high)

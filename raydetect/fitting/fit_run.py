@@ -1,0 +1,260 @@
+"""Fits one detector on decoded images: hold out, collect or train, calibrate, write the artifact.
+
+A collecting detector processes the images its worker has read; a trained one needs all images, which the workers
+exchange. The result is the same for any number of workers.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from raydetect.artifacts.record import Calibration
+from raydetect.artifacts.store import load_artifact, save_artifact
+from raydetect.blocks.coresets.group import Group
+from raydetect.config import FitSpec, public_spec, result_settings
+from raydetect.config.validation import differences, digest, to_plain
+from raydetect.detectors._base import Detector
+from raydetect.detectors._ensemble import Ensemble, learns_from_labels, parts
+from raydetect.detectors._registry import build_from
+from raydetect.errors import SpecError
+from raydetect.fitting.calibrate import calibrate
+from raydetect.fitting.checkpoints import Checkpoints
+from raydetect.fitting.collect import collect
+from raydetect.fitting.ensemble_scale import choose_scaling, set_scales
+from raydetect.fitting.holdout import choose_holdout, choose_images, normal_keys
+from raydetect.fitting.image_cache import ImageCache, ReadFacts
+from raydetect.fitting.timings import Phases, measured_facts, merged_facts
+from raydetect.fitting.train import Trainer
+from raydetect.records import FitReport
+from raydetect.storage import Storage, join_uri, normalise_uri
+
+ProgressCallback = Callable[[str, int, int | None], None]
+"""Progress callback: phase name, increment, and the total over all workers (None if unknown)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A fitted detector that has not been written yet.
+
+    Attributes:
+        detector: the fitted detector.
+        calibration: from held-out normal images.
+        facts: other fields of the artifact's record.
+        checkpoints: training checkpoints to delete once the artifact is committed.
+    """
+
+    detector: Detector
+    calibration: Calibration
+    facts: Mapping[str, Any]
+    checkpoints: tuple[Checkpoints, ...] = ()
+
+
+@dataclass(slots=True)
+class FitRun:
+    """The fit of one detector on decoded images.
+
+    Attributes:
+        spec: the job.
+        uri: where the artifact is written; None = it is not written, and no training checkpoints are kept.
+        group: the workers that fit the detector.
+        cache: this worker's images.
+        judged: this worker's images from a separate calibration archive; None = hold out a share of `cache`.
+        tick: progress callback.
+        device: torch device of this worker.
+        where: the source, for messages.
+        phases: measurements so far.
+        shared: whether every worker already holds all images.
+    """
+
+    spec: FitSpec
+    uri: str | None
+    group: Group
+    cache: ImageCache
+    judged: ImageCache | None
+    on_progress: ProgressCallback
+    device: torch.device
+    where: str
+    phases: Phases
+    shared: bool = False
+
+    def run(self, read: ReadFacts) -> FitReport | None:
+        """Fits the detector; the first worker writes the artifact.
+
+        Args:
+            read: facts from reading the source, for the record.
+
+        Returns:
+            The report on the first worker, None on the others.
+
+        Raises:
+            SpecError: too few images, or the detector does not support what the job asks for.
+        """
+        assert self.uri is not None
+        storage, name = Storage(self.spec.storage), self.spec.detector.name
+        if not self.group.rank:
+            storage.remove_leftovers(self.uri)
+        fitted = self.fit(read)
+        if self.group.rank:
+            return None
+        artifact_digest = save_artifact(self.uri, storage, name, fitted.detector, fitted.calibration, fitted.facts)
+        for checkpoints in fitted.checkpoints:
+            checkpoints.clear()
+        return FitReport(self.uri, artifact_digest, fitted.facts)
+
+    def fit(self, read: ReadFacts) -> Fitted:
+        """Fits on every worker; writes nothing but training checkpoints.
+
+        Raises:
+            SpecError: too few images, or the detector does not support what the job asks for.
+        """
+        storage = Storage(self.spec.storage)
+        detector, facts = self._detector(storage)
+        detector.to(self.device)
+        checkpoints: list[Checkpoints] = []
+        with self.phases.phase("fit"):
+            held_out = self._held_out()
+            fit_keys = self._fit_keys(held_out, learns_from_labels(detector))
+            counts = self._counts(fit_keys)
+            self._require_labels(detector, fit_keys)
+            trained = [
+                self._run_phases(part, number, fit_keys, storage, checkpoints) for number, part in parts(detector)
+            ]
+        if isinstance(detector, Ensemble):
+            with self.phases.phase("scale"):
+                held_out = self._scale(detector, held_out, counts)
+        with self.phases.phase("calibrate"):
+            on_progress = self._phase_progress("calibrate", self._count(len(held_out)))
+            calibration = calibrate(detector, self._judged(), held_out, self.spec.batch_size, self.group, on_progress)
+        counts |= {"held_out": len(calibration.scores), "bad": read.bad}
+        facts |= {
+            **merged_facts(detector.facts(), trained),
+            **measured_facts(self.spec, self.phases, self.group, counts),
+            **read.plain(),
+        }
+        return Fitted(detector, calibration, facts, tuple(checkpoints))
+
+    def _run_phases(
+        self, part: Detector, number: int | None, keys: list[str], storage: Storage, checkpoints: list[Checkpoints]
+    ) -> dict[str, Any]:
+        """Runs the phases of a detector or ensemble member; returns facts about its training."""
+        name = "" if number is None else f"{self.spec.detector.members[number].name} {number + 1}: "
+        facts: dict[str, Any] = {}
+        normal = [key for key in keys if self.cache.images[key].label != 1]
+        if part.info.labels == "none":
+            keys = normal
+        for phase in part.phases:
+            if phase == "collect":
+                self._collect(part, normal, name)
+            else:
+                trainer = self._trainer(part, number, keys, storage)
+                losses = trainer.run(self._on_first(f"{name}train epochs"))
+                facts = {"losses": [round(x, 6) for x in losses], "resumed_epochs": trainer.resumed_epochs}
+                checkpoints += [trainer.checkpoints] if trainer.checkpoints else []
+        return facts
+
+    def _scale(self, ensemble: Ensemble, held_out: list[str], counts: dict[str, int]) -> list[str]:
+        """Sets the common scale from some of the held-out images and returns the others."""
+        scaling, held_out = choose_scaling(held_out, self.spec.seed, self.group)
+        counts["scaled"] = self._count(len(scaling))
+        on_progress = self._phase_progress("scale", counts["scaled"] * len(ensemble.members))
+        set_scales(ensemble, self._judged(), scaling, self.spec.batch_size, self.group, on_progress)
+        return held_out
+
+    def _detector(self, storage: Storage) -> tuple[Detector, dict[str, Any]]:
+        """The detector before fitting, and the record's fields on its origin."""
+        name = self.spec.detector.name
+        fresh = build_from(self.spec.detector, self.spec.seed)
+        if self.spec.extend is None:
+            return fresh, {"weights": fresh.load_weights()}
+        earlier = load_artifact(normalise_uri(self.spec.extend), storage)
+        changed = differences(earlier.record.body["params"], to_plain(fresh.params), "params")
+        changed += differences(earlier.record.body["detector"], name, "detector")
+        if changed:
+            raise SpecError(
+                f"{self.spec.extend}: was fitted with other settings ({'; '.join(changed)}). "
+                "Extend it with the same detector."
+            )
+        entry = {
+            "artifact": earlier.record.uri,
+            "digest": earlier.record.digest,
+            "images": earlier.record.body["images"],
+        }
+        lineage = [*earlier.record.body.get("lineage", []), entry]
+        return earlier.detector, {"weights": earlier.record.body["weights"], "lineage": lineage}
+
+    def _held_out(self) -> list[str]:
+        """This worker's calibration keys, sorted."""
+        if self.judged is not None:
+            return normal_keys(self.judged)
+        ratio, seed = self.spec.calibration.holdout_ratio, self.spec.seed
+        return sorted(choose_holdout(normal_keys(self.cache), ratio, seed, self.group, self.where))
+
+    def _fit_keys(self, held_out: list[str], with_labels: bool) -> list[str]:
+        """This worker's keys to fit on, sorted; anomalous images only for detectors that learn from labels."""
+        excluded = set(held_out) if self.judged is None else set()
+        usable = list(self.cache.images) if with_labels else normal_keys(self.cache)
+        return sorted(set(usable) - excluded)
+
+    def _counts(self, fit_keys: list[str]) -> dict[str, int]:
+        images = self.cache.images
+        anomalous = {key for key, image in images.items() if image.label == 1}
+        left_out = len(anomalous - set(fit_keys))
+        return {"fitted": self._count(len(fit_keys)), "labelled_anomalous_left_out": self._count(left_out)}
+
+    def _require_labels(self, detector: Detector, fit_keys: list[str]) -> None:
+        if learns_from_labels(detector):
+            anomalous = self._count(sum(self.cache.images[key].label == 1 for key in fit_keys))
+            if not anomalous:
+                raise SpecError(
+                    f"{self.where}: {self.spec.detector.title} needs labelled anomalous images, and none of "
+                    f"{self._count(len(fit_keys))} is labelled anomalous. Add some, and label them by {{defect}} or "
+                    "{label} in source.pattern, a sidecar or a label column."
+                )
+
+    def _judged(self) -> ImageCache:
+        return self.cache if self.judged is None else self.judged
+
+    def _collect(self, detector: Detector, normal: list[str], name: str) -> None:
+        wanted = detector.num_collected()
+        if wanted is not None:
+            normal = choose_images(normal, wanted, self.spec.seed, self.group)
+        total = self._count(len(normal))
+        state = collect(
+            detector,
+            self.cache,
+            normal,
+            self.spec.batch_size,
+            self.group,
+            self.spec.max_bank_bytes,
+            self._phase_progress(f"{name}collect", total),
+        )
+        if self.spec.extend is not None and self.group.rank == 0:
+            detector.extend(state)
+        state.agree()
+        detector.finish(state, self._on_first(f"{name}finish"))
+
+    def _trainer(self, detector: Detector, number: int | None, keys: list[str], storage: Storage) -> Trainer:
+        """Gives every worker all images and finds the checkpoints of an earlier run that was killed."""
+        if not self.shared:
+            self.cache.share(self.group, lambda _: True)
+            self.shared = True
+        texts = self.group.gather_bytes(json.dumps(keys).encode())
+        all_keys = sorted(key for text in texts for key in json.loads(text))
+        name = digest({"spec": result_settings(public_spec(self.spec)), "keys": all_keys, "member": number})[:16]
+        checkpoints = None
+        if self.uri is not None:
+            checkpoints = Checkpoints(join_uri(self.uri, f"training-{name}"), storage, self.spec.checkpoint_epochs)
+        return Trainer(detector, self.cache, all_keys, self.group, self.spec.precision, checkpoints)
+
+    def _count(self, here: int) -> int:
+        return int(self.group.sum(torch.tensor([here]))[0])
+
+    def _phase_progress(self, phase: str, total: int) -> Callable[[int], None]:
+        return lambda done: self.on_progress(phase, done, total)
+
+    def _on_first(self, phase: str) -> Callable[[int, int], None]:
+        """Progress callback of a step that all workers do together; only the first one reports it."""
+        return lambda done, total: None if self.group.rank else self.on_progress(phase, done, total)

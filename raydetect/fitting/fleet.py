@@ -1,0 +1,123 @@
+"""Fits a fleet: images move to the worker that owns their category, and every worker fits its categories on its own."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from raydetect.artifacts.fleet import member_uri, write_fleet
+from raydetect.artifacts.store import package_versions
+from raydetect.blocks.coresets.group import Group
+from raydetect.config import public_spec
+from raydetect.errors import RaydetectError, SpecError
+from raydetect.fitting.fit_run import FitRun
+from raydetect.fitting.image_cache import CachedImage, ReadFacts
+from raydetect.fitting.shared_errors import shared_errors
+from raydetect.fitting.timings import Phases
+from raydetect.records import FitReport
+from raydetect.storage import Storage
+
+
+def fit_fleet(work: FitRun, read: ReadFacts) -> FitReport | None:
+    """Fits one detector for each category and commits the fleet.
+
+    Each member equals the artifact of a job on the images of its category alone.
+
+    Args:
+        work: the fit, with the images this worker has read.
+        read: facts from reading the source, for the record.
+
+    Returns:
+        The report on the first worker, None on the others.
+
+    Raises:
+        SpecError: an image has no category, or a category cannot be fitted; the message names it.
+    """
+    group = work.group
+    counts = _categories(work)
+    owners = assign_categories(counts, group.size)
+
+    def mine(image: CachedImage) -> bool:
+        return owners.get(image.category or "") == group.rank
+
+    with work.phases.phase("share"):
+        for cache in (work.cache, work.judged):
+            if cache is not None:
+                cache.share(group, mine)
+    reports: dict[str, FitReport] = {}
+    with work.phases.phase("fit"), shared_errors(group):
+        for category in sorted(name for name, owner in owners.items() if owner == group.rank):
+            reports[category] = _fit_category(work, category)
+            work.on_progress("categories", 1, len(owners))
+    return _commit(work, reports, read)
+
+
+def assign_categories(counts: Mapping[str, int], size: int) -> dict[str, int]:
+    """Assigns categories to workers: the largest first, each to the worker with the fewest images so far."""
+    load = [0] * size
+    owners = {}
+    for category, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        owners[category] = load.index(min(load))
+        load[owners[category]] += count
+    return owners
+
+
+def _categories(work: FitRun) -> dict[str, int]:
+    here = Counter(image.category for image in work.cache.images.values())
+    uncategorised = here.pop(None, 0)
+    texts = work.group.gather_bytes(json.dumps([uncategorised, here]).encode())
+    gathered = [json.loads(text) for text in texts]
+    missing = sum(count for count, _ in gathered)
+    if missing:
+        raise SpecError(
+            f"{work.where}: {missing} image(s) have no category, and per_category fits one detector for each. "
+            "Add {category} to source.pattern."
+        )
+    total: Counter[str] = Counter()
+    for _, counts in gathered:
+        total.update(counts)
+    return dict(total)
+
+
+def _fit_category(work: FitRun, category: str) -> FitReport:
+    assert work.uri is not None
+    alone = replace(
+        work,
+        uri=member_uri(work.uri, category),
+        group=Group(),
+        cache=work.cache.of_category(category),
+        judged=None if work.judged is None else work.judged.of_category(category),
+        phases=Phases(),
+        on_progress=lambda *_: None,
+    )
+    try:
+        report = alone.run(ReadFacts())
+    except RaydetectError as error:
+        raise type(error)(f"category {category!r}: {error}") from None
+    assert report is not None
+    return report
+
+
+def _commit(work: FitRun, reports: Mapping[str, FitReport], read: ReadFacts) -> FitReport | None:
+    here = {name: [report.digest, report.facts["images"], report.facts["weights"]] for name, report in reports.items()}
+    texts = work.group.gather_bytes(json.dumps(here).encode())
+    measured = work.phases.over(work.group)
+    if work.group.rank:
+        return None
+    assert work.uri is not None
+    found = {name: entry for text in texts for name, entry in json.loads(text).items()}
+    images: Counter[str] = Counter()
+    for _, counts, _ in found.values():
+        images.update(counts)
+    facts: dict[str, Any] = {
+        "spec": public_spec(work.spec),
+        "packages": package_versions(),
+        "weights": next(weights for _, _, weights in found.values()),
+        "images": {**images, "bad": read.bad},
+        **read.plain(),
+        "workers": work.group.size,
+        **measured,
+    }
+    digest = write_fleet(work.uri, Storage(work.spec.storage), {name: e[0] for name, e in found.items()}, facts)
+    return FitReport(work.uri, digest, {**facts, "categories": len(found)})

@@ -1,0 +1,170 @@
+"""Recalibrates a fitted artifact: scores normal images it has not seen to set new thresholds, without fitting.
+
+The new artifact has the tensors of the old one and a record that refers to it (`lineage`). A fleet gets a new
+calibration for every category, from images of that category.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from raydetect.archives.chunks import refuse_bad_member
+from raydetect.artifacts.fleet import ArtifactIndex, member_uri, read_index, read_records, write_fleet
+from raydetect.artifacts.record import ArtifactRecord, Calibration, write_record
+from raydetect.artifacts.store import load_artifact, package_versions
+from raydetect.artifacts.tensor_header import tensors_uri
+from raydetect.blocks.coresets.group import Group
+from raydetect.config import CalibrateSpec, public_spec
+from raydetect.config.validation import to_plain
+from raydetect.errors import SpecError
+from raydetect.fitting.calibrate import calibrate
+from raydetect.fitting.fit_run import ProgressCallback
+from raydetect.fitting.holdout import normal_keys
+from raydetect.fitting.image_cache import CachedImage, ImageCache, ReadImages
+from raydetect.images.decode import decode_all
+from raydetect.images.opening import DecodeRules
+from raydetect.records import OK, Chunk, Member
+from raydetect.storage import Storage, join_uri, normalise_uri
+
+
+@dataclass(frozen=True, slots=True)
+class Recalibrated:
+    """The result of a recalibration.
+
+    Attributes:
+        uri: of the new artifact.
+        digest: of the new artifact.
+        held_out: number of calibration images by category; the key is None for an artifact that is not a fleet.
+        before: the same numbers for the old artifact.
+        bad: number of images that could not be used.
+    """
+
+    uri: str
+    digest: str
+    held_out: dict[str | None, int]
+    before: dict[str | None, int]
+    bad: int
+
+
+@dataclass(slots=True)
+class _Images:
+    """Decoded images by category, each at its detector's input size."""
+
+    caches: dict[str | None, ImageCache]
+    found: ReadImages = field(default_factory=ReadImages)
+
+
+def recalibrate(
+    spec: CalibrateSpec, chunks: Iterable[Chunk], on_progress: ProgressCallback, device: torch.device
+) -> Recalibrated:
+    """Scores the images of the source and writes the artifact with the new calibration.
+
+    Raises:
+        SpecError: a category has no normal image, or the detector was fitted on this source.
+        ArtifactError: the artifact is missing or damaged.
+        TooManyBadRows: too many images are bad; nothing is digests.
+        CalibrationError: a score is not finite.
+    """
+    torch.set_num_threads(spec.resources.cpus_per_worker)
+    storage, uri = Storage(spec.storage), normalise_uri(spec.output)
+    index = read_index(normalise_uri(spec.artifact), storage)
+    records = read_records(index, storage)
+    refuse_fitted(spec, records.values())
+    storage.remove_leftovers(uri)
+    images = _read(spec, index, records, chunks, on_progress)
+    bad = images.found.judge(Group(), spec.max_bad_fraction, ", ".join(spec.source.uris())).bad
+    calibrations = {
+        name: _new_calibration(spec, record, images.caches[name], on_progress, device)
+        for name, record in records.items()
+    }
+    digests = {
+        name: _write(spec, record, calibrations[name], uri if name is None else member_uri(uri, name), bad)
+        for name, record in records.items()
+    }
+    members = {name: digest for name, digest in digests.items() if name is not None}
+    new_digest = write_fleet(uri, storage, members, index.body) if members else digests[None]
+    held_out = {name: len(calibration.scores) for name, calibration in calibrations.items()}
+    before = {name: len(record.calibration.scores) for name, record in records.items()}
+    return Recalibrated(uri, new_digest, held_out, before, bad)
+
+
+def refuse_fitted(spec: CalibrateSpec, records: Iterable[ArtifactRecord]) -> None:
+    """Refuses a source that a detector was fitted on, as its images score too low for a calibration.
+
+    Raises:
+        SpecError: a detector was fitted on one of the source's URIs.
+    """
+    uris = {normalise_uri(uri).rstrip("/") for uri in spec.source.uris()}
+    for record in records:
+        source = record.body.get("spec", {}).get("source", {}).get("uri", [])
+        fitted = [source] if isinstance(source, str) else source
+        common = sorted(uris & {normalise_uri(uri).rstrip("/") for uri in fitted})
+        if common:
+            raise SpecError(
+                f"source.uri: the detector was fitted on {common[0]}, and p-values are valid only for images it has "
+                "not seen. Use other normal images."
+            )
+
+
+def _read(
+    spec: CalibrateSpec,
+    index: ArtifactIndex,
+    records: dict[str | None, ArtifactRecord],
+    chunks: Iterable[Chunk],
+    on_progress: ProgressCallback,
+) -> _Images:
+    images = _Images({name: ImageCache(record.image_size) for name, record in records.items()})
+    for chunk in chunks:
+        images.found.note_chunk(chunk)
+        groups: dict[str | None, list[Member]] = {}
+        for member in chunk.members:
+            name = member.category if index.categories else None
+            if name in images.caches:
+                groups.setdefault(name, []).append(member)
+            else:
+                images.found.note_bad(f"{member.key}: the fleet has no detector for category {name!r}.")
+        for name, members in groups.items():
+            _decode(spec, members, images.caches[name], images.found)
+        on_progress("read", len(chunk.members), None)
+    return images
+
+
+def _decode(spec: CalibrateSpec, members: list[Member], cache: ImageCache, found: ReadImages) -> None:
+    size = (cache.shape[0], cache.shape[1])
+    decoded = decode_all(members, DecodeRules.of(spec.source), size, spec.resources.cpus_per_worker)
+    for member, pixels in zip(members, decoded, strict=True):
+        refuse_bad_member(pixels.status, pixels.error, spec.source)
+        if pixels.image_HWC is not None and pixels.status == OK:
+            cache.add(CachedImage(member.key, member.label, member.category), pixels.image_HWC)
+            found.note_good(member)
+        else:
+            found.note_bad(pixels.error)
+
+
+def _new_calibration(
+    spec: CalibrateSpec, record: ArtifactRecord, cache: ImageCache, on_progress: ProgressCallback, device: torch.device
+) -> Calibration:
+    keys = normal_keys(cache)
+    if not keys:
+        raise SpecError(f"{record.uri}: the source has no normal image to calibrate it on. Add some.")
+    detector = load_artifact(record.uri, Storage(spec.storage)).detector.to(device)
+    return calibrate(detector, cache, keys, spec.batch_size, Group(), lambda done: on_progress("calibrate", done, None))
+
+
+def _write(spec: CalibrateSpec, record: ArtifactRecord, calibration: Calibration, uri: str, bad: int) -> str:
+    """Writes one detector's artifact and returns its digest."""
+    storage, body = Storage(spec.storage), dict(record.body)
+    if uri != record.uri:
+        entry = body["tensors"]
+        storage.write(join_uri(uri, entry["file"]), storage.read(tensors_uri(record.uri, entry)))
+    images: dict[str, Any] = {**body.get("images", {}), "held_out": len(calibration.scores)}
+    entry = {"artifact": record.uri, "digest": record.digest, "images": body.get("images", {})}
+    changed = {
+        "calibration": to_plain(calibration),
+        "calibrated_by": {"spec": public_spec(spec), "bad": bad, "packages": package_versions()},
+        "images": images,
+        "lineage": [*body.get("lineage", []), entry],
+    }
+    return write_record(uri, storage, {**body, **changed})

@@ -1,0 +1,163 @@
+"""Trains a gradient-based detector on one or several workers, with the same global batches for any number of workers.
+
+Every worker holds all images and takes every size-th image of each global batch; gradients are averaged by
+DistributedDataParallel, and batch norms see the whole batch. The order depends on seed and epoch only, and an epoch
+is split into batches of nearly equal size, so that none is too small for the workers. Learning rates are a function
+of the completed epochs, so resuming needs only tensors.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from raydetect.blocks.coresets.group import Group
+from raydetect.blocks.networks.sync_norm import shared_batch_norm
+from raydetect.blocks.seeding import shuffled
+from raydetect.detectors._base import Detector, TrainingPlan
+from raydetect.errors import RaydetectError, SpecError
+from raydetect.fitting.checkpoints import Checkpoints
+from raydetect.fitting.image_cache import ImageCache
+
+
+class TrainingDiverged(RaydetectError):
+    """The loss became NaN or infinite."""
+
+
+class _Loss(nn.Module):
+    """A detector's loss as a module, so that DistributedDataParallel can wrap its parameters."""
+
+    def __init__(self, detector: Detector, module: nn.Module) -> None:
+        super().__init__()
+        self.trained = module
+        self.detector = detector
+
+    def forward(self, piece: Any) -> Tensor:
+        return self.detector.training_loss(piece)
+
+
+@dataclass(slots=True)
+class Trainer:
+    """One worker's part of a training run.
+
+    Attributes:
+        detector: with weights loaded.
+        cache: holds all images of `keys`.
+        keys: images to train on, the same on every worker.
+        group: the workers.
+        precision: "float32" or "bfloat16" (autocast).
+        checkpoints: where checkpoints are checkpoint; None = nowhere.
+        resumed_epochs: number of epochs that were restored from a checkpoint.
+    """
+
+    detector: Detector
+    cache: ImageCache
+    keys: list[str]
+    group: Group
+    precision: str = "float32"
+    checkpoints: Checkpoints | None = None
+    resumed_epochs: int = 0
+
+    def run(self, on_progress: Callable[[int, int], None]) -> list[float]:
+        """Trains to the end and returns the mean loss of every epoch.
+
+        Args:
+            tick: called with the number of newly completed epochs and the total.
+
+        Raises:
+            TrainingDiverged: a loss is not finite.
+            SpecError: a batch has fewer images than there are workers.
+        """
+        plan = self.detector.begin_training(len(self.keys))
+        checkpoint = self.checkpoints.last() if self.checkpoints else None
+        losses = [] if checkpoint is None else checkpoint.losses
+        self.resumed_epochs = len(losses)
+        rates = [float(param_group["lr"]) for param_group in plan.optimizer.param_groups]
+        if checkpoint is not None:
+            checkpoint.restore(plan.module, plan.optimizer)
+        on_progress(len(losses), plan.epochs)
+        loss_of = self._loss_module(plan)
+        with shared_batch_norm(plan.module) if self.group.size > 1 else nullcontext():
+            for epoch in range(len(losses), plan.epochs):
+                losses.append(self._epoch(plan, loss_of, epoch, rates))
+                self._keep(plan, losses)
+                on_progress(1, plan.epochs)
+        self.detector.end_training()
+        return losses
+
+    def _loss_module(self, plan: TrainingPlan) -> nn.Module:
+        loss = _Loss(self.detector, plan.module)
+        if self.group.size == 1:
+            return loss
+        return DistributedDataParallel(loss, broadcast_buffers=False, find_unused_parameters=not plan.all_in_every_step)
+
+    def _keep(self, plan: TrainingPlan, losses: list[float]) -> None:
+        due = self.checkpoints is not None and len(losses) % self.checkpoints.every == 0
+        if due and self.group.rank == 0 and len(losses) < plan.epochs:
+            assert self.checkpoints is not None
+            self.checkpoints.save(plan.module, plan.optimizer, losses)
+
+    def _epoch(self, plan: TrainingPlan, loss_of: nn.Module, epoch: int, rates: list[float]) -> float:
+        losses: list[float] = []
+        batches, drawn = self._batches(plan, epoch), 0
+        for number, keys in enumerate(batches):
+            factor = plan.rate(epoch + number / len(batches))
+            for param_group, rate in zip(plan.optimizer.param_groups, rates, strict=True):
+                param_group["lr"] = rate * factor
+            mine = keys[self.group.rank :: self.group.size]
+            share = len(mine) / len(keys)
+            draws = range(drawn, drawn + len(keys))[self.group.rank :: self.group.size]
+            drawn += len(keys)
+            with self._autocast():
+                pieces = self.detector.training_pieces(self.cache.batch(mine, self.detector.device, epoch, draws))
+            losses += [self._step(plan, loss_of, piece, share, epoch) for piece in pieces]
+        return sum(losses) / len(losses)
+
+    def _batches(self, plan: TrainingPlan, epoch: int) -> list[list[str]]:
+        if plan.batches is not None:
+            labels = {key: self.cache.images[key].label or 0 for key in self.keys}
+            batches = plan.batches(labels, epoch)
+        else:
+            batches = even_batches(shuffled(self.keys, self.detector.seed, epoch), plan.batch_size)
+        if min(map(len, batches)) < self.group.size:
+            raise SpecError(
+                f"{len(self.keys)} images in batches of {plan.batch_size} leave a batch with fewer images than the "
+                f"{self.group.size} workers. Lower resources.num_workers."
+            )
+        return batches
+
+    def _step(self, plan: TrainingPlan, loss_of: nn.Module, piece: Any, share: float, epoch: int) -> float:
+        """Takes one optimizer step; returns the loss over the images of all workers, of which this one has `share`."""
+        with self._autocast():
+            loss = loss_of(piece)
+        value = float(self.group.sum(loss.detach().double().cpu() * share))
+        if not np.isfinite(value):
+            raise TrainingDiverged(
+                f"the loss became {value} in epoch {epoch + 1}. Lower the learning rate or check the images."
+            )
+        plan.optimizer.zero_grad(set_to_none=True)
+        (loss * share * self.group.size if self.group.size > 1 else loss).backward()  # DDP divides by size
+        plan.optimizer.step()
+        return value
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.detector.device.type, dtype=torch.bfloat16)
+
+
+def even_batches(keys: list[str], batch_size: int) -> list[list[str]]:
+    """Splits keys into consecutive batches of at most `batch_size`; sizes differ by at most one, smaller ones last."""
+    count = -(-len(keys) // batch_size)
+    least, longer = divmod(len(keys), count)
+    batches, start = [], 0
+    for number in range(count):
+        stop = start + least + (number < longer)
+        batches.append(keys[start:stop])
+        start = stop
+    return batches

@@ -1,0 +1,69 @@
+"""One worker's part of a fit job: reads and decodes the archive once, then fits one detector or a fleet."""
+
+from collections.abc import Iterable
+
+import torch
+
+from raydetect.blocks.coresets.group import Group
+from raydetect.config import FitSpec, SourceSpec
+from raydetect.detectors._registry import build_from
+from raydetect.fitting.fit_run import FitRun, ProgressCallback
+from raydetect.fitting.fleet import fit_fleet
+from raydetect.fitting.holdout import drop_duplicates
+from raydetect.fitting.image_cache import ImageCache, ReadFacts, read_images
+from raydetect.fitting.shared_errors import shared_errors
+from raydetect.fitting.timings import Phases
+from raydetect.records import Chunk, FitReport
+from raydetect.storage import normalise_uri
+
+
+def fit_worker(
+    spec: FitSpec,
+    chunks: Iterable[Chunk],
+    calibration: Iterable[Chunk] | None,
+    group: Group,
+    on_progress: ProgressCallback,
+    device: torch.device,
+) -> FitReport | None:
+    """Runs one worker's part of a fit job, starting from encoded images.
+
+    Args:
+        spec: the job.
+        chunks: this worker's encoded images.
+        calibration: this worker's encoded images of the separate calibration archive, if the job has one.
+        group: the workers.
+        tick: progress callback.
+        device: torch device of this worker.
+
+    Returns:
+        The report on the first worker, None on the others.
+
+    Raises:
+        SpecError: the job cannot run as specified.
+        TooManyBadRows: too many images are bad.
+    """
+    torch.set_num_threads(spec.resources.cpus_per_worker)
+    phases = Phases()
+    with phases.phase("read"):
+        cache, read = _read(spec, spec.source, chunks, group, on_progress, "read")
+        judged = None
+        if calibration is not None:
+            assert spec.calibration.source is not None
+            judged, _ = _read(spec, spec.calibration.source, calibration, group, on_progress, "read calibration")
+    where = ", ".join(spec.source.uris()) + read.labels_text
+    work = FitRun(spec, normalise_uri(spec.artifact), group, cache, judged, on_progress, device, where, phases)
+    return fit_fleet(work, read) if spec.per_category else work.run(read)
+
+
+def _read(
+    spec: FitSpec, source: SourceSpec, chunks: Iterable[Chunk], group: Group, on_progress: ProgressCallback, phase: str
+) -> tuple[ImageCache, ReadFacts]:
+    params = build_from(spec.detector, spec.seed).params
+    threads = spec.resources.cpus_per_worker
+    with shared_errors(group):
+        cache, found = read_images(
+            chunks, source, params.image_size, threads, lambda done: on_progress(phase, done, None)
+        )
+    read = found.judge(group, spec.max_bad_fraction, ", ".join(source.uris()))
+    drop_duplicates(cache, group)
+    return cache, read

@@ -1,0 +1,1 @@
+"""The HTTP layer: routes, schemas, tokens, limits, errors."""

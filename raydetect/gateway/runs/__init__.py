@@ -1,0 +1,1 @@
+"""Archive runs started over HTTP."""

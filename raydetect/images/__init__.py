@@ -1,0 +1,1 @@
+"""Encoded bytes to pixels: decoders, orientation, bit depth, masks."""

@@ -1,0 +1,81 @@
+"""Which pixels of a mask file are a defect.
+
+Masks are read under the EXIF rule of the images. Their levels are palette indices, or the largest colour channel; alpha
+is dropped. When no level reaches half of full scale (128, or 32768 of 16 bits) the levels are class ids, and everything
+but 0 is a defect. So they are in a lossless file of at most 16 different levels. Else a pixel is a defect from half of
+full scale on: what JPEG leaves around edges, and soft borders, are none below it.
+"""
+
+import numpy as np
+from PIL import Image
+
+from raydetect.errors import MemberError
+from raydetect.images.bit_depth import LEVELS, SIXTEEN_BIT
+from raydetect.images.decode import Pixels
+from raydetect.images.opening import JPEGS, DecodeRules, Loaded, loaded_image
+from raydetect.images.orientation import SIDEWAYS, turned
+
+MAX_IDS = 16
+COLOURS = {"RGB": 3, "RGBA": 3, "RGBX": 3, "L": 1, "LA": 1, "P": 1, "PA": 1, "1": 1}  # channels that are no alpha
+
+
+def decode_mask(data: bytes, image: Pixels, rules: DecodeRules) -> np.ndarray:
+    """Defect pixels of an encoded mask, bool (H, W), turned as its image is.
+
+    A mask without an orientation of its own that has the size of the image as stored, not as turned, is turned with it.
+
+    Args:
+        data: the mask file.
+        image: what is known of its image.
+        rules: of the image's source.
+
+    Raises:
+        MemberError: it cannot be decoded.
+    """
+    with loaded_image(data, rules) as loaded:
+        marks_HW = _marks(loaded, data)
+    orientation, size = loaded.orientation, marks_HW.shape[::-1]
+    if orientation == 1 and image.orientation in SIDEWAYS and size == image.stored_size != (image.width, image.height):
+        orientation = image.orientation
+    return np.asarray(turned(Image.fromarray(marks_HW), orientation))
+
+
+def _marks(loaded: Loaded, data: bytes) -> np.ndarray:
+    levels_HW, full_scale = _levels(loaded)
+    half = (full_scale + 1) // 2
+    if levels_HW.max() < half or (_lossless(loaded.picture, data) and _few(levels_HW)):
+        return levels_HW != 0
+    return levels_HW >= half
+
+
+def _levels(loaded: Loaded) -> tuple[np.ndarray, int]:
+    """(levels (H, W), full scale)."""
+    picture = loaded.picture
+    if picture.mode in SIXTEEN_BIT:
+        levels_HW = np.asarray(picture)
+        white = (1 << loaded.depth.bits) - 1
+        return (white - levels_HW if loaded.depth.inverted else levels_HW), white
+    if picture.mode == "F":
+        raise MemberError("unsupported_mode", "pixels of mode F have no fixed scale. Write the mask as 8-bit PNG.")
+    if picture.mode not in COLOURS:
+        picture = picture.convert("RGB")
+    values = np.asarray(picture, np.uint8)
+    if picture.mode == "1":
+        values = values * np.uint8(255)
+    return (values if values.ndim == 2 else values[..., : COLOURS[picture.mode]].max(-1)), 255
+
+
+def _few(levels_HW: np.ndarray) -> bool:
+    """Whether there are at most `MAX_IDS` levels; 32-bit levels beyond 16 bits count as one."""
+    seen = np.zeros(LEVELS, bool)
+    for row in levels_HW:
+        seen[np.clip(row, 0, LEVELS - 1)] = True
+    return int(seen.sum()) <= MAX_IDS
+
+
+def _lossless(picture: Image.Image, data: bytes) -> bool:
+    if picture.format == "WEBP":
+        return b"VP8L" in data[:64]
+    if picture.format == "TIFF":
+        return picture.info.get("compression") not in ("jpeg", "tiff_jpeg", "webp")
+    return picture.format not in (*JPEGS, "AVIF")

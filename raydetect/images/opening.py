@@ -1,0 +1,290 @@
+"""Encoded bytes to a picture as its file stores it: judged by its header, then decoded when there is space for it."""
+
+import io
+import math
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError, features
+
+from raydetect.archives.base import begins_as_image
+from raydetect.config import SourceSpec
+from raydetect.errors import MemberError
+from raydetect.images import tiff
+from raydetect.images.bit_depth import FULL_DEPTH, GreyDepth
+from raydetect.images.jpeg import NotByTurboError, decode_jpeg, sample_bits, without_exif
+from raydetect.images.memory_budget import SPACE
+from raydetect.images.orientation import orientation_of
+from raydetect.images.pages import pages_of
+from raydetect.images.png import significant_bits, without_texts
+from raydetect.images.resize import resized, upright_size, whole
+
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "GIF", *(("AVIF",) if features.check("avif") else ()))
+JPEGS, JPEG_START = ("JPEG", "MPO"), b"\xff\xd8"
+STORED = {"RGB": "RGBX"}  # modes whose pixels a JPEG decoder writes as Pillow keeps them
+EXIF_IGNORED, PAGES_NOT_READ = "exif_ignored", "pages_not_read"
+# What Pillow warns of becomes a status or is judged by source.max_pixels. Set once: the filters are not thread-safe.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+_limit_lock = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRules:
+    """What of the source's words decoding needs."""
+
+    max_pixels: int
+    apply_exif: bool
+
+    @classmethod
+    def of(cls, source: SourceSpec) -> "DecodeRules":
+        """The rules that a source states."""
+        return cls(source.max_pixels, source.exif_orientation == "apply")
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A decoded picture as its file stores it.
+
+    Attributes:
+        picture: in Pillow's mode of it, not turned.
+        depth: how its values are meant when they are grey of 16 bits.
+        orientation: how it is to be turned; 1 also where the source says `ignore`.
+        notes: as `Pixels.notes`.
+    """
+
+    picture: Image.Image
+    depth: GreyDepth
+    orientation: int
+    notes: tuple[str, ...]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in px of the picture as it is to be seen."""
+        return upright_size(self.picture, self.orientation)
+
+    def rgb(self) -> Image.Image:
+        """The picture as it is to be seen, in 8-bit RGB.
+
+        Raises:
+            MemberError: unsupported_mode.
+        """
+        return whole(self.picture, self.depth, self.orientation)
+
+    def resized(self, image_size: tuple[int, int]) -> Image.Image:
+        """The picture at (height, width) `image_size`, in 8-bit RGB.
+
+        Raises:
+            MemberError: unsupported_mode.
+        """
+        return resized(self.picture, self.depth, self.orientation, image_size[::-1])
+
+
+@contextmanager
+def loaded_image(data: bytes, rules: DecodeRules) -> Iterator[Loaded]:
+    """The picture of encoded bytes as it is stored, and what is known of it; with it goes its space (`space.py`).
+
+    Args:
+        data: the file.
+        rules: of its source.
+
+    Raises:
+        MemberError: empty, too_many_pixels, not_an_image, unsupported_mode or corrupt.
+    """
+    if not data:
+        raise MemberError("empty", "the file has zero bytes. Write it again at its source.")
+    opened = _open(data, rules.max_pixels)
+    with SPACE.taken(opened.pixels, rules.max_pixels):
+        yield _loaded(opened, rules)
+
+
+def _loaded(opened: "_Opened", rules: DecodeRules) -> Loaded:
+    try:
+        try:
+            return _decoded(opened, rules)
+        except ValueError as error:
+            bare = _without_texts(opened.data, error)
+            if bare is None:
+                raise
+            return _decoded(bare, rules)
+    except MemberError:
+        raise
+    except Exception as error:
+        raise MemberError("corrupt", f"{opened.picture.format} data cannot be decoded ({short(error)}).") from None
+
+
+def _decoded(opened: "_Opened", rules: DecodeRules) -> Loaded:
+    picture = opened.picture
+    before = orientation_of(picture) if picture.format == "TIFF" else None  # load() forgets it
+    picture = _with_pixels(opened)
+    orientation, damaged = before or orientation_of(picture)
+    if not rules.apply_exif:
+        orientation, damaged = 1, False
+    elif opened.exif_removed:
+        damaged = True
+    notes = [EXIF_IGNORED] if damaged else []
+    unread = pages_of(opened.picture, opened.data) - 1
+    if unread:
+        notes.append(f"{PAGES_NOT_READ}: {unread}")
+    return Loaded(picture, opened.depth, orientation, tuple(notes))
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """A picture whose header is read and judged.
+
+    Attributes:
+        picture: not loaded.
+        data: what it was opened from.
+        depth: as `Loaded.depth`.
+        exif_removed: what may have said how it is to be turned could not be read.
+        tile: (width, height) in px of a TIFF's tiles.
+    """
+
+    picture: Image.Image
+    data: bytes
+    depth: GreyDepth = FULL_DEPTH
+    exif_removed: bool = False
+    tile: tuple[int, int] = (0, 0)
+
+    @property
+    def pixels(self) -> int:
+        """That its decoder has at once."""
+        return max(math.prod(self.picture.size), math.prod(self.tile))
+
+
+def _open(data: bytes, max_pixels: int) -> _Opened:
+    _let_pillow_open(max_pixels)
+    try:
+        opened = _opened_tiff(data) if tiff.is_tiff(data) else _opened(data)
+    except MemberError:
+        raise
+    except Image.DecompressionBombError:
+        raise _too_many("its header says", max_pixels) from None
+    except UnidentifiedImageError:
+        raise _unidentified(data) from None
+    except Exception as error:
+        if tiff.is_tiff(data):
+            raise tiff.refusal(data) from None
+        raise MemberError("corrupt", f"the image header cannot be read ({short(error)}).") from None
+    if math.prod(opened.picture.size) > max_pixels:
+        raise _too_many("{} x {} px is".format(*opened.picture.size), max_pixels)
+    if math.prod(opened.tile) > max_pixels:
+        raise _too_many("a TIFF's tile of {} x {} px is".format(*opened.tile), max_pixels)
+    return opened
+
+
+def _too_many(what: str, max_pixels: int) -> MemberError:
+    message = f"{what} more than source.max_pixels = {max_pixels:,}. Raise it if the image is genuine."
+    return MemberError("too_many_pixels", message)
+
+
+def _let_pillow_open(max_pixels: int) -> None:
+    """Raises Pillow's own limit, which holds for the whole process, to what a source states; never lowers it."""
+    with _limit_lock:
+        if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+            Image.MAX_IMAGE_PIXELS = max_pixels
+
+
+def _opened(data: bytes) -> _Opened:
+    try:
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise
+    except Exception as error:
+        found = _without_texts(data, error)
+        if found is not None:
+            return found
+        bare = _without_exif(data)
+        if bare == data:
+            raise
+        return _Opened(Image.open(io.BytesIO(bare), formats=FORMATS), bare, exif_removed=True)
+    return _Opened(picture, data, GreyDepth(maybe_bits=significant_bits(data)))
+
+
+def _without_exif(data: bytes) -> bytes:
+    """The same image without the EXIF for which Pillow may not open it; formats that it opens anyway as they are."""
+    if data.startswith(JPEG_START):
+        return without_exif(data)
+    if data[8:12] in (b"avif", b"avis"):
+        return data.replace(b"Exif", b"none")  # the item under a name that nobody reads
+    return data
+
+
+def _without_texts(data: bytes, error: Exception) -> _Opened | None:
+    """A PNG without the texts that are too large for Pillow to read; None when they are not what it raised."""
+    if "MAX_TEXT" not in str(error):
+        return None
+    bare, may_turn = without_texts(data)
+    picture = Image.open(io.BytesIO(bare), formats=FORMATS)
+    return _Opened(picture, bare, GreyDepth(maybe_bits=significant_bits(bare)), may_turn)
+
+
+def _opened_tiff(data: bytes) -> _Opened:
+    page = tiff.first_page(data)
+    bits = 8 if page is None else page.first(tiff.BITS, 1)
+    inverted = page is not None and page.values.get(tiff.PHOTOMETRIC) == (0,)
+    if page is not None and not tiff.has_scale(page):
+        raise tiff.refusal(data)
+    grey = bits in (12, 16) and page is not None and page.first(tiff.SAMPLES, 1) == 1
+    if grey and inverted and page is not None:
+        data = tiff.with_black_as_zero(data, page)
+    picture = Image.open(io.BytesIO(data), formats=FORMATS)
+    # load() would turn it, with the source's words or against them
+    picture.__dict__["getexif"] = Image.Exif
+    tile = (0, 0) if page is None else tiff.tile_size(page)
+    return _Opened(picture, data, GreyDepth(bits, inverted) if grey else FULL_DEPTH, tile=tile)
+
+
+def _unidentified(data: bytes) -> MemberError:
+    if tiff.is_tiff(data):
+        return tiff.refusal(data)
+    bits = sample_bits(data) if data.startswith(JPEG_START) else None
+    if bits not in (None, 8):
+        return MemberError("unsupported_mode", f"JPEG with {bits} bits per sample: is not read. Convert it to 8 bits.")
+    if begins_as_image(data[:16]):
+        message = (
+            "its first bytes are those of an image, and what follows is none of at least 1 x 1 px. Write it again."
+        )
+        return MemberError("not_an_image", message)
+    return MemberError("not_an_image", f"no image format begins with the bytes {data[:8].hex(' ')}.")
+
+
+def _with_pixels(opened: _Opened) -> Image.Image:
+    """The same picture, or a new one of the same header, with its pixels decoded and as stored."""
+    picture = opened.picture
+    if picture.format in JPEGS:
+        try:
+            pixels_HWC = decode_jpeg(opened.data, picture.size, picture.mode)
+        except NotByTurboError:
+            picture.load()
+            return picture
+        if picture.mode == "CMYK":
+            np.subtract(255, pixels_HWC, out=pixels_HWC)
+        mode = STORED.get(picture.mode, picture.mode)
+        made = Image.frombuffer(mode, picture.size, pixels_HWC, "raw", mode, 0, 1)  # no copy
+        made.info, made.format = picture.info, picture.format
+        return made
+    picture.load()
+    for copies in ("_decoder", "fp"):  # of WebP and AVIF, which keep up to twelve bytes for each pixel
+        picture.__dict__.pop(copies, None)
+    # a TIFF that is not turned still has the size of the turned one
+    return picture if picture.im.size == picture.size else picture.copy()
+
+
+def depth_of(picture: Image.Image) -> GreyDepth:
+    """How grey of 16 bits is meant in a picture that Pillow opened; what it does not keep (sBIT) is not known."""
+    tags: Any = getattr(picture, "tag_v2", None)
+    bits = None if tags is None else tags.get(tiff.BITS)
+    if bits not in ((12,), (16,)):
+        return FULL_DEPTH
+    return GreyDepth(bits[0], tags.get(tiff.PHOTOMETRIC) == 0)
+
+
+def short(error: Exception) -> str:
+    """What an error of a library says, in one line."""
+    return " ".join(str(error).split())[:160] or type(error).__name__

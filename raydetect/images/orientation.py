@@ -1,0 +1,73 @@
+"""How an image is to be turned: the orientation of its EXIF, or of its XMP where EXIF says nothing.
+
+Read by this module alone, for every format, since Pillow's readers raise for damaged blocks, and turn TIFFs unasked.
+"""
+
+import re
+from typing import Any
+
+from PIL import Image
+
+from raydetect.images.tiff import ORIENTATION, Reader
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SIDEWAYS = frozenset({5, 6, 7, 8})
+PREFIX = b"Exif\0\0"
+XMP = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
+
+
+def orientation_of(picture: Image.Image) -> tuple[int, bool]:
+    """(orientation 1 to 8, whether the EXIF is damaged). 1 where nothing is said, or nothing that is known.
+
+    Args:
+        picture: loaded, so that all of its blocks are read; a TIFF may be not.
+    """
+    try:
+        value = _stored(picture)
+    except Exception:  # whatever a decoder left in the block; it is told as a note
+        return 1, True
+    if value is None:
+        value = _of_xmp(picture)
+    return (value if value in TURNS else 1), False
+
+
+def turned(picture: Image.Image, orientation: int) -> Image.Image:
+    """The picture as it is to be seen."""
+    return picture.transpose(TURNS[orientation]) if orientation in TURNS else picture
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """A picture given in Python as it is to be seen; a TIFF was turned by Pillow when it was loaded."""
+    picture.load()
+    return turned(picture, orientation_of(picture)[0])
+
+
+def _stored(picture: Image.Image) -> int | None:
+    tags: Any = getattr(picture, "tag_v2", None)
+    if tags is not None:
+        value = tags.get(ORIENTATION)
+        return None if value is None else int(value)
+    block = picture.info.get("exif")
+    if block is None and "Raw profile type exif" in picture.info:
+        block = bytes.fromhex("".join(picture.info["Raw profile type exif"].split("\n")[3:]))
+    while block and block.startswith(PREFIX):
+        block = block[len(PREFIX) :]
+    if not block:
+        return None
+    reader = Reader(block)
+    page = reader.directory(reader.start)
+    return page.values[ORIENTATION][0] if ORIENTATION in page.values else None
+
+
+def _of_xmp(picture: Image.Image) -> int:
+    text = picture.info.get("XML:com.adobe.xmp") or picture.info.get("xmp") or b""
+    found = XMP.search(text.encode() if isinstance(text, str) else bytes(text))
+    return int(found.group(1)) if found else 1

@@ -1,0 +1,201 @@
+"""What a TIFF's directories say, read without decoding: bounded, for files that Pillow does not open or misreads."""
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from raydetect.errors import MemberError
+
+MAX_PAGES = 10_000
+MAX_TAGS, FIRST_TAGS = 4096, 8  # of a directory; of one that is only counted: tags are sorted, and what counts is first
+MAX_VALUES = 8  # of one tag; more samples in a pixel change nothing here
+UNSIGNED = {1: "B", 3: "H", 4: "L", 13: "L", 16: "Q"}  # TIFF type: struct code
+SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC = 254, 256, 257, 258, 259, 262
+ORIENTATION, SAMPLES, TILE_WIDTH, TILE_HEIGHT, SAMPLE_FORMAT = 274, 277, 322, 323, 339
+READ = {
+    SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, ORIENTATION, SAMPLES, TILE_WIDTH, TILE_HEIGHT, SAMPLE_FORMAT
+}  # fmt: skip
+SAMPLE_FORMATS = {1: "unsigned integers", 2: "signed integers", 3: "floating point", 4: "undefined"}
+COMPRESSIONS = {
+    1: "none", 2: "CCITT RLE", 3: "CCITT G3", 4: "CCITT G4", 5: "LZW", 6: "old JPEG", 7: "JPEG", 8: "deflate",
+    32773: "PackBits", 32946: "deflate", 33003: "JPEG 2000", 33005: "JPEG 2000", 34712: "JPEG 2000", 34925: "LZMA",
+    50000: "Zstandard", 50001: "WebP",
+}  # fmt: skip
+PHOTOMETRICS = {
+    0: "white is zero", 1: "black is zero", 2: "RGB", 3: "palette", 4: "transparency mask", 5: "separated", 6: "YCbCr",
+    8: "CIELAB", 32803: "colour filter array", 34892: "linear raw",
+}  # fmt: skip
+
+
+class DamagedError(Exception):
+    """The bytes break off, or are no TIFF."""
+
+
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """One image file directory.
+
+    Attributes:
+        values: by tag, of those in `READ` that hold unsigned integers; at most `MAX_VALUES` of each.
+        places: by tag, where its value or the offset of its values lies, in bytes from the start.
+        following: offset of the next directory, 0 = none.
+    """
+
+    values: dict[int, tuple[int, ...]]
+    places: dict[int, int]
+    following: int
+
+    def first(self, tag: int, default: int) -> int:
+        """The first value of a tag."""
+        return self.values.get(tag, (default,))[0]
+
+
+class Reader:
+    """Reads directories of TIFF bytes, which EXIF blocks are too; both byte orders, 32 and 64 bits."""
+
+    def __init__(self, data: bytes) -> None:
+        """Reads the header.
+
+        Raises:
+            DamagedError: it is no TIFF, or its header is cut.
+        """
+        self.data = data
+        if data[:2] not in (b"II", b"MM"):
+            raise DamagedError("it does not begin with a TIFF header")
+        self.order = "<" if data[:2] == b"II" else ">"
+        (magic,) = self._unpack("H", 2)
+        if magic not in (42, 43):
+            raise DamagedError("it does not begin with a TIFF header")
+        self.big = magic == 43
+        (self.start,) = self._unpack("Q", 8) if self.big else self._unpack("L", 4)
+
+    def directory(self, offset: int, max_tags: int = MAX_TAGS) -> Directory:
+        """The directory there. What is wrong with tags that nobody asks for does not matter.
+
+        Raises:
+            DamagedError: it breaks off, or values lie outside of the file.
+        """
+        count, entries, step = self._extent(offset)
+        values: dict[int, tuple[int, ...]] = {}
+        places: dict[int, int] = {}
+        for i in range(min(count, max_tags)):
+            place = entries + i * step
+            tag, kind, number = self._unpack("HHQ" if self.big else "HHL", place)
+            inline = place + (12 if self.big else 8)
+            places.setdefault(tag, inline)
+            if tag in READ and kind in UNSIGNED and number:
+                values.setdefault(tag, self._values(kind, number, inline))
+        return Directory(values, places, self._following(entries + count * step))
+
+    def offsets(self) -> Iterator[int]:
+        """Where the directories lie, in order; ends where the chain breaks off or runs in a circle."""
+        offset, seen = self.start, set[int]()
+        while offset and offset not in seen and len(seen) < MAX_PAGES:
+            seen.add(offset)
+            try:
+                count, entries, step = self._extent(offset)
+            except DamagedError:
+                return
+            yield offset
+            offset = self._following(entries + count * step)
+
+    def _extent(self, offset: int) -> tuple[int, int, int]:
+        """(number of entries, where they begin, bytes of each)."""
+        (count,) = self._unpack("Q" if self.big else "H", offset)
+        entries, step = offset + (8 if self.big else 2), 20 if self.big else 12
+        if entries + count * step > len(self.data):
+            raise DamagedError(f"a directory of {count} entries breaks off")
+        return count, entries, step
+
+    def _following(self, place: int) -> int:
+        try:
+            return int(self._unpack("Q" if self.big else "L", place)[0])
+        except DamagedError:  # some writers leave the last link out
+            return 0
+
+    def _values(self, kind: int, number: int, inline: int) -> tuple[int, ...]:
+        size, room = SIZES[kind] * number, 8 if self.big else 4
+        place = inline
+        if size > room:
+            (place,) = self._unpack("Q" if self.big else "L", inline)
+            if place + size > len(self.data):
+                raise DamagedError("values of a directory lie beyond the end")
+        return self._unpack(str(min(number, MAX_VALUES)) + UNSIGNED[kind], place)
+
+    def _unpack(self, form: str, place: int) -> tuple[int, ...]:
+        try:
+            return struct.unpack_from(self.order + form, self.data, place)
+        except (struct.error, OverflowError):
+            raise DamagedError("it breaks off") from None
+
+
+def is_tiff(data: bytes) -> bool:
+    """Whether bytes begin as a TIFF does."""
+    return data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
+def refusal(data: bytes) -> MemberError:
+    """Why Pillow does not open a TIFF: unsupported_mode with what it is, or corrupt."""
+    try:
+        reader = Reader(data)
+        page = reader.directory(reader.start)
+    except DamagedError as error:
+        return MemberError("corrupt", f"cut or damaged TIFF directory ({error}). Write it again at its source.")
+    if WIDTH not in page.values or HEIGHT not in page.values:
+        return MemberError("corrupt", "damaged TIFF directory: it names no size. Write it again at its source.")
+    return MemberError("unsupported_mode", f"{_described(page)}: is not read. Convert it to 8 or 16 bits per sample.")
+
+
+def _described(page: Directory) -> str:
+    samples, bits = page.first(SAMPLES, 1), page.values.get(BITS, (1,))
+    numbers = SAMPLE_FORMATS.get(page.first(SAMPLE_FORMAT, 1), f"sample format {page.first(SAMPLE_FORMAT, 1)}")
+    colour, packed = page.first(PHOTOMETRIC, 0), page.first(COMPRESSION, 1)
+    each = str(bits[0]) if len(set(bits)) == 1 else ", ".join(map(str, bits))
+    return (
+        f"TIFF with {each} bits per sample, {numbers}, {samples} sample{'s' if samples > 1 else ''} per pixel, "
+        f"{PHOTOMETRICS.get(colour, f'photometric interpretation {colour}')}, "
+        f"compression {COMPRESSIONS.get(packed, str(packed))}"
+    )
+
+
+def has_scale(page: Directory) -> bool:
+    """Whether the largest value of its samples is white: not so of signed integers, and of more than 16 bits."""
+    return (page.first(SAMPLE_FORMAT, 1) != 2 and page.first(BITS, 1) <= 16) or page.first(SAMPLE_FORMAT, 1) == 3
+
+
+def tile_size(page: Directory) -> tuple[int, int]:
+    """(width, height) in px of its tiles, (0, 0) when it has none; a tile may be larger than its image."""
+    return page.first(TILE_WIDTH, 0), page.first(TILE_HEIGHT, 0)
+
+
+def first_page(data: bytes) -> Directory | None:
+    """The first directory, None when it cannot be read."""
+    try:
+        reader = Reader(data)
+        return reader.directory(reader.start)
+    except DamagedError:
+        return None
+
+
+def with_black_as_zero(data: bytes, page: Directory) -> bytes:
+    """The same bytes with another photometric interpretation: Pillow opens these, and the caller inverts them."""
+    place = page.places[PHOTOMETRIC]
+    one = struct.pack(Reader(data).order + "H", 1)
+    return data[:place] + one + data[place + 2 :]
+
+
+def pages(data: bytes) -> int:
+    """Number of images, smaller copies of one not counted; at most `MAX_PAGES`."""
+    try:
+        reader = Reader(data)
+        return sum(_is_page(reader, offset) for offset in reader.offsets())
+    except DamagedError:
+        return 1
+
+
+def _is_page(reader: Reader, offset: int) -> bool:
+    try:
+        return not reader.directory(offset, FIRST_TAGS).first(SUBFILE, 0) & 1
+    except DamagedError:
+        return True

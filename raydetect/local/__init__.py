@@ -1,0 +1,1 @@
+"""A whole job or server in one process, without Ray."""

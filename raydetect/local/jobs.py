@@ -1,0 +1,84 @@
+"""Runs a whole job in one process: the reference that every other way of running must match."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from raydetect.archives.chunks import read_chunks
+from raydetect.archives.open import open_archive
+from raydetect.artifacts.sharded_bank import sharded_search
+from raydetect.artifacts.store import StoredDetectors
+from raydetect.blocks.coresets.group import Group
+from raydetect.config import FIT_CHUNK_BYTES, FIT_CHUNK_IMAGES, CalibrateSpec, FitSpec, SourceSpec, source_storage
+from raydetect.errors import SpecError
+from raydetect.fitting.fit_run import ProgressCallback
+from raydetect.fitting.recalibrate import Recalibrated, recalibrate
+from raydetect.fitting.worker import fit_worker
+from raydetect.planning.plan import Committer, ScorePlan, finish, only_record
+from raydetect.records import Chunk, FitReport, Part, Receipt
+from raydetect.scoring.scorer import Scorer
+from raydetect.storage import Storage
+
+
+def fit(spec: FitSpec, on_progress: ProgressCallback) -> FitReport:
+    """Fits a detector in this process and writes the artifact.
+
+    Raises:
+        SpecError: the job cannot run with these settings.
+        TooManyBadRows: too many images of the source are bad.
+    """
+    source = spec.calibration.source
+    calibration = None if source is None else _chunks(spec, source)
+    device = _device(spec.resources.gpus_per_worker)
+    report = fit_worker(spec, _chunks(spec, spec.source), calibration, Group(), on_progress, device)
+    assert report is not None
+    return report
+
+
+def _chunks(spec: FitSpec | CalibrateSpec, source: SourceSpec) -> Iterator[Chunk]:
+    archive = open_archive(source, Storage(source_storage(spec, source)))
+    for shard in archive.shards():
+        yield from read_chunks(archive, shard, source, FIT_CHUNK_IMAGES, FIT_CHUNK_BYTES)
+
+
+def score(plan: ScorePlan, on_part: Callable[[Part, Receipt | None], None]) -> dict[str, Any]:
+    """Scores the remaining shards of a plan in this process and returns the manifest.
+
+    Raises:
+        ArchiveError: a shard or member is bad and the source is set to `fail`.
+        TooManyBadRows: the run is complete but too many rows are bad.
+    """
+    spec = plan.spec
+    torch.set_num_threads(spec.resources.cpus_per_worker)
+    plan.begin()
+    if plan.todo:
+        storage, device = Storage(spec.storage), _device(spec.resources.gpus_per_worker)
+        search = None
+        if spec.resources.bank_shards > 1:
+            search = sharded_search(
+                only_record(plan.artifact, plan.records), storage, spec.resources.bank_shards, device
+            )
+        scorer = Scorer(StoredDetectors(plan.artifact, storage, search), spec, str(device))
+        committer = Committer(plan)
+        for shard in plan.todo:
+            for chunk in read_chunks(plan.archive, shard, spec.source, spec.chunk_images, spec.chunk_bytes):
+                result = scorer.score_chunk(chunk)
+                part = plan.sink.write(chunk, result.rows, result.pictures, result.clipped_pixels)
+                on_part(part, committer.add(part))
+    return finish(plan)
+
+
+def calibrate(spec: CalibrateSpec, on_progress: ProgressCallback) -> Recalibrated:
+    """Writes an artifact with a new calibration, without refitting.
+
+    Raises:
+        RaydetectError: the artifact or the images cannot be used.
+    """
+    return recalibrate(spec, _chunks(spec, spec.source), on_progress, _device(spec.resources.gpus_per_worker))
+
+
+def _device(gpus: float) -> torch.device:
+    if gpus and not torch.cuda.is_available():
+        raise SpecError(f"resources.gpus_per_worker = {gpus}: torch sees no GPU here. Set it to 0.")
+    return torch.device("cuda" if gpus else "cpu")

@@ -1,0 +1,1 @@
+"""What is left of a scoring job, and how its shards are committed."""

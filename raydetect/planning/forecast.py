@@ -1,0 +1,208 @@
+"""What a scoring job will read and write, before it runs: images, chunks, PUTs, hours and cost.
+
+Loose images are counted from the listing. Of containers a few are looked into, spread over the listing. How many images
+are in the others follows from how many are in a shard, or in a byte, whichever differs less between those looked into:
+a tar of one small image is mostly padding, so bytes alone say little of it.
+"""
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from raydetect.archives.formats.loose_files import loose_names
+from raydetect.archives.path_patterns import Naming
+from raydetect.artifacts.record import ArtifactRecord
+from raydetect.errors import ArchiveError
+from raydetect.planning.plan import ScorePlan
+from raydetect.records import Shard
+
+LOOKED_INTO, FIRST_IMAGES, FIRST_BYTES, SECONDS = 16, 64, 32 << 20, 20.0
+AROUND = {"tar": 768}  # bytes of a member's header and padding, on average
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEstimate:
+    """Hours and cost of what is left, on some number of workers."""
+
+    num_workers: int
+    hours: float
+    cost: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a scoring job will read and write.
+
+    Attributes:
+        images: of what is left; None when no shard could tell.
+        images_from: how the number of images is known.
+        puts: files that will be written: parts, heatmap zips at most, ledger records, run.json, manifest.json.
+        images_per_second: of one worker, as measured when the artifact was fitted; 0 if it was not.
+        categories: of a fleet, else empty.
+    """
+
+    shards: int
+    shards_left: int
+    bytes_left: int
+    images: int
+    images_from: str
+    chunks: int
+    puts: int
+    images_per_second: float
+    estimates: tuple[WorkerEstimate, ...]
+    categories: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What was found in one container.
+
+    Attributes:
+        images: in it; an estimate from its first ones, when it has more than those.
+        size_bytes: of it.
+        is_whole: all of its images were counted.
+    """
+
+    images: float
+    size_bytes: int
+    is_whole: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """How many of something there are.
+
+    Attributes:
+        best: the estimate.
+        low, high: if all were like the one with the fewest, or the most, of those that were looked into.
+    """
+
+    best: int
+    low: int
+    high: int
+
+
+def estimate(found: Sequence[float], sizes: Sequence[int], num_shards: int, num_bytes: int) -> Count:
+    """A sum over shards from a few of them: by shard or by byte, whichever differs less.
+
+    Args:
+        found: in each shard that was looked into; at least one.
+        sizes: bytes of these.
+        num_shards: how many shards there are.
+        num_bytes: bytes of all of them.
+    """
+    per_shard, sizes_S = np.asarray(found, float), np.maximum(np.asarray(sizes, float), 1.0)
+    per_byte = per_shard / sizes_S
+    by_shard = _spread(per_shard) <= _spread(per_byte)
+    each, all_of_it = (per_shard, float(num_shards)) if by_shard else (per_byte, float(max(num_bytes, 1)))
+    mean = per_shard.mean() if by_shard else per_shard.sum() / sizes_S.sum()
+    return Count(*(round(float(value) * all_of_it) for value in (mean, each.min(), each.max())))
+
+
+def _spread(values: np.ndarray) -> float:
+    """Standard deviation over mean."""
+    return float(values.std() / values.mean()) if values.any() else 0.0
+
+
+def forecast(plan: ScorePlan, workers: Iterable[int], price_per_worker_hour: float | None) -> Forecast:
+    """Images, chunks, PUTs, hours and cost of what is left.
+
+    Reads the first FIRST_IMAGES images, at most FIRST_BYTES, of at most LOOKED_INTO containers, and begins none after
+    SECONDS.
+
+    Raises:
+        StorageError: a container cannot be read.
+    """
+    spec, todo = plan.spec, plan.todo
+    images, chunks, how = _counts(plan)
+    heatmaps = 0 if spec.sink.heatmaps == "none" else chunks
+    rate = scoring_rate(plan.records.values())
+    estimates = []
+    for count in workers:
+        hours = images / (rate * count) / 3600 if rate else float("nan")
+        cost = None if price_per_worker_hour is None else hours * count * price_per_worker_hour
+        estimates.append(WorkerEstimate(count, hours, cost))
+    return Forecast(
+        shards=len(plan.shards),
+        shards_left=len(todo),
+        bytes_left=sum(shard.size_bytes for shard in todo),
+        images=images,
+        images_from=how,
+        chunks=chunks,
+        puts=chunks + heatmaps + len(todo) + 2,
+        images_per_second=rate,
+        estimates=tuple(estimates),
+        categories=tuple(plan.artifact.categories),
+    )
+
+
+def scoring_rate(records: Iterable[ArtifactRecord]) -> float:
+    """Images per second of one worker; 0 when a detector was not measured.
+
+    For a fleet, the rate over equally many images of every category (the harmonic mean); loading detectors again
+    and again, where a chunk mixes more categories than `detectors_in_memory`, is not in it.
+    """
+    rates = [float(record.body.get("images_per_second", 0.0)) for record in records]
+    return len(rates) / sum(1.0 / rate for rate in rates) if all(rates) else 0.0
+
+
+def _counts(plan: ScorePlan) -> tuple[int, int, str]:
+    """Images, chunks, and how the number of images is known."""
+    loose = [shard for shard in plan.todo if shard.format == "prefix"]
+    containers = [shard for shard in plan.todo if shard.format != "prefix"]
+    naming = Naming.of(plan.spec.source)
+    counted = [sum(naming.read(name) is not None for name in loose_names(shard)) for shard in loose]
+    images = sum(counted)
+    chunks = sum(_chunks(plan, count, shard.size_bytes) for count, shard in zip(counted, loose, strict=True))
+    if not containers:
+        return images, chunks, "counted in the listing"
+    looks = _look_into(plan, containers)
+    sizes, num_bytes = [look.size_bytes for look in looks], sum(shard.size_bytes for shard in containers)
+    inside = estimate([look.images for look in looks], sizes, len(containers), num_bytes)
+    each = [float(_chunks(plan, look.images, look.size_bytes)) for look in looks]
+    chunks += max(len(containers), estimate(each, sizes, len(containers), num_bytes).best)
+    return images + inside.best, chunks, _how(looks, len(containers), inside, images)
+
+
+def _chunks(plan: ScorePlan, images: float, size_bytes: int) -> int:
+    """Chunks of a shard; one without images has an empty one."""
+    return max(1, math.ceil(max(images / plan.spec.chunk_images, size_bytes / plan.spec.chunk_bytes)))
+
+
+def _how(looks: Sequence[Look], containers: int, inside: Count, loose: int) -> str:
+    if len(looks) == containers and all(look.is_whole for look in looks):
+        return "counted"
+    known = f"{loose:,} counted in the listing, the others " if loose else ""
+    low, high = inside.low + loose, inside.high + loose
+    span = f"; {low:,} to {high:,} if all were like the emptiest or the fullest of these" if low < high else ""
+    return f"{known}estimated from {len(looks):,} of {containers:,} containers{span}"
+
+
+def _look_into(plan: ScorePlan, containers: Sequence[Shard]) -> list[Look]:
+    """Containers spread over the listing: the middle of each of LOOKED_INTO equal parts of it."""
+    number = min(LOOKED_INTO, len(containers))
+    end = time.monotonic() + SECONDS
+    looks: list[Look] = []
+    for place in range(number):
+        if looks and time.monotonic() > end:
+            break
+        looks.append(_look(plan, containers[(2 * place + 1) * len(containers) // (2 * number)]))
+    return looks
+
+
+def _look(plan: ScorePlan, shard: Shard) -> Look:
+    seen = read = 0
+    try:
+        for member in plan.archive.read(shard):
+            seen, read = seen + 1, read + len(member.data)
+            if seen == FIRST_IMAGES or read >= FIRST_BYTES:
+                break
+        else:
+            return Look(seen, shard.size_bytes, True)
+    except ArchiveError:  # it becomes a row of its own
+        return Look(seen + 1, shard.size_bytes, True)
+    each = read / seen + AROUND.get(shard.format, 0)
+    return Look(max(float(seen), shard.size_bytes / max(each, 1.0)), shard.size_bytes, False)

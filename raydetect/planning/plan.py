@@ -1,0 +1,310 @@
+"""What is left of a scoring job: the listing minus the ledger; and committing shards as their parts come in."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from raydetect.archives.base import Archive, Listing, archive_fingerprint
+from raydetect.archives.open import open_archive
+from raydetect.artifacts.fleet import ArtifactIndex, read_index, read_records
+from raydetect.artifacts.record import ArtifactRecord
+from raydetect.config import FlagSpec, ScoreSpec, SourceSpec, public_spec, result_settings, sink_storage, source_storage
+from raydetect.config.validation import to_plain
+from raydetect.errors import SpecError, TooManyBadRows
+from raydetect.metrics.conformal import ROUNDING, threshold_for
+from raydetect.metrics.discovery import discover
+from raydetect.records import OK, Part, Receipt, Shard
+from raydetect.sinks.consistency import (
+    complete,
+    refuse_other_shards,
+    refuse_taken,
+    refuse_without_images,
+    rows_digest,
+    rows_with,
+)
+from raydetect.sinks.ledger import Ledger, Totals
+from raydetect.sinks.parquet import ResultsSink
+from raydetect.storage import Storage, normalise_uri
+
+
+@dataclass(frozen=True, slots=True)
+class ScorePlan:
+    """A scoring job, checked and listed; nothing is written yet.
+
+    Attributes:
+        spec: the job.
+        archive: open.
+        shards: the whole listing.
+        todo: shards without a ledger record.
+        artifact: which artifact scores which category.
+        records: the record of every detector by category; one under None when there is no fleet.
+        ledger: of the results directory.
+        run: what `run.json` holds.
+        before: the `run.json` that is there, begun with another listing of the archive in which every committed shard
+            is the same; None when none is, or it is of this listing.
+        notes: sentences about the source that a person should read.
+        retried: committed shards that are scored anew, and how many of their rows are the reason.
+    """
+
+    spec: ScoreSpec
+    archive: Archive
+    shards: tuple[Shard, ...]
+    todo: tuple[Shard, ...]
+    artifact: ArtifactIndex
+    records: Mapping[str | None, ArtifactRecord]
+    ledger: Ledger
+    run: Mapping[str, Any]
+    before: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+    retried: Mapping[int, int] = field(default_factory=dict)
+
+    def begin(self) -> None:
+        """Writes `run.json` where there is none, or one of another listing; takes the manifest of fewer shards away.
+
+        Raises:
+            ResumeError: another job has begun there.
+        """
+        is_new = self.ledger.begin(self.run, self.before)
+        if self.todo:
+            self.ledger.remove_leftovers()
+            self.ledger.withdraw(self.retried)
+        if is_new:
+            known = {shard.index for shard in self.shards} - {shard.index for shard in self.todo}
+            refuse_taken(self.ledger, self.ledger.committed() - known, self.shards, rows_digest(self.run))
+
+    @property
+    def sink(self) -> ResultsSink:
+        """Where workers write."""
+        return ResultsSink(self.ledger.uri, self.ledger.storage)
+
+
+def only_record(artifact: ArtifactIndex, records: Mapping[str | None, ArtifactRecord]) -> ArtifactRecord:
+    """The record of an ordinary artifact.
+
+    Raises:
+        SpecError: it is a fleet, whose banks are not cut.
+    """
+    if artifact.categories:
+        raise SpecError(f"resources.bank_shards: {artifact.uri} is a fleet, whose banks are not cut. Set it to 1.")
+    return records[None]
+
+
+def plan_score(spec: ScoreSpec, chosen: tuple[Shard, ...] | None = None, retry: tuple[str, ...] = ()) -> ScorePlan:
+    """Lists the archive, reads the artifact's records and the ledger, and checks that they fit. Writes nothing.
+
+    Args:
+        spec: the job.
+        chosen: shards of an earlier listing, numbered from 0, instead of all.
+        retry: committed shards that hold rows with one of these statuses are scored anew.
+
+    Raises:
+        SpecError, StorageError, ArtifactError, ResumeError: the job cannot run as it is.
+    """
+    artifact = read_index(normalise_uri(spec.artifact), Storage(spec.storage))
+    records = read_records(artifact, Storage(spec.storage))
+    if spec.resources.bank_shards > 1:
+        only_record(artifact, records).require_bank(spec.resources.bank_shards)
+    check_flag(records, spec.flag)
+    ledger = Ledger(normalise_uri(spec.sink.uri), Storage(sink_storage(spec)))
+    archive = open_archive(spec.source, Storage(source_storage(spec, spec.source)))
+    listing = archive.listing() if chosen is None else Listing(chosen)
+    shards = listing.shards
+    refuse_without_categories(spec.source, artifact, shards)
+    run = describe_run(spec, artifact, records, shards)
+    before = ledger.compare(run)
+    committed = ledger.committed()
+    retried = rows_with(retry, ledger, committed)
+    committed -= retried.keys()
+    if before is None or before["result"] != to_plain(run["result"]):
+        refuse_other_shards(ledger, committed, shards, rows_digest(run))
+    else:
+        before = None
+    todo = tuple(shard for shard in shards if shard.index not in committed)
+    return ScorePlan(spec, archive, shards, todo, artifact, records, ledger, run, before, listing.notes, retried)
+
+
+def check_flag(records: Mapping[str | None, ArtifactRecord], flag: FlagSpec) -> None:
+    """Every detector must have held-out images enough; of those that have not, the one with the fewest is told of.
+
+    For `fdr` that is what it takes where every image is flagged; fewer flags need more (`Discovery.needed_held_out`).
+
+    Raises:
+        SpecError: one has too few; names its category.
+    """
+    if flag.smallest_p is None:
+        return
+    word, level = flag.smallest_p
+    smallest = min(records, key=lambda category: len(records[category].calibration.scores))
+    try:
+        threshold_for(np.asarray(records[smallest].calibration.scores), level, word)
+    except SpecError as error:
+        raise SpecError(str(error) if smallest is None else f"category {smallest!r}: {error}") from None
+
+
+def refuse_without_categories(source: SourceSpec, artifact: ArtifactIndex, shards: tuple[Shard, ...]) -> None:
+    """A fleet needs the category of an image, and loose images carry it in their path alone.
+
+    Raises:
+        SpecError: no image of the source can have a category.
+    """
+    loose = bool(shards) and all(shard.format == "prefix" for shard in shards)
+    if artifact.categories and loose and "{category}" not in (source.pattern or ""):
+        raise SpecError(
+            f"source.pattern: names no {{category}}, by which the fleet {artifact.uri} chooses its detector. "
+            "Add it, such as {category}/{name}."
+        )
+
+
+def heatmap_scale(records: Mapping[str | None, ArtifactRecord]) -> dict[str, Any]:
+    """`low` and `high` of heatmaps of style `map`; for a fleet those of every category, under `categories`."""
+    alone = records.get(None)
+    if alone is not None:
+        return _scale(alone)
+    return {"categories": {category: _scale(record) for category, record in records.items()}}
+
+
+def _scale(record: ArtifactRecord) -> dict[str, Any]:
+    low, high = record.calibration.map_scale()
+    return {"low": low, "high": high}
+
+
+def describe_run(
+    spec: ScoreSpec,
+    artifact: ArtifactIndex,
+    records: Mapping[str | None, ArtifactRecord],
+    shards: tuple[Shard, ...],
+) -> dict[str, Any]:
+    """The content of `run.json`."""
+    public = public_spec(spec)
+    members = {category: ref.digest for category, ref in artifact.categories.items()}
+    return {
+        "kind": "score",
+        "spec": public,
+        "result": {
+            "spec": result_settings(public),
+            "artifact": artifact.digest,
+            "archive": archive_fingerprint(shards),
+            **({"categories": members} if members else {}),  # so that a resume can say which one differs
+        },
+        "num_shards": len(shards),
+        "num_bytes": sum(shard.size_bytes for shard in shards),
+        "heatmap_scale": heatmap_scale(records),
+        "packages": artifact.body.get("packages", {}),
+    }
+
+
+@dataclass(slots=True)
+class Committer:
+    """Gathers the parts of shards and commits each shard when all of its chunks are there.
+
+    Parts may come in any order and more than once (a chunk written twice has the same files).
+    """
+
+    plan: ScorePlan
+    totals: Totals = field(default_factory=Totals)
+    bytes_done: int = 0
+    _open: dict[int, dict[int, Part]] = field(default_factory=dict)
+    _run: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._run = rows_digest(self.plan.run)
+
+    def add(self, part: Part) -> Receipt | None:
+        """Takes a part; commits its shard and returns the receipt when this was the last one missing.
+
+        Raises:
+            ResumeError: another job has taken the results directory over.
+            StorageError: `run.json` was removed, or the record cannot be written.
+        """
+        parts = self._open.setdefault(part.shard, {})
+        parts[part.number] = part
+        final = next((p.number for p in parts.values() if p.last), None)
+        if final is None or len(parts) != final + 1:
+            return None
+        del self._open[part.shard]
+        return self._commit(self.plan.shards[part.shard], [parts[number] for number in range(final + 1)])
+
+    def _commit(self, shard: Shard, parts: list[Part]) -> Receipt:
+        statuses: dict[str, int] = {}
+        for part in parts:
+            for status, count in part.statuses.items():
+                statuses[status] = statuses.get(status, 0) + count
+        receipt = Receipt(
+            shard=shard.index,
+            uri=shard.uri,
+            fingerprint=shard.fingerprint,
+            span=shard.span,
+            run=self._run,
+            rows=sum(part.rows for part in parts),
+            statuses=dict(sorted(statuses.items())),
+            parts=tuple(parts),
+            committed_unix=time.time(),
+        )
+        self.plan.ledger.require_own(self.plan.run)  # two drivers may have begun in one directory
+        self.plan.sink.commit(receipt)
+        self.totals.add(receipt)
+        self.bytes_done += shard.size_bytes
+        return receipt
+
+
+def finish(plan: ScorePlan) -> dict[str, Any]:
+    """Writes the manifest of a complete run, and judges its bad rows.
+
+    Raises:
+        StorageError: records or files of planned shards are missing; no manifest is written.
+        ResumeError: another job has taken the results directory over.
+        TooManyBadRows: more bad rows or shards than the job allows; everything is written all the same.
+    """
+    facts = {key: plan.run[key] for key in ("kind", "result", "num_bytes", "heatmap_scale")}
+    facts["heatmap_style"] = plan.spec.sink.style
+    whole = partial(complete, plan.ledger, shards=plan.shards, run=rows_digest(plan.run))
+    plan.ledger.require_own(plan.run)
+    manifest = plan.ledger.finish(facts, partial(decide, plan), whole)
+    refuse_too_many_bad_rows(manifest, plan.spec.max_bad_fraction, plan.ledger.uri)
+    return manifest
+
+
+def decide(plan: ScorePlan, totals: Totals) -> dict[str, Any]:
+    """What the manifest says of flags that were left to the whole archive: the decision and what backs it.
+
+    Returns:
+        `flagged`, and `fdr` with the p-value and, for every artifact, the image score from which on rows are flagged
+        (None: none of its rows is); nothing when rows are flagged by themselves.
+    """
+    refuse_without_images(totals, ", ".join(plan.spec.source.uris()))
+    level = plan.spec.flag.fdr
+    if level is None:
+        return {}
+    found = discover(totals.p_counts, level)
+    record = plan.records.get(None)
+    thresholds = {category or "": _score_threshold(r, found.p_threshold) for category, r in plan.records.items()}
+    facts = {**to_plain(found), "false_share": found.false_share}
+    facts["threshold"] = {"categories": thresholds} if record is None else thresholds[""]
+    return {"flagged": found.flagged, "fdr": facts}
+
+
+def _score_threshold(record: ArtifactRecord, p_threshold: float | None) -> float | None:
+    scores = np.asarray(record.calibration.scores)
+    if p_threshold is None or p_threshold * (len(scores) + 1) < 1 - ROUNDING:
+        return None
+    return threshold_for(scores, p_threshold)
+
+
+def refuse_too_many_bad_rows(manifest: Mapping[str, Any], limit: float, uri: str) -> None:
+    """Refuses a finished run with too many bad rows or shards.
+
+    Raises:
+        TooManyBadRows: it has.
+    """
+    rows, bad = manifest["rows"], manifest["bad_rows"]
+    shards, bad_shards = manifest["shards"], manifest["bad_shards"]
+    if bad > limit * rows or bad_shards > limit * shards:
+        kinds = ", ".join(f"{count} {status}" for status, count in manifest["statuses"].items() if status != OK)
+        raise TooManyBadRows(
+            f"{uri}: {bad} of {rows} rows and {bad_shards} of {shards} shards are bad ({kinds}), more than "
+            f"max_bad_fraction = {limit}. All rows are written; look at the column `error`."
+        )

@@ -1,0 +1,1 @@
+"""The detectors in Python: `create_model(...).fit(images).predict(images)`."""

@@ -1,0 +1,114 @@
+"""Fits and scores images given in Python with the code that jobs use: the same images give bit-identical results."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import ConfigDict, Field
+
+from raydetect.blocks.coresets.group import Group
+from raydetect.config import FitSpec, StorageOptions
+from raydetect.config.validation import STRICT, validate
+from raydetect.detectors._base import Detector
+from raydetect.detectors._registry import build_from
+from raydetect.errors import SpecError
+from raydetect.fitting.fit_run import FitRun, Fitted, ProgressCallback
+from raydetect.fitting.image_cache import CachedImage, ImageCache, ReadFacts
+from raydetect.fitting.timings import Phases
+from raydetect.images.decode import Pixels
+from raydetect.python_api.inputs import BadImagesError, InputImage, decode_inputs
+from raydetect.scoring.scorer import Scored, score_batches
+from raydetect.storage import Storage
+
+WHERE = "fit(images)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Settings for running a model in Python; none of them belongs to the algorithm."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:NUMBER")] = "cpu"
+    threads: Annotated[int | None, Field(ge=1, description="CPU threads; none = torch's current number")] = None
+    batch_size: Annotated[int, Field(ge=1, description="images in one forward pass when collecting and scoring")] = 16
+    storage: Annotated[StorageOptions, Field(description="options for accessing URIs, as in a job file")] = field(
+        default_factory=StorageOptions
+    )
+
+    def changed(self, values: dict[str, Any]) -> "Settings":
+        """A copy with some settings changed.
+
+        Raises:
+            SpecError: a setting is unknown or invalid, or there is no GPU.
+        """
+        kept = {name: getattr(self, name) for name in self.__slots__ if name not in values}
+        settings = validate(Settings, {**kept, **values}, "settings")
+        if settings.device != "cpu" and not torch.cuda.is_available():
+            raise SpecError(f"device: torch sees no GPU here for {settings.device!r}. Use device='cpu'.")
+        return settings
+
+    @property
+    def num_threads(self) -> int:
+        """CPU threads to use."""
+        return self.threads or torch.get_num_threads()
+
+
+def fit_inputs(spec: FitSpec, inputs: list[InputImage], device: torch.device, on_progress: ProgressCallback) -> Fitted:
+    """Fits in this process; writes nothing.
+
+    Raises:
+        SpecError: too few images, or the detector does not support what the job asks for.
+        BadImagesError: images cannot be read; the error lists all of them.
+    """
+    image_size = build_from(spec.detector, spec.seed).params.image_size
+    phases = Phases()
+    with phases.phase("read"):
+        cache = ImageCache(image_size)
+        for image, pixels in decode_inputs(inputs, image_size, Storage(spec.storage), spec.resources.cpus_per_worker):
+            assert pixels.image_HWC is not None
+            cache.add(CachedImage(image.key, image.label, None), pixels.image_HWC)
+            on_progress("read", 1, len(inputs))
+    return FitRun(spec, None, Group(), cache, None, on_progress, device, WHERE, phases).fit(ReadFacts())
+
+
+def score_inputs(
+    detector: Detector, inputs: list[InputImage], settings: Settings, on_progress: ProgressCallback
+) -> Iterator[tuple[Scored, tuple[int, int]]]:
+    """Yields the score and map of every image in order, with the image's original (height, width).
+
+    Raises:
+        BadImagesError: after the last image, if some cannot be read or have no finite score; the error lists them.
+    """
+    sizes: list[tuple[int, int]] = []
+    bad: list[tuple[int, str, str]] = []
+    for scored in score_batches(detector, _pixels(detector, inputs, settings, sizes), settings.batch_size):
+        on_progress("score", 1, len(inputs))
+        if math.isfinite(scored.image_score) and np.isfinite(scored.anomaly_map_HW).all():
+            yield scored, sizes[scored.position]
+        else:
+            key = inputs[scored.position].key
+            bad.append((scored.position, key, f"{key}: the detector returned a score or map that is not finite."))
+    if bad:
+        raise BadImagesError(bad, len(inputs))
+
+
+def _pixels(
+    detector: Detector, inputs: list[InputImage], settings: Settings, sizes: list[tuple[int, int]]
+) -> Iterator[Pixels]:
+    """Yields the pixels of every image and appends its original size to `sizes`."""
+    image_size, storage = detector.params.image_size, Storage(settings.storage)
+    for _, pixels in decode_inputs(inputs, image_size, storage, settings.num_threads):
+        sizes.append((pixels.height or 0, pixels.width or 0))
+        yield pixels
+
+
+def resized(anomaly_map_HW: np.ndarray, size_px: tuple[int, int]) -> np.ndarray:
+    """Resizes a map to (height, width) by antialiased bilinear interpolation, as images are; no-op for equal sizes."""
+    if anomaly_map_HW.shape == size_px:
+        return anomaly_map_HW
+    image = Image.fromarray(anomaly_map_HW.astype(np.float32))
+    return np.asarray(image.resize(size_px[::-1], Image.Resampling.BILINEAR))

@@ -1,0 +1,205 @@
+"""Images given in Python (arrays, PIL images, paths, URIs), turned into members that are read on demand.
+
+Arrays and PIL images are encoded as uncompressed PPM, so they go through the same decoder and rules as archives.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from raydetect.archives.base import key_of
+from raydetect.config import FIT_CHUNK_IMAGES, SourceSpec
+from raydetect.errors import MemberError, RaydetectError, SpecError, StorageError
+from raydetect.images.decode import Pixels, decode_all
+from raydetect.images.opening import DecodeRules, depth_of
+from raydetect.images.orientation import upright
+from raydetect.images.resize import whole
+from raydetect.records import OK, Member
+from raydetect.storage import Storage, normalise_uri
+
+KINDS = "an array (N, H, W, 3) or (N, H, W) of uint8, or a list of such images, of paths, URIs or PIL images"
+NAMED = 10
+RULES = DecodeRules.of(SourceSpec(uri=""))
+NOT_THERE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+
+
+class BadImagesError(RaydetectError):
+    """Images that cannot be used. A notebook has no rows with a status, so one error lists all of them.
+
+    Attributes:
+        bad: (position, key, message) of each.
+    """
+
+    def __init__(self, bad: list[tuple[int, str, str]], total: int) -> None:
+        """Creates the error; its message lists the first bad images."""
+        self.bad = bad
+        first = " ".join(f"[{position}] {message}" for position, _, message in bad[:NAMED])
+        more = f" And {len(bad) - NAMED} more: see `bad` of this error." if len(bad) > NAMED else ""
+        super().__init__(f"{len(bad)} of {total} images cannot be used: {first}{more} Remove or repair them.")
+
+
+@dataclass(frozen=True, slots=True)
+class InputImage:
+    """One image as passed by the caller.
+
+    Attributes:
+        key: `<folder>#<name>` for a path or URI, as in a job; `array#000012` (the position) for anything else.
+        content: uint8 array (H, W, 3) or (H, W), PIL image, or URI.
+        label: 0 normal, 1 anomalous, None unknown.
+    """
+
+    key: str
+    content: "np.ndarray | Image.Image | str"
+    label: int | None = None
+
+    def member(self, storage: Storage) -> Member:
+        """Encodes the image as a member; one that cannot be encoded gets a status and the reason.
+
+        Raises:
+            StorageError: the storage itself cannot be reached.
+        """
+        uri = self.content if isinstance(self.content, str) else self.key
+        try:
+            return Member(self.key, uri, data=self._encoded(storage), label=self.label)
+        except MemberError as error:
+            return Member(self.key, uri, status=error.status, error=f"{self.key}: {error}")
+        except StorageError as error:
+            if isinstance(error.__cause__, NOT_THERE):
+                return Member(self.key, uri, status="empty", error=str(error))
+            raise
+
+    def _encoded(self, storage: Storage) -> bytes:
+        if isinstance(self.content, str):
+            return storage.read(self.content)
+        if isinstance(self.content, np.ndarray):
+            return _ppm(self.content)
+        try:
+            return _ppm(np.asarray(whole(upright(self.content), depth_of(self.content), 1), dtype=np.uint8))
+        except MemberError:
+            raise
+        except Exception as error:  # a PIL image opened from a file is decoded here
+            raise MemberError("corrupt", f"the image cannot be decoded ({error}).") from None
+
+
+def as_input_images(images: Any, y: Any = None) -> list[InputImage]:
+    """Lists the images in order, one entry each. Cheap: opens no file and copies no pixels.
+
+    Args:
+        images: see `KINDS`.
+        y: labels 0 and 1, one for each image; None = unknown.
+
+    Raises:
+        SpecError: the images or labels are invalid, or there are none; the message says what to do.
+    """
+    found = [_given(item, position) for position, item in enumerate(_items(images))]
+    if not found:
+        raise SpecError(f"images: is empty. Give {KINDS}.")
+    if y is None:
+        return found
+    return [InputImage(f.key, f.content, label) for f, label in zip(found, _labels(y, len(found)), strict=True)]
+
+
+def refuse_duplicates(inputs: Iterable[InputImage]) -> None:
+    """Refuses an image that is given twice, as it would count only once in a fit.
+
+    Raises:
+        SpecError: an image is given twice; the message names it.
+    """
+    seen: set[str] = set()
+    for image in inputs:
+        if image.key in seen:
+            raise SpecError(f"images: {image.key} is given twice. Give every image once.")
+        seen.add(image.key)
+
+
+def decode_inputs(
+    inputs: list[InputImage], image_size: tuple[int, int], storage: Storage, threads: int
+) -> Iterator[tuple[InputImage, Pixels]]:
+    """Yields the pixels of every image in order, at (height, width) `image_size`, up to the first bad image.
+
+    Raises:
+        BadImagesError: after the last image, if some are bad.
+        StorageError: the storage itself cannot be reached.
+    """
+    bad: list[tuple[int, str, str]] = []
+    for start in range(0, len(inputs), FIT_CHUNK_IMAGES):
+        part = inputs[start : start + FIT_CHUNK_IMAGES]
+        members = [image.member(storage) for image in part]
+        for i, pixels in enumerate(decode_all(members, RULES, image_size, threads)):
+            if pixels.status != OK:
+                bad.append((start + i, part[i].key, pixels.error))
+            elif not bad:
+                yield part[i], pixels
+    if bad:
+        raise BadImagesError(bad, len(inputs))
+
+
+def _items(images: Any) -> list[Any]:
+    if isinstance(images, str | bytes | os.PathLike):
+        raise SpecError(f"images: is one path, {str(images)!r}. Give a list, such as sorted(glob('normal/*.png')).")
+    if isinstance(images, Image.Image):
+        raise SpecError("images: is a single PIL image. Give a list: [image].")
+    if isinstance(images, np.ndarray) and images.dtype.kind not in "OUT":
+        return _array_items(images)
+    try:
+        return list(images)
+    except TypeError:
+        raise SpecError(f"images: is of type {type(images).__name__}. Give {KINDS}.") from None
+
+
+def _array_items(images: np.ndarray) -> list[Any]:
+    shape = images.shape
+    if len(shape) == 2 or (len(shape) == 3 and shape[2] == 3):
+        raise SpecError(f"images: has shape {shape}, that of a single image. Give images[None].")
+    if len(shape) == 4 and shape[3] != 3 and shape[1] == 3:
+        raise SpecError(f"images: has shape {shape}, channels first. Give images.transpose(0, 2, 3, 1).")
+    if len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] != 3):
+        raise SpecError(f"images: has shape {shape}. Give (N, H, W, 3) or (N, H, W).")
+    if images.dtype != np.uint8:
+        raise SpecError(f"images: {_not_uint8(images)}")
+    return list(images)
+
+
+def _given(item: Any, position: int) -> InputImage:
+    where = f"images[{position}]"
+    if isinstance(item, str | os.PathLike):
+        uri = normalise_uri(os.fspath(item))
+        folder, _, name = uri.rpartition("/")
+        return InputImage(key_of(folder, name), uri)
+    key = f"array#{position:06d}"
+    if isinstance(item, Image.Image):
+        return InputImage(key, item)
+    if not isinstance(item, np.ndarray):
+        raise SpecError(f"{where}: is of type {type(item).__name__}. Give {KINDS}.")
+    if item.ndim not in (2, 3) or (item.ndim == 3 and item.shape[2] != 3) or 0 in item.shape:
+        raise SpecError(f"{where}: has shape {item.shape}. Give (H, W, 3) or (H, W), at least 1 x 1 px.")
+    if item.dtype != np.uint8:
+        raise SpecError(f"{where}: {_not_uint8(item)}")
+    return InputImage(key, item)
+
+
+def _not_uint8(array: np.ndarray) -> str:
+    if array.dtype.kind == "f":
+        return f"holds {array.dtype}. Give uint8: (255 * images).round().astype('uint8') if they lie in [0, 1]."
+    return f"holds {array.dtype}. Give uint8 in [0, 255]; 16-bit files can be given by their paths."
+
+
+def _labels(y: Any, count: int) -> list[int]:
+    labels = np.asarray(y)
+    if labels.shape != (count,):
+        raise SpecError(f"y: has shape {labels.shape}. Give one label for each of the {count} images.")
+    invalid = [value for value in labels.tolist() if value not in (0, 1)]
+    if invalid:
+        raise SpecError(f"y: holds {invalid[0]!r}. Give 0 for normal and 1 for anomalous images.")
+    return [int(value) for value in labels.tolist()]
+
+
+def _ppm(pixels: np.ndarray) -> bytes:
+    """Encodes pixels as binary PPM (colour) or PGM (grey)."""
+    height, width = pixels.shape[:2]
+    kind = b"P6" if pixels.ndim == 3 else b"P5"
+    return b"%s %d %d 255\n" % (kind, width, height) + np.ascontiguousarray(pixels).tobytes()

@@ -1,0 +1,111 @@
+"""Keeps detectors loaded in one process, to score single images and archive chunks with the same Scorer as jobs."""
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+
+from raydetect.artifacts.fleet import ArtifactIndex, ArtifactRef
+from raydetect.artifacts.record import ArtifactRecord
+from raydetect.artifacts.store import Artifact, StoredDetectors
+from raydetect.config import Heatmaps, ScoreSpec
+from raydetect.config.validation import digest
+from raydetect.detectors._base import Detector
+from raydetect.records import Answer, Chunk, Member
+from raydetect.scoring.priority import PriorityLock
+from raydetect.scoring.scorer import ChunkResult, Scorer
+from raydetect.storage import Storage
+
+SCORERS_KEPT = 8
+
+
+class SharedDetectors:
+    """The detectors of one index, each loaded once and shared by all scorers.
+
+    Detectors are loaded while nothing is scored: to truncate a backbone, torch.fx patches module calls in all threads
+    of the process.
+    """
+
+    def __init__(self, index: ArtifactIndex, storage: Storage, device_lock: PriorityLock) -> None:
+        """Creates the cache; nothing is loaded yet."""
+        self._device_lock = device_lock.online
+        self._stored = StoredDetectors(index, storage)
+        self._detectors: weakref.WeakValueDictionary[ArtifactRef, Detector] = weakref.WeakValueDictionary()
+        self._records: dict[ArtifactRef, ArtifactRecord] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def index(self) -> ArtifactIndex:
+        """Maps each category to the artifact that scores it."""
+        return self._stored.index
+
+    def load(self, ref: ArtifactRef) -> Artifact:
+        """Returns the artifact of a ref in the index.
+
+        Raises:
+            ArtifactError: it is missing or damaged, or was replaced since the index was read.
+        """
+        with self._lock:
+            detector = self._detectors.get(ref)
+            if detector is not None:
+                return Artifact(detector, self._records[ref])
+            with self._device_lock:
+                found = self._stored.load(ref)
+            self._detectors[ref], self._records[ref] = found.detector, found.record
+            return found
+
+
+@dataclass(slots=True)
+class ScorerPool:
+    """An artifact or fleet loaded for scoring: one scorer for each set of rules, sharing the same detectors."""
+
+    detectors: SharedDetectors
+    device: str
+    device_lock: PriorityLock
+    _scorers: OrderedDict[str, Scorer] = field(default_factory=OrderedDict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def answer(self, members: Sequence[Member], heatmaps: Sequence[Heatmaps], spec: ScoreSpec) -> list[Answer]:
+        """Scores single images, ahead of archive chunks.
+
+        Args:
+            members: encoded images.
+            heatmaps: heatmap setting of each image.
+            spec: the rules; see `gateway.rules`.
+
+        Raises:
+            ArtifactError, SpecError: the artifact cannot be loaded or does not fit `flag`.
+        """
+        chunk = Chunk(0, 0, True, tuple(members))
+        result = self._scorer(spec, self.device_lock.online).score_chunk(chunk, heatmaps)
+        return [Answer(replace(row, chunk=""), result.pictures.get(i)) for i, row in enumerate(result.rows)]
+
+    def warm_up(self, spec: ScoreSpec) -> None:
+        """Loads a single artifact, so that the first image does not wait for it; loads nothing for a fleet.
+
+        Raises:
+            ArtifactError, SpecError: the artifact cannot be loaded or does not fit `flag`.
+        """
+        self._scorer(spec, self.device_lock.online)
+
+    def score_chunk(self, chunk: Chunk, spec: ScoreSpec) -> ChunkResult:
+        """Scores a chunk of an archive while no single image is waiting.
+
+        Raises:
+            ArtifactError, SpecError: the artifact cannot be loaded or does not fit `flag`.
+            BadMemberError: an image is bad and the source has `on_bad_member: fail`.
+        """
+        return self._scorer(spec, self.device_lock.bulk).score_chunk(chunk)
+
+    def _scorer(self, spec: ScoreSpec, door: AbstractContextManager[object]) -> Scorer:
+        name = digest(spec)
+        with self._lock:
+            found = self._scorers.pop(name, None)
+            if found is None:
+                if len(self._scorers) == SCORERS_KEPT:
+                    self._scorers.popitem(last=False)
+                found = Scorer(self.detectors, spec, self.device, door)
+            self._scorers[name] = found
+            return found

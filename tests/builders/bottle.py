@@ -1,0 +1,110 @@
+"""MVTec bottle from the folder of real images, and a whole fit in memory without archive and artifact."""
+
+import csv
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+
+from raydetect.blocks.coresets.group import Group
+from raydetect.detectors._base import Detector
+from raydetect.fitting.collect import collect
+from raydetect.fitting.image_cache import CachedImage, ImageCache
+from raydetect.fitting.train import Trainer
+
+
+@dataclass(frozen=True, slots=True)
+class Bottles:
+    """Images of one split.
+
+    Attributes:
+        names: paths in the manifest.
+        images_BHWC: uint8 RGB.
+        labels: 0 normal, 1 anomalous.
+        masks_BHW: bool.
+        defects: "good" or the kind of defect.
+    """
+
+    names: list[str]
+    images_BHWC: np.ndarray
+    labels: np.ndarray
+    masks_BHW: np.ndarray
+    defects: np.ndarray
+
+    def only(self, places: np.ndarray) -> "Bottles":
+        """Some of them."""
+        names = [self.names[i] for i in np.arange(len(self.names))[places]]
+        parts = (part[places] for part in (self.images_BHWC, self.labels, self.masks_BHW, self.defects))
+        return Bottles(names, *parts)
+
+    def joined(self, other: "Bottles") -> "Bottles":
+        """These, then the others."""
+        parts = ("images_BHWC", "labels", "masks_BHW", "defects")
+        both = (np.concatenate([getattr(self, name), getattr(other, name)]) for name in parts)
+        return Bottles([*self.names, *other.names], *both)
+
+
+def read_bottles(folder: Path, split: str, size_px: int) -> Bottles:
+    """A split at `size_px` squared, in the manifest's order."""
+    root, size = folder / "mvtec_bottle_256", (size_px, size_px)
+    rows, whole = _decoded(root, split)
+    images = [np.asarray(image.resize(size, Image.Resampling.BILINEAR)) for image in whole]
+    masks = np.zeros((len(rows), *size), bool)
+    for i, row in enumerate(rows):
+        if row["mask"]:
+            picture = Image.open(root / row["mask"]).convert("L").resize(size, Image.Resampling.NEAREST)
+            masks[i] = np.asarray(picture) > 0
+    labels = np.array([int(row["label"]) for row in rows])
+    return Bottles(
+        [row["path"] for row in rows], np.stack(images), labels, masks, np.array([r["defect"] for r in rows])
+    )
+
+
+@lru_cache
+def _decoded(root: Path, split: str) -> tuple[list[dict[str, str]], list[Image.Image]]:
+    """Rows of the manifest and their images as they are stored."""
+    with (root / "manifest.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == split]
+    return rows, [Image.open(root / row["path"]).convert("RGB") for row in rows]
+
+
+def fit_in_memory(detector: Detector, bottles: Bottles, batch_size: int = 16) -> list[float]:
+    """Runs the phases of a detector with weights loaded, and returns the losses of its training."""
+    cache, losses = ImageCache(detector.params.image_size), []
+    for name, image, label in zip(bottles.names, bottles.images_BHWC, bottles.labels, strict=True):
+        cache.add(CachedImage(name, int(label), None), image)
+    for phase in detector.phases:
+        if phase == "train":
+            losses = Trainer(detector, cache, list(cache.images), Group()).run(lambda *_: None)
+        else:
+            normal = [name for name, image in cache.images.items() if image.label != 1]
+            state = collect(detector, cache, normal, batch_size, Group(), 1 << 30, lambda _: None)
+            detector.finish(state, lambda *_: None)
+    return losses
+
+
+def aurocs(detector: Detector, bottles: Bottles, batch_size: int = 16) -> tuple[float, float]:
+    """(image AUROC, pixel AUROC)."""
+    scores, maps = [], []
+    for start in range(0, len(bottles.names), batch_size):
+        images_BCHW = torch.from_numpy(bottles.images_BHWC[start : start + batch_size]).permute(0, 3, 1, 2)
+        with torch.inference_mode():
+            found = detector.score(images_BCHW)
+        scores += found.image_score_B.tolist()
+        maps.append(found.anomaly_map_BHW.numpy())
+    image_auroc = float(roc_auc_score(bottles.labels, scores))
+    return image_auroc, float(roc_auc_score(bottles.masks_BHW.ravel(), np.concatenate(maps).ravel()))
+
+
+def scores_of(detector: Detector, bottles: Bottles, batch_size: int = 16) -> np.ndarray:
+    """Image scores."""
+    found = []
+    for start in range(0, len(bottles.names), batch_size):
+        images_BCHW = torch.from_numpy(bottles.images_BHWC[start : start + batch_size]).permute(0, 3, 1, 2)
+        with torch.inference_mode():
+            found.append(detector.score(images_BCHW).image_score_B.numpy())
+    return np.concatenate(found).astype(np.float64)

@@ -1,0 +1,97 @@
+"""One answer: in one process, on Ray with one and three workers, on two nodes, and after every kind of kill."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from raydetect.sinks.ledger import Ledger
+from tests.whole_jobs.conftest import Line
+from tests.whole_jobs.runs import (
+    PATIENCE,
+    Run,
+    descendants,
+    end,
+    listening_addresses,
+    open_heatmaps,
+    rows_of,
+    run_on,
+    scoring_actors,
+    start,
+    two_nodes,
+    wait_until,
+)
+
+LOOPBACK = {
+    "0100007F",
+    "0000000000000000FFFF00000100007F",
+    "00000000000000000000000001000000",
+}  # as the kernel writes it
+
+
+def same_as_truth(line: Line, results: str, truth: str) -> None:
+    """Rows are equal in every column, none is lost or doubled, and every heatmap opens."""
+    uri, storage = line.store.uri(results), line.store.storage
+    expected = rows_of(truth, storage)
+    found = rows_of(uri, storage)
+    assert len(found) == len(expected) == 240
+    for a, b in zip(found, expected, strict=True):
+        assert a == b
+    assert open_heatmaps(uri, storage) == 240
+    manifest = Ledger(uri, storage).manifest()
+    assert manifest is not None and manifest["rows"] == 240 and manifest["statuses"] == {"ok": 240}
+
+
+def begin(line: Line, results: str, tmp_path: Path, *words: str, workers: int = 2, **changes: Any) -> Run:
+    """Starts a job and waits for its first committed shards, but not for its last."""
+    running = start(tmp_path / results, "score", line.job(results, workers=workers, **changes), *words)
+    ledger = Ledger(line.store.uri(results), line.store.storage)
+
+    def some_but_not_all() -> bool:
+        assert running.process.poll() is None, running.text()
+        return 0 < len(ledger.committed()) < 12
+
+    wait_until(some_but_not_all, PATIENCE, "the first commit")
+    return running
+
+
+def test_three_workers_give_what_one_process_gives_also_when_one_is_killed(
+    line: Line, truth: str, tmp_path: Path
+) -> None:
+    running = begin(line, "ray3", tmp_path, workers=3)
+    addresses = listening_addresses(descendants(running.process.pid))
+    assert addresses and addresses <= LOOPBACK
+    victims = scoring_actors(running.process.pid)
+    assert len(victims) == 3
+    os.kill(victims[0], signal.SIGKILL)
+    assert running.wait() == 0, running.text()
+    same_as_truth(line, "ray3", truth)
+    message = (running.folder / "stderr").read_text()
+    assert "shards 12/12, 240 images" in message and "ray" not in message.lower().replace("raydetect", "")
+    assert "Image AUROC over 240 labelled images" in (running.folder / "stdout").read_text()
+
+
+def test_a_killed_run_goes_on_on_two_nodes_and_the_loss_of_a_node_changes_nothing(
+    line: Line, truth: str, tmp_path: Path
+) -> None:
+    """The first run has a Ray of its own: without an address a job joins no cluster that runs on the machine."""
+    with two_nodes() as (cluster, second):
+        running = begin(line, "driver", tmp_path)
+        assert scoring_actors(running.process.pid) == scoring_actors(os.getpid()) != []
+        below = list(descendants(running.process.pid))
+        running.kill()
+        wait_until(lambda: not set(scoring_actors(1)) & set(below), 60, "the end of actors without a driver")
+        end(below)  # Ray's agents take a minute more
+        ledger = Ledger(line.store.uri("driver"), line.store.storage)
+        done = ledger.committed()
+        assert ledger.manifest() is None and 0 < len(done) < 12
+        message = run_on(cluster.address, "score", line.job("driver"))
+        assert f"{len(done)} of 12 shards are committed already" in message
+
+        run_on(cluster.address, "score", line.job("nodes"))
+        running = begin(line, "node", tmp_path, "--address", cluster.address)
+        cluster.remove_node(second, allow_graceful=False)
+        if running.wait(120) != 0:
+            run_on(cluster.address, "score", line.job("node", workers=1))
+    for results in ("driver", "nodes", "node"):
+        same_as_truth(line, results, truth)
