@@ -40,7 +40,7 @@ def test_a_folder_in_which_ray_cannot_write_is_named_before_ray_is_started(
     [
         (
             OSError("failed: AF_UNIX path length cannot exceed 107 bytes: /x"),
-            "is too long for its sockets. Set RAY_TMPDIR",
+            "has too long a path for sockets. Set RAY_TMPDIR",
         ),
         (OSError(errno.ENOSPC, "No space left on device"), "a disk of Ray is full. Free some space in its temporary"),
         (ray.exceptions.OutOfDiskError("Local disk is full"), "(/the/place on this machine), or set RAY_TMPDIR"),
