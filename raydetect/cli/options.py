@@ -52,8 +52,10 @@ def prepare_output(place: Path, folder: bool = False) -> None:
 
     Raises:
         SpecError: it cannot be made, or a file of the other kind is there.
+        StorageError: the disk refuses.
     """
-    from raydetect.storage import remove_leftovers
+    from raydetect.storage import remove_leftovers, translate
+    from raydetect.storage.error_translation import DISK
 
     wrong = place.is_file() if folder else place.is_dir()
     if wrong:
@@ -63,6 +65,8 @@ def prepare_output(place: Path, folder: bool = False) -> None:
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        if error.errno in DISK:
+            raise translate(str(place), "write", error) from None
         raise SpecError(f"{place}: cannot be written ({error.strerror}). Name another place with -o.") from None
     remove_leftovers(target, below=folder)
 
