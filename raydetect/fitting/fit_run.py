@@ -95,6 +95,7 @@ class FitRun:
         assert self.uri is not None
         storage, name = Storage(self.spec.storage), self.spec.detector.name
         if not self.group.rank:
+            storage.require_writable(self.uri)
             storage.remove_leftovers(self.uri)
         fitted = self.fit(read)
         if self.group.rank:

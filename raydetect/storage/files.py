@@ -6,7 +6,6 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -19,17 +18,15 @@ from raydetect.config import StorageOptions
 from raydetect.errors import ChangedError, MissingError, SpecError, StorageError
 from raydetect.storage.error_translation import changed, translate
 from raydetect.storage.globs import linear_glob
-from raydetect.storage.local_files import remove_leftovers, write_local
+from raydetect.storage.listing import before_wildcards, find_files, refuse_closed_folders
+from raydetect.storage.local_files import remove_leftovers, require_writable, write_local
 from raydetect.storage.stored_file import StoredFile
 from raydetect.storage.uris import check_uri, normalise_uri
 
 log = logging.getLogger("raydetect.storage")
 READ_BLOCK_BYTES = 8 << 20
 RANGE_BYTES = 64 << 20
-LISTERS = 16
-MAX_FOLDERS_AT_ONCE = 256
 S3_ATTEMPTS = 3  # of botocore, with exponential backoff; on top, s3fs retries each request up to five times
-SYSTEM_FOLDERS = ("lost+found", "$RECYCLE.BIN", "System Volume Information")  # often readable only by the system
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +241,7 @@ class Storage:
         fs, path = self.filesystem(uri)
         try:
             fs.invalidate_cache()
-            found = _find(fs, path)
+            found = find_files(fs, path)
         except FileNotFoundError:
             found = {}
         except Exception as error:
@@ -266,17 +263,29 @@ class Storage:
         try:
             fs.invalidate_cache()
             if "file" in fs.protocol:
-                fixed, pattern = _before_wildcards(path)
-                _refuse_closed_folders(fixed, float("inf") if "**" in pattern else pattern.count("/"))
+                fixed, pattern = before_wildcards(path)
+                refuse_closed_folders(fixed, float("inf") if "**" in pattern else pattern.count("/"))
             named = {name: entry for name, entry in fs.glob(wide, detail=True).items() if matches(name)}
             found = {name: entry for name, entry in named.items() if entry["type"] != "directory"}
             for name in sorted(named.keys() - found.keys()):
-                found |= _find(fs, name)
+                found |= find_files(fs, name)
         except FileNotFoundError:
             found = {}
         except Exception as error:
             raise translate(uri, "list", error) from error
         yield from _files(uri, found)
+
+    def require_writable(self, uri: str) -> None:
+        """Checks that a folder on a local disk can be created or written, before hours of work; writes nothing.
+
+        Raises:
+            StorageError: it cannot.
+        """
+        if uri.startswith("file://"):
+            try:
+                require_writable(Path(self.filesystem(uri)[1]))
+            except OSError as error:
+                raise translate(uri, "write", error) from None
 
     def remove_leftovers(self, uri: str) -> None:
         """Removes unfinished files of killed processes below a folder on a local disk.
@@ -324,43 +333,6 @@ def _listing_entry(fs: AbstractFileSystem, path: str) -> dict[str, Any]:
         if entry["name"] == path:
             return dict(entry)
     raise FileNotFoundError(path)
-
-
-def _find(fs: AbstractFileSystem, path: str) -> dict[str, dict[str, Any]]:
-    """Finds every file below a folder. S3 lists keys page by page, so subfolders are listed in parallel."""
-    if "file" in fs.protocol:
-        _refuse_closed_folders(path)
-    if "s3" not in fs.protocol:
-        return dict(fs.find(path, detail=True))
-    entries = fs.ls(path, detail=True)
-    folders = [entry["name"] for entry in entries if entry["type"] == "directory"]
-    if not 1 < len(folders) <= MAX_FOLDERS_AT_ONCE:
-        return dict(fs.find(path, detail=True))
-    found = {entry["name"]: entry for entry in entries if entry["type"] != "directory"}
-    with ThreadPoolExecutor(LISTERS) as pool:
-        for entries_below in pool.map(lambda folder: fs.find(folder, detail=True), folders):
-            found |= entries_below
-    return found
-
-
-def _before_wildcards(path: str) -> tuple[str, str]:
-    """Splits a path into the folder before the first wildcard and the pattern below it."""
-    position = min(path.find(char) for char in "*?[" if char in path)
-    folder = path[:position].rpartition("/")[0]
-    return folder, path[len(folder) + 1 :]
-
-
-def _refuse_closed_folders(path: str, depth: float = float("inf")) -> None:
-    """Raises for local folders without read permission; fsspec would silently skip them and their content."""
-    for folder, subfolders, _ in os.walk(path, onerror=_refuse_folder):
-        if folder.count("/") - path.count("/") >= depth:
-            subfolders.clear()
-
-
-def _refuse_folder(error: OSError) -> None:
-    name = os.path.basename(str(error.filename or ""))
-    if not isinstance(error, FileNotFoundError) and not name.startswith(".") and name not in SYSTEM_FOLDERS:
-        raise error
 
 
 def _files(uri: str, found: dict[str, dict[str, Any]]) -> Iterator[FileInfo]:

@@ -96,6 +96,22 @@ def remove_leftovers(folder: Path, below: bool = True) -> int:
     return removed
 
 
+def require_writable(folder: Path) -> None:
+    """Checks that a folder, or the nearest one above it that exists, can be written.
+
+    Raises:
+        OSError: it cannot.
+    """
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        is_read_only = os.statvfs(folder).f_flag & os.ST_RDONLY
+        number = errno.EROFS if is_read_only else errno.EACCES
+        raise OSError(number, os.strerror(number), str(folder))
+
+
 @contextmanager
 def _renamed(path: Path) -> Iterator[BinaryIO]:
     _make_folder(path.parent)

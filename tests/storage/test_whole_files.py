@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 from raydetect.blocks.coresets.keyed_rows import BLOCK_ROWS, RowStore
 from raydetect.cli.main import main
 from raydetect.errors import StorageError
+from raydetect.fitting.fit_run import FitRun
 from raydetect.fitting.image_cache import CachedImage, ImageCache
 from raydetect.records import Chunk, Receipt
 from raydetect.sinks.parquet import ResultsSink
@@ -274,3 +275,19 @@ def test_an_output_on_a_disk_that_is_read_only_is_one_sentence(
         "cannot write it" + (f" ({tmp_path}/new)" if "/" in place else "") + ": the disk is mounted read-only. Mount it"
     )
     assert ended.exit_code == 1 and f"Error: {tmp_path}/{place}: {said}" in ended.output, ended.output
+
+
+def test_an_artifact_that_could_not_be_written_is_refused_before_the_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack(f"file://{tmp_path}/normal", ".tar", normal_files(12), 1)
+    changes = (f"source.uri={tmp_path}/normal", f"artifact={tmp_path}/new/artifact")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)
+        patch.setattr(FitRun, "fit", None)  # is not reached
+        expected = rf"new/artifact: cannot write it \({tmp_path}\): permission denied. Change the permissions or use"
+        with pytest.raises(StorageError, match=expected):
+            fit(*changes)
+    (tmp_path / "new").write_text("a file")
+    with pytest.raises(StorageError, match="new/artifact: cannot write it"):
+        fit(*changes)
