@@ -1,1 +1,1 @@
-"""A whole job or server in one process, without Ray."""
+"""Runs a whole job or server in one process, without Ray."""
