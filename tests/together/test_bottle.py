@@ -1,4 +1,4 @@
-"""The main job on real images: MVTec bottle in an object store, through the command line on Ray."""
+"""Fitting and scoring real images: MVTec bottle in an object store, through the command line on Ray."""
 
 import csv
 import io
@@ -19,7 +19,7 @@ from tests.together.runs import rows_of, run, run_here, run_on, write_job
 
 
 def packed(folder: Path, store: ObjectStore) -> None:
-    """Training images as `train/*.tar`, test images and their masks as `test/*.tar`."""
+    """Packs training images as `train/*.tar`, and test images with their masks as `test/*.tar`."""
     with (folder / "manifest.csv").open() as file:
         listed = list(csv.DictReader(file))
     for split in ("train", "test"):
@@ -62,8 +62,8 @@ def test_bottle_is_fitted_and_scored_from_tar_shards_in_a_bucket(
         "batch_size": 8,
         "resources": {"num_workers": 2, "cpus_per_worker": 1},
     }
-    said = run_here("fit", write_job(tmp_path / "fit.yaml", fit))
-    assert "Calibrated on 21 held-out normal images" in said
+    output = run_here("fit", write_job(tmp_path / "fit.yaml", fit))
+    assert "Calibrated on 21 held-out normal images" in output
     job = write_job(tmp_path / "score.yaml", score)
     assert "ready to score" in run(tmp_path / "check", "check", job).text()
     assert "Shards     5 left of 5" in run(tmp_path / "plan", "plan", job).text()
@@ -102,7 +102,7 @@ def test_bottle_is_fitted_and_scored_from_tar_shards_in_a_bucket(
 
 
 @pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9"])
-def test_an_unreachable_store_is_one_sentence(endpoint: str, tmp_path: Path) -> None:
+def test_an_unreachable_store_gives_one_sentence(endpoint: str, tmp_path: Path) -> None:
     from tests.together.runs import start
 
     job = {
@@ -112,6 +112,6 @@ def test_an_unreachable_store_is_one_sentence(endpoint: str, tmp_path: Path) -> 
         "sink": {"uri": "s3://nobody/r"},
         "storage": {"endpoint_url": endpoint, "key": "k", "secret": "hush-hush"},
     }
-    ended = start(tmp_path, "check", write_job(tmp_path / "job.yaml", job))
-    assert ended.wait() == 1
-    assert "cannot be reached" in ended.text() and "hush" not in ended.text() and "Traceback" not in ended.text()
+    result = start(tmp_path, "check", write_job(tmp_path / "job.yaml", job))
+    assert result.wait() == 1
+    assert "cannot be reached" in result.text() and "hush" not in result.text() and "Traceback" not in result.text()

@@ -1,4 +1,4 @@
-"""An evaluation on Ray: the cells of one process, resumed after it was killed."""
+"""An evaluation on Ray gives the same cells as in one process, even when resumed after a kill."""
 
 import json
 from pathlib import Path
@@ -9,24 +9,24 @@ from tests.together.runs import PATIENCE, run_here, run_on, start, wait_until, w
 
 
 def cells(folder: Path) -> dict[str, Any]:
-    """Figures of all finished cells by file name."""
+    """Results of all finished cells, by file name."""
     return {path.name: json.loads(path.read_text())["categories"] for path in (folder / "cells").glob("*.json")}
 
 
-def test_cells_on_ray_are_those_of_one_process_also_after_a_kill(cluster: str, tmp_path: Path) -> None:
+def test_cells_on_ray_equal_those_of_one_process_even_after_a_kill(cluster: str, tmp_path: Path) -> None:
     data_set(tmp_path / "data")
-    words = {**JOB, "data": {"uri": str(tmp_path / "data"), "layout": "mvtec_ad"}, "output": str(tmp_path / "ray")}
-    words["resources"] = {"num_workers": 2, "cpus_per_worker": 1}
-    job = write_job(tmp_path / "job.yaml", words)
-    begun = start(tmp_path / "first", "evaluate", job, "--address", cluster)
+    values = {**JOB, "data": {"uri": str(tmp_path / "data"), "layout": "mvtec_ad"}, "output": str(tmp_path / "ray")}
+    values["resources"] = {"num_workers": 2, "cpus_per_worker": 1}
+    job = write_job(tmp_path / "job.yaml", values)
+    running = start(tmp_path / "first", "evaluate", job, "--address", cluster)
 
-    def some() -> bool:
-        assert begun.process.poll() is None, begun.text()
+    def any_cell() -> bool:
+        assert running.process.poll() is None, running.text()
         return bool(list((tmp_path / "ray" / "cells").glob("*.json")))
 
-    wait_until(some, PATIENCE, "the first cell")
-    begun.kill()
-    said = run_on(cluster, "evaluate", job)
-    assert "cells are finished already" in said and "Judged 36 images in 4 cells." in said
+    wait_until(any_cell, PATIENCE, "the first cell")
+    running.kill()
+    output = run_on(cluster, "evaluate", job)
+    assert "cells are finished already" in output and "Judged 36 images in 4 cells." in output
     run_here("evaluate", job, "--set", f"output={tmp_path / 'local-out'}")
     assert cells(tmp_path / "ray") == cells(tmp_path / "local-out") and len(cells(tmp_path / "ray")) == 4

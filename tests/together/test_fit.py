@@ -1,4 +1,4 @@
-"""One artifact: fitted in one process, on Ray Train with several workers, and after the loss of workers and nodes."""
+"""Fits give the same artifact in one process, on several Ray Train workers, and after losing workers and nodes."""
 
 import csv
 import os
@@ -42,7 +42,7 @@ STFPM = {
 
 
 def fit_job(line: Line, name: str, workers: int, algorithm: str = "patchcore", **changes: Any) -> str:
-    """A fit job into `name` of the bucket."""
+    """Writes a fit job whose artifact is `name` in the bucket."""
     params = PATCHCORE if algorithm == "patchcore" else STFPM
     values = {
         "kind": "fit",
@@ -63,7 +63,7 @@ def record_of(line: Line, name: str) -> ArtifactRecord:
 
 
 def same_fit(a: ArtifactRecord, b: ArtifactRecord) -> None:
-    """Bank, backbone and calibration are equal to the bit."""
+    """Checks that bank, backbone and calibration are bit-identical."""
     assert a.body["tensors"]["sha256"] == b.body["tensors"]["sha256"]
     assert a.body["calibration"] == b.body["calibration"]
     assert a.body["images"] == b.body["images"]
@@ -72,18 +72,18 @@ def same_fit(a: ArtifactRecord, b: ArtifactRecord) -> None:
 
 
 def train_workers() -> list[int]:
-    """Ray Train's worker processes below this one, which started the cluster."""
+    """Ray Train worker processes started by this process, which started the cluster."""
     return processes_of(b"RayTrainWorker", os.getpid())
 
 
-def begun(running: Run, phase: str) -> None:
-    """Waits until a phase shows on standard error."""
+def wait_for_phase(running: Run, phase: str) -> None:
+    """Waits until a phase is printed on standard error."""
 
-    def shows() -> bool:
+    def printed() -> bool:
         assert running.process.poll() is None, running.text()
         return f"{phase}: " in (running.folder / "stderr").read_text()
 
-    wait_until(shows, PATIENCE, f"the phase {phase}")
+    wait_until(printed, PATIENCE, f"the phase {phase}")
 
 
 @pytest.fixture(scope="module")
@@ -95,11 +95,11 @@ def alone(line: Line) -> ArtifactRecord:
     return record_of(line, "alone")
 
 
-def test_the_loss_of_a_node_is_survived(line: Line, alone: ArtifactRecord, tmp_path: Path) -> None:
+def test_fit_survives_the_loss_of_a_node(line: Line, alone: ArtifactRecord, tmp_path: Path) -> None:
     job = fit_job(line, "node", 2, source={"uri": line.store.uri("normal240")})
     with two_nodes() as (cluster, second):
         running = start(tmp_path, "fit", job, "--address", cluster.address, RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="20")
-        begun(running, "collect")
+        wait_for_phase(running, "collect")
         cluster.remove_node(second, allow_graceful=False)
         code = running.wait(400)
     assert code == 0, running.text()
@@ -107,75 +107,75 @@ def test_the_loss_of_a_node_is_survived(line: Line, alone: ArtifactRecord, tmp_p
     assert record_of(line, "node").body["workers"] == 1
 
 
-def test_a_bank_is_extended_and_stopped_by_hand_an_extension_leaves_no_artifact(
+def test_extending_a_bank_and_interrupting_it_leaves_no_artifact(
     line: Line, alone: ArtifactRecord, cluster: str, tmp_path: Path
 ) -> None:
-    """Its slots are free at once: the fit of four workers below follows it on the same cluster."""
+    """Its CPUs must be freed at once: the fit with four workers below uses the same cluster."""
     pack(line.store.uri("judges"), ".tar", normal_files(15, start=700), 2, line.store.storage)
     job = fit_job(line, "more", 2, calibration={"source": {"uri": line.store.uri("judges")}})
-    words = ("--extend", line.store.uri("alone"))
-    running = start(tmp_path, "fit", job, *words, "--address", cluster)
-    begun(running, "read")
+    options = ("--extend", line.store.uri("alone"))
+    running = start(tmp_path, "fit", job, *options, "--address", cluster)
+    wait_for_phase(running, "read")
     running.process.send_signal(signal.SIGINT)
     assert running.wait(90) == 130
     assert "Traceback" not in running.text()
     with pytest.raises(StorageError):
         list(line.store.storage.list(line.store.uri("more")))
 
-    run_here("fit", job, *words)
+    run_here("fit", job, *options)
     body = record_of(line, "more").body
     assert body["images"] == {"fitted": 40, "held_out": 15, "labelled_anomalous_left_out": 0, "bad": 0}
     assert [entry["digest"] for entry in body["lineage"]] == [alone.digest]
     assert body["coreset"]["of"] == alone.body["coreset"]["of"] + 40 * 144
 
 
-def test_a_shard_that_breaks_ends_it_with_one_sentence(line: Line, cluster: str) -> None:
+def test_a_broken_shard_fails_the_job_with_one_sentence(line: Line, cluster: str) -> None:
     whole = tar_bytes(normal_files(12))
     line.store.storage.write(line.store.uri("broken/part-0.tar"), whole)
     line.store.storage.write(line.store.uri("broken/part-1.tar"), whole[: len(whole) // 2])
     source = {"uri": line.store.uri("broken"), "on_bad_shard": "fail"}
     jobs = {"fit": fit_job(line, "unfitted", 2, source=source), "score": line.job("unscored", source=source)}
     for kind, job in jobs.items():
-        said = refused_on(cluster, kind, job)
-        last = said.splitlines()[-1]
-        assert "part-1.tar: broken after" in last and "on_bad_shard: record" in last, said
-        assert "Traceback" not in said and "Ray" not in said
+        output = refused_on(cluster, kind, job)
+        last = output.splitlines()[-1]
+        assert "part-1.tar: broken after" in last and "on_bad_shard: record" in last, output
+        assert "Traceback" not in output and "Ray" not in output
 
 
-def test_a_training_goes_on_to_the_same_bits_after_a_kill(line: Line, cluster: str, tmp_path: Path) -> None:
-    """One and two workers: tests/test_train.py in float64, test_all_detectors.py in float32 through Ray."""
-    words = {"checkpoint_epochs": 2}
-    run_here("fit", fit_job(line, "whole", 1, "stfpm", **words))
-    job = fit_job(line, "trained", 1, "stfpm", **words)
+def test_training_resumes_bit_identically_after_a_kill(line: Line, cluster: str, tmp_path: Path) -> None:
+    """For one and two workers see tests/test_train.py (float64) and test_all_detectors.py (float32, on Ray)."""
+    changes = {"checkpoint_epochs": 2}
+    run_here("fit", fit_job(line, "whole", 1, "stfpm", **changes))
+    job = fit_job(line, "trained", 1, "stfpm", **changes)
     running = start(tmp_path / "killed", "fit", job, "--address", cluster)
     storage, uri = line.store.storage, line.store.uri("trained")
 
-    def kept() -> bool:
+    def checkpointed() -> bool:
         assert running.process.poll() is None, running.text()
         return storage.exists(uri) and any("/training-" in file.uri for file in storage.list(uri))
 
-    wait_until(kept, PATIENCE, "the first kept state")
+    wait_until(checkpointed, PATIENCE, "the first checkpoint")
     os.kill(train_workers()[0], signal.SIGKILL)
     assert running.wait() == 0, running.text()
     whole, resumed = (load_artifact(line.store.uri(n), storage) for n in ("whole", "trained"))
     assert resumed.record.body["resumed_epochs"] >= 2 and whole.record.body["resumed_epochs"] == 0
     assert resumed.record.body["losses"] == whole.record.body["losses"]
     assert all(torch.equal(v, whole.detector.tensors()[n]) for n, v in resumed.detector.tensors().items())
-    assert len(list(storage.list(uri))) == 2  # the states are gone
-    told = re.findall(r"train epochs: (\d+)/10", (running.folder / "stderr").read_text())
-    assert told and max(map(int, told)) == 10  # what the lost attempt had done is not counted twice
+    assert len(list(storage.list(uri))) == 2  # the checkpoints are deleted
+    done = re.findall(r"train epochs: (\d+)/10", (running.folder / "stderr").read_text())
+    assert done and max(map(int, done)) == 10  # progress of the lost attempt is not counted twice
 
 
-def test_a_fleet_is_fitted_side_by_side_and_routes_what_it_scores(line: Line, cluster: str) -> None:
+def test_a_fleet_is_fitted_in_parallel_and_routes_images(line: Line, cluster: str) -> None:
     store = line.store
     files = [(f"{kind}/train/good/{name[-8:]}", data) for kind in ("left", "right") for name, data in normal_files(16)]
     pack(store.uri("pairs"), ".tar", files, 3, store.storage)
     pack(store.uri("night"), ".tar", [*files[:4], ("odd/train/good/x.png", files[0][1]), *files[-4:]], 2, store.storage)
     source = {"uri": store.uri("pairs"), "pattern": "{category}/train/{defect}/{name}.png"}
-    words = {"source": source, "per_category": True}
-    said = run_on(cluster, "fit", fit_job(line, "fleet2", 2, **words))
-    assert "for each of 2 categories on 24 images by 2 workers" in said
-    run_here("fit", fit_job(line, "fleet1", 1, **words))
+    changes = {"source": source, "per_category": True}
+    output = run_on(cluster, "fit", fit_job(line, "fleet2", 2, **changes))
+    assert "for each of 2 categories on 24 images by 2 workers" in output
+    run_here("fit", fit_job(line, "fleet1", 1, **changes))
     two, one = (read_records(read_index(store.uri(n), store.storage), store.storage) for n in ("fleet2", "fleet1"))
     assert list(two) == list(one) == ["left", "right"]
     for category, member in two.items():
@@ -189,7 +189,7 @@ def test_a_fleet_is_fitted_side_by_side_and_routes_what_it_scores(line: Line, cl
     assert statuses == {("left", "ok"): 4, ("right", "ok"): 4, ("odd", "unknown_category"): 1}
 
 
-def test_bottle_has_one_bank_on_one_two_and_four_workers_also_when_one_is_killed(
+def test_bottle_has_the_same_bank_on_one_two_and_four_workers_even_if_one_is_killed(
     object_store: ObjectStore, cluster: str, real_data: Path, real_weights: Path, tmp_path: Path
 ) -> None:
     store = replace(object_store)
@@ -211,18 +211,18 @@ def test_bottle_has_one_bank_on_one_two_and_four_workers_also_when_one_is_killed
         }
         job = write_job(tmp_path / f"{workers}.yaml", values)
         if workers == 1:
-            said = run_here("fit", job)
+            output = run_here("fit", job)
         elif workers == 2:
-            said = _killed_once(tmp_path, job, cluster)
+            output = _killed_once(tmp_path, job, cluster)
         else:
             wait_for_slots(cluster, workers)
-            said = run_on(cluster, "fit", job)
+            output = run_on(cluster, "fit", job)
         by = f" by {workers} workers" if workers > 1 else ""
-        assert f"on 188 images{by} in" in said and "Memory bank: " in said and "peak memory" in said
-        assert "raylet" not in said
+        assert f"on 188 images{by} in" in output and "Memory bank: " in output and "peak memory" in output
+        assert "raylet" not in output
         records.append(read_record(store.uri(f"artifact{workers}"), store.storage))
         names = [file.uri for file in store.storage.list(store.uri(f"artifact{workers}"))]
-        assert len(names) == 2, names  # nothing of the run is left beside the record and the tensors
+        assert len(names) == 2, names  # only the record and the tensors are left
     assert [r.body["workers"] for r in records] == [1, 2, 4]
     assert records[0].body["images"] == {"fitted": 188, "held_out": 21, "labelled_anomalous_left_out": 0, "bad": 0}
     for record in records:
@@ -231,9 +231,9 @@ def test_bottle_has_one_bank_on_one_two_and_four_workers_also_when_one_is_killed
 
 
 def _killed_once(folder: Path, job: str, cluster: str) -> str:
-    """Fits and kills a worker on the way; what the command said at its end."""
+    """Fits while killing a worker; returns the command's standard output."""
     running = start(folder, "fit", job, "--address", cluster)
-    begun(running, "collect")
+    wait_for_phase(running, "collect")
     os.kill(train_workers()[0], signal.SIGKILL)
     assert running.wait() == 0, running.text()
     return (running.folder / "stdout").read_text()
