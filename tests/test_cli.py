@@ -255,7 +255,7 @@ def test_a_run_whose_archive_grew_says_so_and_goes_on(place: Place, tmp_path: Pa
     assert "Shards     1 left of 3" in call("plan", place.score, *words[1:]).output
     ended = call("score", place.score, *words)
     assert ended.exit_code == 0 and "Scored 5 images in 3 shards (5 ok)." in ended.stdout
-    assert "it had 2 shards and has 3 now, 1 more. The 2 committed ones are the same" in ended.stderr
+    assert "it had 2 shards and has 3 now, 1 more. The 2 committed ones are unchanged" in ended.stderr
     assert "archive has changed" not in call("score", place.score, *words).output
 
 
