@@ -108,6 +108,7 @@ def save_artifact(
     """
     tensors = {k: v.detach().cpu().contiguous() for k, v in detector.tensors().items()}
     require_finite(tensors, uri)
+    storage.remove_leftovers(uri)
     data = save(tensors)
     sha256 = hashlib.sha256(data).hexdigest()
     file_name = f"tensors-{sha256[:16]}.safetensors"

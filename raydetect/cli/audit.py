@@ -34,6 +34,7 @@ def audit(job: Path, overrides: tuple[str, ...], address: str | None, in_process
 
         webhook = webhook_of(spec.webhook, os.environ)
         audit_job = Audit.of(spec)
+        audit_job.nights.storage.remove_leftovers(audit_job.nights.uri)
 
     def score(plan: "ScorePlan") -> dict[str, Any]:
         return run_score(plan, address, in_process)

@@ -33,8 +33,10 @@ def evaluate(job: Path, overrides: tuple[str, ...], address: str | None, in_proc
 
 def _plan(spec: "EvaluateSpec") -> tuple["Evaluation", list["Cell"]]:
     from raydetect.evaluation.cells import plan_evaluation
+    from raydetect.storage import Storage, normalise_uri
 
     evaluation = plan_evaluation(spec)
+    Storage(spec.storage).remove_leftovers(normalise_uri(spec.output))
     todo = [cell for cell in evaluation.cells if evaluation.finished(cell) is None]
     done = len(evaluation.cells) - len(todo)
     if done:

@@ -5,10 +5,11 @@ Ray's libraries wrap errors of other processes in different ways, some as text o
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from ray import exceptions
+from ray._common.utils import get_default_system_temp_dir
 from ray.exceptions import RayTaskError
 
 from raydetect.errors import RaydetectError, error_kind
@@ -24,6 +25,8 @@ LOST = (
     exceptions.ObjectLostError,
 )
 MAX_CHARACTERS = 300
+TOO_LONG = "AF_UNIX path length"
+DISK_FULL = ("OutOfDiskError", "No space left on device", "Disk quota exceeded")
 
 
 class ClusterError(RaydetectError):
@@ -105,9 +108,25 @@ def _of_cluster(error: BaseException, target: str) -> ClusterError:
         )
     if any(isinstance(inner, LOST) for inner in found):
         return ClusterError(f"{target}: a worker or its node was lost ({_name(error)}). Start the same job again.")
+    disk = _of_disk(f"{_name(inner)}: {inner}" for inner in found)
+    if disk is not None:
+        return ClusterError(f"{target}: {disk}")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     message = lines[-1][:MAX_CHARACTERS] if lines else "no message"
     return ClusterError(f"{target}: {_name(error)}: {message}. Check the logs of Ray.")
+
+
+def _of_disk(texts: Iterable[str]) -> str | None:
+    """What a message about a disk means and what to do; None when the error is about something else."""
+    found = " ".join(texts)
+    if TOO_LONG in found:
+        return "its temporary folder has too long a path for sockets. Set RAY_TMPDIR to a short one, such as /tmp."
+    if any(word in found for word in DISK_FULL):
+        return (
+            f"a disk of Ray is full. Free some space in its temporary folder ({get_default_system_temp_dir()} on this "
+            "machine), or set RAY_TMPDIR to another folder, and start the same command again."
+        )
+    return None
 
 
 def _name(error: BaseException) -> str:

@@ -3,10 +3,8 @@
 import logging
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -15,6 +13,7 @@ from ray._private import worker as ray_worker
 from ray.data import DataContext
 
 from raydetect.config import ResourceSpec
+from raydetect.distributed.local_disk import open_message_log, require_ray_folder
 from raydetect.distributed.ray_errors import translate
 
 LOOPBACK = "127.0.0.1"
@@ -57,12 +56,12 @@ def _native_messages_in_a_file() -> Iterator[None]:
 
     The file is `raydetect-ray-PID.log` in the temporary folder, and is removed if empty.
     """
-    log = Path(tempfile.gettempdir()) / f"raydetect-ray-{os.getpid()}.log"
+    file, log = open_message_log()
     sys.stderr.flush()
     saved_descriptor = os.dup(2)
     terminal = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
     saved_stderr, saved_print = sys.stderr, ray_worker.print_to_stdstream
-    with log.open("ab") as file:
+    with file:
         os.dup2(file.fileno(), 2)
     ray_worker.print_to_stdstream = _to_descriptor_2
     if _is_descriptor_2(saved_stderr):
@@ -75,7 +74,7 @@ def _native_messages_in_a_file() -> Iterator[None]:
         terminal.close()
         os.dup2(saved_descriptor, 2)
         os.close(saved_descriptor)
-        if log.stat().st_size == 0:
+        if log.exists() and log.stat().st_size == 0:
             log.unlink()
 
 
@@ -115,6 +114,7 @@ def _one_machine() -> Iterator[None]:
 
 
 def _start_local(resources: ResourceSpec) -> None:
+    require_ray_folder()
     ray.init(
         address="local",  # otherwise Ray joins any cluster that was started on this machine
         num_cpus=resources.num_actors * resources.cpus_per_worker,

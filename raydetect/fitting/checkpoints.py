@@ -27,19 +27,31 @@ class TrainingState:
     """One checkpoint.
 
     Attributes:
+        uri: of its file.
         tensors: of module and optimizer, by prefixed name.
         groups: the optimizer's parameter groups.
         plain: the entries of the optimizer's state that are not tensors.
         losses: mean loss of each completed epoch.
     """
 
+    uri: str
     tensors: Mapping[str, Tensor]
     groups: list[dict[str, Any]]
     plain: Mapping[str, Mapping[str, Any]]
     losses: list[float]
 
     def restore(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Loads the checkpoint into the module and the optimizer."""
+        """Loads the checkpoint into the module and the optimizer.
+
+        Raises:
+            StorageError: it belongs to other networks.
+        """
+        try:
+            self._restore(module, optimizer)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise _foreign(self.uri, error) from None
+
+    def _restore(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         module.load_state_dict({n.removeprefix(MODULE): v for n, v in self.tensors.items() if n.startswith(MODULE)})
         states: dict[int, dict[str, Any]] = {int(number): dict(entries) for number, entries in self.plain.items()}
         for name, value in self.tensors.items():
@@ -94,12 +106,10 @@ class Checkpoints:
         try:
             tensors = load(self.storage.read(uri))
             fields = json.loads(tensors.pop(FIELDS).numpy().tobytes())
-            return TrainingState(tensors, fields["groups"], fields["plain"], [float(loss) for loss in fields["losses"]])
-        except (KeyError, ValueError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise StorageError(
-                f"{uri}: is not a checkpoint of this fit ({reason}). Remove it to train from the start."
-            ) from None
+            losses = [float(loss) for loss in fields["losses"]]
+            return TrainingState(uri, tensors, fields["groups"], fields["plain"], losses)
+        except (KeyError, ValueError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+            raise _foreign(uri, error) from None
 
     def clear(self) -> None:
         """Deletes all checkpoints."""
@@ -114,3 +124,8 @@ class Checkpoints:
             return {}
         names = {file.uri: NAME.search(file.uri) for file in self.storage.list(self.uri)}
         return {int(name.group(1)): uri for uri, name in names.items() if name}
+
+
+def _foreign(uri: str, error: Exception) -> StorageError:
+    reason = " ".join(str(error).split())[:160]
+    return StorageError(f"{uri}: is not a checkpoint of this fit ({reason}). Remove it to train from the start.")

@@ -93,10 +93,12 @@ class FitRun:
             SpecError: too few images, or the detector does not support what the job asks for.
         """
         assert self.uri is not None
+        storage, name = Storage(self.spec.storage), self.spec.detector.name
+        if not self.group.rank:
+            storage.remove_leftovers(self.uri)
         fitted = self.fit(read)
         if self.group.rank:
             return None
-        storage, name = Storage(self.spec.storage), self.spec.detector.name
         artifact_digest = save_artifact(self.uri, storage, name, fitted.detector, fitted.calibration, fitted.facts)
         for checkpoints in fitted.checkpoints:
             checkpoints.clear()

@@ -72,6 +72,7 @@ def recalibrate(
     index = read_index(normalise_uri(spec.artifact), storage)
     records = read_records(index, storage)
     refuse_fitted(spec, records.values())
+    storage.remove_leftovers(uri)
     images = _read(spec, index, records, chunks, on_progress)
     bad = images.found.judge(Group(), spec.max_bad_fraction, ", ".join(spec.source.uris())).bad
     calibrations = {

@@ -1,6 +1,6 @@
 """Access to files by URL: local disk, S3 and other fsspec file systems, with actionable errors."""
 
-from raydetect.storage.error_translation import translate
+from raydetect.storage.error_translation import disk_reason, translate
 from raydetect.storage.files import RANGE_BYTES, FileInfo, Storage
 from raydetect.storage.local_files import remove_leftovers, whole_file, whole_text
 from raydetect.storage.scratch import Scratch
@@ -15,6 +15,7 @@ __all__ = [
     "Storage",
     "StoredFile",
     "check_uri",
+    "disk_reason",
     "join_uri",
     "normalise_uri",
     "relative_to",

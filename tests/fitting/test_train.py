@@ -153,6 +153,10 @@ def test_a_kept_state_goes_on_to_the_bit(tmp_path: Path, monkeypatch: pytest.Mon
     Storage().write(f"file://{tmp_path}/states/epoch-000001.safetensors", b"nothing of use")
     with pytest.raises(StorageError, match="not a checkpoint of this fit"):
         train(Group(), checkpoints)
+    other = nn.Linear(1, 2)
+    checkpoints.save(other, torch.optim.SGD(other.parameters(), 0.1), [1.0])
+    with pytest.raises(StorageError, match=r"epoch-000001\.safetensors: is not a checkpoint of this fit .*Remove it"):
+        train(Group(), checkpoints)
 
 
 @given(st.integers(1, 200), st.integers(1, 40))

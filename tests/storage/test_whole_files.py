@@ -22,7 +22,9 @@ from raydetect.fitting.image_cache import CachedImage, ImageCache
 from raydetect.records import Chunk, Receipt
 from raydetect.sinks.parquet import ResultsSink
 from raydetect.storage import Scratch, Storage, local_files, remove_leftovers, whole_file, whole_text
+from tests.builders.archives import mixed_files, normal_files, pack
 from tests.builders.results import make_results, names_of
+from tests.local.test_local import fit, rows, run
 from tests.sinks.test_sinks import rows as some_rows
 
 WRITER = """
@@ -222,3 +224,34 @@ def test_a_fit_leaves_nothing_in_the_temporary_folder_when_it_is_killed(tmp_path
         assert run.stdout is not None and run.stdout.readline() == "1000\n"
         run.kill()
     assert list(tmp_path.iterdir()) == []
+
+
+def leave(folder: Path) -> Path:
+    """A temporary file of this machine whose writer has ended."""
+    path = folder / f".raydetect-{local_files._machine()}-0123456789abcdef.tmp"
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x" * 100)
+    return path
+
+
+def test_fit_and_score_delete_what_a_killed_run_of_the_same_job_left(tmp_path: Path) -> None:
+    pack(f"file://{tmp_path}/normal", ".tar", normal_files(12), 1)
+    pack(f"file://{tmp_path}/mixed", ".tar", mixed_files(3, 1), 1)
+    artifact = f"artifact={tmp_path}/artifact"
+    old = [leave(tmp_path / "artifact"), leave(tmp_path / "artifact" / "training-1")]
+    fit(f"source.uri={tmp_path}/normal", artifact, "calibration.holdout_ratio=0.6")
+    assert not any(path.exists() for path in old)
+    old = [leave(tmp_path / "results" / name) for name in ("", "ledger", "heatmaps", "scores/shard=00000")]
+    changes = (f"source.uri={tmp_path}/mixed", artifact, f"sink.uri={tmp_path}/results", "flag.alpha=0.2")
+    plan, manifest = run(*changes)
+    assert not any(path.exists() for path in old) and len(rows(plan)) == manifest["rows"] == 6
+
+
+def test_an_export_deletes_leftovers_beside_it_and_nothing_below(tmp_path: Path) -> None:
+    ledger = make_results(f"file://{tmp_path}", names_of(12), "map")
+    beside, below, inside = leave(tmp_path), leave(tmp_path / "other"), leave(tmp_path / "flagged" / "images")
+    for form, name in FORMS.items():
+        command = ["report"] if form == "report" else ["export", "--as", form]
+        output = tmp_path / ("flagged" if form == "folder" else name)
+        assert call(*command, ledger.uri, "-o", str(output)).exit_code == 0
+    assert (beside.exists(), below.exists(), inside.exists()) == (False, True, False)
