@@ -52,8 +52,10 @@ def prepare_output(path: Path, folder: bool = False) -> None:
 
     Raises:
         SpecError: it cannot be created, or the path is a file instead of a folder, or the reverse.
+        StorageError: the disk refuses.
     """
-    from raydetect.storage import remove_leftovers
+    from raydetect.storage import remove_leftovers, translate
+    from raydetect.storage.error_translation import DISK
 
     wrong = path.is_file() if folder else path.is_dir()
     if wrong:
@@ -63,7 +65,9 @@ def prepare_output(path: Path, folder: bool = False) -> None:
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SpecError(f"{path}: cannot be written ({error.strerror}). Choose another path with -o.") from None
+        if error.errno in DISK:
+            raise translate(str(path), "write", error) from None
+        raise SpecError(f"{path}: cannot be written ({error.strerror}). Name another path with -o.") from None
     remove_leftovers(target, below=folder)
 
 

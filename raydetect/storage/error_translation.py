@@ -74,7 +74,8 @@ def _storage_error(uri: str, verb: str, error: Exception, code: str, text: str) 
         return MissingError(f"{uri}: not found. Check the path.")
     if isinstance(error, OSError) and error.errno in DISK and is_local(uri):
         place = str(error.filename or "")
-        of = f" ({place})" if place and place != uri.removeprefix("file://") else ""
+        is_shown = place != uri.removeprefix("file://") and not place.endswith(".tmp")  # not our temporary files
+        of = f" ({place})" if place and is_shown else ""
         return StorageError(f"{uri}: cannot {verb} it{of}: {DISK[error.errno]}")
     if "connect" in type(error).__name__.lower() or "Could not connect" in text:
         return StorageError(f"{uri}: the storage cannot be reached ({text}). Check storage.endpoint_url.")

@@ -61,7 +61,7 @@ def test_empty_message_logs_of_ended_processes_are_deleted(tmp_path: Path, monke
     held, path = local_disk.open_message_log()
     again, _ = local_disk.open_message_log()
     with held, again:
-        assert sorted(file.name for file in tmp_path.iterdir()) == ["raydetect-ray-2.log", path.name]
+        assert {file.name for file in tmp_path.iterdir()} == {"raydetect-ray-2.log", path.name}
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     message = refusal(local_disk.open_message_log)
     assert message.startswith(f"{tmp_path}/nowhere: cannot hold the messages of Ray (no such file or directory).")

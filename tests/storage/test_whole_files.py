@@ -255,3 +255,22 @@ def test_an_export_deletes_leftovers_beside_it_and_nothing_below(tmp_path: Path)
         output = tmp_path / ("flagged" if form == "folder" else name)
         assert call(*command, ledger.uri, "-o", str(output)).exit_code == 0
     assert (beside.exists(), below.exists(), inside.exists()) == (False, True, False)
+
+
+@pytest.mark.parametrize("place", ["out.csv", "new/out.csv"])
+def test_an_output_on_a_disk_that_is_read_only_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    ledger = make_results(f"file://{tmp_path}", names_of(6))
+
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    if "/" in place:
+        monkeypatch.setattr(Path, "mkdir", refuse)
+    ended = call("export", ledger.uri, "--as", "csv", "-o", f"{tmp_path}/{place}")
+    said = (
+        "cannot write it" + (f" ({tmp_path}/new)" if "/" in place else "") + ": the disk is mounted read-only. Mount it"
+    )
+    assert ended.exit_code == 1 and f"Error: {tmp_path}/{place}: {said}" in ended.output, ended.output
