@@ -37,7 +37,7 @@ def test_a_folder_fits_on_a_screen_and_few_modules_stand_outside() -> None:
     folders = {path.parent for path in SOURCES}
     many = {folder.name: len(list(folder.glob("*.py"))) for folder in folders if len(list(folder.glob("*.py"))) > 14}
     assert set(many) <= {"detectors"}, many  # one file for each algorithm
-    assert len([path for path in (ROOT / "raydetect").glob("*.py")]) <= 7
+    assert len([path for path in (ROOT / "raydetect").glob("*.py")]) <= 8
 
 
 def test_everything_public_has_a_doc_line() -> None:
@@ -216,3 +216,25 @@ def test_yaml_in_documents_is_a_valid_job() -> None:
             parse_job(parse_yaml(block, path.name), path.name)
             count += 1
     assert count >= 2
+
+
+def test_modules_that_have_moved_are_found_by_their_old_names_with_a_warning() -> None:
+    from raydetect.moved_modules import MOVED, PACKAGE
+
+    code = f"""
+import importlib, warnings
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    from raydetect import local
+    from raydetect.config import to_plain
+    from raydetect.spec import parse_job
+    from raydetect.worker.score import Scorer
+    assert callable(local.fit) and callable(to_plain)
+    for old in {sorted(MOVED)!r}:
+        importlib.import_module("{PACKAGE}." + old)
+from raydetect import config, scoring
+from raydetect.scoring import scorer
+assert parse_job is config.parse_job and Scorer is scorer.Scorer
+assert sum("now. Import" in str(one.message) for one in told) >= {len(MOVED)}
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
