@@ -6,9 +6,12 @@ The names of the notebook face are loaded when they are first asked for, so that
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from raydetect import moved_modules
+
 if TYPE_CHECKING:
     from raydetect.python_api.models import Estimator, create_ensemble, create_model, list_models
 
+moved_modules.install()
 __version__ = "0.1.0"
 __all__ = ["Estimator", "create_ensemble", "create_model", "list_models"]
 

@@ -1,4 +1,4 @@
-"""Every error raydetect raises on purpose: one sentence that says what, given what, where, and what to do."""
+"""raydetect's own exceptions; each message says what is wrong, with which value, where, and what to do."""
 
 import json
 from typing import Any
@@ -7,10 +7,10 @@ from raydetect.redaction import redacted
 
 
 class RaydetectError(Exception):
-    """Base of all deliberate errors; `exit_code` is what the command line returns for it.
+    """Base class of raydetect's exceptions; `exit_code` is the exit code of the command line.
 
-    Whatever its own arguments are, it survives the way to another process whole: class, message and attributes. What
-    opens a URI is not shown in the message.
+    Pickling keeps class, message and attributes, whatever the constructor's arguments. Credentials in URIs are redacted
+    from the message.
     """
 
     exit_code = 1
@@ -19,11 +19,11 @@ class RaydetectError(Exception):
         super().__init__(redacted(message))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _again, (type(self), str(self), dict(self.__dict__))
+        return _rebuild, (type(self), str(self), dict(self.__dict__))
 
 
 class SpecError(RaydetectError):
-    """The job file, an option or a parameter is wrong; found before any cluster is touched."""
+    """The job file, an option or a parameter is invalid; raised before any cluster is used."""
 
     exit_code = 2
 
@@ -33,11 +33,11 @@ class StorageError(RaydetectError):
 
 
 class UnreadableError(StorageError):
-    """One object cannot be read for good: it is archived, not there, or not for this key. Others may be.
+    """One object cannot be read permanently: it is archived, missing, or not accessible. Others may be readable.
 
     Args:
         message: one sentence.
-        is_denied: the storage refused, which may as well concern all objects.
+        is_denied: access was denied, which may apply to all objects.
     """
 
     def __init__(self, message: str, is_denied: bool = False) -> None:
@@ -46,25 +46,25 @@ class UnreadableError(StorageError):
 
 
 class MissingError(UnreadableError):
-    """Nothing is at the URI."""
+    """There is nothing at the URI."""
 
     exit_code = 2
 
 
 class ChangedError(StorageError):
-    """A file is another one than was listed."""
+    """A file has changed since it was listed."""
 
 
 class IncompleteError(StorageError):
-    """A run whose shards are all scored lacks records or files of them."""
+    """All shards of a run are scored, but records or files of them are missing."""
 
 
 class DamagedError(StorageError):
-    """A file that raydetect wrote is there, and is not what was written."""
+    """A file that raydetect wrote has different content now."""
 
 
 class ArtifactError(RaydetectError):
-    """A fitted detector on disk is missing, damaged or of a newer format."""
+    """An artifact is missing, damaged or in a newer format."""
 
     exit_code = 2
 
@@ -99,41 +99,41 @@ class TooManyBadRows(RaydetectError):
 
 
 class AlarmRaised(RaydetectError):
-    """The audit is finished, and a rule raised an alarm."""
+    """The audit finished, and a rule raised an alarm."""
 
     exit_code = 4
 
 
 def is_outage(error: RaydetectError) -> bool:
-    """Whether the storage failed, so that the same job may run later as it is."""
+    """Whether the storage failed, so that the same job may succeed later."""
     return isinstance(error, StorageError) and not isinstance(error, MissingError | DamagedError)
 
 
 def error_text(error: RaydetectError) -> str:
-    """Kind, message and attributes as JSON, for the way to another process."""
+    """Serialises kind, message and attributes to JSON, for another process."""
     return json.dumps([type(error).__name__, str(error), error.__dict__])
 
 
 def error_of(text: str) -> RaydetectError:
-    """The error of `error_text`."""
-    name, message, words = json.loads(text)
-    return _again(error_kind(name) or RaydetectError, message, words)
+    """Restores an error from `error_text`."""
+    name, message, attributes = json.loads(text)
+    return _rebuild(error_kind(name) or RaydetectError, message, attributes)
 
 
 def error_kind(name: str) -> type[RaydetectError] | None:
-    """The class of a name, of those that this process has loaded."""
-    waiting: list[type[RaydetectError]] = [RaydetectError]
-    while waiting:
-        kind = waiting.pop()
+    """The exception class of a name, among those loaded in this process."""
+    pending: list[type[RaydetectError]] = [RaydetectError]
+    while pending:
+        kind = pending.pop()
         if kind.__name__ == name:
             return kind
-        waiting += kind.__subclasses__()
+        pending += kind.__subclasses__()
     return None
 
 
-def _again(kind: type[RaydetectError], message: str, words: dict[str, Any]) -> RaydetectError:
-    """An error that was made already; the arguments of its class are not its message."""
+def _rebuild(kind: type[RaydetectError], message: str, attributes: dict[str, Any]) -> RaydetectError:
+    """Creates an error without calling its constructor, whose arguments may differ from its message."""
     error = kind.__new__(kind)
     RaydetectError.__init__(error, message)
-    error.__dict__.update(words)
+    error.__dict__.update(attributes)
     return error

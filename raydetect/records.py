@@ -1,33 +1,33 @@
-"""The values that travel between the rooms: shards, members, chunks, rows, parts and receipts."""
+"""The values passed between packages: shards, members, chunks, rows, parts and receipts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 OK = "ok"
-# Paths in a results directory that chunks are written to, as a regular expression.
+# Regular expression for the paths of chunk files in a results directory.
 PART_FILE = r"(?:scores/shard=\d{5,}/part-\d{4,}\.parquet|heatmaps/\d{5,}-\d{4,}\.zip)"
 BAD_STATUSES = frozenset(
     {
-        "bad_shard",  # the container broke here; what follows in it is unknown
+        "bad_shard",  # the container is broken here; the rest of it is unknown
         "unsafe_name",  # absolute, `..`, or otherwise unusable member name
-        "duplicate_key",  # a second member of the same name in one shard
+        "duplicate_key",  # a second member with the same name in one shard
         "empty",  # zero bytes
         "too_many_bytes",  # encoded image larger than source.max_image_bytes
-        "too_many_pixels",  # header says more pixels than source.max_pixels
-        "not_an_image",  # no decoder knows these bytes
-        "corrupt",  # a decoder knows them and fails
-        "unsupported_mode",  # decoded, but to pixels without a stated conversion (float TIFF)
+        "too_many_pixels",  # more pixels than source.max_pixels, according to the header
+        "not_an_image",  # no decoder recognises the bytes
+        "corrupt",  # a decoder recognises them but fails
+        "unsupported_mode",  # decoded to pixels without a defined conversion (float TIFF)
         "unknown_category",  # the fleet has no detector for the image's category, or the image has none
         "not_finite",  # the detector returned NaN or infinity
-        "unreadable",  # an object that the storage does not give: archived, not there, or not for this key
+        "unreadable",  # an object that the storage does not return: archived, missing, or not accessible
     }
 )
 
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """Files that are no rows, for one reason: how many, and the names of the first."""
+    """Files without a row for one reason: their number and the first names."""
 
     count: int
     names: tuple[str, ...] = ()
@@ -38,16 +38,16 @@ class Shard:
     """One unit of scheduling, as listed on the driver without reading data.
 
     Attributes:
-        index: position in the sorted listing; names files of the results directory.
+        index: position in the sorted listing; used in file names of the results directory.
         uri: the container (`s3://b/day.tar`), or the folder for loose images.
         format: "tar", "zip", "parquet" or "prefix".
-        size_bytes: bytes this shard covers.
+        size_bytes: bytes that this shard covers.
         fingerprint: changes when the bytes change (etag, or size and mtime).
         span: byte range [start, stop) of the container that this shard covers; None = all of it.
             A member belongs to the span in which its data (zip: header; parquet: row group) starts.
         listing: packed member names of a prefix shard, else empty.
-        left_out: files beside the shards that the listing left out, by reason; on the first shard alone.
-        index_uri: of the index by which a tar is read in parts, else "".
+        left_out: files that the listing left out, by reason; on the first shard only.
+        index_uri: index for reading parts of a tar, else "".
     """
 
     index: int
@@ -67,27 +67,27 @@ class Shard:
 
     @property
     def key(self) -> str:
-        """Key of the row that stands for the shard itself when it cannot be read."""
+        """Key of the row for the shard itself if it cannot be read."""
         return f"{self.uri}#" if self.span is None else f"{self.uri}#@{self.span[0]}"
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One image of a shard: its encoded bytes, or the reason why there are none.
+    """One image of a shard: its encoded bytes, or why they are missing.
 
     Attributes:
-        key: `<shard uri>#<member>`; stable, never a position.
-        image_uri: fsspec URL that opens the encoded image as it is.
-        data: encoded bytes; empty when `status` is not "ok".
+        key: `<shard uri>#<member>`; stable, never an index.
+        image_uri: fsspec URL of the encoded image.
+        data: encoded bytes; empty if `status` is not "ok".
         status: "ok" or one of BAD_STATUSES.
-        error: one sentence when not ok, else "".
+        error: one sentence if not ok, else "".
         label: 0 normal, 1 anomalous, None unknown.
         category: object category, None unknown.
         defect: defect type, None unknown.
-        mask_uri: fsspec URL of the ground-truth mask, None when there is none.
+        mask_uri: fsspec URL of the ground-truth mask, or None.
         meta: the sidecar's JSON text, or "".
-        raw_label: the value that `label` was read from, such as "good", or "" when there was none.
-        notes: what was passed over in reading it, such as "label_not_read: maybe".
+        raw_label: the value that `label` was read from, such as "good", or "".
+        notes: remarks on reading it, such as "label_not_read: maybe".
     """
 
     key: str
@@ -108,7 +108,7 @@ class Member:
 class Chunk:
     """At most `chunk_images` consecutive members of one shard: a pure function of the archive.
 
-    The last chunk of a shard holds what was left out of the whole shard.
+    The last chunk of a shard has the `left_out` of the whole shard.
     """
 
     shard: int
@@ -119,20 +119,20 @@ class Chunk:
 
     @property
     def id(self) -> str:
-        """`00012-0003`: names every file that this chunk writes."""
+        """`00012-0003`: used in the names of all files that this chunk writes."""
         return f"{self.shard:05d}-{self.number:04d}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One row of the results. Holds no time and no host name, so that a resumed run is equal row for row.
+    """One row of the results. Contains no time and no host name, so that a resumed run gives identical rows.
 
-    `image_score` is raw (never clamped or normalised), None unless `status` is "ok"; so are the columns after it
-    up to `heatmap_uri`. `p_value` is None when the artifact has no calibration; `threshold` and `flagged` are None
-    too when flags are left to the whole archive (`flag.fdr`). `brightness` and `sharpness` describe the picture
-    itself, so that a change of camera or light is told from a change of parts. `note` tells what does not make an image
-    bad: notes such as "exif_ignored" and "pages_not_read: 3", joined by "; ". `sha256` is that of the encoded bytes
-    that were scored, hex; "" where they could not be read.
+    `image_score` is raw (never clamped or normalised) and None unless `status` is "ok", as are the columns after it
+    up to `heatmap_uri`. `p_value` is None if the artifact has no calibration; `threshold` and `flagged` are also None
+    if flags depend on the whole archive (`flag.fdr`). `brightness` and `sharpness` describe the image itself, to
+    distinguish a change of camera or light from a change of parts. `note` has remarks on an image that is not bad, such
+    as "exif_ignored" and "pages_not_read: 3", joined by "; ". `sha256` is the hex digest of the encoded bytes that were
+    scored; "" if they could not be read.
     """
 
     key: str
@@ -160,13 +160,13 @@ class Row:
 
     @property
     def note_kinds(self) -> list[str]:
-        """What `note` tells, without numbers."""
+        """The kinds of remarks in `note`, without their values."""
         return [text.partition(":")[0] for text in self.note.split("; ") if text]
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What became of one image outside of an archive: its row, and its heatmap as PNG bytes when it has one."""
+    """The result of a single image: its row, and its heatmap as PNG bytes or None."""
 
     row: Row
     heatmap: bytes | None
@@ -174,11 +174,11 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """What one chunk left in the results directory; paths are relative to it.
+    """The files of one chunk in the results directory; paths are relative to it.
 
-    `p_counts` tells how many rows have which p-value, when flags are left to the whole archive; `notes` how many rows
-    have a note of which kind, and `left_out` which files of the shard are no rows. `bytes` and `heatmap_bytes` are the
-    sizes of the two files, 0 where an older raydetect wrote them.
+    `p_counts` counts rows by p-value, if flags depend on the whole archive; `notes` counts rows by kind of note, and
+    `left_out` has the files of the shard without a row. `bytes` and `heatmap_bytes` are the sizes of the two files, 0
+    if an older raydetect wrote them.
     """
 
     chunk: str
@@ -209,9 +209,9 @@ class Receipt:
     """The ledger record of a shard. Writing it commits the shard.
 
     Attributes:
-        uri: of the shard, as are `fingerprint` and `span`.
-        run: digest of what decides the rows of the job, less the archive; "" where an older raydetect wrote it, which
-            did not write `span` either.
+        uri: URI of the shard; `fingerprint` and `span` are the shard's too.
+        run: digest of the job's settings that determine rows, without the archive; "" if an older raydetect wrote it,
+            which did not write `span` either.
     """
 
     shard: int
@@ -234,11 +234,11 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True)
 class FitReport:
-    """What a fit made.
+    """The result of a fit.
 
     Attributes:
         uri: the artifact's folder.
-        digest: its digest.
+        digest: the artifact's digest.
         facts: counts, weights, seconds and peak memory per phase, as stored in the artifact.
     """
 

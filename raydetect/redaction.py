@@ -1,24 +1,23 @@
-"""What messages never show of a URI: who opens it, and the words by which it is opened.
+"""Redacts credentials in URIs: users, passwords, and secret query parameters.
 
-Every deliberate error passes its text through `redacted`, so no other place has to think of it. Secrets of `storage`
-never come into a message in the first place: values below it are not shown (`config.validate`), nor are they part of a
-repr.
+Every raydetect error passes its message through `redacted`, so no other code has to. Secrets of `storage` never enter a
+message: validation errors do not show values below it (`config.validation`), nor does its repr.
 """
 
 import re
 
 URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,20})://((?:(?!::)[^\s'\"<>])+)")
-PORT = re.compile(r"[^:]*:\d*\W*")  # marks of the sentence may stand behind
-WITHOUT_USER = ("file", "memory", "zip", "tar", "tarzst", "member", "parquetrow")  # after `://` comes a path
-ACCOUNTS = ("az", "abfs")  # container@account, which is no secret
+PORT = re.compile(r"[^:]*:\d*\W*")  # may be followed by punctuation
+WITHOUT_USER = ("file", "memory", "zip", "tar", "tarzst", "member", "parquetrow")  # a path follows `://`
+ACCOUNTS = ("az", "abfs")  # container@account, which is not secret
 WEB = ("http", "https")
-SIGNING_WORDS = frozenset(
+SIGNING_PARAMETERS = frozenset(
     (
         "awsaccesskeyid", "sig", "signature", "x-amz-credential", "x-amz-security-token", "x-amz-signature",
         "x-goog-credential", "x-goog-signature",
     )
 )  # fmt: skip
-SECRET_WORDS = SIGNING_WORDS | {
+SECRET_PARAMETERS = SIGNING_PARAMETERS | {
     "access_token", "api_key", "apikey", "auth", "authorization", "client_secret", "code", "credential", "jwt", "key",
     "passwd", "password", "pwd", "secret", "session_token", "token",
 }  # fmt: skip
@@ -26,31 +25,31 @@ HIDDEN = "***"
 
 
 def redacted(text: str) -> str:
-    """The text with every URI in it as `redacted_uri` has it."""
-    return URI.sub(lambda found: redacted_uri(found.group()), text) if "://" in text else text
+    """Applies `redacted_uri` to every URI in a text."""
+    return URI.sub(lambda match: redacted_uri(match.group()), text) if "://" in text else text
 
 
 def redacted_uri(uri: str) -> str:
-    """The URI without a user, without the query of a web address, and without a query that signs."""
+    """Removes the user, the query of an http(s) URL, and any query with a signature."""
     scheme, _, rest = uri.partition("://")
     if scheme.lower() in WITHOUT_USER:
         return uri
     user = user_of(uri)
     if user:
         rest = HIDDEN + rest[len(user) :]
-    elif _has_password(_first(rest)):  # cut off before its `@`
+    elif _has_password(_first(rest)):  # truncated before its `@`
         rest = HIDDEN
-    place, mark, _ = rest.partition("?")
+    path, mark, _ = rest.partition("?")
     if mark and (scheme.lower() in WEB or names_secret(uri)):
-        rest = f"{place}?{HIDDEN}"
+        rest = f"{path}?{HIDDEN}"
     return f"{scheme}://{rest}"
 
 
 def user_of(uri: str) -> str:
-    """What stands before `@`: a user, with or without a password; "" when there is none, or it is a container.
+    """The part before `@`: a user with or without a password; "" if there is none or it is a container.
 
-    A password may hold unescaped slashes, as keys of AWS do. So where the first segment has a colon and no port, all up
-    to the last `@` counts.
+    A password may contain unescaped slashes, as AWS keys do. So if the first segment has a colon but no port,
+    everything up to the last `@` counts.
     """
     scheme, _, rest = uri.partition("://")
     if scheme.lower() in WITHOUT_USER:
@@ -63,7 +62,7 @@ def user_of(uri: str) -> str:
 
 
 def _first(rest: str) -> str:
-    """What stands between `://` and the first slash."""
+    """The part between `://` and the first slash."""
     return re.split(r"[/?#]", rest, maxsplit=1)[0]
 
 
@@ -72,8 +71,8 @@ def _has_password(first: str) -> bool:
 
 
 def names_secret(uri: str) -> bool:
-    """Whether the query has a word that opens: of a web address any usual one, elsewhere those that sign."""
+    """Whether the query has a secret parameter: any common one for http(s), else only those of signatures."""
     scheme, _, rest = uri.partition("://")
-    known = SECRET_WORDS if scheme.lower() in WEB else SIGNING_WORDS
+    known = SECRET_PARAMETERS if scheme.lower() in WEB else SIGNING_PARAMETERS
     _, _, query = rest.partition("?")
     return any(part.partition("=")[0].lower() in known for part in re.split("[?&]", query) if "=" in part)

@@ -57,7 +57,7 @@ class Peer:
 
 
 def stfpm() -> Any:
-    """Builds STFPM, patched to use random weights; its teacher otherwise always downloads pretrained ones."""
+    """Builds STFPM with random weights, at equal cost; its teacher would otherwise load pretrained ones."""
     from anomalib.models import Stfpm
     from anomalib.models.image.stfpm import torch_model
 

@@ -1,4 +1,4 @@
-"""What commands share: words of the command line, reading a job file, errors as one line and an exit code."""
+"""Shared parts of commands: options, reading of job files, and errors as one line and an exit code."""
 
 import sys
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ in_process = click.option("--local", "in_process", is_flag=True, help="Run in th
 
 
 def storage_options(command: Any) -> Any:
-    """How to reach a results directory that is named on the command line."""
+    """Adds options for the storage of a results directory on the command line."""
     for option in (
         click.option("--anon", is_flag=True, help="Anonymous requests."),
         click.option("--profile", help="Profile of the AWS configuration files."),
@@ -34,10 +34,10 @@ def storage_options(command: Any) -> Any:
 
 
 def ledger_of(results: str, endpoint_url: str | None, profile: str | None, anon: bool) -> "Ledger":
-    """The ledger of a results directory.
+    """Returns the ledger of a results directory.
 
     Raises:
-        SpecError: it is no URI.
+        SpecError: `results` is not a URI.
     """
     from raydetect.config import StorageOptions
     from raydetect.sinks.ledger import Ledger
@@ -47,35 +47,35 @@ def ledger_of(results: str, endpoint_url: str | None, profile: str | None, anon:
     return Ledger(normalise_uri(results), Storage(options))
 
 
-def prepare_output(place: Path, folder: bool = False) -> None:
-    """Makes the folder that a command writes into, and removes what killed ones left there.
+def prepare_output(path: Path, folder: bool = False) -> None:
+    """Creates the folder that a command writes to, and removes leftovers of killed commands.
 
     Raises:
-        SpecError: it cannot be made, or a file of the other kind is there.
+        SpecError: it cannot be created, or the path is a file instead of a folder, or the reverse.
         StorageError: the disk refuses.
     """
     from raydetect.storage import remove_leftovers, translate
     from raydetect.storage.error_translation import DISK
 
-    wrong = place.is_file() if folder else place.is_dir()
+    wrong = path.is_file() if folder else path.is_dir()
     if wrong:
-        kind = "a file is there, and a folder is to be made" if folder else "is a folder, and a file is to be made"
-        raise SpecError(f"{place}: {kind}. Name another place with -o.")
-    target = place if folder else place.parent
+        reason = "is a file, not a folder" if folder else "is a folder, not a file"
+        raise SpecError(f"{path}: {reason}. Choose another path with -o.")
+    target = path if folder else path.parent
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         if error.errno in DISK:
-            raise translate(str(place), "write", error) from None
-        raise SpecError(f"{place}: cannot be written ({error.strerror}). Name another place with -o.") from None
+            raise translate(str(path), "write", error) from None
+        raise SpecError(f"{path}: cannot be written ({error.strerror}). Name another path with -o.") from None
     remove_leftovers(target, below=folder)
 
 
 def job_values(job: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
-    """The plain values of a job file, overrides applied.
+    """Reads the values of a job file and applies overrides.
 
     Raises:
-        SpecError: it cannot be read or is no YAML mapping.
+        SpecError: it cannot be read or is not a YAML mapping.
     """
     from raydetect.config.validation import apply_overrides, parse_yaml
     from raydetect.config.yaml_text import read_text
@@ -84,10 +84,10 @@ def job_values(job: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
 
 
 def parse(values: dict[str, Any], job: Path) -> "JobSpec":
-    """The checked job of plain values.
+    """Validates the values of a job.
 
     Raises:
-        SpecError: every mistake, one line each.
+        SpecError: lists every mistake, one per line.
     """
     from raydetect.config import parse_job
 
@@ -95,19 +95,19 @@ def parse(values: dict[str, Any], job: Path) -> "JobSpec":
 
 
 def load(job: Path, overrides: tuple[str, ...]) -> "JobSpec":
-    """The checked job of a file.
+    """Reads and validates a job file.
 
     Raises:
-        SpecError: every mistake, one line each.
+        SpecError: lists every mistake, one per line.
     """
     return parse(job_values(job, overrides), job)
 
 
 def expect(spec: "JobSpec", kind: str, job: Path) -> Any:
-    """The job, which must be of a kind.
+    """Returns the job if it is of a kind.
 
     Raises:
-        SpecError: it is of another; names the command for it.
+        SpecError: it is of another kind; names the command for that.
     """
     if spec.kind != kind:
         raise SpecError(f"{job}: is a {spec.kind} job. Run `raydetect {spec.kind} {job}`.")
@@ -116,9 +116,9 @@ def expect(spec: "JobSpec", kind: str, job: Path) -> Any:
 
 @contextmanager
 def errors(code: int | None = None) -> Iterator[None]:
-    """Deliberate errors become one line and an exit code: `code`, or the error's own.
+    """Reports raydetect errors as one line and an exit code: `code`, or the error's own.
 
-    A storage that fails is no mistake of a job, wherever it is met, nor are damaged results: these keep their code.
+    Storage outages and damaged results are not mistakes of the job, and always keep their own code.
     """
     try:
         yield
@@ -126,10 +126,10 @@ def errors(code: int | None = None) -> Iterator[None]:
         is_own = is_outage(error) or isinstance(error, DamagedError)
         fail(str(error), error.exit_code if code is None or is_own else code)
     except KeyboardInterrupt:
-        fail("Stopped. What is committed stays; the same command goes on from there.", INTERRUPTED)
+        fail("Stopped. Committed shards are kept; run the same command to resume.", INTERRUPTED)
 
 
 def fail(text: str, code: int) -> NoReturn:
-    """Ends the command with one line."""
+    """Prints an error and exits."""
     click.echo(f"Error: {text}", err=True)
     sys.exit(code)

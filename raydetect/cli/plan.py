@@ -1,4 +1,4 @@
-"""`raydetect plan`: what a scoring job has left, before it runs."""
+"""`raydetect plan`: forecasts the remaining work of a scoring job."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,42 +20,42 @@ NAMED_CATEGORIES = 8
 @click.option("--workers", default="1,2,4,8,16", help="Worker counts to forecast.", show_default=True)
 @click.option("--price", type=float, help="Price of one worker for one hour, for the cost column.")
 def plan(job: Path, overrides: tuple[str, ...], workers: str, price: float | None) -> None:
-    """Shards, bytes, chunks, PUTs, hours and cost of what a scoring job has left."""
+    """Forecast shards, bytes, chunks, PUTs, hours and cost of a scoring job's remaining work."""
     with errors(BAD_JOB):
         spec = expect(load(job, overrides), "score", job)
         from raydetect.planning.forecast import forecast
         from raydetect.planning.plan import plan_score
 
         try:
-            counts = [int(word) for word in workers.split(",")]
+            counts = [int(count) for count in workers.split(",")]
         except ValueError:
             raise SpecError(f"--workers {workers}: expected numbers such as 1,2,4.") from None
         if min(counts) < 1:
             raise SpecError(f"--workers {workers}: every count must be at least 1.")
-        found = forecast(plan_score(spec), counts, price)
-    _print_forecast(found)
+        result = forecast(plan_score(spec), counts, price)
+    _print_forecast(result)
 
 
-def _print_forecast(found: "Forecast") -> None:
+def _print_forecast(result: "Forecast") -> None:
     from raydetect.progress import bytes_text, seconds_text
 
-    if found.categories:
-        more = ", ..." if len(found.categories) > NAMED_CATEGORIES else ""
-        names = ", ".join(found.categories[:NAMED_CATEGORIES]) + more
-        click.echo(f"Fleet      {len(found.categories):,} categories: {names}")
-    click.echo(f"Shards     {found.shards_left:,} left of {found.shards:,}")
-    click.echo(f"Bytes      {bytes_text(found.bytes_left)} to read")
-    click.echo(f"Images     {found.images:,} ({found.images_from})")
-    click.echo(f"Chunks     {found.chunks:,}")
-    click.echo(f"PUTs       {found.puts:,} at most")
-    if not found.images_per_second:
-        click.echo("Time       unknown: the artifact holds no measured rate.")
+    if result.categories:
+        more = ", ..." if len(result.categories) > NAMED_CATEGORIES else ""
+        names = ", ".join(result.categories[:NAMED_CATEGORIES]) + more
+        click.echo(f"Fleet      {len(result.categories):,} categories: {names}")
+    click.echo(f"Shards     {result.shards_left:,} left of {result.shards:,}")
+    click.echo(f"Bytes      {bytes_text(result.bytes_left)} to read")
+    click.echo(f"Images     {result.images:,} ({result.images_from})")
+    click.echo(f"Chunks     {result.chunks:,}")
+    click.echo(f"PUTs       {result.puts:,} at most")
+    if not result.images_per_second:
+        click.echo("Time       unknown: the artifact has no measured rate.")
         return
-    how = " (as many images of each category)" if found.categories else ""
+    how = " (equally many images of each category)" if result.categories else ""
     click.echo(
-        f"Rate       {found.images_per_second:.1f} images/s and worker, measured when the artifact was fitted{how}"
+        f"Rate       {result.images_per_second:.1f} images/s and worker, measured when the artifact was fitted{how}"
     )
-    click.echo("Workers    time" + ("         cost" if found.estimates[0].cost is not None else ""))
-    for row in found.estimates:
+    click.echo("Workers    time" + ("         cost" if result.estimates[0].cost is not None else ""))
+    for row in result.estimates:
         cost = "" if row.cost is None else f"{row.cost:>10.2f}"
         click.echo(f"{row.num_workers:>7}    {seconds_text(row.hours * 3600):<8}{cost}")

@@ -25,6 +25,7 @@ from raydetect.config.jobs import (
 from raydetect.config.score import Heatmaps, ScoreSpec, SinkSpec
 from raydetect.config.serve import AllowSpec, LimitSpec, ServedSpec, ServeSpec
 from raydetect.config.shared import FlagSpec, MiB, ResourceSpec, SourceSpec, StorageOptions
+from raydetect.moved_modules import names_of
 
 __all__ = [
     "ENSEMBLE",
@@ -64,3 +65,5 @@ __all__ = [
     "sink_storage",
     "source_storage",
 ]
+
+__getattr__ = names_of("raydetect.config", "raydetect.config.validation")

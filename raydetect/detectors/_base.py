@@ -195,7 +195,7 @@ class Detector(abc.ABC):
 
     def piece_search(self, piece_MD: Tensor) -> Search:
         """A search over a contiguous shard of the bank, as configured by the parameters."""
-        raise SpecError(f"{type(self).__name__}: has no memory bank that can be cut. Set resources.bank_shards to 1.")
+        raise SpecError(f"{type(self).__name__}: has no memory bank that can be split. Set resources.bank_shards to 1.")
 
     def load_beside(self, tensors: Mapping[str, Tensor], search: Search) -> None:
         """Like `load_tensors`, but without the tensor named by `memory_bank`; `search` replaces it.
@@ -203,7 +203,7 @@ class Detector(abc.ABC):
         Raises:
             ArtifactError: a tensor is missing or has the wrong shape.
         """
-        raise SpecError(f"{type(self).__name__}: has no memory bank that can be cut. Set resources.bank_shards to 1.")
+        raise SpecError(f"{type(self).__name__}: has no memory bank that can be split. Set resources.bank_shards to 1.")
 
     @abc.abstractmethod
     def to(self, device: torch.device) -> "Detector":

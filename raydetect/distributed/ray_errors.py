@@ -1,7 +1,7 @@
-"""What Ray raises, as one of our errors: the deliberate one inside it, whole, or one sentence about the cluster.
+"""Translates Ray's exceptions to raydetect errors: the original error inside, or one sentence about the cluster.
 
-Ray wraps errors of other processes, each of its libraries in its own way, and passes some on as text alone. Whatever
-asks Ray something does so inside `translated`, which is the one place that knows these ways.
+Ray's libraries wrap errors of other processes in different ways, some as text only. All calls to Ray run inside
+`translated`, the only place that handles these differences.
 """
 
 import re
@@ -24,44 +24,44 @@ LOST = (
     exceptions.WorkerCrashedError,
     exceptions.ObjectLostError,
 )
-LETTERS = 300
+MAX_CHARACTERS = 300
 TOO_LONG = "AF_UNIX path length"
 DISK_FULL = ("OutOfDiskError", "No space left on device", "Disk quota exceeded")
 
 
 class ClusterError(RaydetectError):
-    """The cluster cannot be reached, refuses the token, or broke down."""
+    """The cluster cannot be reached, refuses the token, or failed."""
 
 
 @contextmanager
 def translated(target: str | None) -> Iterator[None]:
-    """Errors of the block leave it as `translate` has them.
+    """Translates exceptions of the block with `translate`.
 
     Args:
         target: address of the cluster, for messages; None = the local Ray.
 
     Raises:
-        RaydetectError: whatever went wrong.
+        RaydetectError: the translated exception.
     """
     try:
         yield
     except Exception as error:
-        found = translate(error, target)
-        if found is error:
+        translation = translate(error, target)
+        if translation is error:
             raise
-        raise found from error
+        raise translation from error
 
 
 def translate(error: BaseException, target: str | None) -> RaydetectError:
-    """Ray's exception as ours."""
+    """Returns an exception of Ray as a raydetect error."""
     return deliberate(error) or _of_cluster(error, target or "the local Ray")
 
 
 def deliberate(error: BaseException) -> RaydetectError | None:
-    """The deliberate error that an exception is, or that it was raised from, in whatever wrapping."""
+    """Returns the raydetect error that an exception is or wraps; None if there is none."""
     found = list(_inside(error))
     for inner in found:
-        # Ray makes errors that are of two classes, its own and ours, and whose text is a traceback.
+        # Ray creates errors that inherit from its own class and ours, with a traceback as text.
         if isinstance(inner, RaydetectError) and not isinstance(inner, RayTaskError):
             return inner
     for inner in found:
@@ -79,41 +79,41 @@ def _of_text(kind: type[RaydetectError], message: str) -> RaydetectError:
 
 
 def _inside(error: BaseException) -> Iterator[BaseException]:
-    """The error and all that it holds, the outer ones first."""
-    waiting, seen = [error], set[int]()
-    while waiting:
-        one = waiting.pop(0)
-        if id(one) in seen:
+    """Yields the error and all errors that it wraps, outermost first."""
+    pending, seen = [error], set[int]()
+    while pending:
+        current = pending.pop(0)
+        if id(current) in seen:
             continue
-        seen.add(id(one))
-        yield one
-        held = [getattr(one, name, None) for name in LINKS]
-        held += (getattr(one, "worker_failures", None) or {}).values()  # of Ray Train, by rank
-        held += getattr(one, "exceptions", ())  # of a group
-        waiting += [inner for inner in held if isinstance(inner, BaseException)]
+        seen.add(id(current))
+        yield current
+        linked = [getattr(current, name, None) for name in LINKS]
+        linked += (getattr(current, "worker_failures", None) or {}).values()  # Ray Train, by rank
+        linked += getattr(current, "exceptions", ())  # exception groups
+        pending += [inner for inner in linked if isinstance(inner, BaseException)]
 
 
-def _of_cluster(error: BaseException, place: str) -> ClusterError:
+def _of_cluster(error: BaseException, target: str) -> ClusterError:
     found = list(_inside(error))
     text = str(found[-1] if isinstance(found[-1], Exception) else error)
     if any(REFUSED.search(str(inner)) for inner in found):
         return ClusterError(
-            f"{place}: refused the connection (authentication). Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or "
+            f"{target}: refused the connection (authentication). Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or "
             "RAY_AUTH_TOKEN_PATH to the cluster's token."
         )
     if any(isinstance(inner, exceptions.OutOfMemoryError) for inner in found):
         return ClusterError(
-            f"{place}: a node ran out of memory, and a worker was ended. Lower resources.num_workers, batch_size or "
+            f"{target}: a node ran out of memory, and a worker was killed. Lower resources.num_workers, batch_size or "
             "chunk_bytes, or give nodes more memory, and start the same job again."
         )
     if any(isinstance(inner, LOST) for inner in found):
-        return ClusterError(f"{place}: a worker or its node was lost ({_name(error)}). Start the same job again.")
-    said = _of_disk(f"{_name(inner)}: {inner}" for inner in found)
-    if said is not None:
-        return ClusterError(f"{place}: {said}")
+        return ClusterError(f"{target}: a worker or its node was lost ({_name(error)}). Start the same job again.")
+    disk = _of_disk(f"{_name(inner)}: {inner}" for inner in found)
+    if disk is not None:
+        return ClusterError(f"{target}: {disk}")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    said = lines[-1][:LETTERS] if lines else "it says nothing more"
-    return ClusterError(f"{place}: {_name(error)}: {said}. Look at the logs of Ray.")
+    message = lines[-1][:MAX_CHARACTERS] if lines else "no message"
+    return ClusterError(f"{target}: {_name(error)}: {message}. Check the logs of Ray.")
 
 
 def _of_disk(texts: Iterable[str]) -> str | None:

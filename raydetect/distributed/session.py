@@ -1,4 +1,4 @@
-"""Connecting to Ray: a cluster by address, or a private local one that ends with the command."""
+"""Connects to Ray: a cluster by address, or a private local Ray that ends with the command."""
 
 import logging
 import os
@@ -17,20 +17,20 @@ from raydetect.distributed.local_disk import open_message_log, require_ray_folde
 from raydetect.distributed.ray_errors import translate
 
 LOOPBACK = "127.0.0.1"
-STARTING_AT_ONCE = 8  # actors without CPU slots start beside the workers; Ray warns past four times the slots
+STARTING_AT_ONCE = 8  # actors with num_cpus=0 start in addition to workers; Ray warns above four per CPU slot
 
 
 @contextmanager
 def session(address: str | None, resources: ResourceSpec) -> Iterator[None]:
-    """A connection to Ray while the block runs.
+    """Connects to Ray for the duration of the block.
 
     Args:
-        address: of a cluster; None uses RAY_ADDRESS, and without that starts a private local Ray that has exactly
-            the stated resources.
-        resources: what the job asks for.
+        address: address of a cluster; None uses RAY_ADDRESS or, if unset, starts a private local Ray with exactly
+            these resources.
+        resources: resources of the job.
 
     Raises:
-        ClusterError: it cannot be reached or refuses.
+        ClusterError: the cluster cannot be reached or refuses the connection.
     """
     target = address or os.environ.get("RAY_ADDRESS")
     with _native_messages_in_a_file(), nullcontext() if target else _one_machine():
@@ -50,30 +50,30 @@ def session(address: str | None, resources: ResourceSpec) -> Iterator[None]:
 
 @contextmanager
 def _native_messages_in_a_file() -> Iterator[None]:
-    """Ray's C++ side writes to file descriptor 2 past every Python setting; Python's own messages still reach people.
+    """Redirects messages of Ray's C++ code to a file; they go to file descriptor 2 and ignore Python's settings.
 
-    Notices of lost workers, which Ray prints to standard output among what commands say, go the same way.
+    Python's own stderr is unchanged. Ray's notices of lost workers, which it prints to stdout, go to the file too.
 
-    The file `raydetect-ray-PID.log` lies in the temporary folder, and is removed when nothing was written.
+    The file is `raydetect-ray-PID.log` in the temporary folder, and is removed if empty.
     """
     file, log = open_message_log()
     sys.stderr.flush()
-    kept = os.dup(2)
-    people = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
-    before, notices = sys.stderr, ray_worker.print_to_stdstream
+    saved_descriptor = os.dup(2)
+    terminal = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
+    saved_stderr, saved_print = sys.stderr, ray_worker.print_to_stdstream
     with file:
         os.dup2(file.fileno(), 2)
     ray_worker.print_to_stdstream = _to_descriptor_2
-    if _is_descriptor_2(before):
-        sys.stderr = people
+    if _is_descriptor_2(saved_stderr):
+        sys.stderr = terminal
     try:
         yield
     finally:
-        ray_worker.print_to_stdstream = notices
-        sys.stderr = before
-        people.close()
-        os.dup2(kept, 2)
-        os.close(kept)
+        ray_worker.print_to_stdstream = saved_print
+        sys.stderr = saved_stderr
+        terminal.close()
+        os.dup2(saved_descriptor, 2)
+        os.close(saved_descriptor)
         if log.exists() and log.stat().st_size == 0:
             log.unlink()
 
@@ -85,17 +85,16 @@ def _to_descriptor_2(notice: dict[str, Any], **_: object) -> None:
 def _is_descriptor_2(stream: object) -> bool:
     try:
         return stream.fileno() == 2  # type: ignore[attr-defined]
-    except (AttributeError, OSError, ValueError):  # replaced by something that is no file, as in tests
+    except (AttributeError, OSError, ValueError):  # replaced by an object that is not a file, as in tests
         return False
 
 
 @contextmanager
 def _one_machine() -> Iterator[None]:
-    """Settings of a private local Ray and its child processes.
+    """Applies settings of a private local Ray and its child processes.
 
-    Ray turns 127.0.0.1 into the machine's own address, and listens on all interfaces, unless clusters are off. Ray
-    Train's watcher of nodes that a cloud is about to take away is a process with nothing to do. What Ray would tell
-    its makers of a cluster's use stays here.
+    Unless clusters are disabled, Ray replaces 127.0.0.1 by the machine's own address and listens on all interfaces.
+    Ray Train's preemption watcher would be an idle process. Usage statistics are disabled.
     """
     names = (
         ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR,
@@ -117,7 +116,7 @@ def _one_machine() -> Iterator[None]:
 def _start_local(resources: ResourceSpec) -> None:
     require_ray_folder()
     ray.init(
-        address="local",  # without it, Ray joins any cluster that was started on this machine
+        address="local",  # otherwise Ray joins any cluster that was started on this machine
         num_cpus=resources.num_actors * resources.cpus_per_worker,
         include_dashboard=False,
         log_to_driver=False,
@@ -131,7 +130,7 @@ def _start_local(resources: ResourceSpec) -> None:
 
 
 def _quiet() -> None:
-    """Ray Data's own progress and notes go to its log files."""
+    """Sends Ray Data's progress and notes to its log files only."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

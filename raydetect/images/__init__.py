@@ -1,1 +1,1 @@
-"""Encoded bytes to pixels: decoders, orientation, bit depth, masks."""
+"""Decodes images and masks: formats, orientation, bit depth and resizing."""

@@ -1,4 +1,4 @@
-"""Grey of more than eight bits to eight, by one fixed scale for all images: a table, applied strip by strip."""
+"""Converts grey of more than 8 bits to 8 bits with one fixed scale, by a lookup table applied in strips."""
 
 import functools
 from collections.abc import Iterator
@@ -11,18 +11,18 @@ from raydetect.errors import MemberError
 
 SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 LEVELS = 65536
-STRIP = 1 << 18  # values that are looked at at once
+STRIP = 1 << 18  # values processed at a time
 
 
 @dataclass(frozen=True, slots=True)
 class GreyDepth:
-    """How the values of a grey image are meant.
+    """Interpretation of the values of a grey image.
 
     Attributes:
-        bits: significant ones; white is 2^bits - 1.
-        inverted: white is zero.
-        maybe_bits: of a PNG's sBIT chunk, None = all. They lie in the upper bits by the standard, and by many cameras
-            in the lower ones; the values tell.
+        bits: number of significant bits; white is 2^bits - 1.
+        inverted: whether white is zero.
+        maybe_bits: significant bits of a PNG's sBIT chunk, None = all. The standard has them in the upper bits, many
+            cameras use the lower bits; the values decide.
     """
 
     bits: int = 16
@@ -33,11 +33,11 @@ class GreyDepth:
 FULL_DEPTH = GreyDepth()
 
 
-def settled(picture: Image.Image, depth: GreyDepth) -> GreyDepth:
-    """What all values of a grey picture say of its depth; of other pictures as it is.
+def resolved_depth(picture: Image.Image, depth: GreyDepth) -> GreyDepth:
+    """Resolves the depth of a grey picture from its values; returns that of other pictures unchanged.
 
     Raises:
-        MemberError: unsupported_mode: values of more than 16 bits.
+        MemberError: unsupported_mode: there are values of more than 16 bits.
     """
     if picture.mode not in SIXTEEN_BIT:
         return depth
@@ -50,11 +50,11 @@ def settled(picture: Image.Image, depth: GreyDepth) -> GreyDepth:
 
 
 def eight_bits(picture: Image.Image, depth: GreyDepth) -> Image.Image:
-    """Mode L of a picture in one of Pillow's 16-bit modes, or in mode I with values of 16 bits.
+    """Converts a picture in a 16-bit mode of Pillow, or in mode I with 16-bit values, to mode L.
 
     Args:
-        picture: small, since it is copied: a band of a large one.
-        depth: settled.
+        picture: a small picture, such as a band of a large one, since it is copied.
+        depth: the resolved depth.
     """
     values_HW = np.asarray(picture)
     return Image.fromarray(np.take(scale_table(depth.bits, depth.inverted), values_HW))
@@ -62,17 +62,17 @@ def eight_bits(picture: Image.Image, depth: GreyDepth) -> Image.Image:
 
 @functools.cache
 def scale_table(bits: int, inverted: bool) -> np.ndarray:
-    """uint8 by value: round(255 * value / (2^bits - 1)), more than white is white."""
+    """Lookup table of uint8 by 16-bit value: round(255 * value / (2^bits - 1)), clipped at white."""
     white = (1 << bits) - 1
     values = np.minimum(np.arange(LEVELS), white)
     values = white - values if inverted else values
     table = ((2 * 255 * values + white) // (2 * white)).astype(np.uint8)
-    table.flags.writeable = False  # it is shared
+    table.flags.writeable = False  # shared by the cache
     return table
 
 
 def _in_lower_bits(picture: Image.Image, bits: int) -> bool:
-    """Whether no value needs more bits, and one at least is none that a writer of upper bits makes."""
+    """Whether all values fit into the lower bits and at least one cannot be written by an encoder of upper bits."""
     upper, all_upper = _upper_values(bits), True
     for values_HW in _strips(picture):
         if values_HW.max() >= 1 << bits:
@@ -82,18 +82,18 @@ def _in_lower_bits(picture: Image.Image, bits: int) -> bool:
 
 
 def _upper_values(bits: int) -> np.ndarray:
-    """bool by 16-bit value: what an encoder that follows the standard can have written."""
+    """Table of bool by 16-bit value: whether an encoder that follows the standard can write it."""
     samples = np.arange(1 << bits)
     shifted = samples << (16 - bits)
     repeated, filled = shifted.copy(), bits
-    while filled < 16:  # the upper bits again and again, below
+    while filled < 16:  # repeat the upper bits in the lower ones
         repeated |= shifted >> filled
         filled += bits
     scaled = (samples * 65535 * 2 + (1 << bits) - 1) // (2 * ((1 << bits) - 1))
-    found = np.zeros(LEVELS, bool)
+    table = np.zeros(LEVELS, bool)
     for values in (shifted, repeated, scaled):
-        found[values] = True
-    return found
+        table[values] = True
+    return table
 
 
 def _strips(picture: Image.Image) -> Iterator[np.ndarray]:

@@ -1,26 +1,25 @@
-"""Encoded bytes to uint8 RGB pixels at the detector's input size, with a stated rule for every pixel format.
+"""Decodes images to uint8 RGB pixels at the detector's input size, with a fixed rule for every pixel format.
 
-Rules: grey is repeated to RGB; palettes are looked up; alpha is dropped (colours as stored); CMYK is converted by
+Grey is repeated to RGB, palettes are looked up, alpha is dropped (colours as stored), and CMYK is converted with
 Pillow's formula without colour profiles. Grey of 16 bits is divided by 65535 / 255, of 12 bits by 4095 / 255, and
-rounded: fixed scales, so equal raw values stay equal in every image. White is 255, also where a TIFF says that white is
-zero. A 16-bit grey PNG with an sBIT chunk follows the standard (significant bits are the upper ones) unless its values
-show that they are the lower ones; then it is scaled by those. Of 16-bit colour Pillow keeps the upper byte. Floats, and
-integers beyond 16 bits, have no fixed scale: `unsupported_mode`.
+rounded: fixed scales, so equal raw values stay equal in all images. White is 255, also in TIFFs where white is zero.
+A 16-bit grey PNG with an sBIT chunk follows the standard (the upper bits are significant) unless its values show that
+the lower bits are used; then it is scaled by those. Of 16-bit colour, Pillow keeps the upper byte. Floats and integers
+of more than 16 bits have no fixed scale: `unsupported_mode`.
 
-A JPEG is decoded with libjpeg's warnings heard (`jpeg.py` says what can be noticed and what not): a damaged scan is
-`corrupt`; a whole one without its end marker is fine. EXIF orientation is applied, once and for every format alike,
-unless the source says `ignore`: then pixels come as they are stored. Whatever a decoder raises is the status of that
-image alone.
+Warnings of libjpeg are errors (`jpeg.py` lists detectable damage): a JPEG with a damaged scan is `corrupt`; a complete
+one without end marker is fine. EXIF orientation is applied exactly once for every format, unless the source says
+`ignore`; then pixels are returned as stored. Any exception of a decoder becomes the status of that image only.
 
-Two facts make no image bad and are noted: `exif_ignored` (the EXIF is damaged, so the image is not turned), and
-`pages_not_read: N` (of several pages or frames the first is taken).
+Two facts are noted without making an image bad: `exif_ignored` (damaged EXIF, so orientation is not applied) and
+`pages_not_read: N` (only the first of several pages or frames is read).
 
-Resizing is Pillow's antialiased bilinear, aspect ratio not kept.
+Images are resized with Pillow's antialiased bilinear filter, without keeping the aspect ratio.
 
-Memory: a process decodes at most as many pixels at a time as the larger of `source.max_pixels` and 2^26 (`space.py`),
-and threads wait for each other above that. A decoded pixel takes at most, in bytes with what its decoder holds: bilevel
-and grey 2, 16-bit grey 4 (of PPM 6), palettes, colour and LA 5, RGBA and CMYK 8, a TIFF in one strip 2 more, a turned
-image 4 more, progressive JPEG 12, AVIF 12 (of more than 8 bits 16), WebP 16.
+Memory: a process decodes at most max(`source.max_pixels`, 2^26) pixels at a time (`memory_budget.py`); further threads
+wait. Peak bytes per pixel including the decoder's memory: bilevel and grey 2, 16-bit grey 4 (PPM 6), palette, colour
+and LA 5, RGBA and CMYK 8, a TIFF in one strip 2 more, a rotated image 4 more, progressive JPEG 12, AVIF 12 (more than
+8 bits: 16), WebP 16.
 """
 
 import hashlib
@@ -41,19 +40,19 @@ from raydetect.records import OK, Member
 
 @dataclass(frozen=True, slots=True)
 class Pixels:
-    """A decoded member, or the reason why there is none.
+    """A decoded member, or the reason why it could not be decoded.
 
     Attributes:
-        image_HWC: uint8 RGB at the detector's input size; None when not ok.
-        width: stored width in px after orientation, None when the header could not be read.
+        image_HWC: uint8 RGB at the detector's input size; None if not ok.
+        width: width of the file's image in px after orientation; None if the header could not be read.
         height: likewise.
-        brightness: mean luminance in [0, 1] at the input size, None when not ok.
-        sharpness: standard deviation of that luminance's Laplacian over its mean, None when not ok.
+        brightness: mean luminance in [0, 1] at the input size; None if not ok.
+        sharpness: standard deviation of that luminance's Laplacian divided by the mean luminance; None if not ok.
         status: "ok" or one of records.BAD_STATUSES.
-        error: one sentence when not ok.
-        notes: what does not make the image bad and must be told: "exif_ignored", "pages_not_read: 3".
-        orientation: the EXIF orientation that was applied; 1 = the image is as stored.
-        sha256: of the encoded bytes, hex; "" when they could not be read.
+        error: one sentence if not ok.
+        notes: facts to report that do not make the image bad: "exif_ignored", "pages_not_read: 3".
+        orientation: the EXIF orientation that was applied; 1 = as stored.
+        sha256: sha256 of the encoded bytes in hex; "" if they could not be read.
     """
 
     image_HWC: np.ndarray | None
@@ -68,18 +67,18 @@ class Pixels:
     sha256: str = ""
 
     def facts(self) -> dict[str, Any]:
-        """What a row holds of the picture itself."""
-        known = {name: getattr(self, name) for name in ("width", "height", "brightness", "sharpness", "sha256")}
-        return {**known, "note": "; ".join(note.replace("; ", ", ") for note in self.notes)}
+        """Returns the columns of a row that describe the image itself."""
+        fields = {name: getattr(self, name) for name in ("width", "height", "brightness", "sharpness", "sha256")}
+        return {**fields, "note": "; ".join(note.replace("; ", ", ") for note in self.notes)}
 
     @property
     def stored_size(self) -> tuple[int | None, int | None]:
-        """(width, height) in px before it was turned."""
+        """(width, height) in px as stored, before orientation."""
         return (self.height, self.width) if self.orientation in SIDEWAYS else (self.width, self.height)
 
 
 def decode_image(data: bytes, rules: DecodeRules, longest_px: int | None = None) -> Image.Image:
-    """RGB picture of encoded bytes at its own size, or not longer than `longest_px` on either side.
+    """Decodes an image to RGB at its own size, or shrunk to at most `longest_px` per side.
 
     Raises:
         MemberError: empty, too_many_pixels, not_an_image, unsupported_mode or corrupt.
@@ -97,11 +96,11 @@ def decode_image(data: bytes, rules: DecodeRules, longest_px: int | None = None)
 
 
 def decode_member(member: Member, rules: DecodeRules, image_size: tuple[int, int]) -> Pixels:
-    """Pixels of a member at (height, width) `image_size`; every failure becomes a status."""
+    """Decodes a member to (height, width) `image_size`; every failure becomes a status."""
     if member.status != OK:
         return Pixels(None, status=member.status, error=member.error, notes=member.notes)
-    found = _pixels(member, rules, image_size)
-    return replace(found, notes=(*member.notes, *found.notes), sha256=hashlib.sha256(member.data).hexdigest())
+    pixels = _pixels(member, rules, image_size)
+    return replace(pixels, notes=(*member.notes, *pixels.notes), sha256=hashlib.sha256(member.data).hexdigest())
 
 
 def _pixels(member: Member, rules: DecodeRules, image_size: tuple[int, int]) -> Pixels:
@@ -109,7 +108,7 @@ def _pixels(member: Member, rules: DecodeRules, image_size: tuple[int, int]) -> 
         return _decoded(member.data, rules, image_size)
     except MemberError as error:
         return Pixels(None, status=error.status, error=f"{member.key}: {error}")
-    except Exception as error:  # one image never ends a job, whatever a library raises for it
+    except Exception as error:  # one image must never end a job, whatever a library raises
         return Pixels(None, status="corrupt", error=f"{member.key}: its pixels cannot be converted ({short(error)}).")
 
 
@@ -130,13 +129,13 @@ def _decoded(data: bytes, rules: DecodeRules, image_size: tuple[int, int]) -> Pi
 
 
 def brightness_and_sharpness(grey_HW: np.ndarray) -> tuple[float, float]:
-    """(mean luminance in [0, 1], standard deviation of its four-neighbour Laplacian over that mean).
+    """Returns (mean luminance in [0, 1], standard deviation of the four-neighbour Laplacian divided by that mean).
 
-    Dividing by the mean makes sharpness tell of the lens and not of the light; of a black picture it is 0. Sums are
-    integers, so the same picture gives the same bits everywhere. The outermost pixels have no Laplacian.
+    The division makes sharpness depend on the lens and not on the light; it is 0 for a black image. Sums are integers,
+    so results are identical to the bit on every machine. Border pixels have no Laplacian.
 
     Args:
-        grey_HW: uint8.
+        grey_HW: uint8 luminance.
     """
     brightness = int(grey_HW.sum(dtype=np.int64)) / (255.0 * grey_HW.size)
     wide_HW = grey_HW.astype(np.int32)
@@ -152,7 +151,7 @@ def brightness_and_sharpness(grey_HW: np.ndarray) -> tuple[float, float]:
 def decode_all(
     members: Iterable[Member], rules: DecodeRules, image_size: tuple[int, int], threads: int
 ) -> Iterator[Pixels]:
-    """Pixels of every member, in order, decoded on `threads` threads (Pillow frees the interpreter lock)."""
+    """Decodes members in order on `threads` threads (Pillow releases the GIL)."""
 
     def work(member: Member) -> Pixels:
         return decode_member(member, rules, image_size)

@@ -1,13 +1,13 @@
-"""JPEG bytes to pixels, with libjpeg's warnings heard: a damaged scan is an error, never a picture with grey in it.
+"""Decodes JPEGs and treats libjpeg's warnings as errors, so that a damaged scan is never decoded to grey areas.
 
-TurboJPEG decodes (through `simplejpeg`), with the accurate DCT and upsampling of libjpeg: the pixels are Pillow's.
-Where TurboJPEG refuses a file that is no worse for it (unusual subsampling, mostly), the caller decodes with Pillow and
-hears nothing of libjpeg: a hole in such a file is not noticed, and without its end marker it counts as cut. The checks
-of this module that need no decoding are made anyway.
+Decodes with TurboJPEG (through `simplejpeg`) using libjpeg's accurate DCT and upsampling, so the pixels equal
+Pillow's. Some valid files are not supported by TurboJPEG (mostly unusual subsampling). The caller decodes them with
+Pillow, which hides libjpeg's warnings: a gap in such a file is not detected, and without end marker it counts as
+truncated. The checks of this module that need no decoding apply to them too.
 
-JPEG has no checksum. What is noticed: a scan that ends too early, holds too much, breaks its code or its restart
-markers; scans of a progressive or non-interleaved image that are missing; long runs of zero bytes that no encoder
-writes. Damage after which the code falls into step again, with the right number of blocks, cannot be noticed.
+JPEG has no checksum. Detected: a scan that is too short or too long, invalid codes or restart markers; missing scans
+of a progressive or non-interleaved image; long runs of zero bytes that no encoder writes. Not detected: damage after
+which the entropy decoder resynchronises with the right number of blocks.
 """
 
 import re
@@ -28,57 +28,57 @@ NEXT_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # inside a scan: neither
 MAX_SEGMENTS = 10_000
 MAX_ATTEMPTS = 4
 ZERO_RUN, SECTOR = bytes(64), bytes(512)
-MAX_PADDING = 32  # bytes before the end marker; cameras pad there
-MAX_LAST_ZEROS = 2  # a scan itself may end in so many
-FETCHED = 8  # bytes that the decoder may have taken into its bit buffer before it counts what is left over
+MAX_PADDING = 32  # padding bytes of cameras before the end marker
+MAX_LAST_ZEROS = 2  # zero bytes with which a valid scan may end
+FETCHED = 8  # bytes that the decoder may have prefetched into its bit buffer before it counts extraneous bytes
 EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
 
 
-class NotByTurboError(Exception):
-    """TurboJPEG does not do this kind of JPEG; that says nothing of its health."""
+class UnsupportedByTurboError(Exception):
+    """TurboJPEG does not support this kind of JPEG, which may be valid."""
 
 
 def decode_jpeg(data: bytes, size: tuple[int, int], mode: str) -> np.ndarray:
-    """Pixels uint8 (H, W, C) of a JPEG: of RGB with a fourth byte, as Pillow keeps them; of CMYK as stored, inverted.
+    """Decodes a JPEG to uint8 (H, W, C): RGB with a fourth byte as in Pillow, CMYK as stored (inverted).
 
     Args:
         data: the file.
-        size: (width, height) in px that its header says, as Pillow read it.
-        mode: RGB, L or CMYK: Pillow's mode of it.
+        size: (width, height) in px from the header, as read by Pillow.
+        mode: Pillow's mode: RGB, L or CMYK.
 
     Raises:
         MemberError: corrupt: libjpeg fails or warns, or parts of the scan are missing.
-        NotByTurboError: it must be decoded otherwise.
+        UnsupportedByTurboError: another decoder is needed.
     """
-    whole = ended(data)
-    check_scans(whole)
-    pixels, heard = _attempt(whole, size, mode)
-    for repair_hint in (_mended, *(_without_padding,) * MAX_ATTEMPTS):
+    content = with_end_marker(data)
+    check_scans(content)
+    pixels, warning = _attempt(content, size, mode)
+    for repair in (_with_clean_header, *(_without_padding,) * MAX_ATTEMPTS):
         if pixels is not None:
             return pixels
-        # libjpeg tells its first warning only: what is harmless is mended, so that a second one is heard
-        mended = repair_hint(whole, heard)
-        if mended != whole:
-            whole = mended
-            pixels, heard = _attempt(whole, size, mode)
+        # libjpeg reports only its first warning, so the causes of harmless ones are removed to see the next
+        repaired = repair(content, warning)
+        if repaired != content:
+            content = repaired
+            pixels, warning = _attempt(content, size, mode)
     if pixels is None:
-        raise _damaged(heard)
+        raise _damaged(warning)
     return pixels
 
 
-def ended(data: bytes) -> bytes:
-    """The file with an end marker at its end; libjpeg warns of a scan that is cut, not of one that is whole.
+def with_end_marker(data: bytes) -> bytes:
+    """Adds a missing end marker, so that libjpeg warns only if the scan itself is truncated.
 
-    Zeros there are what a disk filled up with, not data: where no marker follows nothing says otherwise.
+    Trailing zeros that no marker follows are removed, as they come from disk blocks.
     """
     if data.endswith(END):
         return data
-    bare = data.rstrip(b"\0")
-    return (data if len(data) - len(bare) <= MAX_LAST_ZEROS else bare) + END
+    stripped = data.rstrip(b"\0")
+    return (data if len(data) - len(stripped) <= MAX_LAST_ZEROS else stripped) + END
 
 
 def check_scans(data: bytes) -> None:
-    """Finds without decoding what libjpeg passes over in silence.
+    """Finds damage that libjpeg does not report, without decoding.
 
     Raises:
         MemberError: corrupt: scans are missing, or a part of one is zeroed.
@@ -92,51 +92,51 @@ def check_scans(data: bytes) -> None:
 
 
 def segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """(marker, start, stop of the whole segment) of every well-formed segment in order, scans without their data.
+    """Yields (marker, start, stop) of every well-formed segment in order; scans without their data.
 
-    Between segments anything else is passed over, as libjpeg does. Ends at the end marker or where the bytes break off.
+    Skips other bytes between segments, as libjpeg does. Stops at the end marker or where the data are truncated.
     """
-    place = 2
+    position = 2
     for _ in range(MAX_SEGMENTS):
-        found = NEXT_MARKER.search(data, place)
-        if found is None:
+        match = NEXT_MARKER.search(data, position)
+        if match is None:
             return
-        start, marker = found.start(), data[found.end() - 1]
+        start, marker = match.start(), data[match.end() - 1]
         if marker == EOI:
             return
-        stop = found.end()
+        stop = match.end()
         if marker not in BARE:
             stop += int.from_bytes(data[stop : stop + 2], "big")
-            if stop < found.end() + 2 or stop > len(data):
+            if stop < match.end() + 2 or stop > len(data):
                 return
         yield marker, start, stop
-        place = stop
+        position = stop
 
 
 def without_exif(data: bytes) -> bytes:
-    """The same JPEG without its EXIF blocks."""
-    parts, place = [], 0
+    """Removes the EXIF segments of a JPEG."""
+    parts, kept = [], 0
     for marker, start, stop in segments(data):
         if marker == SOS:
             break
         if marker == APP1 and data[start + 4 : start + 8] == b"Exif":
-            parts.append(data[place:start])
-            place = stop
-    return b"".join((*parts, data[place:]))
+            parts.append(data[kept:start])
+            kept = stop
+    return b"".join((*parts, data[kept:]))
 
 
 def sample_bits(data: bytes) -> int | None:
-    """Bits per sample that its frame header says, None when it has none."""
+    """Returns the bits per sample in the frame header; None if there is no frame header."""
     frame = next((start for marker, start, _ in segments(data) if marker in FRAMES), None)
     return None if frame is None else _byte(data, frame + 4)
 
 
-def _byte(data: bytes, place: int) -> int:
-    return data[place] if place < len(data) else 0
+def _byte(data: bytes, position: int) -> int:
+    return data[position] if position < len(data) else 0
 
 
 def _one_scan(data: bytes) -> bool:
-    """Whether a single scan holds all of a sequential image, as almost all do."""
+    """Whether the image is sequential with all components in a single scan, as most are."""
     components = 0
     for marker, start, _ in segments(data):
         if marker in FRAMES:
@@ -149,21 +149,21 @@ def _one_scan(data: bytes) -> bool:
 
 
 class _Scans:
-    """What the scans of an image brought so far."""
+    """Tracks which coefficients the scans of an image contain so far."""
 
     def __init__(self) -> None:
         self.progressive = self.huffman = False
-        self.zero_codes: dict[int, int] = {}  # AC table: symbol whose code is all zeros
-        self.there: dict[int, set[int]] = {}  # component: coefficients that are there to their last bit
-        self.detailed: set[int] = set()  # components with a scan of other coefficients than the mean
+        self.zero_codes: dict[int, int] = {}  # by AC table: the symbol whose code is all zeros
+        self.complete: dict[int, set[int]] = {}  # by component: coefficients received to the last bit
+        self.with_ac: set[int] = set()  # components with a scan of AC coefficients
 
     def frame(self, marker: int, body: bytes) -> None:
-        """Start of frame."""
+        """Reads a frame header."""
         self.progressive, self.huffman = marker in PROGRESSIVE, marker in HUFFMAN
-        self.there = {component: set() for component in body[6::3]}
+        self.complete = {component: set() for component in body[6::3]}
 
     def tables(self, body: bytes) -> None:
-        """Huffman tables: the first symbol of each has the code of zeros."""
+        """Reads Huffman tables; the first symbol of each has the code of all zeros."""
         while len(body) > 17:
             count = sum(body[1:17])
             if body[0] >> 4 and count:
@@ -172,18 +172,19 @@ class _Scans:
 
     @property
     def unfinished(self) -> bool:
-        """Whether scans are missing. An encoder may leave out all detail of a component (of colours), not a part."""
-        if any(0 not in there for there in self.there.values()):
+        """Whether scans are missing. An encoder may omit all AC coefficients of a (colour) component, but not some."""
+        if any(0 not in coefficients for coefficients in self.complete.values()):
             return True
         if not self.progressive:
             return False
-        return not self.detailed or any(len(self.there.get(component, ())) < 64 for component in self.detailed)
+        return not self.with_ac or any(len(self.complete.get(component, ())) < 64 for component in self.with_ac)
 
     def scan(self, body: bytes) -> bytes | None:
-        """Notes a scan; the run of zeros that can only be damage in it, None when any may be right.
+        """Reads a scan header; returns the run of zero bytes that only damage explains, None if any run may be valid.
 
-        Where the code of zeros is a coefficient, a run of them is blocks full of -1 without an end. Bits that refine
-        coefficients are zeros more often, so there the run is a sector of a disk. Zeros that end blocks are flat.
+        If the code of all zeros is a coefficient, a run of zeros would be endless blocks full of -1. Bits that refine
+        coefficients are zero more often, so there the run is a disk sector. If the code ends a block, zeros are valid
+        flat blocks.
         """
         count = body[0] if body else 0
         if len(body) < 4 + 2 * count:
@@ -192,9 +193,9 @@ class _Scans:
         high, low = bits >> 4, bits & 15
         for component in body[1 : 1 + 2 * count : 2]:
             if low == 0 or not self.progressive:
-                self.there.setdefault(component, set()).update(range(first, min(last, 63) + 1))
+                self.complete.setdefault(component, set()).update(range(first, min(last, 63) + 1))
             if first > 0:
-                self.detailed.add(component)
+                self.with_ac.add(component)
         tables = {table & 15 for table in body[2 : 2 + 2 * count : 2]}
         if not self.huffman or (self.progressive and first == 0):
             return None
@@ -204,88 +205,88 @@ class _Scans:
 
 
 def _walk_scans(data: bytes, zeros: int) -> None:
-    """Goes through all scans; `zeros` is where the first long run of zeros after the first scan's start is, or -1.
+    """Checks all scans; `zeros` is the position of the first long run of zeros after the first scan starts, or -1.
 
     Raises:
         MemberError: corrupt.
     """
-    scans, started, run = _Scans(), 0, None
+    scans, scan_start, run = _Scans(), 0, None
     for marker, start, stop in (*segments(data), (EOI, len(data), len(data))):
-        if run is not None and 0 <= zeros <= start and _holds(data, run, started, start):
-            raise _damaged("a part of it is zeroed")
+        if run is not None and 0 <= zeros <= start and _contains(data, run, scan_start, start):
+            raise _damaged("part of it is zeroed")
         run = None
         if marker in FRAMES:
             scans.frame(marker, data[start + 4 : stop])
         elif marker == DHT:
             scans.tables(data[start + 4 : stop])
         elif marker == SOS:
-            run, started = scans.scan(data[start + 4 : stop]), stop
+            run, scan_start = scans.scan(data[start + 4 : stop]), stop
     if scans.unfinished:
         raise _damaged("scans are missing at the end")
 
 
-def _holds(data: bytes, run: bytes, start: int, stop: int) -> bool:
-    """Whether a scan that starts there holds the run before its end marker or the next segment."""
+def _contains(data: bytes, run: bytes, start: int, stop: int) -> bool:
+    """Whether the scan data from `start` contain the run before the end marker or the next segment."""
     end = data.find(END, start, stop)
     return data.find(run, start, stop if end < 0 else end) >= 0
 
 
 def _attempt(data: bytes, size: tuple[int, int], mode: str) -> tuple[np.ndarray | None, str]:
-    """(pixels, "") or (None, what libjpeg said)."""
+    """Decodes with TurboJPEG; returns (pixels, "") or (None, libjpeg's message)."""
     colour, depth = COLOURS[mode]
     width, height = size
     try:
-        # the header first: a file must not make libjpeg allocate more than Pillow's reading of it was judged by
-        found = simplejpeg.decode_jpeg_header(data)
-        if (found[0], found[1]) != (height, width):
-            return None, f"its headers say {width} x {height} and {found[1]} x {found[0]} px"
-        if (found[2] in ("CMYK", "YCCK")) != (mode == "CMYK"):
-            return None, f"its headers say {mode} and {found[2]}"
-        space = np.empty(height * width * depth, np.uint8)
-        return simplejpeg.decode_jpeg(data, colour, buffer=space, strict=True), ""
+        # check the header first: libjpeg must not allocate more than was allowed for the size read by Pillow
+        header = simplejpeg.decode_jpeg_header(data)
+        if (header[0], header[1]) != (height, width):
+            return None, f"its headers disagree: {width} x {height} and {header[1]} x {header[0]} px"
+        if (header[2] in ("CMYK", "YCCK")) != (mode == "CMYK"):
+            return None, f"its headers disagree: {mode} and {header[2]}"
+        buffer = np.empty(height * width * depth, np.uint8)
+        return simplejpeg.decode_jpeg(data, colour, buffer=buffer, strict=True), ""
     except KeyError as error:
-        raise NotByTurboError(str(error)) from None
+        raise UnsupportedByTurboError(str(error)) from None
     except ValueError as error:
-        heard = " ".join(str(error).split()).removeprefix("Corrupt JPEG data: ")
-        if heard.startswith("tj"):  # a refusal of TurboJPEG's own, not a word of libjpeg
-            raise NotByTurboError(heard) from None
-        return None, heard
+        message = " ".join(str(error).split()).removeprefix("Corrupt JPEG data: ")
+        if message.startswith("tj"):  # an error of TurboJPEG itself, not a message of libjpeg
+            raise UnsupportedByTurboError(message) from None
+        return None, message
 
 
-def _mended(data: bytes, heard: str) -> bytes:
-    """The file with a header that gives no cause for harmless warnings: nothing between segments, known versions.
+def _with_clean_header(data: bytes, warning: str) -> bytes:
+    """Removes causes of harmless warnings from the header: bytes between segments and unknown versions.
 
-    What follows the first scan's header is as it was: there a warning is never harmless.
+    Everything after the header of the first scan is unchanged, as warnings about it are never harmless.
     """
     parts = [data[:2]]
     for marker, start, stop in segments(data):
         part = bytearray(data[start:stop])
         if marker == APP0 and part[4:9] == b"JFIF\0" and len(part) > 9:
             part[9] = 1  # "unknown JFIF revision number"
-        if marker == APP14 and part[4:9] == b"Adobe" and len(part) >= 16 and "Adobe" in heard:
-            part[15] = 1  # an unknown colour transform is taken for YCbCr; libjpeg does the same
+        if marker == APP14 and part[4:9] == b"Adobe" and len(part) >= 16 and "Adobe" in warning:
+            part[15] = 1  # libjpeg treats an unknown colour transform as YCbCr
         if marker == SOS:
-            if "SOS parameters" in heard:
+            if "SOS parameters" in warning:
                 part[-3:] = b"\0\x3f\0"
             return b"".join((*parts, bytes(part), data[stop:]))
         parts.append(bytes(part))
     return data
 
 
-def _without_padding(data: bytes, heard: str) -> bytes:
-    """The file without a few equal bytes before its end marker, when they are all that libjpeg warns of.
+def _without_padding(data: bytes, warning: str) -> bytes:
+    """Removes a few equal bytes before the end marker if libjpeg warns only about them.
 
-    How much the decoder fetched ahead depends on the bytes after it, so another few may be left over then. It must not
-    have used any: a zeroed end of a scan is also a run of equal bytes.
+    How many bytes the decoder prefetches depends on what follows, so a few may remain for the next attempt. None of
+    them may have been decoded, as a zeroed end of a scan is also a run of equal bytes.
     """
-    message = EXTRANEOUS.fullmatch(heard)
-    if message is None or int(message.group(1)) > MAX_PADDING:
+    match = EXTRANEOUS.fullmatch(warning)
+    if match is None or int(match.group(1)) > MAX_PADDING:
         return data
-    extra = int(message.group(1))
+    extra = int(match.group(1))
     end = data.find(END, next(stop for marker, _, stop in segments(data) if marker == SOS))
     run = end - len(data[:end].rstrip(data[end - 1 : end]))
     return data[: end - extra] + data[end:] if extra <= run <= extra + FETCHED else data
 
 
-def _damaged(heard: str) -> MemberError:
-    return MemberError("corrupt", f"the JPEG's scan is damaged ({heard}). Write it again at its source.")
+def _damaged(reason: str) -> MemberError:
+    return MemberError("corrupt", f"the JPEG's scan is damaged ({reason}). Write it again at its source.")

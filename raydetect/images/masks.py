@@ -1,9 +1,9 @@
-"""Which pixels of a mask file are a defect.
+"""Decodes mask files to defect pixels.
 
-Masks are read under the EXIF rule of the images. Their levels are palette indices, or the largest colour channel; alpha
-is dropped. When no level reaches half of full scale (128, or 32768 of 16 bits) the levels are class ids, and everything
-but 0 is a defect. So they are in a lossless file of at most 16 different levels. Else a pixel is a defect from half of
-full scale on: what JPEG leaves around edges, and soft borders, are none below it.
+Masks follow the EXIF rule of the images. Levels are palette indices, or the largest colour channel; alpha is dropped.
+If no level reaches half of full scale (128, or 32768 for 16 bits), or a lossless file has at most 16 different levels,
+the levels are class ids and everything except 0 is a defect. Otherwise pixels of at least half of full scale are
+defects, so that JPEG artefacts around edges and soft borders below it are not.
 """
 
 import numpy as np
@@ -16,31 +16,31 @@ from raydetect.images.opening import JPEGS, DecodeRules, Loaded, loaded_image
 from raydetect.images.orientation import SIDEWAYS, turned
 
 MAX_IDS = 16
-COLOURS = {"RGB": 3, "RGBA": 3, "RGBX": 3, "L": 1, "LA": 1, "P": 1, "PA": 1, "1": 1}  # channels that are no alpha
+COLOURS = {"RGB": 3, "RGBA": 3, "RGBX": 3, "L": 1, "LA": 1, "P": 1, "PA": 1, "1": 1}  # number of channels without alpha
 
 
 def decode_mask(data: bytes, image: Pixels, rules: DecodeRules) -> np.ndarray:
-    """Defect pixels of an encoded mask, bool (H, W), turned as its image is.
+    """Decodes a mask to defect pixels, bool (H, W), in the orientation of its image.
 
-    A mask without an orientation of its own that has the size of the image as stored, not as turned, is turned with it.
+    A mask without its own orientation gets that of the image if it has the size of the stored, unrotated image.
 
     Args:
         data: the mask file.
-        image: what is known of its image.
-        rules: of the image's source.
+        image: its decoded image.
+        rules: decoding rules of the image's source.
 
     Raises:
-        MemberError: it cannot be decoded.
+        MemberError: the mask cannot be decoded.
     """
     with loaded_image(data, rules) as loaded:
-        marks_HW = _marks(loaded, data)
-    orientation, size = loaded.orientation, marks_HW.shape[::-1]
+        defects_HW = _defects(loaded, data)
+    orientation, size = loaded.orientation, defects_HW.shape[::-1]
     if orientation == 1 and image.orientation in SIDEWAYS and size == image.stored_size != (image.width, image.height):
         orientation = image.orientation
-    return np.asarray(turned(Image.fromarray(marks_HW), orientation))
+    return np.asarray(turned(Image.fromarray(defects_HW), orientation))
 
 
-def _marks(loaded: Loaded, data: bytes) -> np.ndarray:
+def _defects(loaded: Loaded, data: bytes) -> np.ndarray:
     levels_HW, full_scale = _levels(loaded)
     half = (full_scale + 1) // 2
     if levels_HW.max() < half or (_lossless(loaded.picture, data) and _few(levels_HW)):
@@ -49,7 +49,7 @@ def _marks(loaded: Loaded, data: bytes) -> np.ndarray:
 
 
 def _levels(loaded: Loaded) -> tuple[np.ndarray, int]:
-    """(levels (H, W), full scale)."""
+    """Returns (levels (H, W), full scale)."""
     picture = loaded.picture
     if picture.mode in SIXTEEN_BIT:
         levels_HW = np.asarray(picture)
@@ -66,7 +66,7 @@ def _levels(loaded: Loaded) -> tuple[np.ndarray, int]:
 
 
 def _few(levels_HW: np.ndarray) -> bool:
-    """Whether there are at most `MAX_IDS` levels; 32-bit levels beyond 16 bits count as one."""
+    """Whether there are at most `MAX_IDS` levels; levels of more than 16 bits count as one."""
     seen = np.zeros(LEVELS, bool)
     for row in levels_HW:
         seen[np.clip(row, 0, LEVELS - 1)] = True

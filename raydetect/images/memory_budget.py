@@ -1,7 +1,7 @@
-"""How many pixels a process decodes at a time: whoever decodes waits for space, first come first served.
+"""Limits the number of pixels that a process decodes at a time; threads wait in order of arrival.
 
-One `SPACE` serves all threads of a process, whatever they decode for: scoring, a fit, masks, endpoints, reports. A
-decoder takes space once, for one image, and takes no more until it has given that back, so nobody waits for each other.
+All threads of a process share `PIXEL_BUDGET`: scoring, fits, masks, endpoints, reports. A thread holds one reservation
+at a time, for one image, so there is no deadlock.
 """
 
 import threading
@@ -9,46 +9,46 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-BYTES_PER_PIXEL = 16  # at most, of every format that is read, from its decoder to the resized picture
-LEAST_PIXELS = 1 << 26  # 1 GiB, so that a small source.max_pixels does not make decoders wait for each other
+BYTES_PER_PIXEL = 16  # maximum over all formats, including decoder and resizing
+MIN_PIXELS = 1 << 26  # 1 GiB, so that a small source.max_pixels does not serialise decoding
 
 
 class PixelBudget:
-    """Pixels in flight, bounded."""
+    """A bounded number of pixels being decoded."""
 
     def __init__(self) -> None:
-        """All of it is free."""
+        """Creates a budget without reservations."""
         self._changed = threading.Condition()
         self._waiting: deque[object] = deque()
-        self._taken = 0
+        self._reserved = 0
 
     @contextmanager
-    def taken(self, pixels: int, max_pixels: int) -> Iterator[None]:
-        """Waits until so many pixels fit in, and holds them; one image that never fits goes alone.
+    def reserve(self, pixels: int, max_pixels: int) -> Iterator[None]:
+        """Waits until the pixels fit and reserves them; an image larger than the budget is decoded alone.
 
         Args:
-            pixels: of the image.
-            max_pixels: of the image's source: with less than LEAST_PIXELS, that many may be in flight.
+            pixels: number of pixels of the image.
+            max_pixels: `max_pixels` of its source; the budget is at least `MIN_PIXELS`.
         """
-        room, turn = max(max_pixels, LEAST_PIXELS), object()
+        budget, ticket = max(max_pixels, MIN_PIXELS), object()
 
         def is_next() -> bool:
-            return self._waiting[0] is turn and (not self._taken or self._taken + pixels <= room)
+            return self._waiting[0] is ticket and (not self._reserved or self._reserved + pixels <= budget)
 
         with self._changed:
-            self._waiting.append(turn)
+            self._waiting.append(ticket)
             try:
                 self._changed.wait_for(is_next)
-                self._taken += pixels
+                self._reserved += pixels
             finally:
-                self._waiting.remove(turn)
+                self._waiting.remove(ticket)
                 self._changed.notify_all()
         try:
             yield
         finally:
             with self._changed:
-                self._taken -= pixels
+                self._reserved -= pixels
                 self._changed.notify_all()
 
 
-SPACE = PixelBudget()
+PIXEL_BUDGET = PixelBudget()

@@ -1,4 +1,4 @@
-"""Encoded bytes to a picture as its file stores it: judged by its header, then decoded when there is space for it."""
+"""Opens encoded images: checks the header, then decodes the pixels as stored within the memory budget."""
 
 import io
 import math
@@ -17,44 +17,44 @@ from raydetect.config import SourceSpec
 from raydetect.errors import MemberError
 from raydetect.images import tiff
 from raydetect.images.bit_depth import FULL_DEPTH, GreyDepth
-from raydetect.images.jpeg import NotByTurboError, decode_jpeg, sample_bits, without_exif
-from raydetect.images.memory_budget import SPACE
+from raydetect.images.jpeg import UnsupportedByTurboError, decode_jpeg, sample_bits, without_exif
+from raydetect.images.memory_budget import PIXEL_BUDGET
 from raydetect.images.orientation import orientation_of
 from raydetect.images.pages import pages_of
 from raydetect.images.png import significant_bits, without_texts
-from raydetect.images.resize import resized, upright_size, whole
+from raydetect.images.resize import resized, to_rgb, upright_size
 
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "GIF", *(("AVIF",) if features.check("avif") else ()))
 JPEGS, JPEG_START = ("JPEG", "MPO"), b"\xff\xd8"
-STORED = {"RGB": "RGBX"}  # modes whose pixels a JPEG decoder writes as Pillow keeps them
+STORED = {"RGB": "RGBX"}  # Pillow stores RGB with a fourth byte
 EXIF_IGNORED, PAGES_NOT_READ = "exif_ignored", "pages_not_read"
-# What Pillow warns of becomes a status or is judged by source.max_pixels. Set once: the filters are not thread-safe.
+# Causes of Pillow's warnings become a status or are checked by source.max_pixels. Warning filters are not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 _limit_lock = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeRules:
-    """What of the source's words decoding needs."""
+    """Settings of a source that affect decoding."""
 
     max_pixels: int
     apply_exif: bool
 
     @classmethod
     def of(cls, source: SourceSpec) -> "DecodeRules":
-        """The rules that a source states."""
+        """Creates the rules of a source."""
         return cls(source.max_pixels, source.exif_orientation == "apply")
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A decoded picture as its file stores it.
+    """A decoded picture as stored in its file.
 
     Attributes:
-        picture: in Pillow's mode of it, not turned.
-        depth: how its values are meant when they are grey of 16 bits.
-        orientation: how it is to be turned; 1 also where the source says `ignore`.
-        notes: as `Pixels.notes`.
+        picture: the picture in Pillow's mode, orientation not applied.
+        depth: interpretation of 16-bit grey values.
+        orientation: the orientation to apply; 1 if the source says `ignore`.
+        notes: see `Pixels.notes`.
     """
 
     picture: Image.Image
@@ -64,19 +64,19 @@ class Loaded:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height) in px of the picture as it is to be seen."""
+        """(width, height) in px after orientation."""
         return upright_size(self.picture, self.orientation)
 
     def rgb(self) -> Image.Image:
-        """The picture as it is to be seen, in 8-bit RGB.
+        """Returns the upright picture in 8-bit RGB.
 
         Raises:
             MemberError: unsupported_mode.
         """
-        return whole(self.picture, self.depth, self.orientation)
+        return to_rgb(self.picture, self.depth, self.orientation)
 
     def resized(self, image_size: tuple[int, int]) -> Image.Image:
-        """The picture at (height, width) `image_size`, in 8-bit RGB.
+        """Returns the upright picture at (height, width) `image_size`, in 8-bit RGB.
 
         Raises:
             MemberError: unsupported_mode.
@@ -86,11 +86,11 @@ class Loaded:
 
 @contextmanager
 def loaded_image(data: bytes, rules: DecodeRules) -> Iterator[Loaded]:
-    """The picture of encoded bytes as it is stored, and what is known of it; with it goes its space (`space.py`).
+    """Decodes an image as stored; holds its reservation of the memory budget until the block ends.
 
     Args:
         data: the file.
-        rules: of its source.
+        rules: decoding rules of its source.
 
     Raises:
         MemberError: empty, too_many_pixels, not_an_image, unsupported_mode or corrupt.
@@ -98,7 +98,7 @@ def loaded_image(data: bytes, rules: DecodeRules) -> Iterator[Loaded]:
     if not data:
         raise MemberError("empty", "the file has zero bytes. Write it again at its source.")
     opened = _open(data, rules.max_pixels)
-    with SPACE.taken(opened.pixels, rules.max_pixels):
+    with PIXEL_BUDGET.reserve(opened.pixels, rules.max_pixels):
         yield _loaded(opened, rules)
 
 
@@ -119,9 +119,9 @@ def _loaded(opened: "_Opened", rules: DecodeRules) -> Loaded:
 
 def _decoded(opened: "_Opened", rules: DecodeRules) -> Loaded:
     picture = opened.picture
-    before = orientation_of(picture) if picture.format == "TIFF" else None  # load() forgets it
+    tiff_orientation = orientation_of(picture) if picture.format == "TIFF" else None  # load() discards it
     picture = _with_pixels(opened)
-    orientation, damaged = before or orientation_of(picture)
+    orientation, damaged = tiff_orientation or orientation_of(picture)
     if not rules.apply_exif:
         orientation, damaged = 1, False
     elif opened.exif_removed:
@@ -135,13 +135,13 @@ def _decoded(opened: "_Opened", rules: DecodeRules) -> Loaded:
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """A picture whose header is read and judged.
+    """A picture whose header is read and checked.
 
     Attributes:
-        picture: not loaded.
-        data: what it was opened from.
-        depth: as `Loaded.depth`.
-        exif_removed: what may have said how it is to be turned could not be read.
+        picture: the picture without pixels.
+        data: the bytes it was opened from.
+        depth: see `Loaded.depth`.
+        exif_removed: whether unreadable metadata that may contain the orientation were removed.
         tile: (width, height) in px of a TIFF's tiles.
     """
 
@@ -153,7 +153,7 @@ class _Opened:
 
     @property
     def pixels(self) -> int:
-        """That its decoder has at once."""
+        """Number of pixels that its decoder holds at a time."""
         return max(math.prod(self.picture.size), math.prod(self.tile))
 
 
@@ -184,7 +184,7 @@ def _too_many(what: str, max_pixels: int) -> MemberError:
 
 
 def _let_pillow_open(max_pixels: int) -> None:
-    """Raises Pillow's own limit, which holds for the whole process, to what a source states; never lowers it."""
+    """Raises Pillow's process-wide limit to that of a source; never lowers it."""
     with _limit_lock:
         if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
             Image.MAX_IMAGE_PIXELS = max_pixels
@@ -207,16 +207,16 @@ def _opened(data: bytes) -> _Opened:
 
 
 def _without_exif(data: bytes) -> bytes:
-    """The same image without the EXIF for which Pillow may not open it; formats that it opens anyway as they are."""
+    """Removes EXIF that can prevent Pillow from opening an image; other formats are unchanged."""
     if data.startswith(JPEG_START):
         return without_exif(data)
     if data[8:12] in (b"avif", b"avis"):
-        return data.replace(b"Exif", b"none")  # the item under a name that nobody reads
+        return data.replace(b"Exif", b"none")  # rename the item, so that it is ignored
     return data
 
 
 def _without_texts(data: bytes, error: Exception) -> _Opened | None:
-    """A PNG without the texts that are too large for Pillow to read; None when they are not what it raised."""
+    """Opens a PNG without texts that are too large for Pillow; None if the error has another cause."""
     if "MAX_TEXT" not in str(error):
         return None
     bare, may_turn = without_texts(data)
@@ -234,7 +234,7 @@ def _opened_tiff(data: bytes) -> _Opened:
     if grey and inverted and page is not None:
         data = tiff.with_black_as_zero(data, page)
     picture = Image.open(io.BytesIO(data), formats=FORMATS)
-    # load() would turn it, with the source's words or against them
+    # prevents load() from applying the orientation
     picture.__dict__["getexif"] = Image.Exif
     tile = (0, 0) if page is None else tiff.tile_size(page)
     return _Opened(picture, data, GreyDepth(bits, inverted) if grey else FULL_DEPTH, tile=tile)
@@ -245,39 +245,39 @@ def _unidentified(data: bytes) -> MemberError:
         return tiff.refusal(data)
     bits = sample_bits(data) if data.startswith(JPEG_START) else None
     if bits not in (None, 8):
-        return MemberError("unsupported_mode", f"JPEG with {bits} bits per sample: is not read. Convert it to 8 bits.")
-    if begins_as_image(data[:16]):
-        message = (
-            "its first bytes are those of an image, and what follows is none of at least 1 x 1 px. Write it again."
+        return MemberError(
+            "unsupported_mode", f"JPEG with {bits} bits per sample: not supported. Convert it to 8 bits."
         )
+    if begins_as_image(data[:16]):
+        message = "it starts like an image file, but the rest is not an image of at least 1 x 1 px. Write it again."
         return MemberError("not_an_image", message)
-    return MemberError("not_an_image", f"no image format begins with the bytes {data[:8].hex(' ')}.")
+    return MemberError("not_an_image", f"no supported image format starts with the bytes {data[:8].hex(' ')}.")
 
 
 def _with_pixels(opened: _Opened) -> Image.Image:
-    """The same picture, or a new one of the same header, with its pixels decoded and as stored."""
+    """Decodes the pixels as stored; returns the same picture or a new one with its metadata."""
     picture = opened.picture
     if picture.format in JPEGS:
         try:
             pixels_HWC = decode_jpeg(opened.data, picture.size, picture.mode)
-        except NotByTurboError:
+        except UnsupportedByTurboError:
             picture.load()
             return picture
         if picture.mode == "CMYK":
             np.subtract(255, pixels_HWC, out=pixels_HWC)
         mode = STORED.get(picture.mode, picture.mode)
-        made = Image.frombuffer(mode, picture.size, pixels_HWC, "raw", mode, 0, 1)  # no copy
-        made.info, made.format = picture.info, picture.format
-        return made
+        decoded = Image.frombuffer(mode, picture.size, pixels_HWC, "raw", mode, 0, 1)  # no copy
+        decoded.info, decoded.format = picture.info, picture.format
+        return decoded
     picture.load()
-    for copies in ("_decoder", "fp"):  # of WebP and AVIF, which keep up to twelve bytes for each pixel
-        picture.__dict__.pop(copies, None)
-    # a TIFF that is not turned still has the size of the turned one
+    for name in ("_decoder", "fp"):  # WebP and AVIF keep up to twelve bytes per pixel there
+        picture.__dict__.pop(name, None)
+    # an unrotated TIFF still reports the size of the rotated one
     return picture if picture.im.size == picture.size else picture.copy()
 
 
 def depth_of(picture: Image.Image) -> GreyDepth:
-    """How grey of 16 bits is meant in a picture that Pillow opened; what it does not keep (sBIT) is not known."""
+    """Returns the depth of 16-bit grey in a picture opened by Pillow, which does not keep sBIT."""
     tags: Any = getattr(picture, "tag_v2", None)
     bits = None if tags is None else tags.get(tiff.BITS)
     if bits not in ((12,), (16,)):
@@ -286,5 +286,5 @@ def depth_of(picture: Image.Image) -> GreyDepth:
 
 
 def short(error: Exception) -> str:
-    """What an error of a library says, in one line."""
+    """Shortens the message of a library's error to one line."""
     return " ".join(str(error).split())[:160] or type(error).__name__

@@ -1,6 +1,6 @@
-"""How an image is to be turned: the orientation of its EXIF, or of its XMP where EXIF says nothing.
+"""Reads and applies image orientation, from EXIF or, if that has none, from XMP.
 
-Read by this module alone, for every format, since Pillow's readers raise for damaged blocks, and turn TIFFs unasked.
+Implemented for all formats here, because Pillow's readers raise for damaged metadata and rotate TIFFs on their own.
 """
 
 import re
@@ -25,14 +25,14 @@ XMP = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 
 
 def orientation_of(picture: Image.Image) -> tuple[int, bool]:
-    """(orientation 1 to 8, whether the EXIF is damaged). 1 where nothing is said, or nothing that is known.
+    """Returns (orientation 1 to 8, whether the EXIF is damaged); 1 if it is missing or invalid.
 
     Args:
-        picture: loaded, so that all of its blocks are read; a TIFF may be not.
+        picture: a loaded picture, so that all metadata are read; a TIFF need not be loaded.
     """
     try:
         value = _stored(picture)
-    except Exception:  # whatever a decoder left in the block; it is told as a note
+    except Exception:  # the block may contain anything; reported as a note
         return 1, True
     if value is None:
         value = _of_xmp(picture)
@@ -40,12 +40,12 @@ def orientation_of(picture: Image.Image) -> tuple[int, bool]:
 
 
 def turned(picture: Image.Image, orientation: int) -> Image.Image:
-    """The picture as it is to be seen."""
+    """Applies an orientation to a picture."""
     return picture.transpose(TURNS[orientation]) if orientation in TURNS else picture
 
 
 def upright(picture: Image.Image) -> Image.Image:
-    """A picture given in Python as it is to be seen; a TIFF was turned by Pillow when it was loaded."""
+    """Applies the orientation of a picture from the Python API; Pillow already rotates TIFFs on loading."""
     picture.load()
     return turned(picture, orientation_of(picture)[0])
 
@@ -69,5 +69,5 @@ def _stored(picture: Image.Image) -> int | None:
 
 def _of_xmp(picture: Image.Image) -> int:
     text = picture.info.get("XML:com.adobe.xmp") or picture.info.get("xmp") or b""
-    found = XMP.search(text.encode() if isinstance(text, str) else bytes(text))
-    return int(found.group(1)) if found else 1
+    match = XMP.search(text.encode() if isinstance(text, str) else bytes(text))
+    return int(match.group(1)) if match else 1

@@ -1,7 +1,7 @@
-"""Pictures to 8-bit RGB and to the detector's input size.
+"""Converts pictures to 8-bit RGB and to the detector's input size.
 
-They are converted and turned a band of rows at a time, and grey ones are resized as grey, so that nothing as large as
-the picture is wider than it must be. The pixels are those of the whole picture converted, turned and resized.
+To save memory, pictures are converted and rotated in bands of rows, and grey ones are resized as grey. The pixels are
+the same as without bands.
 """
 
 from collections.abc import Iterator
@@ -9,22 +9,22 @@ from collections.abc import Iterator
 from PIL import Image
 
 from raydetect.errors import MemberError
-from raydetect.images.bit_depth import SIXTEEN_BIT, GreyDepth, eight_bits, settled
+from raydetect.images.bit_depth import SIXTEEN_BIT, GreyDepth, eight_bits, resolved_depth
 from raydetect.images.orientation import SIDEWAYS, turned
 
 BAND_PIXELS = 1 << 18
 CONVERTED = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 GREY = ("1", "L", "LA", *SIXTEEN_BIT)
-FROM_THE_END = frozenset({3, 4, 7, 8})  # orientations whose first rows are the last rows, or columns, that are stored
+FROM_THE_END = frozenset({3, 4, 7, 8})  # orientations whose first rows are the last rows or columns stored
 
 
-def whole(picture: Image.Image, depth: GreyDepth, orientation: int) -> Image.Image:
-    """The picture as it is to be seen, in 8-bit RGB.
+def to_rgb(picture: Image.Image, depth: GreyDepth, orientation: int) -> Image.Image:
+    """Converts a picture to upright 8-bit RGB.
 
     Args:
-        picture: loaded, as it is stored.
-        depth: how grey of 16 bits is meant.
-        orientation: how it is to be turned, as EXIF says it.
+        picture: a loaded picture, as stored.
+        depth: interpretation of 16-bit grey values.
+        orientation: the EXIF orientation to apply.
 
     Raises:
         MemberError: unsupported_mode.
@@ -33,7 +33,7 @@ def whole(picture: Image.Image, depth: GreyDepth, orientation: int) -> Image.Ima
 
 
 def resized(picture: Image.Image, depth: GreyDepth, orientation: int, size: tuple[int, int]) -> Image.Image:
-    """As `whole`, at another (width, height): antialiased bilinear, aspect ratio not kept.
+    """Converts a picture like `to_rgb` and resizes it to (width, height) `size`, antialiased bilinear.
 
     Raises:
         MemberError: unsupported_mode.
@@ -46,7 +46,7 @@ def resized(picture: Image.Image, depth: GreyDepth, orientation: int, size: tupl
 
 
 def upright_size(picture: Image.Image, orientation: int) -> tuple[int, int]:
-    """(width, height) in px of the picture as it is to be seen."""
+    """Returns (width, height) in px of the upright picture."""
     width, height = picture.size
     return (height, width) if orientation in SIDEWAYS else (width, height)
 
@@ -57,15 +57,15 @@ def _upright(picture: Image.Image, depth: GreyDepth, orientation: int, mode: str
     if picture.mode not in (*CONVERTED, *SIXTEEN_BIT):
         message = f"pixels of mode {picture.mode} have no fixed 8-bit scale. Convert them first."
         raise MemberError("unsupported_mode", message)
-    depth = settled(picture, depth)
-    found = Image.new(mode, upright_size(picture, orientation))
+    depth = resolved_depth(picture, depth)
+    upright = Image.new(mode, upright_size(picture, orientation))
     for top, box in _bands(picture.size, orientation):
-        found.paste(turned(_converted(picture.crop(box), depth, mode), orientation), (0, top))
-    return found
+        upright.paste(turned(_converted(picture.crop(box), depth, mode), orientation), (0, top))
+    return upright
 
 
 def _bands(size: tuple[int, int], orientation: int) -> Iterator[tuple[int, tuple[int, int, int, int]]]:
-    """(first row of the upright picture, its box as stored: left, upper, right, lower) of every band, from the top."""
+    """Yields (first row in the upright picture, (left, upper, right, lower) as stored) of every band, from the top."""
     width, height = size
     sideways = orientation in SIDEWAYS
     length, across = (width, height) if sideways else (height, width)
@@ -78,7 +78,7 @@ def _bands(size: tuple[int, int], orientation: int) -> Iterator[tuple[int, tuple
 
 
 def _converted(picture: Image.Image, depth: GreyDepth, mode: str) -> Image.Image:
-    """A band in 8 bits, by the rule of its pixel format."""
+    """Converts a band to 8 bits by the rule of its pixel format."""
     if picture.mode == mode:
         return picture
     if picture.mode in SIXTEEN_BIT:

@@ -1,4 +1,4 @@
-"""What a TIFF's directories say, read without decoding: bounded, for files that Pillow does not open or misreads."""
+"""Reads TIFF directories without decoding and with bounds, for files that Pillow cannot open or misreads."""
 
 import struct
 from collections.abc import Iterator
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from raydetect.errors import MemberError
 
 MAX_PAGES = 10_000
-MAX_TAGS, FIRST_TAGS = 4096, 8  # of a directory; of one that is only counted: tags are sorted, and what counts is first
-MAX_VALUES = 8  # of one tag; more samples in a pixel change nothing here
+MAX_TAGS, FIRST_TAGS = 4096, 8  # per directory; for counting pages only the first of the sorted tags are needed
+MAX_VALUES = 8  # per tag; further samples per pixel do not matter here
 UNSIGNED = {1: "B", 3: "H", 4: "L", 13: "L", 16: "Q"}  # TIFF type: struct code
 SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC = 254, 256, 257, 258, 259, 262
@@ -29,7 +29,7 @@ PHOTOMETRICS = {
 
 
 class DamagedError(Exception):
-    """The bytes break off, or are no TIFF."""
+    """The data are truncated or not a TIFF."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,28 +37,28 @@ class Directory:
     """One image file directory.
 
     Attributes:
-        values: by tag, of those in `READ` that hold unsigned integers; at most `MAX_VALUES` of each.
-        places: by tag, where its value or the offset of its values lies, in bytes from the start.
-        following: offset of the next directory, 0 = none.
+        values: values by tag, for tags in `READ` with unsigned integers; at most `MAX_VALUES` each.
+        value_offsets: by tag, the offset of the field with its value or the offset of its values.
+        next_offset: offset of the next directory, 0 = none.
     """
 
     values: dict[int, tuple[int, ...]]
-    places: dict[int, int]
-    following: int
+    value_offsets: dict[int, int]
+    next_offset: int
 
     def first(self, tag: int, default: int) -> int:
-        """The first value of a tag."""
+        """Returns the first value of a tag."""
         return self.values.get(tag, (default,))[0]
 
 
 class Reader:
-    """Reads directories of TIFF bytes, which EXIF blocks are too; both byte orders, 32 and 64 bits."""
+    """Reads directories of TIFF data, including EXIF blocks; both byte orders, 32 and 64 bits."""
 
     def __init__(self, data: bytes) -> None:
         """Reads the header.
 
         Raises:
-            DamagedError: it is no TIFF, or its header is cut.
+            DamagedError: the data are not a TIFF, or its header is truncated.
         """
         self.data = data
         if data[:2] not in (b"II", b"MM"):
@@ -71,25 +71,25 @@ class Reader:
         (self.start,) = self._unpack("Q", 8) if self.big else self._unpack("L", 4)
 
     def directory(self, offset: int, max_tags: int = MAX_TAGS) -> Directory:
-        """The directory there. What is wrong with tags that nobody asks for does not matter.
+        """Reads the directory at an offset, ignoring errors in tags that are not in `READ`.
 
         Raises:
-            DamagedError: it breaks off, or values lie outside of the file.
+            DamagedError: the directory is truncated, or values lie outside the file.
         """
         count, entries, step = self._extent(offset)
         values: dict[int, tuple[int, ...]] = {}
-        places: dict[int, int] = {}
+        value_offsets: dict[int, int] = {}
         for i in range(min(count, max_tags)):
-            place = entries + i * step
-            tag, kind, number = self._unpack("HHQ" if self.big else "HHL", place)
-            inline = place + (12 if self.big else 8)
-            places.setdefault(tag, inline)
+            entry = entries + i * step
+            tag, kind, number = self._unpack("HHQ" if self.big else "HHL", entry)
+            inline = entry + (12 if self.big else 8)
+            value_offsets.setdefault(tag, inline)
             if tag in READ and kind in UNSIGNED and number:
                 values.setdefault(tag, self._values(kind, number, inline))
-        return Directory(values, places, self._following(entries + count * step))
+        return Directory(values, value_offsets, self._next_offset(entries + count * step))
 
     def offsets(self) -> Iterator[int]:
-        """Where the directories lie, in order; ends where the chain breaks off or runs in a circle."""
+        """Yields the offsets of the directories in order; stops where the chain is damaged or forms a loop."""
         offset, seen = self.start, set[int]()
         while offset and offset not in seen and len(seen) < MAX_PAGES:
             seen.add(offset)
@@ -98,53 +98,53 @@ class Reader:
             except DamagedError:
                 return
             yield offset
-            offset = self._following(entries + count * step)
+            offset = self._next_offset(entries + count * step)
 
     def _extent(self, offset: int) -> tuple[int, int, int]:
-        """(number of entries, where they begin, bytes of each)."""
+        """Returns (number of entries, offset of the first, bytes per entry)."""
         (count,) = self._unpack("Q" if self.big else "H", offset)
         entries, step = offset + (8 if self.big else 2), 20 if self.big else 12
         if entries + count * step > len(self.data):
-            raise DamagedError(f"a directory of {count} entries breaks off")
+            raise DamagedError(f"a directory of {count} entries is truncated")
         return count, entries, step
 
-    def _following(self, place: int) -> int:
+    def _next_offset(self, offset: int) -> int:
         try:
-            return int(self._unpack("Q" if self.big else "L", place)[0])
-        except DamagedError:  # some writers leave the last link out
+            return int(self._unpack("Q" if self.big else "L", offset)[0])
+        except DamagedError:  # some writers omit the last link
             return 0
 
     def _values(self, kind: int, number: int, inline: int) -> tuple[int, ...]:
-        size, room = SIZES[kind] * number, 8 if self.big else 4
-        place = inline
-        if size > room:
-            (place,) = self._unpack("Q" if self.big else "L", inline)
-            if place + size > len(self.data):
+        size, inline_size = SIZES[kind] * number, 8 if self.big else 4
+        offset = inline
+        if size > inline_size:
+            (offset,) = self._unpack("Q" if self.big else "L", inline)
+            if offset + size > len(self.data):
                 raise DamagedError("values of a directory lie beyond the end")
-        return self._unpack(str(min(number, MAX_VALUES)) + UNSIGNED[kind], place)
+        return self._unpack(str(min(number, MAX_VALUES)) + UNSIGNED[kind], offset)
 
-    def _unpack(self, form: str, place: int) -> tuple[int, ...]:
+    def _unpack(self, form: str, offset: int) -> tuple[int, ...]:
         try:
-            return struct.unpack_from(self.order + form, self.data, place)
+            return struct.unpack_from(self.order + form, self.data, offset)
         except (struct.error, OverflowError):
-            raise DamagedError("it breaks off") from None
+            raise DamagedError("it is truncated") from None
 
 
 def is_tiff(data: bytes) -> bool:
-    """Whether bytes begin as a TIFF does."""
+    """Whether data start with a TIFF header."""
     return data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 def refusal(data: bytes) -> MemberError:
-    """Why Pillow does not open a TIFF: unsupported_mode with what it is, or corrupt."""
+    """Returns the reason why Pillow cannot open a TIFF: unsupported_mode with a description, or corrupt."""
     try:
         reader = Reader(data)
         page = reader.directory(reader.start)
     except DamagedError as error:
-        return MemberError("corrupt", f"cut or damaged TIFF directory ({error}). Write it again at its source.")
+        return MemberError("corrupt", f"truncated or damaged TIFF directory ({error}). Write it again at its source.")
     if WIDTH not in page.values or HEIGHT not in page.values:
-        return MemberError("corrupt", "damaged TIFF directory: it names no size. Write it again at its source.")
-    return MemberError("unsupported_mode", f"{_described(page)}: is not read. Convert it to 8 or 16 bits per sample.")
+        return MemberError("corrupt", "damaged TIFF directory: it has no image size. Write it again at its source.")
+    return MemberError("unsupported_mode", f"{_described(page)}: not supported. Convert it to 8 or 16 bits per sample.")
 
 
 def _described(page: Directory) -> str:
@@ -160,17 +160,17 @@ def _described(page: Directory) -> str:
 
 
 def has_scale(page: Directory) -> bool:
-    """Whether the largest value of its samples is white: not so of signed integers, and of more than 16 bits."""
+    """Whether samples have a fixed scale: true except for signed integers and integers of more than 16 bits."""
     return (page.first(SAMPLE_FORMAT, 1) != 2 and page.first(BITS, 1) <= 16) or page.first(SAMPLE_FORMAT, 1) == 3
 
 
 def tile_size(page: Directory) -> tuple[int, int]:
-    """(width, height) in px of its tiles, (0, 0) when it has none; a tile may be larger than its image."""
+    """Returns (width, height) of tiles in px, (0, 0) if there are none; a tile may be larger than its image."""
     return page.first(TILE_WIDTH, 0), page.first(TILE_HEIGHT, 0)
 
 
 def first_page(data: bytes) -> Directory | None:
-    """The first directory, None when it cannot be read."""
+    """Reads the first directory; None if it cannot be read."""
     try:
         reader = Reader(data)
         return reader.directory(reader.start)
@@ -179,14 +179,14 @@ def first_page(data: bytes) -> Directory | None:
 
 
 def with_black_as_zero(data: bytes, page: Directory) -> bytes:
-    """The same bytes with another photometric interpretation: Pillow opens these, and the caller inverts them."""
-    place = page.places[PHOTOMETRIC]
-    one = struct.pack(Reader(data).order + "H", 1)
-    return data[:place] + one + data[place + 2 :]
+    """Changes the photometric interpretation to one that Pillow can open; the caller must invert the pixels."""
+    offset = page.value_offsets[PHOTOMETRIC]
+    black_is_zero = struct.pack(Reader(data).order + "H", 1)
+    return data[:offset] + black_is_zero + data[offset + 2 :]
 
 
 def pages(data: bytes) -> int:
-    """Number of images, smaller copies of one not counted; at most `MAX_PAGES`."""
+    """Counts images without thumbnails, up to `MAX_PAGES`."""
     try:
         reader = Reader(data)
         return sum(_is_page(reader, offset) for offset in reader.offsets())

@@ -1,4 +1,4 @@
-"""The endpoints in one process, without Ray: `raydetect serve --local`."""
+"""Serves the endpoints in one process, without Ray: `raydetect serve --local`."""
 
 import asyncio
 import math
@@ -30,11 +30,11 @@ from raydetect.scoring.priority import PriorityLock
 from raydetect.storage import Storage
 
 CHUNKS_IN_FLIGHT = 2
-SCORED_AT_ONCE = 2  # requests: one is decoded while the images of the other are with the detector
+SCORED_AT_ONCE = 2  # requests: one is decoded while the other's images are scored
 
 
 class LocalBackend:
-    """Scores in this process; see `gateway.desk.Backend`."""
+    """Scores in this process; see `gateway.backend.Backend`."""
 
     def __init__(self, spec: ServeSpec) -> None:
         """Loads every served detector.
@@ -58,8 +58,8 @@ class LocalBackend:
 
     async def answer(self, served: Served, members: Sequence[Member], heatmaps: Sequence[Heatmaps]) -> Sequence[Answer]:
         """See `Backend.answer`."""
-        rules = online_spec(self._spec, served.index.uri, served.flag)
-        work = partial(self._score, served.index, members, heatmaps, rules)
+        job = online_spec(self._spec, served.index.uri, served.flag)
+        work = partial(self._score, served.index, members, heatmaps, job)
         return await asyncio.get_running_loop().run_in_executor(self._scoring, work)
 
     async def replace(self, name: str, artifact: str) -> Served:
@@ -89,21 +89,21 @@ class LocalBackend:
         return served
 
     def _score(
-        self, index: ArtifactIndex, members: Sequence[Member], heatmaps: Sequence[Heatmaps], rules: ScoreSpec
+        self, index: ArtifactIndex, members: Sequence[Member], heatmaps: Sequence[Heatmaps], job: ScoreSpec
     ) -> Sequence[Answer]:
-        return self._get(index).answer(members, heatmaps, rules)
+        return self._get(index).answer(members, heatmaps, job)
 
     def _get(self, index: ArtifactIndex) -> ScorerPool:
         with self._lock:
-            found = self._pools.pop(index.digest, None)
-            if found is None:
+            pool = self._pools.pop(index.digest, None)
+            if pool is None:
                 if len(self._pools) >= self._spec.resources.detectors_in_memory:
                     self._pools.popitem(last=False)
-                found = ScorerPool(
+                pool = ScorerPool(
                     SharedDetectors(index, self._storage, self._device_lock), self._device, self._device_lock
                 )
-            self._pools[index.digest] = found
-            return found
+            self._pools[index.digest] = pool
+            return pool
 
     def _send(self, plan: ScorePlan, chunk: Chunk) -> Part:
         result = self._get(plan.artifact).score_chunk(chunk, plan.spec)
@@ -113,24 +113,24 @@ class LocalBackend:
 def serve_here(
     spec: ServeSpec, tokens: Tokens, on_ready: Callable[[str, str], None], wait: Callable[[], None], **bounds: float
 ) -> None:
-    """Answers requests until `wait` returns; requests in hand are finished.
+    """Serves requests until `wait` returns, then finishes those in flight.
 
     Args:
         spec: the job.
-        tokens: who may do what.
-        on_ready: told when requests are answered: of their URL, and of "" since there are no metrics.
-        wait: returns when it is to end.
-        bounds: of connections, other than those of `gateway.wire.ConnectionLimits`.
+        tokens: accepted tokens and their scopes.
+        on_ready: called with the server's URL and "", since there is no metrics URL, once it accepts requests.
+        wait: blocks until the server should stop.
+        bounds: fields of `gateway.http.connections.ConnectionLimits` to override.
 
     Raises:
-        ArtifactError, SpecError: a detector cannot be served, or the port is taken.
+        ArtifactError, SpecError: a detector cannot be served, or the port is in use.
     """
     backend = LocalBackend(spec)
     with socket.socket(socket.AF_INET6 if ":" in spec.host else socket.AF_INET, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((spec.host, spec.port))
-            listener.listen(BACKLOG)  # from here on clients wait instead of being refused
+            listener.listen(BACKLOG)  # from now on clients wait instead of being refused
         except OSError as error:
             message = f"{spec.host}:{spec.port}: cannot be listened on ({error.strerror}). Set host and port."
             raise SpecError(message) from None

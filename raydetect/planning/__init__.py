@@ -1,1 +1,1 @@
-"""What is left of a scoring job, and how its shards are committed."""
+"""Plans scoring jobs, forecasts their cost and commits their shards."""

@@ -1,8 +1,8 @@
-"""What a scoring job will read and write, before it runs: images, chunks, PUTs, hours and cost.
+"""Forecasts what a scoring job will read and write: images, chunks, PUTs, hours and cost.
 
-Loose images are counted from the listing. Of containers a few are looked into, spread over the listing. How many images
-are in the others follows from how many are in a shard, or in a byte, whichever differs less between those looked into:
-a tar of one small image is mostly padding, so bytes alone say little of it.
+Loose images are counted in the listing. A sample of containers, spread over the listing, is read to estimate the
+images in the others, per shard or per byte, whichever varies less in the sample: a tar of one small image is mostly
+padding, so its bytes alone say little.
 """
 
 import math
@@ -19,13 +19,13 @@ from raydetect.errors import ArchiveError
 from raydetect.planning.plan import ScorePlan
 from raydetect.records import Shard
 
-LOOKED_INTO, FIRST_IMAGES, FIRST_BYTES, SECONDS = 16, 64, 32 << 20, 20.0
-AROUND = {"tar": 768}  # bytes of a member's header and padding, on average
+SAMPLED_CONTAINERS, FIRST_IMAGES, FIRST_BYTES, SECONDS = 16, 64, 32 << 20, 20.0
+MEMBER_OVERHEAD = {"tar": 768}  # average bytes of a member's header and padding
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerEstimate:
-    """Hours and cost of what is left, on some number of workers."""
+    """Hours and cost of the remaining work for a number of workers."""
 
     num_workers: int
     hours: float
@@ -34,14 +34,14 @@ class WorkerEstimate:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What a scoring job will read and write.
+    """The forecast of a scoring job.
 
     Attributes:
-        images: of what is left; None when no shard could tell.
-        images_from: how the number of images is known.
-        puts: files that will be written: parts, heatmap zips at most, ledger records, run.json, manifest.json.
-        images_per_second: of one worker, as measured when the artifact was fitted; 0 if it was not.
-        categories: of a fleet, else empty.
+        images: remaining images.
+        images_from: how the number of images was determined.
+        puts: upper limit of written files: parts, heatmap zips, ledger records, run.json, manifest.json.
+        images_per_second: rate of one worker, measured when the artifact was fitted; 0 if unknown.
+        categories: categories of a fleet, else empty.
     """
 
     shards: int
@@ -58,12 +58,12 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What was found in one container.
+    """The sample of one container.
 
     Attributes:
-        images: in it; an estimate from its first ones, when it has more than those.
-        size_bytes: of it.
-        is_whole: all of its images were counted.
+        images: its images; estimated from the first ones if not all were read.
+        size_bytes: its size.
+        is_whole: whether all of its images were counted.
     """
 
     images: float
@@ -73,11 +73,11 @@ class Look:
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """How many of something there are.
+    """An estimated count with a range.
 
     Attributes:
         best: the estimate.
-        low, high: if all were like the one with the fewest, or the most, of those that were looked into.
+        low, high: the count if all containers were like the sampled one with the fewest or the most.
     """
 
     best: int
@@ -86,32 +86,32 @@ class Count:
 
 
 def estimate(found: Sequence[float], sizes: Sequence[int], num_shards: int, num_bytes: int) -> Count:
-    """A sum over shards from a few of them: by shard or by byte, whichever differs less.
+    """Estimates a sum over shards from a sample, per shard or per byte, whichever varies less.
 
     Args:
-        found: in each shard that was looked into; at least one.
-        sizes: bytes of these.
-        num_shards: how many shards there are.
-        num_bytes: bytes of all of them.
+        found: counts of the sampled shards; at least one.
+        sizes: bytes of the sampled shards.
+        num_shards: number of all shards.
+        num_bytes: bytes of all shards.
     """
     per_shard, sizes_S = np.asarray(found, float), np.maximum(np.asarray(sizes, float), 1.0)
     per_byte = per_shard / sizes_S
     by_shard = _spread(per_shard) <= _spread(per_byte)
-    each, all_of_it = (per_shard, float(num_shards)) if by_shard else (per_byte, float(max(num_bytes, 1)))
+    each, total = (per_shard, float(num_shards)) if by_shard else (per_byte, float(max(num_bytes, 1)))
     mean = per_shard.mean() if by_shard else per_shard.sum() / sizes_S.sum()
-    return Count(*(round(float(value) * all_of_it) for value in (mean, each.min(), each.max())))
+    return Count(*(round(float(value) * total) for value in (mean, each.min(), each.max())))
 
 
 def _spread(values: np.ndarray) -> float:
-    """Standard deviation over mean."""
+    """Coefficient of variation: standard deviation over mean."""
     return float(values.std() / values.mean()) if values.any() else 0.0
 
 
 def forecast(plan: ScorePlan, workers: Iterable[int], price_per_worker_hour: float | None) -> Forecast:
-    """Images, chunks, PUTs, hours and cost of what is left.
+    """Forecasts the remaining work of a plan.
 
-    Reads the first FIRST_IMAGES images, at most FIRST_BYTES, of at most LOOKED_INTO containers, and begins none after
-    SECONDS.
+    Reads the first FIRST_IMAGES images, at most FIRST_BYTES, of at most SAMPLED_CONTAINERS containers, and starts no
+    other after SECONDS.
 
     Raises:
         StorageError: a container cannot be read.
@@ -140,17 +140,17 @@ def forecast(plan: ScorePlan, workers: Iterable[int], price_per_worker_hour: flo
 
 
 def scoring_rate(records: Iterable[ArtifactRecord]) -> float:
-    """Images per second of one worker; 0 when a detector was not measured.
+    """Images per second of one worker; 0 if a detector was not measured.
 
-    For a fleet, the rate over equally many images of every category (the harmonic mean); loading detectors again
-    and again, where a chunk mixes more categories than `detectors_in_memory`, is not in it.
+    For a fleet, this is the harmonic mean, the rate over the same number of images of every category. It excludes
+    reloading detectors if a chunk has more categories than `detectors_in_memory`.
     """
     rates = [float(record.body.get("images_per_second", 0.0)) for record in records]
     return len(rates) / sum(1.0 / rate for rate in rates) if all(rates) else 0.0
 
 
 def _counts(plan: ScorePlan) -> tuple[int, int, str]:
-    """Images, chunks, and how the number of images is known."""
+    """Images, chunks, and how the number of images was determined."""
     loose = [shard for shard in plan.todo if shard.format == "prefix"]
     containers = [shard for shard in plan.todo if shard.format != "prefix"]
     naming = Naming.of(plan.spec.source)
@@ -159,7 +159,7 @@ def _counts(plan: ScorePlan) -> tuple[int, int, str]:
     chunks = sum(_chunks(plan, count, shard.size_bytes) for count, shard in zip(counted, loose, strict=True))
     if not containers:
         return images, chunks, "counted in the listing"
-    looks = _look_into(plan, containers)
+    looks = _sample(plan, containers)
     sizes, num_bytes = [look.size_bytes for look in looks], sum(shard.size_bytes for shard in containers)
     inside = estimate([look.images for look in looks], sizes, len(containers), num_bytes)
     each = [float(_chunks(plan, look.images, look.size_bytes)) for look in looks]
@@ -168,7 +168,7 @@ def _counts(plan: ScorePlan) -> tuple[int, int, str]:
 
 
 def _chunks(plan: ScorePlan, images: float, size_bytes: int) -> int:
-    """Chunks of a shard; one without images has an empty one."""
+    """Chunks of a shard; at least one, which may be empty."""
     return max(1, math.ceil(max(images / plan.spec.chunk_images, size_bytes / plan.spec.chunk_bytes)))
 
 
@@ -181,15 +181,15 @@ def _how(looks: Sequence[Look], containers: int, inside: Count, loose: int) -> s
     return f"{known}estimated from {len(looks):,} of {containers:,} containers{span}"
 
 
-def _look_into(plan: ScorePlan, containers: Sequence[Shard]) -> list[Look]:
-    """Containers spread over the listing: the middle of each of LOOKED_INTO equal parts of it."""
-    number = min(LOOKED_INTO, len(containers))
+def _sample(plan: ScorePlan, containers: Sequence[Shard]) -> list[Look]:
+    """Samples containers from the middle of up to SAMPLED_CONTAINERS equal parts of the listing."""
+    number = min(SAMPLED_CONTAINERS, len(containers))
     end = time.monotonic() + SECONDS
     looks: list[Look] = []
-    for place in range(number):
+    for part in range(number):
         if looks and time.monotonic() > end:
             break
-        looks.append(_look(plan, containers[(2 * place + 1) * len(containers) // (2 * number)]))
+        looks.append(_look(plan, containers[(2 * part + 1) * len(containers) // (2 * number)]))
     return looks
 
 
@@ -202,7 +202,7 @@ def _look(plan: ScorePlan, shard: Shard) -> Look:
                 break
         else:
             return Look(seen, shard.size_bytes, True)
-    except ArchiveError:  # it becomes a row of its own
+    except ArchiveError:  # it becomes one row
         return Look(seen + 1, shard.size_bytes, True)
-    each = read / seen + AROUND.get(shard.format, 0)
+    each = read / seen + MEMBER_OVERHEAD.get(shard.format, 0)
     return Look(max(float(seen), shard.size_bytes / max(each, 1.0)), shard.size_bytes, False)

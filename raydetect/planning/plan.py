@@ -1,4 +1,4 @@
-"""What is left of a scoring job: the listing minus the ledger; and committing shards as their parts come in."""
+"""Plans the remaining shards of a scoring job, the listing minus the ledger, and commits shards as parts arrive."""
 
 import time
 from collections.abc import Mapping
@@ -33,21 +33,21 @@ from raydetect.storage import Storage, normalise_uri
 
 @dataclass(frozen=True, slots=True)
 class ScorePlan:
-    """A scoring job, checked and listed; nothing is written yet.
+    """A scoring job after validation and listing; nothing is written yet.
 
     Attributes:
         spec: the job.
-        archive: open.
+        archive: the opened archive.
         shards: the whole listing.
         todo: shards without a ledger record.
-        artifact: which artifact scores which category.
-        records: the record of every detector by category; one under None when there is no fleet.
-        ledger: of the results directory.
-        run: what `run.json` holds.
-        before: the `run.json` that is there, begun with another listing of the archive in which every committed shard
-            is the same; None when none is, or it is of this listing.
-        notes: sentences about the source that a person should read.
-        retried: committed shards that are scored anew, and how many of their rows are the reason.
+        artifact: maps each category to the artifact that scores it.
+        records: artifact records by category; a single one under None without a fleet.
+        ledger: ledger of the results directory.
+        run: content of `run.json`.
+        before: the existing `run.json`, if it has an older listing of the archive with the same committed shards; else
+            None.
+        notes: remarks on the source for the user.
+        retried: committed shards that are scored again, with the number of rows that are the reason.
     """
 
     spec: ScoreSpec
@@ -63,10 +63,10 @@ class ScorePlan:
     retried: Mapping[int, int] = field(default_factory=dict)
 
     def begin(self) -> None:
-        """Writes `run.json` where there is none, or one of another listing; takes the manifest of fewer shards away.
+        """Writes `run.json` if it is missing or has an older listing; removes the manifest of an older listing.
 
         Raises:
-            ResumeError: another job has begun there.
+            ResumeError: another job was started there.
         """
         is_new = self.ledger.begin(self.run, self.before)
         if self.todo:
@@ -78,28 +78,30 @@ class ScorePlan:
 
     @property
     def sink(self) -> ResultsSink:
-        """Where workers write."""
+        """The sink that workers write to."""
         return ResultsSink(self.ledger.uri, self.ledger.storage)
 
 
 def only_record(artifact: ArtifactIndex, records: Mapping[str | None, ArtifactRecord]) -> ArtifactRecord:
-    """The record of an ordinary artifact.
+    """Returns the record of a single artifact.
 
     Raises:
-        SpecError: it is a fleet, whose banks are not cut.
+        SpecError: it is a fleet, whose banks cannot be sharded.
     """
     if artifact.categories:
-        raise SpecError(f"resources.bank_shards: {artifact.uri} is a fleet, whose banks are not cut. Set it to 1.")
+        raise SpecError(
+            f"resources.bank_shards: {artifact.uri} is a fleet, whose banks cannot be sharded. Set it to 1."
+        )
     return records[None]
 
 
 def plan_score(spec: ScoreSpec, chosen: tuple[Shard, ...] | None = None, retry: tuple[str, ...] = ()) -> ScorePlan:
-    """Lists the archive, reads the artifact's records and the ledger, and checks that they fit. Writes nothing.
+    """Lists the archive, reads the artifact's records and the ledger, and checks that they match. Writes nothing.
 
     Args:
         spec: the job.
         chosen: shards of an earlier listing, numbered from 0, instead of all.
-        retry: committed shards that hold rows with one of these statuses are scored anew.
+        retry: statuses; committed shards that contain rows with one of them are scored again.
 
     Raises:
         SpecError, StorageError, ArtifactError, ResumeError: the job cannot run as it is.
@@ -128,25 +130,26 @@ def plan_score(spec: ScoreSpec, chosen: tuple[Shard, ...] | None = None, retry: 
 
 
 def check_flag(records: Mapping[str | None, ArtifactRecord], flag: FlagSpec) -> None:
-    """Every detector must have held-out images enough; of those that have not, the one with the fewest is told of.
+    """Checks that every detector has enough held-out images for the flag rule.
 
-    For `fdr` that is what it takes where every image is flagged; fewer flags need more (`Discovery.needed_held_out`).
+    For `fdr`, checks the number required if every image is flagged; fewer flags require more
+    (`Discovery.needed_held_out`).
 
     Raises:
-        SpecError: one has too few; names its category.
+        SpecError: a detector has too few; names the category with the fewest.
     """
     if flag.smallest_p is None:
         return
-    word, level = flag.smallest_p
+    setting, level = flag.smallest_p
     smallest = min(records, key=lambda category: len(records[category].calibration.scores))
     try:
-        threshold_for(np.asarray(records[smallest].calibration.scores), level, word)
+        threshold_for(np.asarray(records[smallest].calibration.scores), level, setting)
     except SpecError as error:
         raise SpecError(str(error) if smallest is None else f"category {smallest!r}: {error}") from None
 
 
 def refuse_without_categories(source: SourceSpec, artifact: ArtifactIndex, shards: tuple[Shard, ...]) -> None:
-    """A fleet needs the category of an image, and loose images carry it in their path alone.
+    """Checks that images can have a category, which a fleet needs; loose images have it in their path only.
 
     Raises:
         SpecError: no image of the source can have a category.
@@ -154,16 +157,16 @@ def refuse_without_categories(source: SourceSpec, artifact: ArtifactIndex, shard
     loose = bool(shards) and all(shard.format == "prefix" for shard in shards)
     if artifact.categories and loose and "{category}" not in (source.pattern or ""):
         raise SpecError(
-            f"source.pattern: names no {{category}}, by which the fleet {artifact.uri} chooses its detector. "
+            f"source.pattern: has no {{category}}, by which the fleet {artifact.uri} selects a detector. "
             "Add it, such as {category}/{name}."
         )
 
 
 def heatmap_scale(records: Mapping[str | None, ArtifactRecord]) -> dict[str, Any]:
-    """`low` and `high` of heatmaps of style `map`; for a fleet those of every category, under `categories`."""
-    alone = records.get(None)
-    if alone is not None:
-        return _scale(alone)
+    """`low` and `high` of heatmaps with style `map`; for a fleet, those of every category under `categories`."""
+    single = records.get(None)
+    if single is not None:
+        return _scale(single)
     return {"categories": {category: _scale(record) for category, record in records.items()}}
 
 
@@ -188,7 +191,7 @@ def describe_run(
             "spec": result_settings(public),
             "artifact": artifact.digest,
             "archive": archive_fingerprint(shards),
-            **({"categories": members} if members else {}),  # so that a resume can say which one differs
+            **({"categories": members} if members else {}),  # so that a resume can name the one that differs
         },
         "num_shards": len(shards),
         "num_bytes": sum(shard.size_bytes for shard in shards),
@@ -199,9 +202,9 @@ def describe_run(
 
 @dataclass(slots=True)
 class Committer:
-    """Gathers the parts of shards and commits each shard when all of its chunks are there.
+    """Collects parts and commits each shard when all of its chunks have arrived.
 
-    Parts may come in any order and more than once (a chunk written twice has the same files).
+    Parts may arrive in any order and more than once (a chunk written twice has the same files).
     """
 
     plan: ScorePlan
@@ -214,10 +217,10 @@ class Committer:
         self._run = rows_digest(self.plan.run)
 
     def add(self, part: Part) -> Receipt | None:
-        """Takes a part; commits its shard and returns the receipt when this was the last one missing.
+        """Adds a part; if it completes its shard, commits the shard and returns the receipt.
 
         Raises:
-            ResumeError: another job has taken the results directory over.
+            ResumeError: another job has taken over the results directory.
             StorageError: `run.json` was removed, or the record cannot be written.
         """
         parts = self._open.setdefault(part.shard, {})
@@ -244,7 +247,7 @@ class Committer:
             parts=tuple(parts),
             committed_unix=time.time(),
         )
-        self.plan.ledger.require_own(self.plan.run)  # two drivers may have begun in one directory
+        self.plan.ledger.require_own(self.plan.run)  # two drivers may have started in one directory
         self.plan.sink.commit(receipt)
         self.totals.add(receipt)
         self.bytes_done += shard.size_bytes
@@ -252,12 +255,12 @@ class Committer:
 
 
 def finish(plan: ScorePlan) -> dict[str, Any]:
-    """Writes the manifest of a complete run, and judges its bad rows.
+    """Writes the manifest of a complete run and checks the number of bad rows.
 
     Raises:
         StorageError: records or files of planned shards are missing; no manifest is written.
-        ResumeError: another job has taken the results directory over.
-        TooManyBadRows: more bad rows or shards than the job allows; everything is written all the same.
+        ResumeError: another job has taken over the results directory.
+        TooManyBadRows: more bad rows or shards than the job allows; everything is still written.
     """
     facts = {key: plan.run[key] for key in ("kind", "result", "num_bytes", "heatmap_scale")}
     facts["heatmap_style"] = plan.spec.sink.style
@@ -269,22 +272,22 @@ def finish(plan: ScorePlan) -> dict[str, Any]:
 
 
 def decide(plan: ScorePlan, totals: Totals) -> dict[str, Any]:
-    """What the manifest says of flags that were left to the whole archive: the decision and what backs it.
+    """Decides the flags that depend on the whole archive (`flag.fdr`), for the manifest.
 
     Returns:
-        `flagged`, and `fdr` with the p-value and, for every artifact, the image score from which on rows are flagged
-        (None: none of its rows is); nothing when rows are flagged by themselves.
+        `flagged`, and `fdr` with the p-value threshold and, for every artifact, the lowest flagged image score (None if
+        no row is flagged); empty for other flag rules.
     """
     refuse_without_images(totals, ", ".join(plan.spec.source.uris()))
     level = plan.spec.flag.fdr
     if level is None:
         return {}
-    found = discover(totals.p_counts, level)
+    discovery = discover(totals.p_counts, level)
     record = plan.records.get(None)
-    thresholds = {category or "": _score_threshold(r, found.p_threshold) for category, r in plan.records.items()}
-    facts = {**to_plain(found), "false_share": found.false_share}
+    thresholds = {category or "": _score_threshold(r, discovery.p_threshold) for category, r in plan.records.items()}
+    facts = {**to_plain(discovery), "false_share": discovery.false_share}
     facts["threshold"] = {"categories": thresholds} if record is None else thresholds[""]
-    return {"flagged": found.flagged, "fdr": facts}
+    return {"flagged": discovery.flagged, "fdr": facts}
 
 
 def _score_threshold(record: ArtifactRecord, p_threshold: float | None) -> float | None:
@@ -295,10 +298,10 @@ def _score_threshold(record: ArtifactRecord, p_threshold: float | None) -> float
 
 
 def refuse_too_many_bad_rows(manifest: Mapping[str, Any], limit: float, uri: str) -> None:
-    """Refuses a finished run with too many bad rows or shards.
+    """Checks the number of bad rows and shards of a finished run.
 
     Raises:
-        TooManyBadRows: it has.
+        TooManyBadRows: it exceeds the limit.
     """
     rows, bad = manifest["rows"], manifest["bad_rows"]
     shards, bad_shards = manifest["shards"], manifest["bad_shards"]
@@ -306,5 +309,5 @@ def refuse_too_many_bad_rows(manifest: Mapping[str, Any], limit: float, uri: str
         kinds = ", ".join(f"{count} {status}" for status, count in manifest["statuses"].items() if status != OK)
         raise TooManyBadRows(
             f"{uri}: {bad} of {rows} rows and {bad_shards} of {shards} shards are bad ({kinds}), more than "
-            f"max_bad_fraction = {limit}. All rows are written; look at the column `error`."
+            f"max_bad_fraction = {limit}. All rows are written; see the column `error`."
         )

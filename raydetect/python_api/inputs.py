@@ -17,7 +17,7 @@ from raydetect.errors import MemberError, RaydetectError, SpecError, StorageErro
 from raydetect.images.decode import Pixels, decode_all
 from raydetect.images.opening import DecodeRules, depth_of
 from raydetect.images.orientation import upright
-from raydetect.images.resize import whole
+from raydetect.images.resize import to_rgb
 from raydetect.records import OK, Member
 from raydetect.storage import Storage, normalise_uri
 
@@ -78,7 +78,7 @@ class InputImage:
         if isinstance(self.content, np.ndarray):
             return _ppm(self.content)
         try:
-            return _ppm(np.asarray(whole(upright(self.content), depth_of(self.content), 1), dtype=np.uint8))
+            return _ppm(np.asarray(to_rgb(upright(self.content), depth_of(self.content), 1), dtype=np.uint8))
         except MemberError:
             raise
         except Exception as error:  # a PIL image opened from a file is decoded here

@@ -1,1 +1,1 @@
-"""One worker's work, free of Ray."""
+"""Scoring in one worker, without Ray."""

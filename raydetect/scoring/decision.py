@@ -64,19 +64,19 @@ class LoadedDetector:
 
 
 class DetectorCache:
-    """Loads judges on demand and keeps the most recently used ones.
+    """Loads detectors on demand and keeps the most recently used ones.
 
-    Thread-safe. An evicted judge stays in memory until no thread uses it any more.
+    Thread-safe. An evicted detector stays in memory until no thread uses it any more.
     """
 
     def __init__(self, source: DetectorSource, flag: FlagSpec, device: torch.device, limit: int) -> None:
         """Loads the detector for images without a category, if there is one; a fleet's detectors are loaded later.
 
         Args:
-            source: of the artifacts.
+            source: source of the artifacts.
             flag: the job's flag rule.
-            device: of the detectors.
-            limit: maximum number of loaded judges, at least 1.
+            device: device of the detectors.
+            limit: maximum number of loaded detectors, at least 1.
 
         Raises:
             ArtifactError, SpecError: the artifact cannot be loaded or does not fit the rule.
@@ -89,18 +89,18 @@ class DetectorCache:
             self.get(default)
 
     def get(self, ref: ArtifactRef) -> LoadedDetector:
-        """Returns the judge of an artifact; at the limit, evicts the least recently used one before loading.
+        """Returns the detector of an artifact; at the limit, evicts the least recently used one before loading.
 
         Raises:
             ArtifactError: the artifact is missing, damaged or was replaced.
         """
         with self._lock:
-            found = self._kept.get(ref)
-            if found is None:
+            detector = self._kept.get(ref)
+            if detector is None:
                 if len(self._kept) == self._limit:
                     self._kept.popitem(last=False)
                     gc.collect()  # the traced graph of a backbone is a reference cycle that would keep its weights
-                found = LoadedDetector(self._source.load(ref), self._flag, self._device)
-                self._kept[ref] = found
+                detector = LoadedDetector(self._source.load(ref), self._flag, self._device)
+                self._kept[ref] = detector
             self._kept.move_to_end(ref)
-            return found
+            return detector

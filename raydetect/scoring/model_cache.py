@@ -52,14 +52,14 @@ class SharedDetectors:
             if detector is not None:
                 return Artifact(detector, self._records[ref])
             with self._device_lock:
-                found = self._stored.load(ref)
-            self._detectors[ref], self._records[ref] = found.detector, found.record
-            return found
+                artifact = self._stored.load(ref)
+            self._detectors[ref], self._records[ref] = artifact.detector, artifact.record
+            return artifact
 
 
 @dataclass(slots=True)
 class ScorerPool:
-    """An artifact or fleet loaded for scoring: one scorer for each set of rules, sharing the same detectors."""
+    """An artifact or fleet loaded for scoring: one scorer per job spec, all sharing the same detectors."""
 
     detectors: SharedDetectors
     device: str
@@ -73,7 +73,7 @@ class ScorerPool:
         Args:
             members: encoded images.
             heatmaps: heatmap setting of each image.
-            spec: the rules; see `gateway.rules`.
+            spec: the scoring settings; see `gateway.single_images`.
 
         Raises:
             ArtifactError, SpecError: the artifact cannot be loaded or does not fit `flag`.
@@ -99,13 +99,13 @@ class ScorerPool:
         """
         return self._scorer(spec, self.device_lock.bulk).score_chunk(chunk)
 
-    def _scorer(self, spec: ScoreSpec, door: AbstractContextManager[object]) -> Scorer:
+    def _scorer(self, spec: ScoreSpec, lock: AbstractContextManager[object]) -> Scorer:
         name = digest(spec)
         with self._lock:
-            found = self._scorers.pop(name, None)
-            if found is None:
+            scorer = self._scorers.pop(name, None)
+            if scorer is None:
                 if len(self._scorers) == SCORERS_KEPT:
                     self._scorers.popitem(last=False)
-                found = Scorer(self.detectors, spec, self.device, door)
-            self._scorers[name] = found
-            return found
+                scorer = Scorer(self.detectors, spec, self.device, lock)
+            self._scorers[name] = scorer
+            return scorer

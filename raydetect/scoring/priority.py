@@ -5,15 +5,15 @@ from types import TracebackType
 
 
 class PriorityLock:
-    """A lock with two doors. The holder is never interrupted; of the waiting threads, `online` goes first."""
+    """A lock with two priorities. The holder is never interrupted; of the waiting threads, `online` goes first."""
 
     def __init__(self) -> None:
         """Creates an unlocked lock."""
         self._condition = threading.Condition()
         self._held = False
         self._online_waiting = 0
-        self.online = _Way(self, True)
-        self.bulk = _Way(self, False)
+        self.online = _PrioritisedLock(self, True)
+        self.bulk = _PrioritisedLock(self, False)
 
     def take(self, online: bool) -> None:
         """Acquires the lock, waiting if needed."""
@@ -31,11 +31,11 @@ class PriorityLock:
             self._condition.notify_all()
 
 
-class _Way:
+class _PrioritisedLock:
     """A context manager that acquires `PriorityLock` with one priority."""
 
     def __init__(self, device_lock: PriorityLock, online: bool) -> None:
-        """Creates a door; `online` has priority."""
+        """Creates a context manager; `online` has priority."""
         self._device_lock, self._online = device_lock, online
 
     def __enter__(self) -> None:

@@ -1,8 +1,8 @@
-"""The one object that scores: the local run, Ray actors and Serve replicas all use it, so rows are equal.
+"""Scores chunks. Local runs, Ray actors and Serve replicas all use the same Scorer, so their rows are equal.
 
-Batches are cut inside a chunk, never across chunks, and padded to one size: an image meets the same kernels
-whatever the number of workers. With a fleet, the images of a chunk are grouped by category first, and each group is cut
-into batches of its own, so an image's row is the one that its category's artifact alone would give.
+Batches never span chunks and are padded to one size, so an image is processed by the same kernels for any number of
+workers. With a fleet, the images of a chunk are grouped by category and batched per group, so an image gets the same
+row as with its category's artifact alone.
 """
 
 import heapq
@@ -29,13 +29,13 @@ from raydetect.scoring.decision import DetectorCache, LoadedDetector
 from raydetect.sinks.heatmaps import map_png, overlay_png
 
 OVERLAY_MAX_PX = 1024
-NAMED_CATEGORIES = 8  # more of them would make the `error` of every row long
+NAMED_CATEGORIES = 8  # limits the length of `error` in every row
 UNSHARED: AbstractContextManager[object] = nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """One scored image of a chunk: its place, score and map."""
+    """One scored image of a chunk: its position, score and map."""
 
     position: int
     image_score: float
@@ -44,7 +44,7 @@ class Scored:
 
 @dataclass(slots=True)
 class ChunkResult:
-    """Everything that a chunk leaves: rows in order of members, PNG bytes by position, clipped pixels of maps."""
+    """Results of a chunk: rows in member order, heatmap PNG bytes by position, and clipped pixels of maps."""
 
     rows: list[Row]
     pictures: dict[int, bytes]
@@ -53,7 +53,7 @@ class ChunkResult:
 
 @dataclass(slots=True)
 class _Work:
-    """A chunk while it is scored; headers and rows by position."""
+    """State of a chunk while it is scored; headers and rows by position."""
 
     chunk: Chunk
     wanted: tuple[Heatmaps, ...]
@@ -65,11 +65,11 @@ class _Work:
 def score_batches(
     detector: Detector, pixels: Iterable[Pixels], batch_size: int, lock: AbstractContextManager[object] = UNSHARED
 ) -> Iterator[Scored]:
-    """Scores of the ok pixels, in order; every forward pass sees exactly `batch_size` images (zeros fill up).
+    """Yields scores of the ok pixels in order; every forward pass has exactly `batch_size` images, padded with zeros.
 
     Args:
-        detector: fitted.
-        pixels: decoded members; those that are not ok are passed over.
+        detector: fitted detector.
+        pixels: decoded members; those that are not ok are skipped.
         batch_size: images in one forward pass.
         lock: held during forward passes when several threads share the device.
     """
@@ -90,7 +90,7 @@ def _score_batch(
     batch_size: int,
     lock: AbstractContextManager[object],
 ) -> Iterator[Scored]:
-    places, images = zip(*waiting, strict=True)
+    positions, images = zip(*waiting, strict=True)
     batch_BHWC = np.zeros((batch_size, *images[0].shape), dtype=np.uint8)
     batch_BHWC[: len(images)] = np.stack(images)
     images_BCHW = torch.from_numpy(batch_BHWC).permute(0, 3, 1, 2).to(detector.device)
@@ -98,7 +98,7 @@ def _score_batch(
         scores = detector.score(images_BCHW)
         image_score_B = scores.image_score_B.float().cpu().numpy()
         anomaly_map_BHW = scores.anomaly_map_BHW.float().cpu().numpy()
-    for i, position in enumerate(places):
+    for i, position in enumerate(positions):
         yield Scored(position, float(image_score_B[i]), anomaly_map_BHW[i])
 
 
@@ -112,13 +112,13 @@ class Scorer:
         device: str = "cpu",
         lock: AbstractContextManager[object] | None = None,
     ) -> None:
-        """Loads an ordinary artifact at once, the detectors of a fleet when they are needed.
+        """Loads a single artifact at once, and the detectors of a fleet on demand.
 
         Args:
-            source: a loaded artifact, or the stored ones of an index.
-            spec: what the job file says of source, sink, flag, batch size and resources.
+            source: a loaded artifact, or the stored artifacts of an index.
+            spec: the job's source, sink, flag, batch size and resources.
             device: torch device name.
-            lock: held during forward passes, when others use the device too.
+            lock: held during forward passes if the device is shared.
 
         Raises:
             ArtifactError, SpecError: the artifact cannot be loaded or does not fit `flag`.
@@ -131,15 +131,15 @@ class Scorer:
         self._lock = lock or threading.Lock()
 
     def score_chunk(self, chunk: Chunk, wanted: Sequence[Heatmaps] = ()) -> ChunkResult:
-        """Rows and heatmaps of a chunk.
+        """Scores a chunk.
 
         Args:
             chunk: encoded images.
-            wanted: for every image, when it gets a heatmap; empty = as the spec says.
+            wanted: heatmap setting of each image; empty = that of the spec.
 
         Raises:
             ArtifactError: the detector of a category cannot be loaded.
-            BadMemberError: an image is bad and the source says `on_bad_member: fail`.
+            BadMemberError: an image is bad and the source has `on_bad_member: fail`.
         """
         work = _Work(chunk, tuple(wanted) or (self.spec.sink.heatmaps,) * len(chunk.members))
         for ref, positions in self._groups(chunk):
@@ -151,7 +151,7 @@ class Scorer:
         return work.result
 
     def _groups(self, chunk: Chunk) -> list[tuple[ArtifactRef, list[int]]]:
-        """Positions of readable images by the artifact that scores them, in order of artifacts."""
+        """Positions of readable images by the artifact that scores them, sorted by artifact."""
         groups: dict[ArtifactRef, list[int]] = {}
         for position, member in enumerate(chunk.members):
             ref = self.index.for_category(member.category)
@@ -160,13 +160,13 @@ class Scorer:
         return sorted(groups.items())
 
     def _score_group(self, ref: ArtifactRef, positions: list[int], work: "_Work") -> None:
-        """Scores the images of one artifact. On return nothing holds its detector, so another may take its place."""
+        """Scores the images of one artifact. Keeps no reference to the detector, so that it can be evicted."""
         loaded = self.detectors.get(ref)
         for scored in self._chosen(self._scored(loaded, positions, work), loaded, work):
             self._draw(scored, loaded, work)
 
     def _scored(self, loaded: LoadedDetector, positions: list[int], work: "_Work") -> Iterator[Scored]:
-        """Scores of the images at `positions`; fills in what is known of each without its picture."""
+        """Scores the images at `positions`; stores their headers in `work`."""
         members = [work.chunk.members[position] for position in positions]
         decoded = decode_all(members, self.rules, loaded.image_size, self.decode_threads)
         noted = _note(decoded, positions, work.headers)
@@ -174,9 +174,9 @@ class Scorer:
             yield replace(item, position=positions[item.position])
 
     def _chosen(self, scored: Iterable[Scored], loaded: LoadedDetector, work: "_Work") -> Iterator[Scored]:
-        """Makes the row of every image and passes on those that get a heatmap.
+        """Creates the row of every image and yields the images that get a heatmap.
 
-        `top_k` compares images of one artifact only: raw scores of different detectors say nothing about each other.
+        `top_k` compares images of one artifact only, since raw scores of different detectors are not comparable.
         """
         best: list[tuple[float, int, Scored]] = []
         for item in scored:
@@ -208,19 +208,19 @@ class Scorer:
         )
 
     def _undecoded(self, member: Member) -> Pixels:
-        """Why a member was not even decoded: it could not be read, or no detector is there for it."""
+        """Why a member was not decoded: it could not be read, or there is no detector for its category."""
         if member.status != OK:
             return Pixels(None, status=member.status, error=member.error, notes=member.notes)
-        said = f"{member.key}: {self._unknown(member.category)}"
-        return Pixels(None, status="unknown_category", error=said, notes=member.notes)
+        error = f"{member.key}: {self._unknown(member.category)}"
+        return Pixels(None, status="unknown_category", error=error, notes=member.notes)
 
     def _unknown(self, category: str | None) -> str:
         if category is None:
-            return "has no category, and a fleet scores by category. State it in source.pattern, a sidecar or a column."
+            return "has no category, which a fleet needs. Set it with source.pattern, a sidecar or a column."
         known = list(self.index.categories)
         near = nearest(category, known)
         if len(known) > NAMED_CATEGORIES:
-            near = f"{near.partition(' Known:')[0]} It knows {len(known):,} others."
+            near = f"{near.partition(' Known:')[0]} It has {len(known):,} others."
         return f"the fleet has no detector for category {category!r}.{near}"
 
     def _bad_row(self, member: Member, chunk: Chunk, header: Pixels) -> Row:
@@ -253,7 +253,7 @@ class Scorer:
 
 
 def _note(pixels: Iterable[Pixels], positions: list[int], headers: dict[int, Pixels]) -> Iterator[Pixels]:
-    """Passes pixels on and keeps what is known of each without its picture."""
+    """Yields pixels unchanged and stores each without its image in `headers`."""
     for position, item in zip(positions, pixels, strict=True):
         headers[position] = replace(item, image_HWC=None)
         yield item

@@ -258,7 +258,7 @@ def test_the_error_of_a_row_stays_short_when_there_are_many_categories() -> None
     write_fleet(f"{ROOT}/many", Storage(), dict.fromkeys(names, digest), {})
     overrides = [f"artifact={ROOT}/many", f"source.uri={ROOT}/only-1", "max_bad_fraction=1"]
     errors = {row["error"].partition(": ")[2] for row in rows(run(*overrides)[0])}
-    assert errors == {"the fleet has no detector for category 'bolts'. It knows 40 others."}
+    assert errors == {"the fleet has no detector for category 'bolts'. It has 40 others."}
 
 
 def bolt_files() -> list[str]:
@@ -302,7 +302,7 @@ def test_the_smallest_calibration_decides_whether_alpha_is_allowed() -> None:
 def test_loose_images_without_a_category_in_their_path_are_refused() -> None:
     pack(f"{ROOT}/loose", "", [("bolts/1.png", picture(BOLTS, 1)), ("bolts/2.png", picture(BOLTS, 2))], 1)
     for pattern in ("null", "{name}.png"):
-        with pytest.raises(SpecError, match=r"source\.pattern: names no \{category\}"):
+        with pytest.raises(SpecError, match=r"source\.pattern: has no \{category\}"):
             plan(f"source.uri={ROOT}/loose", f"source.pattern={pattern}")
     _, manifest = run(f"source.uri={ROOT}/loose", "source.pattern={category}/{name}.png")
     assert manifest["statuses"] == {"ok": 2}
@@ -362,7 +362,7 @@ def test_the_command_line_shows_the_fleet(folder: Path) -> None:
     assert "ready to score" in call(folder, "check").output
     plan_text = call(folder, "plan", "--workers", "2").output
     assert "Fleet      3 categories: ../rings, Hex nuts/M4, bolts\n" in plan_text
-    assert "measured when the artifact was fitted (as many images of each category)\n" in plan_text
+    assert "measured when the artifact was fitted (equally many images of each category)\n" in plan_text
     ended = call(folder, "score", "--local")
     assert ended.exit_code == 0 and "over 30 labelled images, mean of the fleet's categories: " in ended.output
     names = {path.name for path in (folder / "fleet" / "categories").iterdir()}

@@ -1,4 +1,4 @@
-"""Packs named bytes into tar, zip, Parquet or loose files under any URL.
+"""Packs named bytes into tar, zip, Parquet or loose files at any URL.
 
 `python -m tests.builders.archives FOLDER` makes the archive of the demo.
 """
@@ -42,7 +42,7 @@ def zip_bytes(files: Files) -> bytes:
 
 
 def parquet_bytes(files: Files, rows_per_group: int = 4) -> bytes:
-    """Parquet with the columns path and image."""
+    """A Parquet file with the columns path and image."""
     table = pa.table({"path": [name for name, _ in files], "image": pa.array([d for _, d in files], pa.binary())})
     buffer = io.BytesIO()
     pq.write_table(table, buffer, row_group_size=rows_per_group)
@@ -69,20 +69,20 @@ PACKERS = {
 
 
 def pack(folder: str, suffix: str, files: Files, shards: int, storage: Storage | None = None) -> list[str]:
-    """Deals files over `shards` containers of one format, each mask with its image; or loose when suffix is ""."""
+    """Distributes files over `shards` containers, masks with their images; writes loose files if `suffix` is ""."""
     storage = storage or Storage()
     if not suffix:
         for name, data in files:
             storage.write(join_uri(folder, name), data)
         return [join_uri(folder, name) for name, _ in files]
     uris = [join_uri(folder, f"part-{i}{suffix}") for i in range(shards)]
-    dealt: list[list[tuple[str, bytes]]] = [[] for _ in uris]
+    groups: list[list[tuple[str, bytes]]] = [[] for _ in uris]
     samples = 0
     for name, data in files:
         samples += "/ground_truth/" not in name
-        dealt[(samples - 1) % shards].append((name, data))
-    for uri, mine in zip(uris, dealt, strict=True):
-        storage.write(uri, PACKERS[suffix](mine))
+        groups[(samples - 1) % shards].append((name, data))
+    for uri, group in zip(uris, groups, strict=True):
+        storage.write(uri, PACKERS[suffix](group))
     return uris
 
 
@@ -104,7 +104,7 @@ def mixed_files(normal: int, per_defect: int, masks: bool = True) -> list[tuple[
 
 
 def main(folder: str) -> None:
-    """Makes the demo's archive and says where it is."""
+    """Writes the demo's archive and prints where it is."""
     root = normalise_uri(folder)
     pack(join_uri(root, "normal"), ".tar", normal_files(240), 3)
     pack(join_uri(root, "mixed"), ".tar", mixed_files(30, 10), 3)

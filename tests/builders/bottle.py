@@ -1,4 +1,4 @@
-"""MVTec bottle from the folder of real images, and a whole fit in memory without archive and artifact."""
+"""MVTec bottle from the folder of real images, and a whole fit in memory, without an archive or artifact."""
 
 import csv
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Bottles:
     """Images of one split.
 
     Attributes:
-        names: paths in the manifest.
+        names: paths from the manifest.
         images_BHWC: uint8 RGB.
         labels: 0 normal, 1 anomalous.
         masks_BHW: bool.
@@ -36,23 +36,23 @@ class Bottles:
     defects: np.ndarray
 
     def only(self, places: np.ndarray) -> "Bottles":
-        """Some of them."""
+        """Selects some of the images."""
         names = [self.names[i] for i in np.arange(len(self.names))[places]]
         parts = (part[places] for part in (self.images_BHWC, self.labels, self.masks_BHW, self.defects))
         return Bottles(names, *parts)
 
     def joined(self, other: "Bottles") -> "Bottles":
-        """These, then the others."""
+        """These images followed by the others."""
         parts = ("images_BHWC", "labels", "masks_BHW", "defects")
         both = (np.concatenate([getattr(self, name), getattr(other, name)]) for name in parts)
         return Bottles([*self.names, *other.names], *both)
 
 
 def read_bottles(folder: Path, split: str, size_px: int) -> Bottles:
-    """A split at `size_px` squared, in the manifest's order."""
+    """One split at `size_px` x `size_px`, in manifest order."""
     root, size = folder / "mvtec_bottle_256", (size_px, size_px)
-    rows, whole = _decoded(root, split)
-    images = [np.asarray(image.resize(size, Image.Resampling.BILINEAR)) for image in whole]
+    rows, originals = _decoded(root, split)
+    images = [np.asarray(image.resize(size, Image.Resampling.BILINEAR)) for image in originals]
     masks = np.zeros((len(rows), *size), bool)
     for i, row in enumerate(rows):
         if row["mask"]:
@@ -66,14 +66,14 @@ def read_bottles(folder: Path, split: str, size_px: int) -> Bottles:
 
 @lru_cache
 def _decoded(root: Path, split: str) -> tuple[list[dict[str, str]], list[Image.Image]]:
-    """Rows of the manifest and their images as they are stored."""
+    """Rows of the manifest and their images at original size."""
     with (root / "manifest.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["split"] == split]
     return rows, [Image.open(root / row["path"]).convert("RGB") for row in rows]
 
 
 def fit_in_memory(detector: Detector, bottles: Bottles, batch_size: int = 16) -> list[float]:
-    """Runs the phases of a detector with weights loaded, and returns the losses of its training."""
+    """Runs all phases of a detector whose weights are loaded; returns the training losses."""
     cache, losses = ImageCache(detector.params.image_size), []
     for name, image, label in zip(bottles.names, bottles.images_BHWC, bottles.labels, strict=True):
         cache.add(CachedImage(name, int(label), None), image)

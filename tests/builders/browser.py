@@ -1,4 +1,4 @@
-"""Debian's Chromium without a window."""
+"""Headless Chromium from Debian."""
 
 import shutil
 from collections.abc import Iterator
@@ -9,21 +9,21 @@ from selenium import webdriver
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
 
-WORDS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1100,1400")
+OPTIONS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1100,1400")
 
 
 @contextmanager
 def chromium() -> Iterator[webdriver.Chrome]:
-    """A browser while a test runs; skips where there is none."""
+    """Runs a browser while the block runs; skips the test if Chromium is not installed."""
     driver, binary = shutil.which("chromedriver"), shutil.which("chromium")
     if not driver or not binary:
-        pytest.skip("pages are looked at where Debian's chromium and chromium-driver are installed")
+        pytest.skip("needs Debian's chromium and chromium-driver")
     options = Options()
     options.binary_location = binary
-    for word in WORDS:
-        options.add_argument(word)
-    made = webdriver.Chrome(options=options, service=Service(driver))
+    for option in OPTIONS:
+        options.add_argument(option)
+    browser = webdriver.Chrome(options=options, service=Service(driver))
     try:
-        yield made
+        yield browser
     finally:
-        made.quit()
+        browser.quit()

@@ -1,4 +1,4 @@
-"""One archive of every format at once, as hostile as people's: whole jobs must account for every file of it."""
+"""An archive with every format and hostile content: whole jobs must account for all of its files."""
 
 import gzip
 import hashlib
@@ -23,7 +23,7 @@ from tests.whole_jobs.runs import rows_of
 SIZE_PX = 32
 BLOCK = 512  # of a tar
 TAIL = b"bytes that are no tar " * 40
-HOSTILE_NAMES = 18  # in each container, so that every folder, stem and suffix is in one at least once
+HOSTILE_NAMES = 18  # per container, so that every folder, stem and suffix occurs at least once
 PACKERS: dict[str, Callable[[Files], bytes]] = {
     "line #1 [a].tar": lambda packed: tar_of(packed) + TAIL,
     "night/50% b.tar.gz": lambda packed: gzip.compress(tar_of(packed), mtime=0),
@@ -33,7 +33,7 @@ PACKERS: dict[str, Callable[[Files], bytes]] = {
     "f.parquet": lambda packed: parquet_bytes(packed, 7),
 }
 TAILS = 2
-# Twice the same name, sidecars before, beside and far behind their image and of none, damage, and what systems leave.
+# Duplicate names; sidecars before, next to and far behind their image, or without one; damaged and system files.
 ALWAYS = (
     "far.cls", "twice/p.png", "twice/p.json", "./twice/p.png", "twice/p.json", "r.left.png", "r.json",
     "r.left.mask.png", "far.jpg", "good/picture", "good/README", "empty.png", "cut.png", "cut.jpg", "text.jpg",
@@ -48,13 +48,13 @@ STATUSES = {"ok", "unsafe_name", "duplicate_key", "empty", "not_an_image", "corr
 
 @dataclass(frozen=True)
 class Everything:
-    """An archive before it is laid out.
+    """The content of an archive, not yet written.
 
     Attributes:
-        containers: bytes by name below the root.
-        loose: files beside them, of which a disk or a bucket holds some by their names.
-        held: what the containers hold: their files, bytes after their ends, and where they break.
-        pictures: how often which sha256 was packed into containers.
+        containers: bytes by name, relative to the root.
+        loose: other files; depending on their names, a disk or bucket can hold only some of them.
+        held: number of entries in containers: their files, bytes after their ends, and breaks.
+        pictures: number of files in containers by sha256.
     """
 
     containers: dict[str, bytes]
@@ -63,7 +63,7 @@ class Everything:
     pictures: Counter[str]
 
     def upload(self, store: ObjectStore, folder: str) -> "Laid":
-        """Below a folder of a bucket, whose keys may be any text that is UTF-8."""
+        """Uploads the archive to a folder of a bucket, whose keys may be any valid UTF-8."""
         fs, _ = store.storage.filesystem(store.uri())
         loose = [(name, data) for name, data in self.loose if BYTES_ONLY not in name]
         for name, data in [*self.containers.items(), *loose]:
@@ -71,7 +71,7 @@ class Everything:
         return Laid(store.uri(folder), self.held + len(loose), self.pictures + digests(self.loose))
 
     def write(self, folder: Path) -> "Laid":
-        """Below a local folder, as far as a disk can hold it."""
+        """Writes the archive to a local folder, where the file system allows its names."""
         for name, data in self.containers.items():
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,12 +82,12 @@ class Everything:
 
 @dataclass(frozen=True)
 class Laid:
-    """An archive that is there.
+    """A written archive.
 
     Attributes:
-        uri: of its root.
-        members: every file of it, in containers and beside them; what must be rows or left out.
-        pictures: how often which sha256 was packed.
+        uri: URI of its root.
+        members: number of all its files, in containers or loose, each of which must be a row or left out.
+        pictures: number of files by sha256.
     """
 
     uri: str
@@ -96,13 +96,13 @@ class Laid:
 
 
 def everything(seed: int) -> Everything:
-    """The archive of a seed."""
+    """Generates the archive for a seed."""
     rng = random.Random(seed)
     containers: dict[str, bytes] = {}
     held, packed_in_all = TAILS, list[tuple[str, bytes]]()
     for turn, (name, packer) in enumerate(PACKERS.items()):
         names = [*_hostile_names(rng), *ALWAYS]
-        if not name.endswith((".tar", ".gz", ".TGZ", ".zst")):  # others hold no bytes that are no UTF-8
+        if not name.endswith((".tar", ".gz", ".TGZ", ".zst")):  # other formats only support UTF-8 names
             names = [entry.replace(BYTES_ONLY, "Gruss") for entry in names]
         packed = _filled(rng.sample(names, len(names)), 1000 * seed + 100 * turn)
         containers[name] = packer(packed)
@@ -111,12 +111,12 @@ def everything(seed: int) -> Everything:
     plain = _filled([f"{i}.png" for i in range(9)], 1000 * seed + 700)
     containers["plain.tar"] = tar_of(plain)
     cut = _filled(["before.png"], 1000 * seed + 800)
-    containers["cut.tar"] = tar_of(cut)[: BLOCK - len(cut[0][1]) // -BLOCK * BLOCK]  # before its blocks of zeros
+    containers["cut.tar"] = tar_of(cut)[: BLOCK - len(cut[0][1]) // -BLOCK * BLOCK]  # before the final blocks of zeros
     containers["broken.zip"] = b"PK\3\4 and no directory"
-    containers[".git/kept.tar"] = tar_of(plain)  # hidden, so it is one file
-    held += len(plain) + len(cut) + 1 + 1 + 1  # the cut, the broken one, the hidden one
+    containers[".git/kept.tar"] = tar_of(plain)  # hidden, so it counts as one file
+    held += len(plain) + len(cut) + 1 + 1 + 1  # the truncated, the broken and the hidden container
     loose = [f"loose/{name}" for name in dict.fromkeys([*_hostile_names(rng), *ALWAYS])]
-    loose.remove("loose/./twice/p.png")  # on a disk the same as without `./`
+    loose.remove("loose/./twice/p.png")  # the same path as without `./` on a disk
     beside = [
         *_filled(loose, 1000 * seed + 900),
         ("plain.idx", index_bytes(containers["plain.tar"])),
@@ -137,7 +137,7 @@ def _filled(names: Sequence[str], number: int) -> Files:
 
 
 def _bytes_of(name: str, number: int) -> bytes:
-    """What a name promises: a picture, of which some are damaged, a sidecar, or something else."""
+    """Content that matches the name: an image, possibly damaged, a sidecar, or something else."""
     base, lower = name.rpartition("/")[2], name.lower()
     if base in ("empty.png", "text.jpg"):
         return b"" if base == "empty.png" else b"no picture, but text\n" + number.to_bytes(4, "big")
@@ -151,15 +151,15 @@ def _bytes_of(name: str, number: int) -> bytes:
 
 
 def digests(files: Files) -> Counter[str]:
-    """How often which sha256 is among files."""
+    """Number of files by sha256."""
     return Counter(hashlib.sha256(data).hexdigest() for _, data in files)
 
 
 def conserved(results: str, storage: Storage, laid: Laid) -> list[dict[str, Any]]:
-    """The law of a finished job: nothing lost, nothing doubled, and every row's URI opens what it is of.
+    """Checks a finished job: no file is lost or duplicated, and every row's URI opens its image.
 
     Returns:
-        The rows in order of keys.
+        The rows, sorted by key.
     """
     rows, manifest = rows_of(results, storage), Ledger(results, storage).manifest()
     assert manifest is not None
@@ -176,7 +176,7 @@ def conserved(results: str, storage: Storage, laid: Laid) -> list[dict[str, Any]
 
 
 def opened(uri: str, storage: Storage) -> bytes:
-    """The bytes that a row's URI opens with fsspec and the options of a storage."""
+    """Reads a row's URI with fsspec and the options of a storage."""
     container = uri.rpartition("::")[2]
     scheme = container.partition("://")[0]
     options = storage.fsspec_options(container)

@@ -1,4 +1,4 @@
-"""Several workers as threads of one process: the collectives of `Group` over a barrier."""
+"""Workers as threads of one process: the collectives of `Group` with a barrier."""
 
 import threading
 from collections.abc import Callable
@@ -14,10 +14,10 @@ T = TypeVar("T")
 
 
 class ThreadGroup(Group):
-    """One of several workers."""
+    """A worker that runs as a thread."""
 
     def __init__(self, rank: int, size: int, slots: list[Any], barrier: threading.Barrier) -> None:
-        """Shares `slots` and `barrier` with the others."""
+        """Shares `slots` and `barrier` with the other workers."""
         self.rank, self.size = rank, size
         self._slots, self._barrier = slots, barrier
 
@@ -50,11 +50,11 @@ class ThreadGroup(Group):
 
 
 def together(size: int, work: Callable[[Group], T]) -> list[T]:
-    """What every one of `size` workers returns; the first error of any is raised."""
+    """Runs `work` on `size` workers and returns their results; raises the first error of any worker."""
     slots: list[Any] = [None] * size
     barrier = threading.Barrier(size)
 
-    def one(rank: int) -> T:
+    def run_worker(rank: int) -> T:
         try:
             return work(ThreadGroup(rank, size, slots, barrier))
         except BaseException:
@@ -62,7 +62,7 @@ def together(size: int, work: Callable[[Group], T]) -> list[T]:
             raise
 
     with ThreadPoolExecutor(size) as pool:
-        futures = [pool.submit(one, rank) for rank in range(size)]
+        futures = [pool.submit(run_worker, rank) for rank in range(size)]
     errors = [error for future in futures if (error := future.exception())]
     first = next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), None)
     if first or errors:

@@ -1,4 +1,4 @@
-"""Archives as other people make them: odd names, duplicates, sidecars, and what systems leave beside files."""
+"""Hostile archives: odd names, duplicates, sidecars and files left by operating systems."""
 
 import io
 import tarfile
@@ -54,17 +54,17 @@ SIDECARS = (
     b"\xff\xfe",
     b'{"label": "good"}',
 )
-BYTES_ONLY = "Gr\udcf6\udcdfe"  # Latin-1 in a name that should be UTF-8
+BYTES_ONLY = "Gr\udcf6\udcdfe"  # Latin-1 bytes in a name that should be UTF-8
 
 
 def names(with_bytes: bool = False) -> st.SearchStrategy[str]:
-    """Member names; those that are no UTF-8 only where a container can hold them."""
+    """Member names; with `with_bytes`, also names that are not valid UTF-8, for containers that support them."""
     stems = st.sampled_from((*STEMS, BYTES_ONLY) if with_bytes else STEMS)
     return st.builds(lambda f, s, e: f + s + e, st.sampled_from(FOLDERS), stems, st.sampled_from(SUFFIXES))
 
 
 def contents(name: str, number: int) -> bytes:
-    """Bytes that tell which file they are of: of an image they begin as a PNG, of a sidecar they are hostile."""
+    """Bytes that identify their file: images start like a PNG, sidecars are hostile."""
     lower = name.lower()
     if lower.endswith((".json", ".cls")):
         return SIDECARS[number % len(SIDECARS)]
@@ -72,13 +72,13 @@ def contents(name: str, number: int) -> bytes:
 
 
 def files(with_bytes: bool = False, unique: bool = False, most: int = 12) -> st.SearchStrategy[Files]:
-    """Named bytes, names twice too unless `unique`."""
+    """Named bytes, with duplicate names unless `unique`."""
     found = st.lists(names(with_bytes), min_size=1, max_size=most, unique=unique)
     return found.map(lambda given: [(name, contents(name, i)) for i, name in enumerate(given)])
 
 
 def tar_of(packed: Files) -> bytes:
-    """A GNU tar, whose names may be any bytes."""
+    """A GNU tar, whose names may be arbitrary bytes."""
     buffer = io.BytesIO()
     with tarfile.open(
         fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT, encoding="utf-8", errors="surrogateescape"
@@ -91,7 +91,7 @@ def tar_of(packed: Files) -> bytes:
 
 
 def zip_of(packed: Files) -> bytes:
-    """A zip, names twice too."""
+    """A zip, possibly with duplicate names."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, data in packed:
@@ -100,7 +100,7 @@ def zip_of(packed: Files) -> bytes:
 
 
 def lay_out(folder: Path, packed: Files) -> int:
-    """The same as loose files below a local folder, as far as a disk can hold them; returns how many there are."""
+    """Writes the files to a local folder where the file system allows their names; returns the number of files."""
     for name, data in packed:
         if name.startswith("/") or ".." in name.split("/") or "\\" in name:
             continue
@@ -113,5 +113,5 @@ def lay_out(folder: Path, packed: Files) -> int:
 
 
 def parts(data: bytes, count: int) -> Sequence[int]:
-    """`split_bytes` that cut a container of these bytes in one, and in up to `count` parts."""
+    """Values of `split_bytes` that split a container with these bytes into 1 to `count` parts."""
     return sorted({-(-len(data) // i) for i in range(1, count + 1)})

@@ -1,4 +1,4 @@
-"""Small generated images: a textured normal part, and the same with planted defects and their masks."""
+"""Small generated images: a textured normal part, and the same part with planted defects and their masks."""
 
 import io
 
@@ -10,7 +10,7 @@ SIZE_PX = 96
 
 
 def normal_image(number: int, size_px: int = SIZE_PX) -> np.ndarray:
-    """A round part on a woven ground with mild changes of light, place and noise; uint8 RGB."""
+    """A round part on a woven background with small variations in light, position and noise; uint8 RGB."""
     random = np.random.default_rng([11, number])
     rows, columns = np.mgrid[:size_px, :size_px].astype(np.float64)
     row, column = size_px / 2 + random.uniform(-2, 2, size=2)
@@ -23,7 +23,7 @@ def normal_image(number: int, size_px: int = SIZE_PX) -> np.ndarray:
 
 
 def defect_mask(number: int, defect: str, size_px: int = SIZE_PX) -> np.ndarray:
-    """Where the defect of an image lies; bool."""
+    """The mask of an image's defect; bool."""
     random = np.random.default_rng([13, number, DEFECTS.index(defect)])
     rows, columns = np.mgrid[:size_px, :size_px].astype(np.float64)
     row, column = size_px / 2 + random.uniform(-0.2, 0.2, size=2) * size_px
@@ -47,7 +47,7 @@ def defect_image(number: int, defect: str, size_px: int = SIZE_PX) -> tuple[np.n
 
 
 def encode(image: np.ndarray, kind: str = "PNG") -> bytes:
-    """Encoded bytes of a picture."""
+    """Encodes an image."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, kind)
     return buffer.getvalue()

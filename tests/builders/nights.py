@@ -1,4 +1,4 @@
-"""Nights of a small line: normal ones, one behind a dirty lens, one with bad parts, one with broken files."""
+"""Nights of a small production line: normal, dirty lens, bad parts, broken files or dim light."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,16 +25,16 @@ RULES = (
 
 
 def fit_line(folder: Path) -> None:
-    """An artifact of normal images, at `folder/artifact`."""
+    """Fits an artifact on normal images at `folder/artifact`."""
     pack(f"file://{folder}/normal", ".tar", normal_files(90), 2)
     _fit(folder, {"uri": f"{folder}/normal"})
 
 
 def fit_lines(folder: Path, categories: Sequence[str]) -> None:
-    """A fleet of one detector for each category, fitted on images of its own, at `folder/artifact`."""
+    """Fits a fleet at `folder/artifact`, with one detector per category on that category's images."""
     files = [
-        (f"{category}/{i:04d}.png", encode(normal_image(1000 * place + i)))
-        for place, category in enumerate(categories)
+        (f"{category}/{i:04d}.png", encode(normal_image(1000 * index + i)))
+        for index, category in enumerate(categories)
         for i in range(80)
     ]
     pack(f"file://{folder}/normal", ".tar", files, 2)
@@ -42,7 +42,7 @@ def fit_lines(folder: Path, categories: Sequence[str]) -> None:
 
 
 def _fit(folder: Path, source: dict[str, Any], **changes: Any) -> None:
-    words = {
+    values = {
         "kind": "fit",
         "source": source,
         "detector": {"name": "patchcore", "params": PARAMS},
@@ -50,7 +50,7 @@ def _fit(folder: Path, source: dict[str, Any], **changes: Any) -> None:
         "calibration": {"holdout_ratio": 0.5},
         **changes,
     }
-    spec = parse_job(words, "fit")
+    spec = parse_job(values, "fit")
     assert isinstance(spec, FitSpec)
     jobs.fit(spec, lambda *_: None)
 
@@ -71,7 +71,7 @@ def audit_job(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def add_night(folder: Path, name: str, kind: str, first: int, shards: int = 2, count: int = EACH) -> None:
-    """Two shards of one night: `normal`, `dirty` lens, `bad` parts, `broken` files or `dim` light."""
+    """Adds the shards of one night: `normal`, `dirty` lens, `bad` parts, `broken` files or `dim` light."""
     files = [(f"{name}/{i:04d}.png", _file(kind, first + i)) for i in range(count)]
     (folder / "archive").mkdir(exist_ok=True)
     for shard in range(shards):
@@ -90,7 +90,7 @@ def _file(kind: str, number: int) -> bytes:
 
 
 def _dirty(image: np.ndarray, number: int) -> np.ndarray:
-    """Grease on the lens: everything is soft, somewhat grey, with smears that stay where they are."""
+    """Simulates grease on the lens: a soft image with a static grey smear."""
     soft = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(1.6))).astype(np.float64)
     rows, columns = np.mgrid[: image.shape[0], : image.shape[1]]
     smear = np.exp(-(((rows - 30) / 22.0) ** 2 + ((columns - 60) / 30.0) ** 2))[..., None]

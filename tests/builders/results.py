@@ -1,4 +1,4 @@
-"""Results directories without a detector: rows whose scores are known, over images that are there."""
+"""Results directories made without a detector: rows with known scores of existing images."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -37,7 +37,7 @@ def run_record(
     storage: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """`run.json` of a scoring job on `folder/archive`."""
-    words = {
+    values = {
         "kind": "score",
         "source": {"uri": f"{folder}/archive", "pattern": "{category}/test/{defect}/{name}"},
         "artifact": f"{folder}/artifact",
@@ -49,7 +49,7 @@ def run_record(
     members = {"categories": {name: "d" * 64 for name in fleet}} if fleet else {}
     return {
         "kind": "score",
-        "spec": public_spec(parse_job(words, "made")),
+        "spec": public_spec(parse_job(values, "made")),
         "result": {"spec": {}, "artifact": "a" * 64, "archive": "b" * 64, **members},
         "num_shards": num_shards,
         "num_bytes": 12_345_678,
@@ -66,20 +66,20 @@ def simulated_map(mask: np.ndarray, strength: float) -> np.ndarray:
 def make_results(
     folder: str, names: Sequence[Sequence[str]], style: str = "overlay", store: ObjectStore | None = None
 ) -> Ledger:
-    """An archive of tar shards with one image for each name, and the results of it.
+    """Writes an archive of tar shards with one image per name, and its results.
 
-    Every third image has a defect and is flagged; the last of each shard is no image. Scores are 1 + n / 100 for
-    normal images and 3 + n / 100 for the others, n counting all.
+    Every third image has a defect and is flagged; the last file of each shard is not an image. The score of image n is
+    1 + n / 100 if it is normal, else 3 + n / 100.
     """
-    storage, words = (Storage(), {}) if store is None else (store.storage, store.words)
+    storage, options = (Storage(), {}) if store is None else (store.storage, store.words)
     ledger = Ledger(f"{folder}/results", storage)
-    ledger.begin(run_record(folder, len(names), style, storage=words))
+    ledger.begin(run_record(folder, len(names), style, storage=options))
     number = 0
-    for shard, mine in enumerate(names):
+    for shard, shard_names in enumerate(names):
         uri = f"{folder}/archive/part-{shard}.tar"
         files, rows, pictures = [], [], {}
-        for place, name in enumerate(mine):
-            broken = place == len(mine) - 1
+        for position, name in enumerate(shard_names):
+            broken = position == len(shard_names) - 1
             odd = number % 3 == 0
             image, mask = (
                 defect_image(number, "blob") if odd else (normal_image(number), np.zeros((96, 96), dtype=bool))
@@ -88,7 +88,7 @@ def make_results(
             row = _row(uri, name, shard, number, odd, broken)
             rows.append(row)
             if not broken:
-                pictures[place] = _picture(image, simulated_map(mask, 5.0), style)
+                pictures[position] = _picture(image, simulated_map(mask, 5.0), style)
             number += 1
         storage.write(uri, tar_bytes(files))
         part = ResultsSink(ledger.uri, storage).write(Chunk(shard, 0, True, ()), rows, pictures)
@@ -125,7 +125,7 @@ def _row(uri: str, name: str, shard: int, number: int, odd: bool, broken: bool) 
 
 
 def make_large_results(folder: str, shards: int, parts_each: int, rows_each: int) -> Ledger:
-    """Results of `shards * parts_each * rows_each` images, all of the same large picture; one in 110 is flagged."""
+    """Writes results of `shards * parts_each * rows_each` rows for the same large image; one in 110 is flagged."""
     storage = Storage()
     storage.write(f"{folder}/archive/only.png", encode(normal_image(0, size_px=800)))
     ledger = Ledger(f"{folder}/results", storage)
@@ -158,10 +158,10 @@ def _many(folder: str, shard: int, part: int, count: int, random: np.random.Gene
     uri = f"{folder}/archive/part-{shard:05d}.tar"
     scores = random.gamma(4.0, 0.25, size=count)
     threshold = 2.9
-    made = []
+    rows = []
     for i, score in enumerate(scores.tolist()):
         name = f"line{(shard + i) % 7}/test/good/{part:04d}{i:06d}.png"
-        words: dict[str, Any] = {
+        common: dict[str, Any] = {
             "key": f"{uri}#{name}",
             "image_uri": f"{folder}/archive/only.png",
             "chunk": f"{shard:05d}-{part:04d}",
@@ -169,11 +169,11 @@ def _many(folder: str, shard: int, part: int, count: int, random: np.random.Gene
             "category": name[:5],
         }
         if i % 1000 == 999:
-            made.append(Row(**words, status="corrupt", error=f"{uri}#{name}: JPEG data cannot be decoded."))
+            rows.append(Row(**common, status="corrupt", error=f"{uri}#{name}: JPEG data cannot be decoded."))
             continue
-        made.append(
+        rows.append(
             Row(
-                **words,
+                **common,
                 status="ok",
                 width=256,
                 height=256,
@@ -183,10 +183,10 @@ def _many(folder: str, shard: int, part: int, count: int, random: np.random.Gene
                 flagged=score >= threshold,
             )
         )
-    return made
+    return rows
 
 
 def names_of(count: int, categories: Sequence[str] = ("bolt", "plate")) -> list[list[str]]:
-    """Names for three shards, over categories."""
+    """Image names of three shards, alternating between categories."""
     names = [f"{categories[i % len(categories)]}/test/x/{i:04d}.png" for i in range(count)]
     return [names[shard::3] for shard in range(3)]

@@ -1,4 +1,4 @@
-"""The endpoints of one process around a small fitted detector: without a socket, and on a free port."""
+"""Endpoints in one process with a small fitted detector: without a socket, or on a free port."""
 
 import asyncio
 import threading
@@ -25,7 +25,7 @@ SCORE = "/v1/detectors/bottle/score"
 
 
 def fit_small(folder: Path, name: str, seed: int = 0) -> str:
-    """An artifact at `folder/models/name`, fitted on 24 images."""
+    """Fits an artifact at `folder/models/name` on 24 images."""
     if not (folder / "normal").exists():
         pack(f"file://{folder}/normal", ".tar", normal_files(40), 2)
         pack(f"file://{folder}/open/mixed", ".tar", mixed_files(6, 2, masks=False), 3)
@@ -45,7 +45,7 @@ def fit_small(folder: Path, name: str, seed: int = 0) -> str:
 
 
 def make_place(folder: Path) -> Path:
-    """Two artifacts, an archive and loose images in a folder."""
+    """Creates two artifacts, an archive and loose images in a folder."""
     fit_small(folder, "one")
     fit_small(folder, "two", seed=1)
     (folder / "open/loose").mkdir()
@@ -56,7 +56,7 @@ def make_place(folder: Path) -> Path:
 
 
 def serve_spec(folder: Path, **changes: Any) -> ServeSpec:
-    """A served detector, `bottle`, of `fit_small`."""
+    """A serve job with the detector `bottle` from `fit_small`."""
     values = {
         "kind": "serve",
         "detectors": {"bottle": {"artifact": f"{folder}/models/one", "flag": {"alpha": 0.1}}},
@@ -81,8 +81,8 @@ async def client(spec: ServeSpec, tokens: Tokens = NOBODY) -> AsyncIterator[http
     """Talks to the application without a socket."""
     app = build_app(spec, tokens, LocalBackend(spec))
     transport = httpx.ASGITransport(app=app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as made:
-        yield made
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as http:
+        yield http
 
 
 def files(*pictures: bytes) -> list[tuple[str, tuple[str, bytes, str]]]:
@@ -91,7 +91,7 @@ def files(*pictures: bytes) -> list[tuple[str, tuple[str, bytes, str]]]:
 
 
 def run(work: Any) -> Any:
-    """The result of a coroutine; torch has as many threads afterwards as before."""
+    """Runs a coroutine and restores the number of torch threads."""
     threads = torch.get_num_threads()
     try:
         return asyncio.run(work)

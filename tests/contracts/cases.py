@@ -1,4 +1,4 @@
-"""One row for each detector: how to fit it small, and how well it must then find planted defects."""
+"""One case per detector: parameters for a small fit, and the accuracy it must reach on planted defects."""
 
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -20,16 +20,16 @@ SIZE_PX = 64
 
 @dataclass(frozen=True)
 class Case:
-    """One detector's case.
+    """A test case for one detector.
 
     Attributes:
-        name: of the registry.
-        params: what the case changes of the detector's smoke preset.
-        floor: image AUROC on planted defects that it must pass, with random backbone weights. Trainings amplify
-            float32 rounding, so it lies below what eight seeds reached.
-        pixel_floor: pixel AUROC likewise.
-        bad: parameters that must be refused, with a word of the message.
-        variant: tells several cases of one detector apart.
+        name: name in the registry.
+        params: parameters that differ from the detector's smoke preset.
+        floor: minimum image AUROC on planted defects, with random backbone weights. Training amplifies float32
+            rounding, so it is lower than the results of eight seeds.
+        pixel_floor: minimum pixel AUROC, likewise.
+        bad: invalid parameters, by a word of the expected message.
+        variant: distinguishes several cases of one detector.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Case:
 
     @property
     def id(self) -> str:
-        """The name, and the variant where there is one."""
+        """The name, with the variant if there is one."""
         return f"{self.name}-{self.variant}" if self.variant else self.name
 
     @property
@@ -50,16 +50,16 @@ class Case:
         return detector_class(self.name).info.labels != "none"
 
     def sized(self) -> dict[str, Any]:
-        """The parameters at the size of the test images."""
+        """The parameters, with the size of the test images."""
         return {"image_size": [SIZE_PX, SIZE_PX], **self.params}
 
     def brief(self, passes: int = 2) -> dict[str, Any]:
-        """The same with a training of a few passes, if there is one."""
+        """The same with only a few training epochs, if the detector is trained."""
         known = {field.name for field in fields(detector_class(self.name).Params)}
         return {**self.sized(), **{name: passes for name in ("epochs", "difference_epochs") if name in known}}
 
     def build(self, **params: Any) -> Detector:
-        """The unfitted detector."""
+        """Builds the unfitted detector."""
         return build_detector(self.name, {**self.sized(), **params}, preset="smoke")
 
 
@@ -216,33 +216,33 @@ CASES = (
 
 
 def fit(case: Case) -> Detector:
-    """Fits a case on 40 loose images, well enough to find defects, and loads the artifact."""
+    """Fits a case on 40 loose images, enough to find defects, and loads the artifact."""
     return _fit(case, "shared", case.sized(), images=40, shard_images=20, seed=0)
 
 
 def fit_briefly(case: Case, shard_images: int, seed: int) -> Detector:
-    """Fits a case on 8 images with two passes of its training, which show as well on what a fit depends."""
+    """Fits a case on 8 images with two training epochs, enough to test what a fit depends on."""
     return _fit(case, "brief", case.brief(), 8, shard_images, seed)
 
 
-def _fit(case: Case, place: str, params: dict[str, Any], images: int, shard_images: int, seed: int) -> Detector:
-    """A detector that needs labels gets a quarter more images, with defects."""
+def _fit(case: Case, folder: str, params: dict[str, Any], images: int, shard_images: int, seed: int) -> Detector:
+    """Fits and loads a detector; one that needs labels gets 25 % more images, with defects."""
     files = normal_files(images)
     if case.labelled:
         for i in range(images // 4):
             kind = DEFECTS[i % len(DEFECTS)]
             files.append((f"widget/train/{kind}/{i:04d}.png", encode(defect_image(i, kind)[0])))
-    pack(f"memory://{place}/normal", "", files, 1)
+    pack(f"memory://{folder}/normal", "", files, 1)
     spec = parse_job(
         {
             "kind": "fit",
             "source": {
-                "uri": f"memory://{place}/normal",
+                "uri": f"memory://{folder}/normal",
                 "shard_images": shard_images,
                 "pattern": "{category}/train/{defect}/{name}.png",
             },
             "detector": {"name": case.name, "preset": "smoke", "params": params},
-            "artifact": f"memory://{place}/artifact",
+            "artifact": f"memory://{folder}/artifact",
             "seed": seed,
             "batch_size": 8,
             "resources": {"cpus_per_worker": 1},
@@ -251,16 +251,16 @@ def _fit(case: Case, place: str, params: dict[str, Any], images: int, shard_imag
     )
     assert isinstance(spec, FitSpec)
     jobs.fit(spec, lambda *_: None)
-    return load_artifact(f"memory://{place}/artifact", Storage()).detector
+    return load_artifact(f"memory://{folder}/artifact", Storage()).detector
 
 
 def as_batch(images: list[np.ndarray]) -> torch.Tensor:
-    """uint8 (B, 3, H, W)."""
+    """Stacks images to uint8 (B, 3, H, W)."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
 def test_images(count: int = 12) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
-    """(images, labels, masks): normal ones first, then planted defects, none of them seen in fitting."""
+    """(images, labels, masks): normal images, then planted defects, none of them used for fitting."""
     normal = [normal_image(90_000 + i, SIZE_PX) for i in range(count)]
     planted = [defect_image(500 + i, DEFECTS[i % len(DEFECTS)], SIZE_PX) for i in range(count)]
     masks = np.zeros((2 * count, SIZE_PX, SIZE_PX), bool)
@@ -270,6 +270,6 @@ def test_images(count: int = 12) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
 
 
 def score(detector: Detector, images_BCHW: torch.Tensor) -> Scores:
-    """Scores in one batch."""
+    """Scores images as one batch."""
     with torch.inference_mode():
         return detector.score(images_BCHW)

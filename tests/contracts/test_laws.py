@@ -1,4 +1,4 @@
-"""The laws of the Detector contract, each one test over every registered detector."""
+"""The requirements of the Detector interface, each tested on every registered detector."""
 
 import time
 from collections.abc import Iterator
@@ -36,18 +36,18 @@ def _one_thread() -> Iterator[None]:
 
 
 def fitted(case: Case) -> Detector:
-    """The case's detector, fitted once for the tests that do not change it."""
+    """The fitted detector of a case, shared by tests that do not modify it."""
     return _fitted(case.id)
 
 
 @lru_cache(maxsize=1)
 def _fitted(name: str) -> Detector:
-    """The laws come case by case, and one fitted detector may hold gigabytes."""
+    """Caches one detector only: tests run case by case, and a fitted detector may use gigabytes."""
     return cases.fit(BY_ID[name])
 
 
 def brief(case: Case) -> Detector:
-    """The case's detector, fitted once on 8 images of one shard with `SEED`; other fits are compared with it."""
+    """The detector of a case fitted on 8 images in one shard with `SEED`, as a reference for other fits."""
     return _brief(case.id)
 
 
@@ -57,20 +57,20 @@ def _brief(name: str) -> Detector:
 
 
 def needs_weights(case: Case) -> bool:
-    """Whether the detector stands on pretrained weights; those of an optional backbone count when there is one."""
+    """Whether the detector uses pretrained weights, including those of an optional backbone if it has one."""
     if "weights" not in {field.name for field in fields(detector_class(case.name).Params)}:
         return False
     return getattr(case.build().params, "backbone", "its own") is not None
 
 
 def untrained(detector: Detector) -> None:
-    """A train phase without a step."""
+    """Runs a train phase without any step."""
     detector.begin_training(12)
     detector.end_training()
 
 
 def train_twice(detector: Detector, batch: Batch) -> None:
-    """A train phase of two passes over one batch."""
+    """Runs a train phase of two epochs over one batch."""
     plan = detector.begin_training(len(batch.keys))
     for _ in range(2):
         for piece in detector.training_pieces(batch):
@@ -85,7 +85,7 @@ def test_every_detector_has_a_case(case: Case) -> None:
     assert {c.name for c in CASES} == set(list_models())
 
 
-def test_its_name_is_its_file_and_its_facts_are_there(case: Case) -> None:
+def test_class_name_matches_file_and_info_is_complete(case: Case) -> None:
     kind = detector_class(case.name)
     assert kind.__name__.lower() == case.name
     assert (
@@ -94,14 +94,14 @@ def test_its_name_is_its_file_and_its_facts_are_there(case: Case) -> None:
     assert kind.phases and set(kind.phases) <= {"collect", "train"}
 
 
-def test_it_is_cheap_to_build(case: Case) -> None:
+def test_building_is_cheap(case: Case) -> None:
     detector_class(case.name)
     started = time.process_time()
     build_detector(case.name, {"weights": "no/such/file"} if needs_weights(case) else {})  # nothing is loaded yet
     assert time.process_time() - started < 0.2
 
 
-def test_unknown_and_bad_parameters_are_refused(case: Case) -> None:
+def test_unknown_and_invalid_parameters_are_rejected(case: Case) -> None:
     with pytest.raises(SpecError, match="image_size"):
         build_detector(case.name, {"image_sise": [64, 64]})
     for word, params in case.bad.items():
@@ -109,7 +109,7 @@ def test_unknown_and_bad_parameters_are_refused(case: Case) -> None:
             build_detector(case.name, params)
 
 
-def test_weights_that_cannot_be_had_say_what_to_do(case: Case) -> None:
+def test_missing_weights_give_a_helpful_error(case: Case) -> None:
     if not needs_weights(case):
         assert case.build().load_weights() == "from scratch"
         return
@@ -117,7 +117,7 @@ def test_weights_that_cannot_be_had_say_what_to_do(case: Case) -> None:
         case.build(weights="/no/such/file.safetensors").load_weights()
 
 
-def test_unfitted_it_refuses_to_score_and_to_save(case: Case) -> None:
+def test_unfitted_detector_refuses_to_score_and_save(case: Case) -> None:
     detector = case.build()
     for _ in range(2):
         with pytest.raises(NotFittedError, match=case.name):
@@ -127,7 +127,7 @@ def test_unfitted_it_refuses_to_score_and_to_save(case: Case) -> None:
         detector.load_weights()
 
 
-def test_scores_have_their_shapes_and_are_finite(case: Case) -> None:
+def test_scores_have_the_right_shapes_and_are_finite(case: Case) -> None:
     images = torch.randint(0, 256, (3, 3, SIZE_PX, SIZE_PX), dtype=torch.uint8)
     for batch in (images, torch.zeros_like(images), torch.full_like(images, 255)):
         scores = cases.score(fitted(case), batch)
@@ -136,7 +136,7 @@ def test_scores_have_their_shapes_and_are_finite(case: Case) -> None:
         assert torch.isfinite(scores.image_score_B).all() and torch.isfinite(scores.anomaly_map_BHW).all()
 
 
-def test_it_finds_planted_defects(case: Case) -> None:
+def test_finds_planted_defects(case: Case) -> None:
     images, labels, masks = cases.test_images()
     scores = cases.score(fitted(case), images)
     assert roc_auc_score(labels, scores.image_score_B.numpy()) >= case.floor
@@ -144,7 +144,7 @@ def test_it_finds_planted_defects(case: Case) -> None:
         assert roc_auc_score(masks.ravel(), scores.anomaly_map_BHW.numpy().ravel()) >= case.pixel_floor
 
 
-def test_an_image_is_scored_alone_whatever_its_neighbours(case: Case) -> None:
+def test_scores_do_not_depend_on_the_batch(case: Case) -> None:
     images = cases.test_images()[0]
     together = cases.score(fitted(case), images)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
@@ -164,8 +164,8 @@ def test_scoring_is_pure(case: Case) -> None:
     assert torch.equal(images, before)
 
 
-def test_the_fit_does_not_depend_on_batches_or_order(case: Case) -> None:
-    """The keyed state of images collected one by one, in any order and partly twice, is one and the same."""
+def test_fit_does_not_depend_on_batches_or_order(case: Case) -> None:
+    """The keyed state is the same for any batches and order of images, even if some are collected twice."""
     phases = case.build().phases
     if "collect" not in phases:
         with pytest.raises(TypeError, match="no collect phase"):
@@ -181,9 +181,9 @@ def test_the_fit_does_not_depend_on_batches_or_order(case: Case) -> None:
         state = FitState()
         with torch.inference_mode():
             for order in orders:
-                places = list(order)
-                padded = images[[*places, *[0] * (12 - len(places))]]
-                names = [keys[i] for i in places] + [PAD_KEY] * (12 - len(places))
+                indices = list(order)
+                padded = images[[*indices, *[0] * (12 - len(indices))]]
+                names = [keys[i] for i in indices] + [PAD_KEY] * (12 - len(indices))
                 state.add(names, detector.collect(Batch(padded, names)))
         detector.finish(state, lambda *_: None)
         if phases[-1] == "train":
@@ -193,12 +193,12 @@ def test_the_fit_does_not_depend_on_batches_or_order(case: Case) -> None:
         assert all(torch.equal(banks[0][name], other[name]) for name in banks[0])
 
 
-def test_the_fit_is_repeatable_on_any_number_of_shards(case: Case) -> None:
+def test_fit_is_repeatable_with_any_number_of_shards(case: Case) -> None:
     one, many = brief(case).tensors(), cases.fit_briefly(case, shard_images=3, seed=SEED).tensors()
     assert all(torch.equal(one[name], many[name]) for name in one)
 
 
-def test_the_fit_follows_the_seed(case: Case) -> None:
+def test_fit_depends_on_the_seed(case: Case) -> None:
     one, other = brief(case).tensors(), cases.fit_briefly(case, shard_images=100, seed=SEED + 1).tensors()
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
@@ -228,7 +228,7 @@ def test_a_second_fit_forgets_the_first(case: Case) -> None:
     assert brief(case).tensors().keys() == once.keys()
 
 
-def test_saved_and_loaded_it_scores_bit_for_bit_without_pickle(case: Case) -> None:
+def test_saved_detector_scores_bit_identically_without_pickle(case: Case) -> None:
     detector, images = fitted(case), cases.test_images(4)[0]
     calibration = Calibration(scores=(0.0, 1.0), map_low=0.0, map_high=1.0)
     save_artifact("memory://saved/artifact", Storage(), case.name, detector, calibration, {})
@@ -266,7 +266,7 @@ def test_tensors_of_another_kind_are_refused_before_it_scores(case: Case) -> Non
 
 
 @pytest.mark.parametrize("size", [(32, 32), (65, 97), (33, 40), (200, 48)])
-def test_any_image_size_works_or_is_refused(case: Case, size: tuple[int, int]) -> None:
+def test_any_image_size_works_or_is_rejected(case: Case, size: tuple[int, int]) -> None:
     images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
     try:
         scores = cases.score(fitted(case), images)
@@ -277,7 +277,7 @@ def test_any_image_size_works_or_is_refused(case: Case, size: tuple[int, int]) -
     assert torch.isfinite(scores.anomaly_map_BHW).all()
 
 
-def test_moving_to_a_device_returns_itself(case: Case) -> None:
+def test_to_returns_the_detector_itself(case: Case) -> None:
     detector = fitted(case)
     assert detector.to(torch.device("cpu")) is detector
     assert np.isfinite(cases.score(detector, cases.test_images(1)[0]).image_score_B.numpy()).all()

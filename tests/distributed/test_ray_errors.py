@@ -123,10 +123,10 @@ def test_every_wrapping_of_ray_is_taken_off(kind: type[RaydetectError], way: Cal
         (exceptions.NodeDiedError("node\nlost"), "a worker or its node was lost"),
         (exceptions.WorkerCrashedError(), "a worker or its node was lost"),
         (of_training(exceptions.OutOfMemoryError("x\ny")), "a node ran out of memory"),
-        (of_training(of_task(ZeroDivisionError("by zero"))), "by zero. Look at the logs of Ray"),
-        (TrainingFailedError("head\n\nValueError: the cause"), "ValueError: the cause. Look at the logs of Ray"),
+        (of_training(of_task(ZeroDivisionError("by zero"))), "by zero. Check the logs of Ray"),
+        (TrainingFailedError("head\n\nValueError: the cause"), "ValueError: the cause. Check the logs of Ray"),
         (ConnectionError("code 401: unauthenticated\nmore"), "refused the connection (authentication)"),
-        (RuntimeError(""), "RuntimeError: it says nothing more"),
+        (RuntimeError(""), "RuntimeError: no message"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
 )

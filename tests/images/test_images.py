@@ -1,4 +1,4 @@
-"""Losses between images and simulated defects against slow code and closed forms."""
+"""Image losses and synthetic defects against slow reference code and closed forms."""
 
 import io
 
@@ -20,7 +20,7 @@ from tests.reference import images as plain
 
 
 def pair(height: int, width: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """An image with structure, and the same with noise, float32 in [0, 1]."""
+    """A structured image and a noisy copy, float32 in [0, 1]."""
     random = np.random.default_rng(seed)
     rows, columns = np.mgrid[:height, :width]
     grey = 0.5 + 0.3 * np.sin(rows * 0.4) * np.cos(columns * 0.3)
@@ -33,7 +33,7 @@ def batch(image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(image)[None]
 
 
-def test_ssim_is_the_formula_at_every_pixel() -> None:
+def test_ssim_matches_the_formula_at_every_pixel() -> None:
     first, second = pair(17, 23)
     expected = np.stack([plain.ssim_map(a, b) for a, b in zip(first, second, strict=True)])
     found = losses.ssim_map(batch(first), batch(second))
@@ -42,7 +42,7 @@ def test_ssim_is_the_formula_at_every_pixel() -> None:
     assert losses.ssim_loss(batch(first), batch(first)).item() == pytest.approx(0, abs=1e-6)
 
 
-def test_gradient_similarity_is_the_formula_at_every_pixel_and_scale() -> None:
+def test_gradient_similarity_matches_the_formula_at_every_pixel_and_scale() -> None:
     first, second = pair(37, 26)
     found = losses.gms_map(batch(first), batch(second))[0].numpy()
     np.testing.assert_allclose(found, plain.gms_map(first, second), atol=2e-5)
@@ -53,14 +53,14 @@ def test_gradient_similarity_is_the_formula_at_every_pixel_and_scale() -> None:
 
 
 @pytest.mark.parametrize("gamma", [0.0, 2.0, 4.0])
-def test_the_focal_loss_is_the_formula(gamma: float) -> None:
+def test_the_focal_loss_matches_the_formula(gamma: float) -> None:
     random = np.random.default_rng(3)
     anomalous, mask = random.uniform(0.02, 0.98, (9, 11)), random.uniform(size=(9, 11)) < 0.3
     found = losses.focal_loss(torch.from_numpy(anomalous)[None], torch.from_numpy(mask)[None], gamma)
     assert found.item() == pytest.approx(plain.focal_loss(anomalous, mask, gamma), rel=2e-3)
 
 
-def test_losses_have_finite_slopes_where_images_are_flat_or_a_class_is_certain() -> None:
+def test_losses_have_finite_gradients_for_flat_images_and_certain_classes() -> None:
     flat = torch.full((1, 3, 24, 24), 0.5, requires_grad=True)
     (losses.ssim_loss(flat, torch.zeros(1, 3, 24, 24)) + losses.msgms_loss(flat, flat.detach())).backward()
     certain = torch.tensor([[[0.0, 1.0]]], requires_grad=True)
@@ -69,7 +69,7 @@ def test_losses_have_finite_slopes_where_images_are_flat_or_a_class_is_certain()
         assert tensor.grad is not None and torch.isfinite(tensor.grad).all()
 
 
-def test_autocast_does_not_reach_the_losses() -> None:
+def test_autocast_does_not_affect_the_losses() -> None:
     first, second = map(batch, pair(32, 32))
     expected = [losses.ssim_loss(first, second), losses.msgms_loss(first, second)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -78,13 +78,13 @@ def test_autocast_does_not_reach_the_losses() -> None:
 
 
 @pytest.mark.parametrize(("size_px", "cells"), [((24, 32), (4, 8)), ((25, 33), (4, 8)), ((16, 16), (1, 32))])
-def test_perlin_noise_is_perlins(size_px: tuple[int, int], cells: tuple[int, int]) -> None:
+def test_perlin_noise_matches_the_reference(size_px: tuple[int, int], cells: tuple[int, int]) -> None:
     found = synthesis.perlin_noise(size_px, cells, keyed_generator(0, "noise"))
     angles = 2 * np.pi * torch.rand(cells[0] + 1, cells[1] + 1, generator=keyed_generator(0, "noise")).double().numpy()
     np.testing.assert_allclose(found.numpy(), plain.perlin_noise(size_px, angles), atol=1e-5)
 
 
-def test_masks_follow_their_words_and_cover_a_small_part() -> None:
+def test_masks_depend_on_their_keys_and_cover_a_small_part() -> None:
     masks = torch.stack([synthesis.perlin_mask((64, 48), keyed_generator(0, "mask", i)) for i in range(60)])
     again = synthesis.perlin_mask((64, 48), keyed_generator(0, "mask", 7))
     assert torch.equal(masks[7], again) and not torch.equal(masks[7], masks[8])
@@ -107,13 +107,13 @@ def test_shuffled_tiles_are_the_same_tiles() -> None:
     assert not torch.equal(found, image)
 
     def tiles(picture: torch.Tensor) -> list[list[int]]:
-        places = [(r, c) for r in range(4) for c in range(8)]
-        return sorted(picture[:, 3 * r : 3 * r + 3, 3 * c : 3 * c + 3].flatten().tolist() for r, c in places)
+        positions = [(r, c) for r in range(4) for c in range(8)]
+        return sorted(picture[:, 3 * r : 3 * r + 3, 3 * c : 3 * c + 3].flatten().tolist() for r, c in positions)
 
     assert tiles(found) == tiles(image)
 
 
-def test_the_threshold_is_otsus() -> None:
+def test_the_threshold_matches_otsu() -> None:
     random = np.random.default_rng(0)
     for low, high, share in ((40, 180, 0.5), (90, 120, 0.8), (10, 240, 0.1)):
         grey = np.where(random.uniform(size=900) < share, random.normal(low, 9, 900), random.normal(high, 12, 900))
@@ -122,7 +122,7 @@ def test_the_threshold_is_otsus() -> None:
     assert synthesis.otsu_threshold(torch.full((9,), 7)) in range(256)
 
 
-def test_the_foreground_is_what_stands_before_a_plain_border() -> None:
+def test_the_foreground_is_the_object_on_a_plain_border() -> None:
     disc = torch.zeros(40, 40, dtype=torch.bool)
     disc[12:30, 10:28] = True
     dark_on_bright = torch.where(disc, 30, 220).to(torch.uint8).expand(3, 40, 40)
@@ -132,7 +132,7 @@ def test_the_foreground_is_what_stands_before_a_plain_border() -> None:
     assert synthesis.foreground(striped).all()
 
 
-def test_every_procedural_texture_and_variation_is_a_picture() -> None:
+def test_every_procedural_texture_and_variation_is_a_valid_image() -> None:
     for field in textures.FIELDS:
         first, second = (field((40, 56), keyed_generator(0, i)) for i in range(2))
         assert first.shape == (40, 56) and torch.isfinite(first).all() and not torch.equal(first, second)
@@ -158,19 +158,20 @@ def test_variations_do_what_their_names_say() -> None:
     )
 
 
-def test_an_adjusted_image_is_the_same_picture_mirrored_and_turned_in_other_colours(
+def test_an_adjusted_image_is_mirrored_rotated_and_recoloured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     image = torch.from_numpy(pair(32, 32)[0])
-    made = [textures.adjusted(image, keyed_generator(0, i)) for i in range(20)]
-    assert all(one.shape == image.shape and one.min() >= 0 and one.max() <= 1 for one in made)
-    assert torch.equal(made[3], textures.adjusted(image, keyed_generator(0, 3))) and not torch.equal(made[3], made[4])
+    found = [textures.adjusted(image, keyed_generator(0, i)) for i in range(20)]
+    assert all(one.shape == image.shape and one.min() >= 0 and one.max() <= 1 for one in found)
+    again = textures.adjusted(image, keyed_generator(0, 3))
+    assert torch.equal(found[3], again) and not torch.equal(found[3], found[4])
     for name in ("_turned", "_brightness", "_hue_and_saturation"):
         monkeypatch.setattr(textures, name, lambda picture, _: picture)
-    plainly = [textures.adjusted(image, keyed_generator(0, i)) for i in range(200)]
-    mirrored = [torch.equal(one, image.flip(2)) for one in plainly]
+    plain_or_mirrored = [textures.adjusted(image, keyed_generator(0, i)) for i in range(200)]
+    mirrored = [torch.equal(one, image.flip(2)) for one in plain_or_mirrored]
     assert 70 < sum(mirrored) < 130
-    assert all(torch.equal(one, image) for one, other in zip(plainly, mirrored, strict=True) if not other)
+    assert all(torch.equal(one, image) for one, other in zip(plain_or_mirrored, mirrored, strict=True) if not other)
 
 
 def texture_files(count: int) -> list[tuple[str, bytes]]:
@@ -191,15 +192,15 @@ def test_textures_are_read_from_folders_and_archives_in_order(ending: str) -> No
     assert textures.Textures(found).draw((7, 9), keyed_generator(0, "d")).shape == (3, 7, 9)
 
 
-def test_of_too_many_textures_the_same_ones_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_choice_among_too_many_textures_is_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_textures, "MAX_TEXTURES", 3)
     pack("memory://textures/many", "", texture_files(9), 4)
     found, message = load_textures("memory://textures/many", (20, 30))
-    again, said_again = load_textures("memory://textures/many", (20, 30))
+    again, message_again = load_textures("memory://textures/many", (20, 30))
     assert (
         len(found) == 3
         and message.startswith("3 of 9 textures")
-        and message == said_again
+        and message == message_again
         and torch.equal(found, again)
     )
 

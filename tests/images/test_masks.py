@@ -1,4 +1,4 @@
-"""Masks: which levels are a defect, and how they are turned with their images."""
+"""Masks: which levels are defects, and how masks follow the orientation of their images."""
 
 import io
 
@@ -29,9 +29,9 @@ def of(levels: np.ndarray, kind: str = "PNG", **options: object) -> np.ndarray:
 
 
 def exif(orientation: int) -> Image.Exif:
-    made = Image.Exif()
-    made[0x0112] = orientation
-    return made
+    block = Image.Exif()
+    block[0x0112] = orientation
+    return block
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "GIF"])
@@ -41,7 +41,7 @@ def test_one_level_is_a_defect_however_bright(kind: str, level: int) -> None:
 
 
 @pytest.mark.parametrize("level", [1, 300, 32767, 32768, 65535])
-def test_so_is_one_of_sixteen_bits(level: int) -> None:
+def test_one_16_bit_level_is_a_defect_however_bright(level: int) -> None:
     for kind in ("PNG", "TIFF"):
         assert (of(np.where(MARKS, level, 0).astype(np.uint16), kind) == MARKS).all()
 
@@ -56,12 +56,12 @@ def test_class_ids_bits_colours_and_palettes() -> None:
     assert (of(alpha) == MARKS).all()
     assert (of(np.dstack([alpha[..., 0], alpha[..., 3]])) == MARKS).all()
     palette = Image.fromarray(MARKS.astype(np.uint8), "L").convert("P")
-    palette.putpalette([255, 255, 255, 0, 0, 0])  # the colours say the contrary of the indices
+    palette.putpalette([255, 255, 255, 0, 0, 0])  # the colours contradict the indices
     assert (decode_mask(encoded(palette, "PNG"), PLAIN, APPLY) == MARKS).all()
 
 
 @pytest.mark.parametrize("quality", [30, 75, 95])
-def test_what_jpeg_leaves_around_edges_is_no_defect(quality: int) -> None:
+def test_jpeg_artefacts_around_edges_are_not_defects(quality: int) -> None:
     for levels in (np.where(MARKS, 255, 0), MARKS[..., None] * np.array([255, 255, 255])):
         found = of(levels.astype(np.uint8), "JPEG", quality=quality)
         assert (found != MARKS).sum() <= 12
@@ -69,7 +69,7 @@ def test_what_jpeg_leaves_around_edges_is_no_defect(quality: int) -> None:
     assert (lossy != MARKS).sum() <= 12
 
 
-def test_a_soft_border_is_a_defect_from_half_on() -> None:
+def test_a_soft_border_is_a_defect_from_half_of_full_scale_on() -> None:
     soft = np.clip(np.add.outer(np.zeros(40), np.arange(64) * 4), 0, 255).astype(np.uint8)
     assert (of(soft) == (soft >= 128)).all()
     assert (of(soft.astype(np.uint16) * 257) == (soft >= 128)).all()
@@ -77,7 +77,7 @@ def test_a_soft_border_is_a_defect_from_half_on() -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("rules", [APPLY, IGNORE])
-def test_a_mask_is_turned_as_its_image_is(orientation: int, rules: DecodeRules) -> None:
+def test_a_mask_is_rotated_like_its_image(orientation: int, rules: DecodeRules) -> None:
     levels = Image.fromarray(np.where(MARKS, 255, 0).astype(np.uint8))
     data = encoded(levels, "PNG", exif=exif(orientation))
     image = decode_member(Member("k", "", data=data), rules, (8, 8))
@@ -86,11 +86,11 @@ def test_a_mask_is_turned_as_its_image_is(orientation: int, rules: DecodeRules) 
     seen = levels.transpose(Image.Transpose.ROTATE_270) if orientation == 6 else levels
     if orientation in (1, 6) and rules.apply_exif:
         assert (found == (np.asarray(seen) > 0)).all()
-    if orientation >= 5 or not rules.apply_exif:  # its size says that it was drawn on the image as stored
+    if orientation >= 5 or not rules.apply_exif:  # its size shows that it was drawn on the image as stored
         assert (decode_mask(encoded(levels, "PNG"), image, rules) == found).all()
 
 
-def test_a_mask_that_was_drawn_on_the_turned_image_stays() -> None:
+def test_a_mask_drawn_on_the_upright_image_is_not_rotated() -> None:
     image = Pixels(None, 40, 64, orientation=6)
     upright = np.rot90(np.where(MARKS, 255, 0).astype(np.uint8), -1)
     assert (decode_mask(encoded(Image.fromarray(upright), "PNG"), image, APPLY) == (upright > 0)).all()

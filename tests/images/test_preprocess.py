@@ -1,4 +1,4 @@
-"""Decoding: every pixel format by its stated rule, and every kind of bad image."""
+"""Decoding: the rule of every pixel format, and every kind of bad image."""
 
 import io
 import struct
@@ -18,7 +18,7 @@ from raydetect.errors import MemberError
 from raydetect.images import decode, opening
 from raydetect.images.bit_depth import scale_table
 from raydetect.images.decode import Pixels, brightness_and_sharpness, decode_all, decode_image, decode_member
-from raydetect.images.jpeg import NotByTurboError, check_scans, decode_jpeg, sample_bits, segments, without_exif
+from raydetect.images.jpeg import UnsupportedByTurboError, check_scans, decode_jpeg, sample_bits, segments, without_exif
 from raydetect.images.opening import FORMATS, DecodeRules
 from raydetect.images.pages import gif_frames
 from raydetect.images.png import significant_bits
@@ -48,7 +48,7 @@ def pixels(data: bytes, rules: DecodeRules = RULES) -> np.ndarray:
     ("kind", "options"),
     [("PNG", {}), ("BMP", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"}), ("WEBP", {"lossless": True})],
 )
-def test_lossless_colour_comes_out_as_it_was(kind: str, options: dict[str, object]) -> None:
+def test_lossless_colour_is_unchanged(kind: str, options: dict[str, object]) -> None:
     assert (pixels(encoded(Image.fromarray(COLOUR), kind, **options)) == COLOUR).all()
 
 
@@ -107,7 +107,7 @@ def test_exif_orientation_is_applied_or_ignored(orientation: int) -> None:
 
 
 def png(width: int, height: int) -> bytes:
-    """A PNG whose header promises more than its few bytes of data hold."""
+    """A PNG whose header claims more pixels than its data contain."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -143,10 +143,10 @@ def test_a_bad_image_is_a_status(data: bytes, status: str) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=300), st.integers(0, 2000), st.sampled_from(["PNG", "JPEG", "BMP", "TIFF", "WEBP"]))
-def test_no_bytes_break_the_decoder(noise: bytes, place: int, kind: str) -> None:
+def test_no_bytes_break_the_decoder(noise: bytes, offset: int, kind: str) -> None:
     data = encoded(Image.fromarray(COLOUR), kind)
-    place %= len(data)
-    found = decode_member(Member("k", "", data=data[:place] + noise + data[place + len(noise) :]), RULES, (8, 8))
+    offset %= len(data)
+    found = decode_member(Member("k", "", data=data[:offset] + noise + data[offset + len(noise) :]), RULES, (8, 8))
     assert found.status == OK or found.status in BAD_STATUSES
 
 
@@ -169,7 +169,7 @@ def test_a_bad_member_passes_through_and_a_pixel_limit_is_kept() -> None:
 
 
 @pytest.mark.parametrize("shape", [(20, 30), (3, 3), (2, 5), (1, 1), (64, 48)])
-def test_light_and_edges_are_those_of_scipy(shape: tuple[int, int]) -> None:
+def test_brightness_and_sharpness_equal_scipy(shape: tuple[int, int]) -> None:
     grey = np.random.default_rng(5).integers(0, 256, shape).astype(np.uint8)
     brightness, sharpness = brightness_and_sharpness(grey)
     assert brightness == pytest.approx(float(grey.mean()) / 255, abs=1e-12)
@@ -182,17 +182,17 @@ def test_light_and_edges_are_those_of_scipy(shape: tuple[int, int]) -> None:
 def test_a_dim_picture_is_less_bright_and_a_blurred_one_less_sharp() -> None:
     plain = Image.fromarray(COLOUR)
     blurred = plain.filter(ImageFilter.GaussianBlur(2))
-    made = [decode_member(Member("k", "k", data=encoded(p, "PNG")), RULES, (20, 30)) for p in (plain, blurred)]
-    assert made[1].sharpness < 0.3 * made[0].sharpness  # type: ignore[operator]
-    assert made[1].brightness == pytest.approx(made[0].brightness, abs=0.02)
+    sharp, soft = (decode_member(Member("k", "k", data=encoded(p, "PNG")), RULES, (20, 30)) for p in (plain, blurred))
+    assert soft.sharpness < 0.3 * sharp.sharpness  # type: ignore[operator]
+    assert soft.brightness == pytest.approx(sharp.brightness, abs=0.02)
     dim = decode_member(Member("k", "k", data=encoded(Image.fromarray(COLOUR // 2), "PNG")), RULES, (20, 30))
-    assert dim.brightness == pytest.approx(made[0].brightness / 2, abs=0.01)  # type: ignore[operator]
-    assert dim.sharpness == pytest.approx(made[0].sharpness, rel=0.02)
+    assert dim.brightness == pytest.approx(sharp.brightness / 2, abs=0.01)  # type: ignore[operator]
+    assert dim.sharpness == pytest.approx(sharp.sharpness, rel=0.02)
     assert decode_member(Member("k", "k", data=b"x"), RULES, (20, 30)).brightness is None
 
 
 def decoded(data: bytes, rules: DecodeRules = RULES) -> Pixels:
-    """Through the door of members, at the size of COLOUR or what is given."""
+    """Decodes a member at the size of COLOUR."""
     return decode_member(Member("k", "", data=data), rules, (20, 30))
 
 
@@ -204,7 +204,7 @@ NOISY = Image.fromarray(
 
 
 def jpeg_end(data: bytes) -> int:
-    """Where the first scan's data begin."""
+    """Position of the first scan's data."""
     start = data.index(b"\xff\xda")
     return start + 2 + int.from_bytes(data[start + 2 : start + 4], "big")
 
@@ -222,20 +222,20 @@ def jpeg_end(data: bytes) -> int:
         {"keep_rgb": True},
     ],
 )
-def test_every_kind_of_jpeg_has_the_pixels_of_pillow(mode: str, options: dict[str, object]) -> None:
+def test_every_kind_of_jpeg_decodes_as_with_pillow(mode: str, options: dict[str, object]) -> None:
     data = encoded(NOISY.convert(mode), "JPEG", **options)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     assert (pixels(data) == expected).all()
-    if mode == "CMYK" and options.get("subsampling") == 1:  # TurboJPEG does not know it, and Pillow hears nothing
-        for unended in (data[:-2], data[: len(data) // 2]):
-            assert decoded(unended).status == "corrupt"
+    if mode == "CMYK" and options.get("subsampling") == 1:  # not supported by TurboJPEG, and Pillow hides warnings
+        for truncated in (data[:-2], data[: len(data) // 2]):
+            assert decoded(truncated).status == "corrupt"
         return
-    assert (pixels(data[:-2]) == expected).all()  # whole, without its end marker
+    assert (pixels(data[:-2]) == expected).all()  # complete except for its end marker
     assert (pixels(data + b"a trailer of a phone" * 9) == expected).all()
 
 
 @pytest.mark.parametrize("options", [{"quality": 95}, {"optimize": True}, {"progressive": True}, {"subsampling": 0}])
-def test_a_jpeg_that_was_cut_is_never_ok(options: dict[str, object]) -> None:
+def test_a_truncated_jpeg_is_never_ok(options: dict[str, object]) -> None:
     data = encoded(NOISY, "JPEG", **options)
     whole, begins = pixels(data), jpeg_end(data)
     for stop in range(begins, len(data) - 2, 97):
@@ -275,13 +275,13 @@ def test_a_jpeg_with_lost_restart_intervals_is_corrupt() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 5, 20, 3000])
-def test_what_lies_between_the_headers_of_a_jpeg_is_no_damage(count: int) -> None:
+def test_bytes_between_the_segments_of_a_jpeg_are_not_damage(count: int) -> None:
     data = encoded(NOISY, "JPEG")
-    place = data.index(b"\xff\xda")
-    padded = data[:place] + b"x" * count + data[place:]
+    scan = data.index(b"\xff\xda")
+    padded = data[:scan] + b"x" * count + data[scan:]
     assert (pixels(padded) == pixels(data)).all()
     half = len(data) // 2
-    assert decoded(padded[:half] + b"\xff\xd9").status == "corrupt"  # a warning that comes second is heard too
+    assert decoded(padded[:half] + b"\xff\xd9").status == "corrupt"  # a second warning is noticed too
 
 
 @pytest.mark.parametrize("filling", [b"\0", b" "])
@@ -295,7 +295,7 @@ def test_a_few_bytes_before_the_end_of_a_jpeg_are_padding_and_many_are_damage(
     assert "extraneous bytes before marker 0xd9" in decoded(data[:-2] + b"xyz" * 50 + data[-2:]).error
 
 
-def test_harmless_words_of_a_jpeg_header_are_no_damage() -> None:
+def test_harmless_values_in_a_jpeg_header_are_not_damage() -> None:
     data = encoded(NOISY, "JPEG")
     revision = data.index(b"JFIF\0") + 5
     assert (pixels(data[:revision] + b"\x09" + data[revision + 1 :]) == pixels(data)).all()
@@ -303,15 +303,15 @@ def test_harmless_words_of_a_jpeg_header_are_no_damage() -> None:
     assert (pixels(data[:parameters] + b"\0\0\0" + data[parameters + 3 :]) == pixels(data)).all()
 
 
-def test_flat_pictures_whose_scan_is_zeros_are_whole() -> None:
+def test_flat_images_with_scans_of_zeros_are_ok() -> None:
     flat = Image.new("RGB", (1200, 800), (9, 99, 140))
     for options in ({"optimize": True}, {"progressive": True}, {}):
         assert decoded(encoded(flat, "JPEG", **options)).status == OK
 
 
-def test_a_jpeg_cannot_name_another_size_to_the_decoder_than_to_the_judge() -> None:
+def test_a_jpeg_with_conflicting_sizes_is_refused() -> None:
     data = encoded(NOISY, "JPEG")
-    with pytest.raises(MemberError, match="its headers say 8 x 8 and 240 x 200 px"):
+    with pytest.raises(MemberError, match="its headers disagree: 8 x 8 and 240 x 200 px"):
         decode_jpeg(data, (8, 8), "RGB")
     frame = data.index(b"\xff\xc0")
     deep = data[: frame + 4] + b"\x0c" + data[frame + 5 :]
@@ -320,19 +320,19 @@ def test_a_jpeg_cannot_name_another_size_to_the_decoder_than_to_the_judge() -> N
 
 @settings(max_examples=300, deadline=None)
 @given(st.integers(0, 1 << 16), st.binary(max_size=12), st.integers(0, 40), st.booleans())
-def test_headers_of_a_jpeg_are_read_without_other_errors(place: int, new: bytes, gone: int, progressive: bool) -> None:
+def test_damaged_jpeg_headers_raise_no_other_errors(offset: int, new: bytes, removed: int, progressive: bool) -> None:
     data = encoded(Image.fromarray(COLOUR), "JPEG", progressive=progressive)
-    place %= len(data)
-    data = data[: max(2, place)] + new + data[place + gone :]
+    offset %= len(data)
+    data = data[: max(2, offset)] + new + data[offset + removed :]
     sample_bits(data)
     without_exif(data)
     try:
         decode_jpeg(data, (30, 20), "RGB")
-    except (MemberError, NotByTurboError) as error:
+    except (MemberError, UnsupportedByTurboError) as error:
         assert str(error)
 
 
-def test_threads_hear_the_warnings_of_their_own_image_alone() -> None:
+def test_threads_get_only_the_warnings_of_their_own_image() -> None:
     good = encoded(NOISY, "JPEG", quality=95)
     bad = good[: len(good) // 2] + b"\xff\xd9"
     members = [Member(str(i), "", data=bad if i % 3 == 0 else good) for i in range(60)]
@@ -342,10 +342,10 @@ def test_threads_hear_the_warnings_of_their_own_image_alone() -> None:
 
 def tiff(bits: int, photometric: int, data: bytes, order: str = "<", sample_format: int = 1) -> bytes:
     """A grey TIFF of COLOUR's size in one strip, without compression."""
-    words = {256: 30, 257: 20, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 20, 279: len(data)}
-    words[339] = sample_format
-    body = struct.pack(order + "H", len(words))
-    for tag, value in words.items():
+    tags = {256: 30, 257: 20, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 20, 279: len(data)}
+    tags[339] = sample_format
+    body = struct.pack(order + "H", len(tags))
+    for tag, value in tags.items():
         body += struct.pack(order + "HHI", tag, 3, 1) + struct.pack(order + "HH", value, 0)
     head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "I", 8 + len(data))
     return head + data + body + bytes(4)
@@ -363,11 +363,11 @@ def png_16(values: np.ndarray, significant: int | None, late: bool = False) -> b
         return data
     body = b"sBIT" + bytes([significant])
     chunk = struct.pack(">I", 1) + body + struct.pack(">I", zlib.crc32(body))
-    place = data.index(b"IEND" if late else b"IDAT") - 4
-    return data[:place] + chunk + data[place:]
+    position = data.index(b"IEND" if late else b"IDAT") - 4
+    return data[:position] + chunk + data[position:]
 
 
-def test_grey_is_the_same_however_deep_it_is_written_and_whatever_is_white() -> None:
+def test_grey_is_independent_of_bit_depth_and_photometric_interpretation() -> None:
     wide = GREY.astype(int)
     twelve = wide * 4095 // 255
     files = [
@@ -389,7 +389,7 @@ def test_grey_is_the_same_however_deep_it_is_written_and_whatever_is_white() -> 
         assert (pixels(data) == GREY[..., None]).all()
 
 
-def test_a_deep_picture_given_in_python_has_the_pixels_of_its_file() -> None:
+def test_a_16_bit_pillow_image_has_the_pixels_of_its_file() -> None:
     wide = GREY.astype(int)
     for data in (
         tiff(16, 0, (65535 - wide * 257).astype("<u2").tobytes()),
@@ -400,12 +400,14 @@ def test_a_deep_picture_given_in_python_has_the_pixels_of_its_file() -> None:
         assert (pixels(member.data) == GREY[..., None]).all()
 
 
-def test_significant_bits_are_the_upper_ones_unless_the_values_deny_it() -> None:
-    dark = np.full((20, 30), 4080)  # 255 << 4: what the standard's writer makes of a dark picture
+def test_significant_bits_are_the_upper_ones_unless_the_values_contradict() -> None:
+    dark = np.full((20, 30), 4080)  # 255 << 4: a dark picture written according to the standard
     assert pixels(png_16(dark, 12)).max() == 16
     assert pixels(png_16(np.full((20, 30), 4083), 12)).max() == 254
     assert pixels(png_16(np.full((20, 30), 0), 12)).max() == 0
-    assert pixels(png_16(np.full((20, 30), 4083), 12, late=True)).max() == 16  # not where the standard has it
+    assert (
+        pixels(png_16(np.full((20, 30), 4083), 12, late=True)).max() == 16
+    )  # after the pixels, where the standard does not allow it
     for strange in (0, 16, 255):
         assert pixels(png_16(np.full((20, 30), 4083), strange)).max() == 16
     data = png_16(dark, 12)
@@ -424,7 +426,7 @@ def test_the_scale_of_grey_is_rounded_and_fixed(bits: int, inverted: bool) -> No
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("compression", [None, "tiff_lzw"])
-def test_every_format_is_turned_once_or_left_as_stored(kind: str, orientation: int, compression: str | None) -> None:
+def test_every_format_is_rotated_once_or_left_as_stored(kind: str, orientation: int, compression: str | None) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"lossless": True} if kind == "WEBP" else {"compression": compression} if kind == "TIFF" else {}
@@ -450,9 +452,9 @@ def test_every_format_is_turned_once_or_left_as_stored(kind: str, orientation: i
 
 def with_chunk(data: bytes, kind: bytes, body: bytes) -> bytes:
     """A PNG with one more chunk before its pixels."""
-    place = data.index(b"IDAT") - 4
+    position = data.index(b"IDAT") - 4
     chunk = struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    return data[:place] + chunk + data[place:]
+    return data[:position] + chunk + data[position:]
 
 
 def test_damaged_exif_is_noted_and_makes_no_image_bad() -> None:
@@ -479,20 +481,20 @@ def test_avif_is_read_and_its_damaged_exif_is_noted() -> None:
     data = encoded(NOISY, "AVIF", exif=exif, quality=95)
     assert np.abs(pixels(data).astype(int) - np.asarray(NOISY)).mean() < 4
     assert decoded(data).notes == ()
-    place = max(data.find(b"II*\0"), data.find(b"MM\0*"))
-    damaged = decoded(data[:place] + b"zzzz" + data[place + 4 :])
+    start = max(data.find(b"II*\0"), data.find(b"MM\0*"))
+    damaged = decoded(data[:start] + b"zzzz" + data[start + 4 :])
     assert (damaged.status, damaged.notes) == (OK, ("exif_ignored",))
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=60), st.integers(0, 200), st.sampled_from(["PNG", "JPEG", "WEBP"]))
-def test_no_exif_makes_an_image_bad(noise: bytes, place: int, kind: str) -> None:
+def test_no_exif_makes_an_image_bad(noise: bytes, offset: int, kind: str) -> None:
     exif = Image.Exif()
     exif[0x0112], exif[0x010F], exif[282], exif[296] = 6, "maker", 72.0, 2
     exif.get_ifd(0x8769)[36867] = "2026:11:28"
     block = exif.tobytes()
-    place %= len(block)
-    data = encoded(Image.fromarray(COLOUR), kind, exif=block[:place] + noise + block[place + len(noise) :])
+    offset %= len(block)
+    data = encoded(Image.fromarray(COLOUR), kind, exif=block[:offset] + noise + block[offset + len(noise) :])
     assert decoded(data).status == OK
 
 
@@ -505,7 +507,7 @@ def test_other_tags_of_exif_do_not_matter() -> None:
     assert decoded(encoded(NOISY, "JPEG", exif=b"Exif\0\0" + block[:-20])).notes == ("exif_ignored",)
 
 
-def test_smaller_copies_of_a_page_are_no_pages() -> None:
+def test_thumbnails_are_not_counted_as_pages() -> None:
     whole = tiff(8, 1, GREY.tobytes())
     copy = struct.pack("<H", 1) + struct.pack("<HHII", 254, 4, 1, 1) + bytes(4)
     assert tiff_pages(whole[:-4] + struct.pack("<I", len(whole)) + copy) == 1
@@ -524,7 +526,7 @@ def test_pages_that_are_not_read_are_counted() -> None:
     assert decoded(encoded(frames[0], "MPO", **many)).notes == ("pages_not_read: 3",)
 
 
-def test_counting_pages_is_bounded_and_ends_in_circles() -> None:
+def test_counting_pages_is_bounded_and_stops_in_loops() -> None:
     loop = tiff(8, 1, GREY.tobytes())
     directory = struct.unpack_from("<I", loop, 4)[0]
     assert tiff_pages(loop[:-4] + struct.pack("<I", directory)) == 1
@@ -535,42 +537,42 @@ def test_counting_pages_is_bounded_and_ends_in_circles() -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "status", "words"),
+    ("data", "status", "text"),
     [
         (tiff(16, 1, bytes(1200), sample_format=3), "unsupported_mode", "TIFF with 16 bits per sample, floating point"),
         (tiff(64, 1, bytes(4800), sample_format=3), "unsupported_mode", "TIFF with 64 bits per sample, floating point"),
         (tiff(10, 1, bytes(750)), "unsupported_mode", "TIFF with 10 bits per sample, unsigned integers"),
         (tiff(12, 1, bytes(900), ">"), "unsupported_mode", "TIFF with 12 bits per sample, unsigned integers"),
-        (tiff(8, 1, GREY.tobytes())[:-60], "corrupt", "cut or damaged TIFF directory"),
-        (encoded(NOISY, "TIFF", compression="tiff_lzw")[:-500], "corrupt", "cut or damaged TIFF directory"),
-        (b"II*\0\x08\0\0\0", "corrupt", "cut or damaged TIFF directory"),
-        (b"MM\0*", "corrupt", "cut or damaged TIFF directory"),
-        (b"II+\0\x08\0\0\0" + b"\xff" * 40, "corrupt", "cut or damaged TIFF directory"),
-        (b"II*\0\x08\0\0\0" + bytes(8), "corrupt", "names no size"),
+        (tiff(8, 1, GREY.tobytes())[:-60], "corrupt", "truncated or damaged TIFF directory"),
+        (encoded(NOISY, "TIFF", compression="tiff_lzw")[:-500], "corrupt", "truncated or damaged TIFF directory"),
+        (b"II*\0\x08\0\0\0", "corrupt", "truncated or damaged TIFF directory"),
+        (b"MM\0*", "corrupt", "truncated or damaged TIFF directory"),
+        (b"II+\0\x08\0\0\0" + b"\xff" * 40, "corrupt", "truncated or damaged TIFF directory"),
+        (b"II*\0\x08\0\0\0" + bytes(8), "corrupt", "has no image size"),
     ],
 )
-def test_a_tiff_that_is_not_read_says_what_it_is(data: bytes, status: str, words: str) -> None:
+def test_an_unsupported_tiff_is_described(data: bytes, status: str, text: str) -> None:
     found = decoded(data)
-    assert found.status == status and words in found.error
+    assert found.status == status and text in found.error
 
 
-def test_pictures_of_an_mpo_are_read_by_their_first() -> None:
+def test_the_first_picture_of_an_mpo_is_read() -> None:
     data = encoded(NOISY, "MPO", save_all=True, append_images=[SCENE], quality=95)
     assert (pixels(data) == pixels(encoded(NOISY, "JPEG", quality=95))).all()
 
 
 @pytest.mark.parametrize("error", [struct.error("x"), RecursionError(), MemoryError(), OverflowError("y"), KeyError(1)])
 @pytest.mark.parametrize(
-    ("module", "place"),
+    ("module", "name"),
     [(opening, "resized"), (decode, "brightness_and_sharpness"), (opening, "pages_of"), (opening, "orientation_of")],
 )
-def test_whatever_is_raised_is_the_status_of_one_image(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, module: ModuleType, place: str
+def test_any_exception_is_the_status_of_one_image(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, module: ModuleType, name: str
 ) -> None:
     def fails(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(module, place, fails)
+    monkeypatch.setattr(module, name, fails)
     found = decoded(encoded(Image.fromarray(COLOUR), "PNG"))
     assert found.status == "corrupt" and found.error.startswith("k: ")
 
@@ -597,9 +599,9 @@ FILES = [
 def test_mutated_files_are_pixels_or_a_status(
     data: bytes, changes: list[tuple[int, bytes, int]], stop: int | None
 ) -> None:
-    for place, new, gone in changes:
-        place %= len(data) + 1
-        data = data[:place] + new + data[place + gone :]
+    for offset, new, removed in changes:
+        offset %= len(data) + 1
+        data = data[:offset] + new + data[offset + removed :]
     found = decoded(data if stop is None else data[: stop % (len(data) + 1)])
     if found.status == OK:
         assert found.image_HWC is not None and found.image_HWC.shape == (20, 30, 3)
@@ -609,7 +611,7 @@ def test_mutated_files_are_pixels_or_a_status(
 
 @pytest.mark.parametrize(("bits", "form", "kind"), [(8, 2, "i1"), (16, 2, "<i2"), (32, 2, "<i4"), (32, 1, "<u4")])
 def test_integers_without_a_scale_are_refused_by_their_type(bits: int, form: int, kind: str) -> None:
-    """Whatever their values are: a picture of small ones is no darker than its neighbour of large ones."""
+    """Independent of their values, so that images of small and large values are treated alike."""
     data = np.full((8, 8), 100, kind).tobytes()
     tags = [(256, 4, 8), (257, 4, 8), (258, 3, bits), (259, 3, 1), (262, 3, 1), (273, 4, 8), (277, 3, 1), (278, 4, 8)]
     tags += [(279, 4, len(data)), (339, 3, form)]

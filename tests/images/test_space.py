@@ -1,4 +1,4 @@
-"""Memory of decoding: what a process holds is bounded by the source's max_pixels, and pixels are what they were."""
+"""Memory of decoding is bounded by the source's max_pixels, and bands do not change pixels."""
 
 import io
 import json
@@ -21,15 +21,15 @@ from raydetect.images import opening
 from raydetect.images import resize as bands
 from raydetect.images.bit_depth import GreyDepth
 from raydetect.images.decode import decode_all, decode_image, decode_member
-from raydetect.images.memory_budget import BYTES_PER_PIXEL, LEAST_PIXELS, PixelBudget
+from raydetect.images.memory_budget import BYTES_PER_PIXEL, MIN_PIXELS, PixelBudget
 from raydetect.images.opening import DecodeRules
 from raydetect.images.orientation import TURNS
 from raydetect.records import Member
 from raydetect.sinks import heatmaps
 
 RULES = DecodeRules(10**6, True)
-BAND_BYTES = 4 << 20  # that a band of rows takes on its way to RGB, whatever the size of the picture
-# Each kind of file: how Pillow writes it, and the bytes per pixel that its decoder and picture may take.
+BAND_BYTES = 4 << 20  # memory for converting a band of rows, independent of the size of the picture
+# Kinds of files: how Pillow writes them, and the maximum bytes per pixel of decoder and picture.
 PEAKS = {
     "bilevel PNG": ("1", "PNG", {}, 2),
     "grey PNG": ("L", "PNG", {}, 2),
@@ -73,7 +73,7 @@ decode_member(Member("k", "u", small), rules, (32, 32))
 for name in json.loads(sys.stdin.read()):
     data = Path(name).read_bytes()
     decode_member(Member("k", "u", data[:200]), rules, (32, 32))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = status("VmRSS")
     found = decode_member(Member("k", "u", data), rules, (32, 32))
     print(json.dumps([found.status, status("VmHWM") - before]))
@@ -97,13 +97,13 @@ def plain_picture(mode: str, size: tuple[int, int] = SIZE) -> Image.Image:
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="the peak of a process is read from Linux")
-def test_no_format_takes_more_than_it_says(tmp_path: object) -> None:
+def test_no_format_takes_more_memory_than_stated(tmp_path: object) -> None:
     names = []
     for number, (mode, kind, options, _) in enumerate(PEAKS.values()):
         names.append(f"{tmp_path}/{number}")
         with open(names[-1], "wb") as file:
             file.write(encoded(plain_picture(mode), kind, **options))
-    # freed memory goes back at once, so that a peak is of one image
+    # return freed memory at once, so that each peak is of one image
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     small = "iVBORw0KGgo="
     done = subprocess.run(
@@ -119,7 +119,7 @@ def test_no_format_takes_more_than_it_says(tmp_path: object) -> None:
 
 
 def slow_rgb(picture: Image.Image, depth: GreyDepth) -> Image.Image:
-    """The whole picture at once; grey of 16 bits by its formula."""
+    """Converts the whole picture at once; 16-bit grey by the formula."""
     if not picture.mode.startswith("I"):
         return picture.convert("RGBA").convert("RGB") if picture.mode in ("PA", "La") else picture.convert("RGB")
     white = (1 << depth.bits) - 1
@@ -138,7 +138,7 @@ def slow_rgb(picture: Image.Image, depth: GreyDepth) -> Image.Image:
     st.integers(1, 300),
     st.builds(GreyDepth, st.sampled_from((12, 16)), st.booleans()),
 )
-def test_bands_have_the_pixels_of_the_whole_picture(
+def test_bands_give_the_pixels_of_the_whole_picture(
     mode: str, width: int, height: int, orientation: int, size: tuple[int, int], band: int, depth: GreyDepth
 ) -> None:
     values = np.random.default_rng(width * 41 + height).integers(0, 256, (height, width, 4)).astype(np.uint8)
@@ -154,7 +154,7 @@ def test_bands_have_the_pixels_of_the_whole_picture(
     expected = expected.transpose(TURNS[orientation]) if orientation > 1 else expected
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bands, "BAND_PIXELS", band)
-        assert (np.asarray(bands.whole(picture, depth, orientation)) == np.asarray(expected)).all()
+        assert (np.asarray(bands.to_rgb(picture, depth, orientation)) == np.asarray(expected)).all()
         resized = bands.resized(picture, depth, orientation, size)
     assert (np.asarray(resized) == np.asarray(expected.resize(size, Image.Resampling.BILINEAR))).all()
 
@@ -164,11 +164,11 @@ def test_values_beyond_sixteen_bits_are_found_in_any_band(monkeypatch: pytest.Mo
     values_HW = np.zeros((40, 8), np.int32)
     values_HW[33, 5] = 65536
     with pytest.raises(MemberError, match="32-bit"):
-        bands.whole(Image.fromarray(values_HW), GreyDepth(), 1)
+        bands.to_rgb(Image.fromarray(values_HW), GreyDepth(), 1)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "AVIF", "TIFF", "GIF", "JPEG"])
-def test_a_small_copy_is_that_of_the_whole_picture(kind: str) -> None:
+def test_a_shrunk_image_equals_that_of_the_whole_picture(kind: str) -> None:
     data = encoded(plain_picture("RGB", (70, 50)), kind)
     expected = decode_image(data, RULES)
     expected.thumbnail((20, 20))
@@ -176,55 +176,55 @@ def test_a_small_copy_is_that_of_the_whole_picture(kind: str) -> None:
 
 
 class Decoders:
-    """Threads that take space: what they hold, and who came when."""
+    """Threads that reserve pixels: how many they hold, and in which order."""
 
     def __init__(self) -> None:
-        self.space, self.held, self.most, self.order = PixelBudget(), 0, 0, list[int]()
+        self.budget, self.held, self.peak, self.order = PixelBudget(), 0, 0, list[int]()
         self._lock = threading.Lock()
 
-    def start(self, pixels: int, release: threading.Event, max_pixels: int = LEAST_PIXELS) -> threading.Thread:
+    def start(self, pixels: int, release: threading.Event, max_pixels: int = MIN_PIXELS) -> threading.Thread:
         def run() -> None:
-            with self.space.taken(pixels, max_pixels):
+            with self.budget.reserve(pixels, max_pixels):
                 with self._lock:
                     self.order.append(pixels)
                     self.held += pixels
-                    self.most = max(self.most, self.held)
+                    self.peak = max(self.peak, self.held)
                 release.wait(10)
                 with self._lock:
                     self.held -= pixels
 
         thread = threading.Thread(target=run)
         thread.start()
-        time.sleep(0.02)  # it waits, or has taken
+        time.sleep(0.02)  # it waits or has reserved
         return thread
 
 
-def test_space_is_given_in_the_order_of_asking() -> None:
-    decoders, release, half = Decoders(), threading.Event(), LEAST_PIXELS // 2
-    sizes = [half + 1, half + 2, 1, 2, 3]  # the small ones would fit in before the second, and wait behind it
+def test_reservations_are_granted_in_order_of_arrival() -> None:
+    decoders, release, half = Decoders(), threading.Event(), MIN_PIXELS // 2
+    sizes = [half + 1, half + 2, 1, 2, 3]  # the small ones would fit before the second, but wait behind it
     threads = [decoders.start(size, release) for size in sizes]
     assert decoders.order == sizes[:1]
     release.set()
     for thread in threads:
         thread.join(10)
     assert decoders.order[:2] == sizes[:2] and sorted(decoders.order) == sorted(sizes)
-    assert decoders.most <= LEAST_PIXELS
+    assert decoders.peak <= MIN_PIXELS
 
 
-def test_an_image_larger_than_all_space_goes_alone() -> None:
+def test_an_image_larger_than_the_budget_is_decoded_alone() -> None:
     decoders, release = Decoders(), threading.Event()
-    huge = 3 * LEAST_PIXELS
+    huge = 3 * MIN_PIXELS
     threads = [decoders.start(size, release) for size in (5, huge, 7, huge, 9)]
     assert decoders.order == [5]
     release.set()
     for thread in threads:
         thread.join(10)
-    assert decoders.order == [5, huge, 7, huge, 9] and decoders.most == huge
+    assert decoders.order == [5, huge, 7, huge, 9] and decoders.peak == huge
 
 
-def test_a_larger_limit_lets_more_in() -> None:
+def test_a_larger_limit_admits_more() -> None:
     decoders, release = Decoders(), threading.Event()
-    threads = [decoders.start(LEAST_PIXELS, release, 2 * LEAST_PIXELS) for _ in range(3)]
+    threads = [decoders.start(MIN_PIXELS, release, 2 * MIN_PIXELS) for _ in range(3)]
     assert len(decoders.order) == 2
     release.set()
     for thread in threads:
@@ -232,30 +232,30 @@ def test_a_larger_limit_lets_more_in() -> None:
     assert len(decoders.order) == 3
 
 
-def test_who_is_interrupted_while_waiting_gives_its_turn_up() -> None:
-    space = PixelBudget()
+def test_an_interrupted_thread_leaves_the_queue() -> None:
+    budget = PixelBudget()
 
     def broken_wait(_: object) -> None:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(space._changed, "wait_for", broken_wait)
-        with pytest.raises(KeyboardInterrupt), space.taken(1, 1):
+        patch.setattr(budget._changed, "wait_for", broken_wait)
+        with pytest.raises(KeyboardInterrupt), budget.reserve(1, 1):
             pass
-    with space.taken(LEAST_PIXELS, 1):
+    with budget.reserve(MIN_PIXELS, 1):
         pass
 
 
 def test_threads_decode_no_more_pixels_at_a_time_than_the_source_allows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raydetect.images.memory_budget.LEAST_PIXELS", 0)
-    held, most, lock = 0, 0, threading.Lock()
+    monkeypatch.setattr("raydetect.images.memory_budget.MIN_PIXELS", 0)
+    held, peak, lock = 0, 0, threading.Lock()
     load = opening._loaded
 
     def slow(opened: opening._Opened, rules: DecodeRules) -> opening.Loaded:
-        nonlocal held, most
+        nonlocal held, peak
         with lock:
             held += opened.pixels
-            most = max(most, held)
+            peak = max(peak, held)
         time.sleep(0.005)
         try:
             return load(opened, rules)
@@ -268,15 +268,15 @@ def test_threads_decode_no_more_pixels_at_a_time_than_the_source_allows(monkeypa
     rules = DecodeRules(2000, True)
     found = list(decode_all(members, rules, (8, 8), threads=8))
     assert [item.width for item in found] == [20 + i for i in range(24)]
-    assert 1300 < most <= 2000  # more than one at a time, none of them refused
+    assert 1300 < peak <= 2000  # more than one at a time, none of them refused
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "GIF", "WEBP", "BMP", "PPM", "JPEG", "AVIF"])
 @pytest.mark.parametrize("options", [{}, {"compression": "tiff_lzw"}])
-def test_only_the_source_says_how_many_pixels_are_too_many(
+def test_only_the_source_limits_the_number_of_pixels(
     kind: str, options: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow refuses twice as many by itself
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow itself refuses twice as many
     data = encoded(plain_picture("RGB", (40, 30)), kind, **options)
     over = decode_member(Member("k", "u", data), DecodeRules(1199, True), (8, 8))
     assert over.status == "too_many_pixels" and "more than source.max_pixels = 1,199" in over.error
@@ -285,13 +285,13 @@ def test_only_the_source_says_how_many_pixels_are_too_many(
 
 def test_pillows_limit_is_never_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded(plain_picture("RGB", (40, 30)), "PNG")
-    for limit, rules, left in ((None, 2000, None), (5000, 2000, 5000), (100, 2000, 2000)):
+    for limit, max_pixels, expected in ((None, 2000, None), (5000, 2000, 5000), (100, 2000, 2000)):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        decode_image(data, DecodeRules(rules, True))
-        assert left == Image.MAX_IMAGE_PIXELS
+        decode_image(data, DecodeRules(max_pixels, True))
+        assert expected == Image.MAX_IMAGE_PIXELS
 
 
-def test_a_header_that_says_far_too_many_pixels_is_refused_from_it() -> None:
+def test_a_header_with_far_too_many_pixels_is_refused() -> None:
     header = b"RIFF" + struct.pack("<I", 26) + b"WEBPVP8L" + struct.pack("<IBI", 14, 0x2F, 0x3FFF << 14 | 0x3FFF)
     png = b"\x89PNG\r\n\x1a\n" + b"\0\0\0\rIHDR" + struct.pack(">IIBBBBB", 1 << 20, 1 << 20, 8, 2, 0, 0, 0)
     png += struct.pack(">I", zlib.crc32(png[12:])) + b"\0\0\0\0IDAT\x35\xaf\x06\x1e"
@@ -301,15 +301,15 @@ def test_a_header_that_says_far_too_many_pixels_is_refused_from_it() -> None:
 
 
 def test_a_tile_larger_than_its_image_counts() -> None:
-    words = [(256, 4, 40), (257, 4, 30), (258, 3, 8), (259, 3, 8), (262, 3, 1), (322, 4, 4096), (323, 4, 4096)]
-    words += [(324, 4, 8), (325, 4, 0)]
-    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in words)
-    data = b"II*\0" + struct.pack("<IH", 8, len(words)) + entries + bytes(4)
+    tags = [(256, 4, 40), (257, 4, 30), (258, 3, 8), (259, 3, 8), (262, 3, 1), (322, 4, 4096), (323, 4, 4096)]
+    tags += [(324, 4, 8), (325, 4, 0)]
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    data = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
     found = decode_member(Member("k", "u", data), DecodeRules(10**7, True), (8, 8))
     assert found.status == "too_many_pixels" and "tile of 4096 x 4096 px" in found.error
 
 
-def test_a_line_of_pixels_is_not_widened_before_it_is_shortened() -> None:
+def test_a_line_of_pixels_is_not_widened_before_it_is_shrunk() -> None:
     code = (
         "import resource\n"
         "from PIL import Image\n"
@@ -319,11 +319,11 @@ def test_a_line_of_pixels_is_not_widened_before_it_is_shortened() -> None:
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - size)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) << 10 < 100 << 20  # widened to 256 px it would be 256 MiB
+    assert int(done.stdout) << 10 < 100 << 20  # widened to 256 px first, it would take 256 MiB
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before the pixels", "after them"])
-def test_a_png_with_texts_that_are_too_large_is_read_without_them(after: bool) -> None:
+def test_a_png_with_too_large_texts_is_read_without_them(after: bool) -> None:
     picture, texts = plain_picture("RGB", (40, 30)), PngImagePlugin.PngInfo()
     texts.add_itxt("XML:com.adobe.xmp", " " * (2 << 20), zip=True)
     texts.add_text("workflow", " " * (2 << 20), zip=True)
@@ -336,7 +336,7 @@ def test_a_png_with_texts_that_are_too_large_is_read_without_them(after: bool) -
     assert (found.image_HWC == np.asarray(picture)).all()
 
 
-def test_an_overlay_is_drawn_by_its_formula_in_bands_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_overlay_is_the_same_for_bands_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(3)
     image_HW3, map_HW = random.integers(0, 256, (37, 23, 3)).astype(np.uint8), random.random((9, 7)).astype(np.float32)
     whole = heatmaps.overlay_png(image_HW3, map_HW, 0.0, 2.0)
@@ -344,7 +344,7 @@ def test_an_overlay_is_drawn_by_its_formula_in_bands_of_any_size(monkeypatch: py
     assert heatmaps.overlay_png(image_HW3, map_HW, 0.0, 2.0) == whole
 
 
-def test_a_heatmap_of_more_pixels_than_any_has_is_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_heatmap_with_too_many_pixels_is_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heatmaps, "MAX_PIXELS", 1199)
     with pytest.raises(StorageError, match="40 x 30 px"):
         heatmaps.read_map_png(encoded(plain_picture("I;16", (40, 30)), "PNG"), 0.0, 1.0)

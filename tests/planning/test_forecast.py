@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from raydetect.cli.main import main
 from raydetect.config import parse_job
-from raydetect.planning.forecast import LOOKED_INTO, Count, Forecast, estimate, forecast
+from raydetect.planning.forecast import SAMPLED_CONTAINERS, Count, Forecast, estimate, forecast
 from raydetect.planning.plan import plan_score
 from raydetect.storage import Storage
 from tests.builders.archives import normal_files, pack, tar_bytes, zip_bytes
@@ -45,7 +45,7 @@ def test_tars_of_one_small_image_are_counted_by_shards_and_not_by_bytes(place: s
         Storage().write(f"{place}/ones/{number:03d}.tar", tar_bytes([file]))
     found = forecast_of(place, "ones")
     assert (found.images, found.chunks) == (50, 50)
-    assert found.images_from == f"estimated from {LOOKED_INTO} of 50 containers"
+    assert found.images_from == f"estimated from {SAMPLED_CONTAINERS} of 50 containers"
 
 
 def test_containers_that_are_looked_into_whole_are_counted_and_loose_images_always(place: str) -> None:

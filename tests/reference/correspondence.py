@@ -1,4 +1,4 @@
-"""Slow correspondences between feature pyramids: described positions one by one, in float64."""
+"""Slow correspondences between feature pyramids, position by position in float64."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ Levels = list[np.ndarray]  # (C, h, w), finest first
 
 
 def described(levels: Levels) -> np.ndarray:
-    """(h, w, D): each position of the finest grid with the features of the cells that it lies in."""
+    """(h, w, D): for each position of the finest grid, the features of the cells that contain it."""
     height, width = levels[0].shape[1:]
     rows = cells_of([level.shape[1] for level in levels])
     columns = cells_of([level.shape[2] for level in levels])
@@ -19,15 +19,15 @@ def described(levels: Levels) -> np.ndarray:
 
 
 def cells_of(sizes: list[int]) -> list[list[int]]:
-    """For every place of one axis of the finest level, its cell at each level.
+    """For each position on one axis of the finest level, its cell at each level.
 
-    A coarse cell holds a whole number of finer ones, the last perhaps fewer, as strides make it. Where no number fits,
-    the coarse level is stretched over the finer one.
+    As with strides, a coarse cell contains a whole number of finer cells, the last one possibly fewer. If no number
+    fits, the coarse level is stretched over the finer one.
     """
     found = []
-    for place in range(sizes[0]):
-        cells, used = [place], sizes[0]
-        inside = place
+    for position in range(sizes[0]):
+        cells, used = [position], sizes[0]
+        inside = position
         for size in sizes[1:]:
             number = 1
             while number * size < used:
@@ -42,7 +42,7 @@ def cells_of(sizes: list[int]) -> list[list[int]]:
 
 
 def nearest_squares(image: Levels, others: list[Levels], reach: float | None = None) -> np.ndarray:
-    """Squared distance of every position to the nearest one of the other images; `reach` in cells along both axes."""
+    """Squared distance of each position to the nearest one in other images; `reach` in cells along both axes."""
     grid = described(image)
     galleries = [described(other) for other in others]
     found = np.empty(grid.shape[:2])

@@ -1,4 +1,4 @@
-"""Slow pooling of feature pyramids to patch embeddings of a stated width."""
+"""Slow pooling of feature pyramids to patch embeddings of a given width."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def adaptive_means(values_K: np.ndarray, dims: int) -> np.ndarray:
-    """Number i is the mean of the values from floor(i K / D) to before ceil((i + 1) K / D)."""
+    """Element i is the mean of the values from floor(i K / D) to ceil((i + 1) K / D), exclusive."""
     count = len(values_K)
     return np.array(
         [values_K[i * count // dims : math.ceil((i + 1) * count / dims)].mean() for i in range(dims)], np.float64
@@ -14,7 +14,7 @@ def adaptive_means(values_K: np.ndarray, dims: int) -> np.ndarray:
 
 
 def pooled_patch_embeddings(levels: list[np.ndarray], dims: int) -> np.ndarray:
-    """Every level position by position, then all levels together; (B, h, w, D) in float64."""
+    """Pools each level position by position, then all levels together; (B, h, w, D) in float64."""
     batch, _, height, width = levels[0].shape
     grids = []
     for level in levels:
@@ -31,6 +31,6 @@ def pooled_patch_embeddings(levels: list[np.ndarray], dims: int) -> np.ndarray:
 
 
 def resized(grid: np.ndarray, axis: int, length: int) -> np.ndarray:
-    """Linear interpolation of one axis between pixel centres; outside the outermost ones their values."""
-    places = (np.arange(length) + 0.5) * grid.shape[axis] / length - 0.5
-    return np.apply_along_axis(lambda line: np.interp(places, np.arange(len(line)), line), axis, grid)
+    """Linear interpolation of one axis between pixel centres, constant beyond the outermost ones."""
+    positions = (np.arange(length) + 0.5) * grid.shape[axis] / length - 0.5
+    return np.apply_along_axis(lambda line: np.interp(positions, np.arange(len(line)), line), axis, grid)

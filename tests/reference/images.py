@@ -1,4 +1,4 @@
-"""Slow, obvious code on images that the tests compare with: loops over pixels, float64, no cleverness."""
+"""Slow, simple reference implementations for images: loops over pixels in float64."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def ssim_map(first_HW: np.ndarray, second_HW: np.ndarray) -> np.ndarray:
-    """Structural similarity of two planes in [0, 1]: Gaussian windows of 11 x 11 with zeros beyond the border."""
+    """Structural similarity of two planes in [0, 1], with 11 x 11 Gaussian windows and zero padding."""
     weights = np.array([[math.exp(-(i * i + j * j) / (2 * 1.5**2)) for j in range(-5, 6)] for i in range(-5, 6)])
     weights /= weights.sum()
     x, y = (np.pad(plane.astype(np.float64), 5) for plane in (first_HW, second_HW))
@@ -17,14 +17,14 @@ def ssim_map(first_HW: np.ndarray, second_HW: np.ndarray) -> np.ndarray:
         variance_a = (weights * a * a).sum() - mean_a**2
         variance_b = (weights * b * b).sum() - mean_b**2
         covariance = (weights * a * b).sum() - mean_a * mean_b
-        light = (2 * mean_a * mean_b + 0.01**2) / (mean_a**2 + mean_b**2 + 0.01**2)
-        rest = (2 * covariance + 0.03**2) / (variance_a + variance_b + 0.03**2)
-        found[r, c] = light * rest
+        luminance = (2 * mean_a * mean_b + 0.01**2) / (mean_a**2 + mean_b**2 + 0.01**2)
+        contrast_structure = (2 * covariance + 0.03**2) / (variance_a + variance_b + 0.03**2)
+        found[r, c] = luminance * contrast_structure
     return found
 
 
 def gms_map(first_3HW: np.ndarray, second_3HW: np.ndarray) -> np.ndarray:
-    """Gradient magnitude similarity with Prewitt filters on grey values, edge pixels repeated."""
+    """Gradient magnitude similarity with Prewitt filters on grey values and edge padding."""
     across = np.array([[1, 0, -1]] * 3) / 3
     lengths = []
     for image in (first_3HW, second_3HW):
@@ -39,7 +39,7 @@ def gms_map(first_3HW: np.ndarray, second_3HW: np.ndarray) -> np.ndarray:
 
 
 def halved(image_3HW: np.ndarray) -> np.ndarray:
-    """Means over blocks of 2 x 2; a last odd row or column is left out."""
+    """Means over 2 x 2 blocks; drops the last row or column if odd."""
     height, width = image_3HW.shape[1] // 2, image_3HW.shape[2] // 2
     found = np.empty((3, height, width))
     for r, c in np.ndindex(height, width):
@@ -48,7 +48,7 @@ def halved(image_3HW: np.ndarray) -> np.ndarray:
 
 
 def msgms_loss(first_3HW: np.ndarray, second_3HW: np.ndarray) -> float:
-    """Mean over four scales of one less the mean similarity of gradients."""
+    """Mean over four scales of 1 minus the mean gradient magnitude similarity."""
     losses = []
     for _ in range(4):
         losses.append(1 - gms_map(first_3HW, second_3HW).mean())
@@ -57,7 +57,7 @@ def msgms_loss(first_3HW: np.ndarray, second_3HW: np.ndarray) -> float:
 
 
 def focal_loss(anomalous_HW: np.ndarray, mask_HW: np.ndarray, gamma: float) -> float:
-    """Mean of -(1 - p)^gamma log p of the true class."""
+    """Mean of -(1 - p)^gamma log p over pixels, with p the probability of the true class."""
     total = 0.0
     for p, anomalous in zip(anomalous_HW.ravel(), mask_HW.ravel(), strict=True):
         right = p if anomalous else 1 - p
@@ -66,7 +66,7 @@ def focal_loss(anomalous_HW: np.ndarray, mask_HW: np.ndarray, gamma: float) -> f
 
 
 def perlin_noise(size_px: tuple[int, int], angles: np.ndarray) -> np.ndarray:
-    """Gradient noise pixel by pixel; `angles` are those of the gradients at the corners of the cells."""
+    """Gradient noise, pixel by pixel; `angles` are the gradient angles at the cell corners."""
     cells = angles.shape[0] - 1, angles.shape[1] - 1
     found = np.empty(size_px)
     for r, c in np.ndindex(*size_px):
@@ -86,7 +86,7 @@ def perlin_noise(size_px: tuple[int, int], angles: np.ndarray) -> np.ndarray:
 
 
 def otsu_threshold(grey: np.ndarray) -> int:
-    """The split of grey values with the largest variance between its classes, by trying all."""
+    """The grey level threshold with the largest between-class variance, by exhaustive search."""
     best, found = -1.0, 0
     for threshold in range(255):
         below, above = grey[grey <= threshold], grey[grey > threshold]

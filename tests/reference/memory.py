@@ -1,4 +1,4 @@
-"""Slow, obvious code for MemSeg's memory and attention: one position after the other, float64."""
+"""Slow, simple code for MemSeg's memory and attention: position by position in float64."""
 
 import math
 
@@ -6,12 +6,12 @@ import numpy as np
 
 
 def recalled(levels: list[np.ndarray], memories: list[np.ndarray], num_neighbors: int) -> list[np.ndarray]:
-    """What a memory gives back for one image: at every position a mean of the nearest memories, weighted by softmax.
+    """Memory read-out for one image: at every position, the softmax-weighted mean of the nearest memories.
 
     Args:
-        levels: (C, h, w) features of every level.
-        memories: (M, h, w, C) likewise.
-        num_neighbors: how many memories.
+        levels: (C, h, w) features per level.
+        memories: (M, h, w, C) memory per level.
+        num_neighbors: number of nearest memories.
     """
     distances = [
         sum(float(((a.transpose(1, 2, 0) - m[i]) ** 2).mean()) for a, m in zip(levels, memories, strict=True))
@@ -33,14 +33,14 @@ def recalled(levels: list[np.ndarray], memories: list[np.ndarray], num_neighbors
 def coordinate_attention(
     features: np.ndarray, squeeze: np.ndarray, shift: np.ndarray, rows: np.ndarray, columns: np.ndarray
 ) -> np.ndarray:
-    """Coordinate attention of one (C, h, w), line by line; batch norm is folded into `squeeze` and `shift`.
+    """Coordinate attention of one (C, h, w), line by line, with batch norm folded into `squeeze` and `shift`.
 
     Args:
         features: (C, h, w).
         squeeze: (R, C) matrix of the shared 1 x 1 convolution.
-        shift: (R,) its bias.
-        rows: (C, R + 1) matrix for the factors of rows, bias last.
-        columns: (C, R + 1) for those of columns.
+        shift: (R,) bias of that convolution.
+        rows: (C, R + 1) matrix for the row factors, bias last.
+        columns: (C, R + 1) matrix for the column factors.
     """
 
     def factor(mean: np.ndarray, matrix: np.ndarray) -> np.ndarray:

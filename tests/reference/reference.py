@@ -1,4 +1,4 @@
-"""Slow, obvious code that the tests compare with: loops, float64, no cleverness."""
+"""Slow, simple reference implementations for tests: loops and float64."""
 
 import itertools
 import math
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def nearest_rows(patches_ND: np.ndarray, bank_MD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distance to, and row of, the nearest bank row; float64 differences."""
+    """Distances to all bank rows, and index of the nearest row; from float64 differences."""
     distance = np.empty((len(patches_ND), len(bank_MD)))
     for n, patch in enumerate(patches_ND.astype(np.float64)):
         distance[n] = np.sqrt(((bank_MD.astype(np.float64) - patch) ** 2).sum(1))
@@ -15,7 +15,7 @@ def nearest_rows(patches_ND: np.ndarray, bank_MD: np.ndarray) -> tuple[np.ndarra
 
 
 def farthest_first(points_NP: np.ndarray, count: int) -> list[int]:
-    """Greedy k-center over integer points, one pass per centre; ties to the smaller row."""
+    """Greedy k-center over integer points, with one pass per centre; ties go to the smaller row."""
     points = points_NP.astype(np.int64)
     chosen = [int((points**2).sum(1).argmax())]
     nearest = ((points - points[chosen[0]]) ** 2).sum(1)
@@ -28,7 +28,7 @@ def farthest_first(points_NP: np.ndarray, count: int) -> list[int]:
 
 
 def patch_embeddings(levels: list[np.ndarray]) -> np.ndarray:
-    """3x3 means with zero padding (every mean over nine), deeper levels bilinear to the first grid; (B, h, w, D)."""
+    """3x3 means with zero padding (always over nine), deeper levels resized bilinearly to the first; (B, h, w, D)."""
     height, width = levels[0].shape[2:]
     parts = []
     for level in levels:
@@ -58,34 +58,34 @@ def _bilinear(level: np.ndarray, row: float, column: float) -> np.ndarray:
 
 
 def reweighted(distance: float, to_neighbours: list[float]) -> float:
-    """PatchCore, eq. 7, as written."""
+    """Equation 7 of PatchCore, as published."""
     return (1 - math.exp(distance) / sum(math.exp(d) for d in to_neighbours)) * distance
 
 
 def p_value(calibration: list[float], score: float) -> float:
-    """(1 + how many calibration scores are at least this) / (M + 1)."""
+    """(1 + number of calibration scores >= score) / (M + 1)."""
     return (1 + sum(c >= score for c in calibration)) / (len(calibration) + 1)
 
 
 def regions(mask: np.ndarray) -> list[set[tuple[int, int]]]:
-    """Connected regions of a mask by flood fill, corners touching."""
+    """Connected regions of a mask by flood fill, with 8-connectivity."""
     left = {(int(y), int(x)) for y, x in zip(*np.nonzero(mask), strict=True)}
     found = []
     while left:
-        region, waiting = set(), [left.pop()]
-        while waiting:
-            y, x = waiting.pop()
+        region, pending = set(), [left.pop()]
+        while pending:
+            y, x = pending.pop()
             region.add((y, x))
             for near in [(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]:
                 if near in left:
                     left.remove(near)
-                    waiting.append(near)
+                    pending.append(near)
         found.append(region)
     return found
 
 
 def aupro(maps: list[np.ndarray], masks: list[np.ndarray], limit: float) -> float:
-    """Mean overlap of regions at every threshold, then thin slices of the polyline through these points."""
+    """Mean region overlap at every threshold, integrated along the polyline through these points."""
     every = [
         [float(m[y, x]) for y, x in region] for m, mask in zip(maps, masks, strict=True) for region in regions(mask)
     ]

@@ -1,4 +1,4 @@
-"""Slow WinCLIP: windows one by one, in full sequences whose attention is masked; means in loops; float64."""
+"""Slow WinCLIP in float64: one window at a time with masked attention over the full sequence; means in loops."""
 
 import copy
 import math
@@ -11,7 +11,7 @@ Windows = dict[int, list[tuple[list[int], np.ndarray]]]
 
 
 class Reference:
-    """One fitted detector's towers in float64."""
+    """The image tower of a fitted detector in float64."""
 
     def __init__(self, visual: Any, mean: torch.Tensor, std: torch.Tensor, scales: tuple[int, ...]) -> None:
         """`visual` is open_clip's image tower."""
@@ -20,7 +20,7 @@ class Reference:
         self.height, self.width = self.visual.grid_size
 
     def embedded(self, image_HWC: np.ndarray) -> tuple[np.ndarray, np.ndarray, Windows]:
-        """(the image, its patches, [(patches of a window, its embedding)] for every scale), normalised."""
+        """(image embedding, patch embeddings, [(patches of a window, its embedding)] per scale), normalised."""
         picture = torch.from_numpy(image_HWC.astype(np.float64) / 255).permute(2, 0, 1)
         normal = (picture - self.mean.view(3, 1, 1)) / self.std.view(3, 1, 1)
         whole, tokens = self._attended(normal[None], None)
@@ -34,7 +34,7 @@ class Reference:
         return whole, tokens, windows
 
     def _attended(self, normal: torch.Tensor, inside: list[int] | None) -> tuple[np.ndarray, np.ndarray]:
-        """The class token's embedding and the patch tokens when all attend to `inside` and the class token alone."""
+        """Class token embedding and patch tokens, with attention limited to the class token and patches `inside`."""
         count = self.height * self.width + 1
         mask = torch.zeros(count, count, dtype=torch.float64)
         if inside is not None:
@@ -47,7 +47,7 @@ class Reference:
     def scored(
         self, image: np.ndarray, words: np.ndarray, temperature: float, references: list[np.ndarray]
     ) -> tuple[float, np.ndarray]:
-        """The image score and the map on the grid of patches."""
+        """The image score and the anomaly map on the patch grid."""
         whole, tokens, windows = self.embedded(image)
         score = anomalous(whole, words, temperature)
         grid = np.empty((self.height, self.width))
@@ -76,18 +76,18 @@ class Reference:
 
 
 def unit(vector: np.ndarray) -> np.ndarray:
-    """Of length 1."""
+    """Scales a vector to length 1."""
     return vector / math.sqrt(sum(x * x for x in vector))
 
 
-def anomalous(embedding: np.ndarray, words: np.ndarray, temperature: float) -> float:
-    """Softmax over the cosines with (normal, anomalous) words."""
-    powers = [math.exp(float(embedding @ word) / temperature) for word in words]
+def anomalous(embedding: np.ndarray, prompts: np.ndarray, temperature: float) -> float:
+    """Softmax over the cosines with the (normal, anomalous) prompt embeddings."""
+    powers = [math.exp(float(embedding @ prompt) / temperature) for prompt in prompts]
     return powers[1] / sum(powers)
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Half of one minus the cosine."""
+    """Half of (1 - cosine)."""
     return (1 - float(a @ b)) / 2
 
 
@@ -97,5 +97,5 @@ def harmonic(values: list[float]) -> float:
 
 
 def mean_of_windows(judged: list[tuple[list[int], float]], patch: int) -> float:
-    """Harmonic mean over the windows that hold a patch."""
+    """Harmonic mean over the windows that contain a patch."""
     return harmonic([value for inside, value in judged if patch in inside])

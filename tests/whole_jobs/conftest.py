@@ -1,4 +1,4 @@
-"""A small fitted artifact and an archive in the object store, shared by the tests of whole jobs."""
+"""A small fitted artifact and an archive in the object store, shared by tests of whole jobs."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -19,7 +19,7 @@ Facts = tuple[list[dict[str, Any]], dict[str, Any]]
 
 
 @pytest.fixture(autouse=True)
-def _nothing_left_running() -> Iterator[None]:
+def _kill_left_over_commands() -> Iterator[None]:
     yield
     end_started()
 
@@ -32,7 +32,7 @@ def _nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def cluster(_cluster: str) -> str:
-    """The address of a cluster with four free CPU slots, for jobs that need no Ray of their own."""
+    """The address of a cluster with four free CPUs, for jobs that do not start their own Ray."""
     wait_for_slots(_cluster, SLOTS)
     return _cluster
 
@@ -41,21 +41,21 @@ def cluster(_cluster: str) -> str:
 def _cluster() -> Iterator[str]:
     from ray.cluster_utils import Cluster
 
-    words = {**QUIET_NODE, "num_cpus": SLOTS, "object_store_memory": 300 << 20}
-    made = Cluster(initialize_head=True, connect=False, head_node_args=words)
-    yield made.address
-    made.shutdown()
+    node = {**QUIET_NODE, "num_cpus": SLOTS, "object_store_memory": 300 << 20}
+    cluster = Cluster(initialize_head=True, connect=False, head_node_args=node)
+    yield cluster.address
+    cluster.shutdown()
 
 
 @dataclass(frozen=True)
 class Line:
-    """Generated images of one production line in a bucket, and an artifact fitted on its normal ones."""
+    """Generated images of one production line in a bucket, and an artifact fitted on its normal images."""
 
     store: ObjectStore
     folder: Path
 
     def job(self, results: str, *, workers: int = 2, **changes: Any) -> str:
-        """A scoring job file into `results` of the bucket."""
+        """Writes a scoring job file whose sink is `results` in the bucket."""
         values = {
             "kind": "score",
             "source": {
@@ -83,7 +83,7 @@ def line(running_store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -
     fs.call_s3("create_bucket", Bucket=store.bucket)
     pack(store.uri("normal"), ".tar", normal_files(40), 2, store.storage)
     pack(store.uri("mixed"), ".tar", mixed_files(150, 30), 12, store.storage)
-    made = Line(store, tmp_path_factory.mktemp("line"))
+    line = Line(store, tmp_path_factory.mktemp("line"))
     fit = {
         "kind": "fit",
         "source": {"uri": store.uri("normal")},
@@ -101,32 +101,32 @@ def line(running_store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -
         "calibration": {"holdout_ratio": 0.25},
         "resources": {"cpus_per_worker": 1},
     }
-    run_here("fit", write_job(made.folder / "fit.yaml", fit))
-    return made
+    run_here("fit", write_job(line.folder / "fit.yaml", fit))
+    return line
 
 
 @pytest.fixture(scope="session")
 def truth(line: Line) -> str:
-    """Results of an uninterrupted run in one process."""
+    """URI of the results of an uninterrupted run in one process."""
     run_here("score", line.job("truth", workers=1))
     return line.store.uri("truth")
 
 
 @dataclass(frozen=True)
 class Whole:
-    """The archive of every format in the line's bucket, scored there in one process."""
+    """An archive of every format in the line's bucket, and its results from one process."""
 
     line: Line
     laid: Laid
     expected: Facts = field(default_factory=lambda: ([], {}))
 
     def job(self, results: str, **changes: Any) -> str:
-        """A scoring job file into `results` of the bucket, in many small shards."""
+        """Writes a scoring job file whose sink is `results` in the bucket, with many small shards."""
         source = {"uri": self.laid.uri, "shard_images": 7, "split_bytes": 20_000}
         return self.line.job(results, source=source, chunk_images=5, max_bad_fraction=1, **changes)
 
     def facts(self, results: str) -> Facts:
-        """Rows, which obey the law, and what the manifest says of them."""
+        """Rows, checked by `conserved`, and their counts in the manifest."""
         uri, storage = self.line.store.uri(results), self.line.store.storage
         rows, manifest = conserved(uri, storage, self.laid), Ledger(uri, storage).manifest() or {}
         return rows, {name: manifest[name] for name in ("shards", "rows", "statuses", "left_out", "flagged")}
@@ -134,9 +134,9 @@ class Whole:
 
 @pytest.fixture(scope="session")
 def whole(line: Line) -> Whole:
-    """Every file of it is a row or left out; its results are `whole`."""
-    made = Whole(line, everything(7).upload(line.store, "everything"))
-    run_here("score", made.job("whole", workers=1))
-    expected = made.facts("whole")
+    """Uploads and scores the archive; its results are `whole`."""
+    archive = Whole(line, everything(7).upload(line.store, "everything"))
+    run_here("score", archive.job("whole", workers=1))
+    expected = archive.facts("whole")
     assert set(expected[1]["left_out"]) == REASONS and set(expected[1]["statuses"]) == STATUSES
-    return replace(made, expected=expected)
+    return replace(archive, expected=expected)

@@ -1,4 +1,4 @@
-"""A Ray head with the Jobs API in a process of its own; ends when its standard input closes."""
+"""A Ray head with the Jobs API in its own process; stops when its standard input closes."""
 
 import sys
 
@@ -8,16 +8,16 @@ from tests.objectstore import free_port
 
 
 def main(dashboard_port: str) -> None:
-    """Starts the head and says when it is ready."""
-    words = {
+    """Starts the head and prints when it is ready."""
+    node = {
         "num_cpus": 2,
         "object_store_memory": 200 << 20,
         "include_dashboard": True,
         "dashboard_host": "127.0.0.1",
         "dashboard_port": int(dashboard_port),
-        "dashboard_agent_listen_port": free_port(),  # Jobs go through it; the usual one may be another test's
+        "dashboard_agent_listen_port": free_port(),  # for the Jobs API; another test may use the default port
     }
-    cluster = Cluster(initialize_head=True, connect=False, head_node_args=words)
+    cluster = Cluster(initialize_head=True, connect=False, head_node_args=node)
     print("ready", flush=True)
     sys.stdin.read()
     cluster.shutdown()

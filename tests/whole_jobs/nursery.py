@@ -1,8 +1,8 @@
-"""A process that has loaded what Ray's workers need, and forks them.
+"""A process that has imported the modules Ray workers need, and forks workers.
 
-Whole jobs start hundreds of workers, and each took seconds of processor time to import torch and the rest. Only
-clusters of `QUIET_NODE` have their workers from here; a private Ray and the head that jobs are submitted to start
-their own, as people's do.
+Whole jobs start hundreds of workers, each of which needs seconds of CPU time to import torch and other packages. Only
+clusters with `QUIET_NODE` fork workers from here; a private Ray and the head that jobs are submitted to start their
+own, as in production.
 """
 
 import gc
@@ -22,7 +22,7 @@ from typing import Any
 
 from tests.whole_jobs.fork_worker import NURSERY
 
-LOADED = (  # not Ray, which reads the environment of a worker while it is loaded
+LOADED = (  # without Ray, which reads the worker's environment on import
     "aiohttp",
     "fastapi",
     "jsonschema",
@@ -37,19 +37,19 @@ LOADED = (  # not Ray, which reads the environment of a worker while it is loade
     "raydetect.fitting.worker",
     "raydetect.scoring.scorer",
 )
-ARROWS = "jemalloc_bg_thd"  # of Arrow's allocator, which starts it again in a fork
+ARROW_THREAD = "jemalloc_bg_thd"  # of Arrow's allocator, which restarts it in a fork
 
 
 @contextmanager
 def running_nursery(folder: Path) -> Iterator[None]:
-    """Clusters that are started in the block have their workers from it."""
-    place = folder / "nursery"
+    """Runs the nursery; clusters started within the block fork their workers from it."""
+    path = folder / "nursery"
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.whole_jobs.nursery", str(place)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-m", "tests.whole_jobs.nursery", str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert process.stdin is not None and process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
-    os.environ[NURSERY] = str(place)
+    os.environ[NURSERY] = str(path)
     try:
         yield
     finally:
@@ -58,47 +58,47 @@ def running_nursery(folder: Path) -> Iterator[None]:
         process.wait(timeout=20)
 
 
-def main(place: str) -> None:
-    """Forks a worker for everybody who asks, until standard input closes."""
+def main(path: str) -> None:
+    """Forks a worker for each request, until standard input closes."""
     for name in LOADED:
         importlib.import_module(name)
     threads = {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")}
-    assert threads <= {"python", ARROWS}, f"a fork would lose threads: {threads}"
+    assert threads <= {"python", ARROW_THREAD}, f"a fork would lose threads: {threads}"
     assert "ray" not in sys.modules
     gc.freeze()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
-    with socket.socket(socket.AF_UNIX) as door:
-        door.bind(place)
-        door.listen(64)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # reap forked workers automatically
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(64)
         print("ready", flush=True)
         while True:
-            ready, _, _ = select.select([door, 0], [], [])
+            ready, _, _ = select.select([listener, 0], [], [])
             if 0 in ready:
                 return
-            line, _ = door.accept()
-            length, files, _, _ = socket.recv_fds(line, 4, 3)
-            with line.makefile("rb") as reader:
-                asked = json.loads(reader.read(int.from_bytes(length, "big")))
+            connection, _ = listener.accept()
+            length, files, _, _ = socket.recv_fds(connection, 4, 3)
+            with connection.makefile("rb") as reader:
+                request = json.loads(reader.read(int.from_bytes(length, "big")))
             if os.fork() == 0:
-                door.close()
-                _become(asked, files)
+                listener.close()
+                _become(request, files)
                 return
-            line.close()
+            connection.close()
             for file in files:
                 os.close(file)
 
 
-def _become(asked: dict[str, Any], files: list[int]) -> None:
-    """The worker, in its own folder, environment and files, from here on."""
+def _become(request: dict[str, Any], files: list[int]) -> None:
+    """Turns this process into the worker, with its working directory, environment and file descriptors."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
     os.environ.clear()
-    os.environ.update(asked["environment"])
-    os.chdir(asked["folder"])
+    os.environ.update(request["environment"])
+    os.chdir(request["folder"])
     sys.path[:0] = [entry for entry in os.environ.get("PYTHONPATH", "").split(":") if entry and entry not in sys.path]
-    sys.argv = asked["words"]
+    sys.argv = request["words"]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

@@ -1,4 +1,4 @@
-"""Whole jobs through the command line, in processes of their own that tests may kill."""
+"""Runs whole jobs through the command line, in separate processes that tests may kill."""
 
 import logging
 import os
@@ -25,32 +25,32 @@ from raydetect.storage import Storage
 from tests.whole_jobs import fork_worker
 
 COMMAND = Path(sys.executable).with_name("raydetect")
-PATIENCE = 240  # seconds for a step of a job
+PATIENCE = 240  # timeout in seconds for a step of a job
 QUIET_NODE = {
-    "include_dashboard": False,  # nobody reads it, nor the log
+    "include_dashboard": False,  # neither it nor the log is read
     "include_log_monitor": False,
     "setup_worker_path": str(Path(fork_worker.__file__)),  # see nursery.py
 }
-POLL_SECONDS = 0.25  # listing a bucket costs the store some 20 ms of processor time
+POLL_SECONDS = 0.25  # listing a bucket costs the store about 20 ms of CPU time
 
 
 @dataclass
 class Run:
-    """A running command with its output in files."""
+    """A running command whose output goes to files."""
 
     process: subprocess.Popen[bytes]
     folder: Path
 
     def text(self) -> str:
-        """What it said so far."""
+        """Its output so far."""
         return "".join((self.folder / name).read_text() for name in ("stdout", "stderr"))
 
     def wait(self, seconds: float = 240) -> int:
-        """Its exit code."""
+        """Waits for the command and returns its exit code."""
         return self.process.wait(timeout=seconds)
 
     def kill(self) -> None:
-        """SIGKILL to the command itself."""
+        """Sends SIGKILL to the command only."""
         os.kill(self.process.pid, signal.SIGKILL)
         self.process.wait(timeout=20)
 
@@ -65,13 +65,13 @@ def start(folder: Path, *words: str, **environment: str) -> Run:
         process = subprocess.Popen(
             [COMMAND, *words], stdout=out, stderr=err, stdin=subprocess.DEVNULL, env={**os.environ, **environment}
         )
-    made = Run(process, folder)
-    STARTED.append(made)
-    return made
+    started = Run(process, folder)
+    STARTED.append(started)
+    return started
 
 
 def end_started() -> None:
-    """Ends what a failed test left running, and all that it started; the next test needs the machine."""
+    """Kills commands that a failed test left running, and their descendants, before the next test."""
     while STARTED:
         left = STARTED.pop()
         if left.process.poll() is None:
@@ -82,9 +82,9 @@ def end_started() -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """A shell's background jobs ignore SIGINT, and so would what they start.
+    """Restores SIGINT, which background jobs of a shell and their children ignore.
 
-    A `preexec_fn` would fork this process while Ray's threads run in it.
+    A `preexec_fn` would fork this process while Ray's threads are running.
     """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -94,56 +94,56 @@ def _interruptible() -> Iterator[None]:
 
 
 def run(folder: Path, *words: str, **environment: str) -> Run:
-    """Runs `raydetect WORDS` to its end; exit code 0."""
-    made = start(folder, *words, **environment)
-    code = made.wait()
-    assert code == 0, f"raydetect {' '.join(words)} ended with {code}:\n{made.text()}"
-    return made
+    """Runs `raydetect WORDS` to completion; its exit code must be 0."""
+    started = start(folder, *words, **environment)
+    code = started.wait()
+    assert code == 0, f"raydetect {' '.join(words)} ended with {code}:\n{started.text()}"
+    return started
 
 
 def run_here(*words: str) -> str:
-    """Runs `raydetect WORDS --local` in this process, which has loaded torch already; what it said. Exit code 0."""
+    """Runs `raydetect WORDS --local` in this process, where torch is loaded; returns its output. Exit code 0."""
     return _invoked(0, *words, "--local")
 
 
 def run_on(address: str, *words: str) -> str:
-    """Runs `raydetect WORDS` with this process as driver of a job on a cluster; what it said. Exit code 0.
+    """Runs `raydetect WORDS` on a cluster with this process as the driver; returns its output. Exit code 0.
 
-    Not for `engine: serve`: the threads of Ray Serve's client outlive the job, and a fork beside them may break.
+    Not for `engine: serve`: the threads of Ray Serve's client outlive the job, which makes forking unsafe.
     """
     return _invoked(0, *words, "--address", address)
 
 
 def refused_on(address: str, *words: str) -> str:
-    """The same of a job that must fail: exit code 1."""
+    """The same for a job that must fail: exit code 1."""
     return _invoked(1, *words, "--address", address)
 
 
 def _invoked(code: int, *words: str) -> str:
     threads = torch.get_num_threads()
     try:
-        ended = CliRunner().invoke(main, words, catch_exceptions=False)
+        result = CliRunner().invoke(main, words, catch_exceptions=False)
     finally:
         torch.set_num_threads(threads)
-    assert ended.exit_code == code, f"raydetect {' '.join(words)} ended with {ended.exit_code}:\n{ended.output}"
-    return ended.output
+    assert result.exit_code == code, f"raydetect {' '.join(words)} ended with {result.exit_code}:\n{result.output}"
+    return result.output
 
 
 def write_job(path: Path, values: dict[str, Any]) -> str:
-    """A job file."""
+    """Writes a job file and returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(values))
     return str(path)
 
 
 def descendants(pid: int) -> Iterator[int]:
-    """Processes that `pid` started, and those that these started."""
+    """Yields all descendant processes of `pid`."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except (OSError, IndexError):  # it ended meanwhile
+            except (OSError, IndexError):  # it has ended in the meantime
                 continue
             children.setdefault(parent, []).append(int(entry.name))
     waiting = [pid]
@@ -154,41 +154,41 @@ def descendants(pid: int) -> Iterator[int]:
 
 
 def listening_addresses(pids: Iterable[int]) -> set[str]:
-    """Hexadecimal addresses, as the kernel lists them, on which these processes listen for TCP connections."""
+    """Addresses on which these processes listen for TCP connections, in the kernel's hexadecimal notation."""
     sockets = {}
     for name in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
-            words = line.split()
-            if words[3] == "0A":  # LISTEN
-                sockets[f"socket:[{words[9]}]"] = words[1].partition(":")[0]
+            fields = line.split()
+            if fields[3] == "0A":  # LISTEN
+                sockets[f"socket:[{fields[9]}]"] = fields[1].partition(":")[0]
     found = set()
     for pid in pids:
         for entry in Path(f"/proc/{pid}/fd").glob("*"):
-            with suppress(OSError):  # it was closed meanwhile
+            with suppress(OSError):  # it has been closed in the meantime
                 found.add(sockets.get(os.readlink(entry), ""))
     return found - {""}
 
 
 def processes_of(word: bytes, pid: int) -> list[int]:
-    """Processes below `pid` whose command line holds a word: `ScoreActor`, `RayTrainWorker`."""
+    """Descendants of `pid` whose command line contains a word, e.g. `ScoreActor` or `RayTrainWorker`."""
     found = []
     for child in descendants(pid):
         try:
-            words = Path(f"/proc/{child}/cmdline").read_bytes()
-        except OSError:  # it ended meanwhile
+            command_line = Path(f"/proc/{child}/cmdline").read_bytes()
+        except OSError:  # it has ended in the meantime
             continue
-        if word in words:
+        if word in command_line:
             found.append(child)
     return found
 
 
 def scoring_actors(pid: int) -> list[int]:
-    """Ray's processes below `pid` that hold a scoring actor."""
+    """Descendants of `pid` that are scoring actors."""
     return processes_of(b"ScoreActor", pid)
 
 
 def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    """The first true value of a condition."""
+    """Polls a condition and returns its first true value."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         value = condition()
@@ -199,16 +199,16 @@ def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
 
 
 def wait_for_slots(address: str, wanted: int) -> None:
-    """Waits until no job before holds the slots: a fit begins on those that it finds."""
+    """Waits until earlier jobs have released their CPUs: a fit starts on those that are free."""
     ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     try:
-        wait_until(lambda: ray.available_resources().get("CPU", 0) >= wanted, PATIENCE, f"{wanted} free slots")
+        wait_until(lambda: ray.available_resources().get("CPU", 0) >= wanted, PATIENCE, f"{wanted} free CPUs")
     finally:
         ray.shutdown()
 
 
 def rows_of(uri: str, storage: Storage) -> list[dict[str, Any]]:
-    """Committed rows in order of keys, heatmap URIs relative to the results directory; no key twice."""
+    """Committed rows sorted by key, heatmap URIs relative to the results directory; checks that keys are unique."""
     found: list[dict[str, Any]] = []
     for part in Ledger(uri, storage).part_uris():
         with storage.open(part) as handle:
@@ -216,12 +216,12 @@ def rows_of(uri: str, storage: Storage) -> list[dict[str, Any]]:
     for row in found:
         row["heatmap_uri"] = (row["heatmap_uri"] or "").replace(uri, "")
     keys = [row["key"] for row in found]
-    assert len(set(keys)) == len(keys), "a key is there twice"
+    assert len(set(keys)) == len(keys), "duplicate keys"
     return sorted(found, key=lambda row: row["key"])
 
 
 def open_heatmaps(uri: str, storage: Storage) -> int:
-    """Opens every heatmap of the rows by its URI; how many there are."""
+    """Opens all heatmaps of the rows by their URIs; returns their number."""
     wanted: dict[str, list[str]] = {}
     for row in rows_of(uri, storage):
         if row["heatmap_uri"]:
@@ -237,7 +237,7 @@ def open_heatmaps(uri: str, storage: Storage) -> int:
 
 
 def end(pids: list[int]) -> None:
-    """SIGKILL to processes that this test started and that are still there."""
+    """Sends SIGKILL to processes started by this test that are still running."""
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -245,14 +245,14 @@ def end(pids: list[int]) -> None:
 
 @contextmanager
 def two_nodes() -> Iterator[Any]:
-    """A cluster of two nodes with one CPU slot each, on this machine; yields (cluster, its second node)."""
+    """Runs a cluster of two nodes with one CPU each on this machine; yields (cluster, its second node)."""
     from ray.cluster_utils import Cluster
 
-    words = {**QUIET_NODE, "num_cpus": 1, "object_store_memory": 200 << 20}
-    cluster = Cluster(initialize_head=True, connect=False, head_node_args=words)
+    node = {**QUIET_NODE, "num_cpus": 1, "object_store_memory": 200 << 20}
+    cluster = Cluster(initialize_head=True, connect=False, head_node_args=node)
     try:
-        # an address of its own: the command connects to the node that has this machine's, which is the first
-        second = cluster.add_node(**words, node_ip_address="127.0.0.2")
+        # its own address, since the command connects to the node with this machine's address, the first one
+        second = cluster.add_node(**node, node_ip_address="127.0.0.2")
         cluster.wait_for_nodes()
         yield cluster, second
     finally:

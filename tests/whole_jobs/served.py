@@ -1,4 +1,4 @@
-"""Talking to endpoints on Ray Serve."""
+"""Helpers for endpoints on Ray Serve."""
 
 import os
 import re
@@ -33,7 +33,7 @@ class Endpoints:
     job: Path
 
     def score(self, *pictures: bytes, heatmaps: str = "none") -> httpx.Response:
-        """Scores uploads."""
+        """Scores uploaded images."""
         files = [("images", (f"{i}.png", data, "image/png")) for i, data in enumerate(pictures)]
         return httpx.post(
             f"{self.url}/v1/detectors/widget/score", files=files, data={"heatmaps": heatmaps}, timeout=PATIENCE
@@ -46,7 +46,7 @@ class Endpoints:
         return f"{self.url}/v1/archives/{started.json()['id']}"
 
     def archive(self, results: str) -> dict[str, Any]:
-        """The body of a run with the words of `Line.job`."""
+        """The body of an archive run with the settings of `Line.job`."""
         store = self.line.store
         patterns = {"pattern": "{category}/test/{defect}/{name}.png"}
         patterns["mask_pattern"] = "{category}/ground_truth/{defect}/{name}_mask.png"
@@ -56,12 +56,12 @@ class Endpoints:
 
 
 def replicas() -> list[int]:
-    """Processes of scoring replicas."""
+    """Process IDs of scoring replicas."""
     return processes_of(REPLICA, os.getpid())
 
 
 def free_port() -> int:
-    """A port that nothing listens on."""
+    """A free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -76,28 +76,28 @@ def metrics_of(message: str) -> str:
 
 @contextmanager
 def asking(endpoints: Endpoints) -> Iterator[list[tuple[int, str]]]:
-    """Status and version of answers to requests that come one after the other meanwhile."""
+    """Sends requests one after another while the block runs; yields the (status, version) of each response."""
     stop = threading.Event()
     seen: list[tuple[int, str]] = []
 
     def ask() -> None:
         while not stop.is_set():
-            answer = endpoints.score(PICTURES[0][1])
-            body = answer.json()
-            assert answer.status_code != httpx.codes.OK or body["artifact"] == body["results"][0]["artifact"]
-            seen.append((answer.status_code, body.get("artifact", "")))
+            response = endpoints.score(PICTURES[0][1])
+            body = response.json()
+            assert response.status_code != httpx.codes.OK or body["artifact"] == body["results"][0]["artifact"]
+            seen.append((response.status_code, body.get("artifact", "")))
 
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(ask)
+        future = pool.submit(ask)
         try:
-            wait_until(lambda: len(seen) > 3, PATIENCE, "answers")
+            wait_until(lambda: len(seen) > 3, PATIENCE, "responses")
             yield seen
             time.sleep(0.5)
         finally:
             stop.set()
-        asked.result()
+        future.result()
 
 
 def told_by(seen: list[tuple[int, str]]) -> list[tuple[int, str]]:
-    """The answers in short: neighbours that are equal once."""
-    return [one for one, before in zip(seen, [None, *seen], strict=False) if one != before]
+    """The responses without consecutive duplicates."""
+    return [current for current, previous in zip(seen, [None, *seen], strict=False) if current != previous]

@@ -1,4 +1,4 @@
-"""Every detector through Ray: all of them as one ensemble, fitted by one and by two workers, and scored in bulk."""
+"""All detectors on Ray: as one ensemble, fitted by one and by two workers, and used to score an archive."""
 
 from typing import Any
 
@@ -16,14 +16,14 @@ from tests.whole_jobs.conftest import Line
 from tests.whole_jobs.runs import rows_of, run_here, run_on, write_job
 
 PATTERN = "{category}/train/{defect}/{name}.png"
-FIRST_PASS = 2e-2  # relative difference of its mean loss: float32 sums in another order, which steps amplify
+FIRST_PASS = 2e-2  # relative difference in mean loss: float32 sums differ in order, which training amplifies
 PASSES = {
     "draem": 8
-}  # after two it scores all images alike; the others take two, which show as well whether workers agree
+}  # after two it gives all images the same score; for the others, two are enough to check that workers agree
 
 
 def member(case: Case) -> dict[str, Any]:
-    """A case as a member of an ensemble, which trains for a few passes."""
+    """A case as an ensemble member with a short training."""
     return {"name": case.name, "preset": "smoke", "params": case.brief(PASSES.get(case.name, 2))}
 
 
@@ -31,13 +31,15 @@ MEMBERS = [member(case) for case in CASES]
 
 
 def labelled_files() -> list[tuple[str, bytes]]:
-    """Normal images, and some with defects for the detectors that learn from labels."""
-    made = [(f"widget/train/{kind}/{i:04d}.png", encode(defect_image(i, kind)[0])) for i, kind in enumerate(DEFECTS)]
-    return [*normal_files(20), *made]
+    """Normal images, and some defective ones for detectors that learn from labels."""
+    defective = [
+        (f"widget/train/{kind}/{i:04d}.png", encode(defect_image(i, kind)[0])) for i, kind in enumerate(DEFECTS)
+    ]
+    return [*normal_files(20), *defective]
 
 
 def job(line: Line, workers: int) -> str:
-    """A job that fits the ensemble of all."""
+    """Writes a job that fits the ensemble of all detectors."""
     values: dict[str, Any] = {
         "kind": "fit",
         "source": {"uri": line.store.uri("labelled"), "pattern": PATTERN},
@@ -52,40 +54,40 @@ def job(line: Line, workers: int) -> str:
 
 
 def fitted(line: Line, workers: int) -> tuple[Ensemble, list[list[float] | None]]:
-    """The ensemble of all, and what every member noted while it trained."""
+    """The fitted ensemble and the training losses of every member."""
     artifact = load_artifact(line.store.uri(f"all{workers}"), line.store.storage)
     assert isinstance(artifact.detector, Ensemble)
     return artifact.detector, [member.get("losses") for member in artifact.record.body["members"]]
 
 
 def same(one: Detector, two: Detector) -> bool:
-    """Whether two fits are equal to the bit."""
+    """Whether two fits are bit-identical."""
     theirs = two.tensors()
     return all(torch.equal(value, theirs[name]) for name, value in one.tensors().items())
 
 
 @pytest.mark.timeout(900)
-def test_every_detector_is_fitted_on_one_and_two_workers_and_scores_in_bulk(line: Line, cluster: str) -> None:
+def test_every_detector_fits_on_one_and_two_workers_and_scores_an_archive(line: Line, cluster: str) -> None:
     assert {member["name"] for member in MEMBERS} == set(list_models())
     store = line.store
     pack(store.uri("labelled"), ".tar", labelled_files(), 3, store.storage)
     run_here("fit", job(line, 1))
     run_on(cluster, "fit", job(line, 2))
     (one, losses_of_one), (two, losses_of_two) = fitted(line, 1), fitted(line, 2)
-    told: dict[str, float] = {}
+    differences: dict[str, float] = {}
     members = zip(CASES, one.members, two.members, losses_of_one, losses_of_two, strict=True)
     for case, mine, theirs, first, second in members:
         if "train" not in mine.phases:
             assert same(mine, theirs), case.id
             continue
         assert first is not None and second is not None and len(first) == len(second), case.id
-        told[case.id] = abs(second[0] / first[0] - 1)
-    assert max(told.values()) <= FIRST_PASS, told
+        differences[case.id] = abs(second[0] / first[0] - 1)
+    assert max(differences.values()) <= FIRST_PASS, differences
 
     pack(store.uri("tonight"), ".tar", mixed_files(12, 2, masks=False), 3, store.storage)
-    words = {"source": {"uri": store.uri("tonight")}, "artifact": store.uri("all2"), "flag": {"alpha": 0.25}}
-    run_on(cluster, "score", line.job("all-ray", workers=2, **words))
-    run_here("score", line.job("all-local", workers=1, **words))
+    changes = {"source": {"uri": store.uri("tonight")}, "artifact": store.uri("all2"), "flag": {"alpha": 0.25}}
+    run_on(cluster, "score", line.job("all-ray", workers=2, **changes))
+    run_here("score", line.job("all-local", workers=1, **changes))
     rows = rows_of(store.uri("all-ray"), store.storage)
     assert rows == rows_of(store.uri("all-local"), store.storage)
     assert len(rows) == 12 + 2 * len(DEFECTS) and all(

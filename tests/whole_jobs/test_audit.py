@@ -1,4 +1,4 @@
-"""An audit on Ray over object storage, with flags that its whole night decides, equals one in a single process."""
+"""An audit on Ray over object storage, with flags that depend on the whole night, equals one in a single process."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.whole_jobs.runs import rows_of, run_here, run_on, write_job
 SHARDS = 6
 
 
-def words(line: Line, folder: str) -> dict[str, Any]:
+def audit_values(line: Line, folder: str) -> dict[str, Any]:
     uris = [line.store.uri(f"mixed/part-{i}.tar") for i in range(SHARDS)]
     return {
         "kind": "audit",
@@ -31,8 +31,8 @@ def words(line: Line, folder: str) -> dict[str, Any]:
 
 def test_an_audit_on_ray_equals_one_in_one_process(line: Line, cluster: str, tmp_path: Path) -> None:
     """A kill on its way: tests/audit/test_audit.py; on Ray: test_same_rows.py, by the same ledger."""
-    run_here("audit", write_job(tmp_path / "here.yaml", words(line, "audits-here")))
-    message = run_on(cluster, "audit", write_job(tmp_path / "ray.yaml", words(line, "audits-ray")))
+    run_here("audit", write_job(tmp_path / "here.yaml", audit_values(line, "audits-here")))
+    message = run_on(cluster, "audit", write_job(tmp_path / "ray.yaml", audit_values(line, "audits-ray")))
     here, there = (Nights(line.store.uri(name), line.store.storage) for name in ("audits-here", "audits-ray"))
     assert f"Audit 2026-11-22: {20 * SHARDS} images in {SHARDS} new shards" in message
     expected, found = here.read("summaries", 1), there.read("summaries", 1)

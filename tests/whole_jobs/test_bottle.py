@@ -1,4 +1,4 @@
-"""The main job on real images: MVTec bottle in an object store, through the command line on Ray."""
+"""Fitting and scoring real images: MVTec bottle in an object store, through the command line on Ray."""
 
 import csv
 import io
@@ -19,7 +19,7 @@ from tests.whole_jobs.runs import rows_of, run, run_here, run_on, write_job
 
 
 def packed(folder: Path, store: ObjectStore) -> None:
-    """Training images as `train/*.tar`, test images and their masks as `test/*.tar`."""
+    """Packs training images as `train/*.tar`, and test images with their masks as `test/*.tar`."""
     with (folder / "manifest.csv").open() as file:
         listed = list(csv.DictReader(file))
     for split in ("train", "test"):
@@ -112,6 +112,6 @@ def test_an_unreachable_store_is_one_sentence(endpoint: str, tmp_path: Path) -> 
         "sink": {"uri": "s3://nobody/r"},
         "storage": {"endpoint_url": endpoint, "key": "k", "secret": "hush-hush"},
     }
-    ended = start(tmp_path, "check", write_job(tmp_path / "job.yaml", job))
-    assert ended.wait() == 1
-    assert "cannot be reached" in ended.text() and "hush" not in ended.text() and "Traceback" not in ended.text()
+    result = start(tmp_path, "check", write_job(tmp_path / "job.yaml", job))
+    assert result.wait() == 1
+    assert "cannot be reached" in result.text() and "hush" not in result.text() and "Traceback" not in result.text()

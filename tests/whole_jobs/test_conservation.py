@@ -1,13 +1,13 @@
-"""Whole jobs on Ray account for every file of an archive of all formats, and give the rows of one process.
+"""Whole jobs on Ray account for every file of an archive of all formats, and give the same rows as one process.
 
-That Serve does is in test_serve.py, beside its endpoints.
+For Ray Serve see test_serve.py.
 """
 
 from tests.whole_jobs.conftest import Whole
 from tests.whole_jobs.runs import open_heatmaps, run_on
 
 
-def test_ray_loses_and_doubles_nothing_and_gives_the_rows_of_one_process(whole: Whole, cluster: str) -> None:
+def test_ray_gives_the_rows_of_one_process_without_loss_or_duplicates(whole: Whole, cluster: str) -> None:
     run_on(cluster, "score", whole.job("whole-ray", workers=2))
     assert whole.facts("whole-ray") == whole.expected
     store = whole.line.store

@@ -1,4 +1,4 @@
-"""An evaluation on Ray: the cells of one process, resumed after it was killed."""
+"""An evaluation on Ray gives the same cells as in one process, even when resumed after a kill."""
 
 import json
 from pathlib import Path
@@ -9,11 +9,11 @@ from tests.whole_jobs.runs import PATIENCE, run_here, run_on, start, wait_until,
 
 
 def cells(folder: Path) -> dict[str, Any]:
-    """Figures of all finished cells by file name."""
+    """Results of all finished cells, by file name."""
     return {path.name: json.loads(path.read_text())["categories"] for path in (folder / "cells").glob("*.json")}
 
 
-def test_cells_on_ray_are_those_of_one_process_also_after_a_kill(cluster: str, tmp_path: Path) -> None:
+def test_cells_on_ray_equal_those_of_one_process_even_after_a_kill(cluster: str, tmp_path: Path) -> None:
     data_set(tmp_path / "data")
     words = {**JOB, "data": {"uri": str(tmp_path / "data"), "layout": "mvtec_ad"}, "output": str(tmp_path / "ray")}
     words["resources"] = {"num_workers": 2, "cpus_per_worker": 1}

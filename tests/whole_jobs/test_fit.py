@@ -1,4 +1,4 @@
-"""One artifact: fitted in one process, on Ray Train with several workers, and after the loss of workers and nodes."""
+"""Fits give the same artifact in one process, on several Ray Train workers, and after losing workers and nodes."""
 
 import csv
 import os
@@ -42,7 +42,7 @@ STFPM = {
 
 
 def fit_job(line: Line, name: str, workers: int, algorithm: str = "patchcore", **changes: Any) -> str:
-    """A fit job into `name` of the bucket."""
+    """Writes a fit job whose artifact is `name` in the bucket."""
     params = PATCHCORE if algorithm == "patchcore" else STFPM
     values = {
         "kind": "fit",
@@ -63,7 +63,7 @@ def record_of(line: Line, name: str) -> ArtifactRecord:
 
 
 def same_fit(a: ArtifactRecord, b: ArtifactRecord) -> None:
-    """Bank, backbone and calibration are equal to the bit."""
+    """Checks that bank, backbone and calibration are bit-identical."""
     assert a.body["tensors"]["sha256"] == b.body["tensors"]["sha256"]
     assert a.body["calibration"] == b.body["calibration"]
     assert a.body["images"] == b.body["images"]
@@ -72,18 +72,18 @@ def same_fit(a: ArtifactRecord, b: ArtifactRecord) -> None:
 
 
 def train_workers() -> list[int]:
-    """Ray Train's worker processes below this one, which started the cluster."""
+    """Ray Train worker processes started by this process, which started the cluster."""
     return processes_of(b"RayTrainWorker", os.getpid())
 
 
 def started(running: Run, phase: str) -> None:
     """Waits until a phase shows on standard error."""
 
-    def shows() -> bool:
+    def printed() -> bool:
         assert running.process.poll() is None, running.text()
         return f"{phase}: " in (running.folder / "stderr").read_text()
 
-    wait_until(shows, PATIENCE, f"the phase {phase}")
+    wait_until(printed, PATIENCE, f"the phase {phase}")
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def alone(line: Line) -> ArtifactRecord:
     return record_of(line, "alone")
 
 
-def test_the_loss_of_a_node_is_survived(line: Line, alone: ArtifactRecord, tmp_path: Path) -> None:
+def test_fit_survives_the_loss_of_a_node(line: Line, alone: ArtifactRecord, tmp_path: Path) -> None:
     job = fit_job(line, "node", 2, source={"uri": line.store.uri("normal240")})
     with two_nodes() as (cluster, second):
         running = start(tmp_path, "fit", job, "--address", cluster.address, RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="20")
@@ -107,10 +107,10 @@ def test_the_loss_of_a_node_is_survived(line: Line, alone: ArtifactRecord, tmp_p
     assert record_of(line, "node").body["workers"] == 1
 
 
-def test_a_bank_is_extended_and_stopped_by_hand_an_extension_leaves_no_artifact(
+def test_extending_a_bank_and_interrupting_it_leaves_no_artifact(
     line: Line, alone: ArtifactRecord, cluster: str, tmp_path: Path
 ) -> None:
-    """Its slots are free at once: the fit of four workers below follows it on the same cluster."""
+    """Its CPUs must be freed at once: the fit with four workers below uses the same cluster."""
     pack(line.store.uri("judges"), ".tar", normal_files(15, start=700), 2, line.store.storage)
     job = fit_job(line, "more", 2, calibration={"source": {"uri": line.store.uri("judges")}})
     words = ("--extend", line.store.uri("alone"))
@@ -129,7 +129,7 @@ def test_a_bank_is_extended_and_stopped_by_hand_an_extension_leaves_no_artifact(
     assert body["coreset"]["of"] == alone.body["coreset"]["of"] + 40 * 144
 
 
-def test_a_shard_that_breaks_ends_it_with_one_sentence(line: Line, cluster: str) -> None:
+def test_a_broken_shard_fails_the_job_with_one_sentence(line: Line, cluster: str) -> None:
     whole = tar_bytes(normal_files(12))
     line.store.storage.write(line.store.uri("broken/part-0.tar"), whole)
     line.store.storage.write(line.store.uri("broken/part-1.tar"), whole[: len(whole) // 2])
@@ -150,23 +150,23 @@ def test_a_training_goes_on_to_the_same_bits_after_a_kill(line: Line, cluster: s
     running = start(tmp_path / "killed", "fit", job, "--address", cluster)
     storage, uri = line.store.storage, line.store.uri("trained")
 
-    def kept() -> bool:
+    def checkpointed() -> bool:
         assert running.process.poll() is None, running.text()
         return storage.exists(uri) and any("/training-" in file.uri for file in storage.list(uri))
 
-    wait_until(kept, PATIENCE, "the first kept state")
+    wait_until(checkpointed, PATIENCE, "the first checkpoint")
     os.kill(train_workers()[0], signal.SIGKILL)
     assert running.wait() == 0, running.text()
     whole, resumed = (load_artifact(line.store.uri(n), storage) for n in ("whole", "trained"))
     assert resumed.record.body["resumed_epochs"] >= 2 and whole.record.body["resumed_epochs"] == 0
     assert resumed.record.body["losses"] == whole.record.body["losses"]
     assert all(torch.equal(v, whole.detector.tensors()[n]) for n, v in resumed.detector.tensors().items())
-    assert len(list(storage.list(uri))) == 2  # the states are gone
-    told = re.findall(r"train epochs: (\d+)/10", (running.folder / "stderr").read_text())
-    assert told and max(map(int, told)) == 10  # what the lost attempt had done is not counted twice
+    assert len(list(storage.list(uri))) == 2  # the checkpoints are deleted
+    done = re.findall(r"train epochs: (\d+)/10", (running.folder / "stderr").read_text())
+    assert done and max(map(int, done)) == 10  # progress of the lost attempt is not counted twice
 
 
-def test_a_fleet_is_fitted_side_by_side_and_routes_what_it_scores(line: Line, cluster: str) -> None:
+def test_a_fleet_is_fitted_in_parallel_and_routes_images(line: Line, cluster: str) -> None:
     store = line.store
     files = [(f"{kind}/train/good/{name[-8:]}", data) for kind in ("left", "right") for name, data in normal_files(16)]
     pack(store.uri("pairs"), ".tar", files, 3, store.storage)
@@ -189,7 +189,7 @@ def test_a_fleet_is_fitted_side_by_side_and_routes_what_it_scores(line: Line, cl
     assert statuses == {("left", "ok"): 4, ("right", "ok"): 4, ("odd", "unknown_category"): 1}
 
 
-def test_bottle_has_one_bank_on_one_two_and_four_workers_also_when_one_is_killed(
+def test_bottle_has_the_same_bank_on_one_two_and_four_workers_even_if_one_is_killed(
     object_store: ObjectStore, cluster: str, real_data: Path, real_weights: Path, tmp_path: Path
 ) -> None:
     store = replace(object_store)
@@ -222,7 +222,7 @@ def test_bottle_has_one_bank_on_one_two_and_four_workers_also_when_one_is_killed
         assert "raylet" not in message
         records.append(read_record(store.uri(f"artifact{workers}"), store.storage))
         names = [file.uri for file in store.storage.list(store.uri(f"artifact{workers}"))]
-        assert len(names) == 2, names  # nothing of the run is left beside the record and the tensors
+        assert len(names) == 2, names  # only the record and the tensors are left
     assert [r.body["workers"] for r in records] == [1, 2, 4]
     assert records[0].body["images"] == {"fitted": 188, "held_out": 21, "labelled_anomalous_left_out": 0, "bad": 0}
     for record in records:
@@ -231,7 +231,7 @@ def test_bottle_has_one_bank_on_one_two_and_four_workers_also_when_one_is_killed
 
 
 def _killed_once(folder: Path, job: str, cluster: str) -> str:
-    """Fits and kills a worker on the way; what the command said at its end."""
+    """Fits while killing a worker; returns the command's standard output."""
     running = start(folder, "fit", job, "--address", cluster)
     started(running, "collect")
     os.kill(train_workers()[0], signal.SIGKILL)

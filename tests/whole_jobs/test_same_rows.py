@@ -1,4 +1,4 @@
-"""One answer: in one process, on Ray with one and three workers, on two nodes, and after every kind of kill."""
+"""Results are identical in one process, with one and three Ray workers, on two nodes, and after any kind of kill."""
 
 import os
 import signal
@@ -26,11 +26,11 @@ LOOPBACK = {
     "0100007F",
     "0000000000000000FFFF00000100007F",
     "00000000000000000000000001000000",
-}  # as the kernel writes it
+}  # in the kernel's notation
 
 
 def same_as_truth(line: Line, results: str, truth: str) -> None:
-    """Rows are equal in every column, none is lost or doubled, and every heatmap opens."""
+    """Checks that rows are equal in every column, none is lost or duplicated, and all heatmaps open."""
     uri, storage = line.store.uri(results), line.store.storage
     expected = rows_of(truth, storage)
     found = rows_of(uri, storage)
@@ -43,7 +43,7 @@ def same_as_truth(line: Line, results: str, truth: str) -> None:
 
 
 def begin(line: Line, results: str, tmp_path: Path, *words: str, workers: int = 2, **changes: Any) -> Run:
-    """Starts a job and waits for its first committed shards, but not for its last."""
+    """Starts a job and waits until some but not all shards are committed."""
     running = start(tmp_path / results, "score", line.job(results, workers=workers, **changes), *words)
     ledger = Ledger(line.store.uri(results), line.store.storage)
 
@@ -55,9 +55,7 @@ def begin(line: Line, results: str, tmp_path: Path, *words: str, workers: int = 
     return running
 
 
-def test_three_workers_give_what_one_process_gives_also_when_one_is_killed(
-    line: Line, truth: str, tmp_path: Path
-) -> None:
+def test_three_workers_match_one_process_even_if_one_is_killed(line: Line, truth: str, tmp_path: Path) -> None:
     running = begin(line, "ray3", tmp_path, workers=3)
     addresses = listening_addresses(descendants(running.process.pid))
     assert addresses and addresses <= LOOPBACK
@@ -71,17 +69,17 @@ def test_three_workers_give_what_one_process_gives_also_when_one_is_killed(
     assert "Image AUROC over 240 labelled images" in (running.folder / "stdout").read_text()
 
 
-def test_a_killed_run_goes_on_on_two_nodes_and_the_loss_of_a_node_changes_nothing(
+def test_a_killed_run_resumes_on_two_nodes_and_losing_a_node_changes_nothing(
     line: Line, truth: str, tmp_path: Path
 ) -> None:
-    """The first run has a Ray of its own: without an address a job joins no cluster that runs on the machine."""
+    """The first run starts its own Ray: without an address, a job does not join a cluster running on the machine."""
     with two_nodes() as (cluster, second):
         running = begin(line, "driver", tmp_path)
         assert scoring_actors(running.process.pid) == scoring_actors(os.getpid()) != []
         below = list(descendants(running.process.pid))
         running.kill()
         wait_until(lambda: not set(scoring_actors(1)) & set(below), 60, "the end of actors without a driver")
-        end(below)  # Ray's agents take a minute more
+        end(below)  # Ray's agents would take another minute
         ledger = Ledger(line.store.uri("driver"), line.store.storage)
         done = ledger.committed()
         assert ledger.manifest() is None and 0 < len(done) < 12

@@ -1,4 +1,4 @@
-"""The endpoints on Ray Serve: the scores of jobs, archives by warm replicas, lost replicas, new versions."""
+"""The endpoints on Ray Serve: same scores as jobs, archive runs on replicas, lost replicas, new versions."""
 
 import base64
 import os
@@ -25,7 +25,7 @@ from tests.whole_jobs.served import PICTURES, Endpoints, asking, free_port, metr
 
 @pytest.fixture(scope="module")
 def endpoints(line: Line, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoints]:
-    """The line's detector on a cluster of one node, by two replicas."""
+    """The line's detector, served by two replicas on a single-node cluster."""
     from ray.cluster_utils import Cluster
 
     folder, port = tmp_path_factory.mktemp("serve"), free_port()
@@ -41,8 +41,8 @@ def endpoints(line: Line, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     }
     (folder / "serve.yaml").write_text(yaml.safe_dump(values))
     os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"
-    words = {**QUIET_NODE, "num_cpus": 2, "object_store_memory": 200 << 20}
-    cluster = Cluster(initialize_head=True, connect=False, head_node_args=words)
+    node = {**QUIET_NODE, "num_cpus": 2, "object_store_memory": 200 << 20}
+    cluster = Cluster(initialize_head=True, connect=False, head_node_args=node)
     try:
         message = run(folder, "serve", str(folder / "serve.yaml"), "--address", cluster.address).text()
         assert f"Serving widget at http://127.0.0.1:{port}" in message and "the endpoints keep running there" in message
@@ -52,15 +52,15 @@ def endpoints(line: Line, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         cluster.shutdown()
 
 
-def test_scores_and_heatmaps_are_those_of_jobs(endpoints: Endpoints, truth: str) -> None:
+def test_scores_and_heatmaps_equal_those_of_jobs(endpoints: Endpoints, truth: str) -> None:
     store = endpoints.line.store
     rows = {row["key"].partition("#")[2]: row for row in rows_of(truth, store.storage)}
     listed = [(name, data) for name, data in PICTURES if name in rows]
     assert len(listed) == len(PICTURES)
-    answer = endpoints.score(*(data for _, data in listed), heatmaps="all")
-    assert answer.status_code == 200, answer.text
+    response = endpoints.score(*(data for _, data in listed), heatmaps="all")
+    assert response.status_code == 200, response.text
     options = store.storage.fsspec_options(truth)
-    for (name, _), found in zip(listed, answer.json()["results"], strict=True):
+    for (name, _), found in zip(listed, response.json()["results"], strict=True):
         row = rows[name]
         assert found["image_score"] == pytest.approx(row["image_score"], rel=1e-6)
         assert (found["p_value"], found["flagged"], found["artifact"]) == (
@@ -71,9 +71,7 @@ def test_scores_and_heatmaps_are_those_of_jobs(endpoints: Endpoints, truth: str)
             assert picture.read() == base64.b64decode(found["heatmap_png"])
 
 
-def test_a_job_through_warm_replicas_is_killed_and_goes_on_with_equal_rows(
-    endpoints: Endpoints, truth: str, tmp_path: Path
-) -> None:
+def test_a_killed_job_on_replicas_resumes_with_equal_rows(endpoints: Endpoints, truth: str, tmp_path: Path) -> None:
     line = endpoints.line
     job, ledger = line.job("warm", engine="serve"), Ledger(line.store.uri("warm"), line.store.storage)
     running = start(tmp_path, "score", job, "--address", endpoints.address)
@@ -85,7 +83,7 @@ def test_a_job_through_warm_replicas_is_killed_and_goes_on_with_equal_rows(
     assert rows_of(line.store.uri("warm"), line.store.storage) == rows_of(truth, line.store.storage)
 
 
-def test_an_archive_of_every_format_loses_and_doubles_nothing(
+def test_an_archive_of_every_format_has_no_lost_or_duplicate_rows(
     endpoints: Endpoints, whole: Whole, tmp_path: Path
 ) -> None:
     run(tmp_path, "score", whole.job("whole-warm", engine="serve"), "--address", endpoints.address)
@@ -94,22 +92,22 @@ def test_an_archive_of_every_format_loses_and_doubles_nothing(
 
 def test_an_archive_run_survives_a_killed_replica_with_equal_rows(endpoints: Endpoints, truth: str) -> None:
     store = endpoints.line.store
-    where = endpoints.run(endpoints.archive("over-http"))
+    run_url = endpoints.run(endpoints.archive("over-http"))
 
-    def told() -> dict[str, Any]:
-        found: dict[str, Any] = httpx.get(where, timeout=PATIENCE).json()
+    def state() -> dict[str, Any]:
+        found: dict[str, Any] = httpx.get(run_url, timeout=PATIENCE).json()
         return found
 
-    wait_until(lambda: told()["shards_done"] > 0, PATIENCE, "the first commit")
+    wait_until(lambda: state()["shards_done"] > 0, PATIENCE, "the first commit")
     os.kill(replicas()[0], signal.SIGKILL)
-    wait_until(lambda: told()["state"] != "running", PATIENCE, "the end of the run")
-    assert told()["state"] == "finished", told()
+    wait_until(lambda: state()["state"] != "running", PATIENCE, "the end of the run")
+    assert state()["state"] == "finished", state()
     assert rows_of(store.uri("over-http"), store.storage) == rows_of(truth, store.storage)
 
 
-def test_an_archive_run_goes_on_after_all_of_serve_was_killed(endpoints: Endpoints, truth: str) -> None:
+def test_an_archive_run_resumes_after_all_of_serve_is_killed(endpoints: Endpoints, truth: str) -> None:
     store, body = endpoints.line.store, endpoints.archive("after-all")
-    where = endpoints.run(body)
+    run_url = endpoints.run(body)
     ledger = Ledger(store.uri("after-all"), store.storage)
     wait_until(ledger.committed, PATIENCE, "the first commit")
     for pid in processes_of(b"ray::ServeReplica:raydetect:", os.getpid()):
@@ -122,51 +120,55 @@ def test_an_archive_run_goes_on_after_all_of_serve_was_killed(endpoints: Endpoin
         return False
 
     wait_until(started, PATIENCE, "the return of the endpoints")
-    wait_until(lambda: httpx.get(where, timeout=PATIENCE).json()["state"] == "finished", PATIENCE, "the end of the run")
+    wait_until(
+        lambda: httpx.get(run_url, timeout=PATIENCE).json()["state"] == "finished", PATIENCE, "the end of the run"
+    )
     assert rows_of(store.uri("after-all"), store.storage) == rows_of(truth, store.storage)
 
 
-def test_a_replica_killed_under_load_gives_no_wrong_answer(endpoints: Endpoints) -> None:
+def test_a_replica_killed_under_load_causes_no_wrong_scores(endpoints: Endpoints) -> None:
     wait_until(lambda: len(replicas()) == 2, PATIENCE, "two replicas")
     data = [picture for _, picture in PICTURES[:4]]
     expected = [endpoints.score(picture).json()["results"][0]["image_score"] for picture in data]
     statuses: Counter[int] = Counter()
 
     def ask(number: int) -> None:
-        answer = endpoints.score(data[number % 4])
-        statuses[answer.status_code] += 1
-        if answer.status_code == 200:
-            entry = answer.json()["results"][0]
+        response = endpoints.score(data[number % 4])
+        statuses[response.status_code] += 1
+        if response.status_code == 200:
+            entry = response.json()["results"][0]
             assert entry["status"] == OK and entry["image_score"] == pytest.approx(expected[number % 4], rel=1e-6)
 
     with ThreadPoolExecutor(4) as pool:
-        asked = [pool.submit(ask, number) for number in range(200)]
+        futures = [pool.submit(ask, number) for number in range(200)]
         wait_until(lambda: statuses[200] > 20, PATIENCE, "some answers")
         os.kill(replicas()[0], signal.SIGKILL)
-        for one in asked:
-            one.result()
-    print(f"answers by status: {dict(statuses)}")
+        for future in futures:
+            future.result()
+    print(f"responses by status: {dict(statuses)}")
     assert sum(statuses.values()) == 200 and set(statuses) <= {200, 503} and statuses[200] >= 150
 
 
-def test_prometheus_finds_the_metrics_of_all_that_was_scored(endpoints: Endpoints) -> None:
+def test_metrics_are_exported_to_prometheus(endpoints: Endpoints) -> None:
     endpoints.score(PICTURES[0][1], b"no image")
 
-    def found() -> set[str]:
+    def samples() -> set[str]:
         return set(re.findall(r"^(ray_raydetect_\w+\{.*) [1-9]", httpx.get(endpoints.metrics).text, re.MULTILINE))
 
-    def told(name: str, *labels: str) -> bool:
-        return any(line.startswith(name) and all(label in line for label in labels) for line in found())
+    def exported(name: str, *labels: str) -> bool:
+        return any(line.startswith(name) and all(label in line for label in labels) for line in samples())
 
     wait_until(
-        lambda: told("ray_raydetect_images", 'status="bad"', 'kind="online"'), PATIENCE, "a bad image in the metrics"
+        lambda: exported("ray_raydetect_images", 'status="bad"', 'kind="online"'),
+        PATIENCE,
+        "a bad image in the metrics",
     )
-    assert told("ray_raydetect_images", 'status="ok"', 'kind="online"')
+    assert exported("ray_raydetect_images", 'status="ok"', 'kind="online"')
     for name in ("ray_raydetect_batch_images", "ray_raydetect_queue_ms", "ray_raydetect_score_ms"):
-        assert told(f"{name}_bucket", 'le="+Inf"'), found()
+        assert exported(f"{name}_bucket", 'le="+Inf"'), samples()
 
 
-def test_new_versions_come_without_a_dropped_request(endpoints: Endpoints, tmp_path: Path) -> None:
+def test_new_versions_roll_out_without_dropped_requests(endpoints: Endpoints, tmp_path: Path) -> None:
     line, url = endpoints.line, f"{endpoints.url}/v1/detectors/widget"
     fit = yaml.safe_load((line.folder / "fit.yaml").read_text()) | {"artifact": line.store.uri("newer"), "seed": 1}
     (tmp_path / "fit.yaml").write_text(yaml.safe_dump(fit))
@@ -178,7 +180,8 @@ def test_new_versions_come_without_a_dropped_request(endpoints: Endpoints, tmp_p
         new = changed.json()["artifact"]
         wait_until(lambda: seen[-1][1] == new, PATIENCE, "answers of the new version")
     assert told_by(seen) == [(200, old), (200, new)]
-    with asking(endpoints) as seen:  # the same command again deploys the first version, by new replicas and a new door
+    # running the command again deploys the first version with new replicas and a new door
+    with asking(endpoints) as seen:
         run(tmp_path, "serve", str(endpoints.job), "--set", "batch_wait_seconds=0.01", "--address", endpoints.address)
         wait_until(lambda: seen[-1][1] == old, PATIENCE, "answers of the first version")
     assert told_by(seen) == [(200, new), (200, old)]

@@ -1,4 +1,4 @@
-"""The endpoints on a Ray of their own: loopback alone, more detectors than fit, more replicas under load."""
+"""The endpoints on a local Ray: loopback only, more detectors than fit in memory, more replicas under load."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ LOOPBACK = {
     "0100007F",
     "0000000000000000FFFF00000100007F",
     "00000000000000000000000001000000",
-}  # as the kernel writes it
+}  # in the kernel's notation
 PICTURES = [data for _, data in mixed_files(4, 2, masks=False)]
 
 
@@ -36,15 +36,15 @@ def started(folder: Path, **changes: Any) -> tuple[Run, str]:
     (folder / "serve.yaml").write_text(yaml.safe_dump(values))
     running = start(folder, "serve", str(folder / "serve.yaml"))
 
-    def answers() -> bool:
+    def ready() -> bool:
         assert running.process.poll() is None, running.text()
         return "Tokens: none" in running.text()
 
-    wait_until(answers, PATIENCE, "the start of the server")
+    wait_until(ready, PATIENCE, "the start of the server")
     return running, f"http://127.0.0.1:{port}"
 
 
-def test_more_detectors_than_fit_and_more_replicas_under_load(tmp_path: Path) -> None:
+def test_detectors_are_evicted_and_replicas_added_under_load(tmp_path: Path) -> None:
     resources = {"num_workers": 1, "cpus_per_worker": 1, "detectors_in_memory": 2}
     running, url = started(tmp_path, max_workers=2, resources=resources)
     below = list(descendants(running.process.pid))
@@ -53,9 +53,9 @@ def test_more_detectors_than_fit_and_more_replicas_under_load(tmp_path: Path) ->
 
     def scores(name: str) -> list[float]:
         files = [("images", (f"{i}.png", data)) for i, data in enumerate(PICTURES)]
-        answer = httpx.post(f"{url}/v1/detectors/{name}/score", files=files, timeout=PATIENCE)
-        assert answer.status_code == 200, answer.text
-        return [entry["image_score"] for entry in answer.json()["results"]]
+        response = httpx.post(f"{url}/v1/detectors/{name}/score", files=files, timeout=PATIENCE)
+        assert response.status_code == 200, response.text
+        return [entry["image_score"] for entry in response.json()["results"]]
 
     with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), PATIENCE) as endless:
         endless.sendall(b"GET / HTTP/1.1\r\nx-a: " + b"a" * 70_000)
@@ -69,15 +69,15 @@ def test_more_detectors_than_fit_and_more_replicas_under_load(tmp_path: Path) ->
             assert scores(name) == pytest.approx(first[name], rel=1e-6)
 
     with ThreadPoolExecutor(6) as pool:
-        asking = [pool.submit(ask, name) for name in 2 * sorted(first)]
+        futures = [pool.submit(ask, name) for name in 2 * sorted(first)]
         try:
             wait_until(lambda: len(processes_of(REPLICA, running.process.pid)) == 2, PATIENCE, "a second replica")
         finally:
             stop.set()
-        for asked in asking:
-            asked.result()
+        for future in futures:
+            future.result()
     metrics = metrics_of(running.text())
     evicted = "ray_serve_multiplexed_models_unload_counter"
-    wait_until(lambda: evicted in httpx.get(metrics).text, PATIENCE, "the detectors that went")
+    wait_until(lambda: evicted in httpx.get(metrics).text, PATIENCE, "the eviction of detectors")
     os.kill(running.process.pid, signal.SIGINT)
     assert running.wait(PATIENCE) == 0 and "Stopped." in running.text()

@@ -22,9 +22,9 @@ WITH_TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
 
 @contextmanager
 def running_head(folder: Path) -> Iterator[str]:
-    """Yields the dashboard's address."""
+    """Runs a head in another process; yields the dashboard's address."""
     port = free_port()
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # jobs run `python` of this environment
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # so that jobs run this environment's `python`
     log = (folder / "head.log").open("wb")
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.whole_jobs.head", str(port)],
@@ -43,11 +43,11 @@ def running_head(folder: Path) -> Iterator[str]:
         log.close()
 
 
-def told(head: str, job: str, of: str = "") -> Any:
-    """What the Jobs API says of a job."""
-    answer = httpx.get(f"{head}/api/jobs/{job}{of}", headers={"Authorization": f"Bearer {TOKEN}"})
-    assert answer.status_code == 200, answer.text
-    return answer.json()
+def job_info(head: str, job: str, path: str = "") -> Any:
+    """Queries the Jobs API for a job."""
+    response = httpx.get(f"{head}/api/jobs/{job}{path}", headers={"Authorization": f"Bearer {TOKEN}"})
+    assert response.status_code == 200, response.text
+    return response.json()
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield address
 
 
-def test_a_submitted_job_is_followed_to_its_exit_code(line: Line, truth: str, head: str, tmp_path: Path) -> None:
+def test_submit_follows_a_job_to_its_exit_code(line: Line, truth: str, head: str, tmp_path: Path) -> None:
     job = line.job("submitted", workers=1)
     ended = run(tmp_path, "submit", job, "--address", head, **WITH_TOKEN)
     message = ended.text()
@@ -66,31 +66,33 @@ def test_a_submitted_job_is_followed_to_its_exit_code(line: Line, truth: str, he
     same_as_truth(line, "submitted", truth)
 
 
-def test_the_exit_code_of_a_failing_job_comes_back(line: Line, head: str, tmp_path: Path) -> None:
+def test_the_exit_code_of_a_failing_job_is_returned(line: Line, head: str, tmp_path: Path) -> None:
     job = line.job("refused", workers=1, artifact=line.store.uri("no-such-artifact"))
-    ended = start(tmp_path, "submit", job, "--address", head, **WITH_TOKEN)
-    assert ended.wait() == 2
-    assert "no artifact" in ended.text() and "ended with exit code 2" in ended.text()
+    result = start(tmp_path, "submit", job, "--address", head, **WITH_TOKEN)
+    assert result.wait() == 2
+    assert "no artifact" in result.text() and "ended with exit code 2" in result.text()
 
 
-def test_no_wait_returns_the_name_of_the_job(line: Line, head: str, tmp_path: Path) -> None:
+def test_no_wait_prints_the_job_name(line: Line, head: str, tmp_path: Path) -> None:
     job = line.job("later", workers=1, artifact=line.store.uri("no-such-artifact"))
-    ended = run(tmp_path, "submit", job, "--address", head, "--no-wait", **WITH_TOKEN)
-    name = (ended.folder / "stdout").read_text().strip()
-    assert name.startswith("raysubmit_") and "no artifact" not in ended.text()  # its end is not waited for
-    wait_until(lambda: told(head, name)["status"] not in ("PENDING", "RUNNING"), PATIENCE, "the job's end")
-    assert told(head, name)["driver_exit_code"] == 2, told(head, name)
-    assert "no artifact" in told(head, name, "/logs")["logs"]
+    result = run(tmp_path, "submit", job, "--address", head, "--no-wait", **WITH_TOKEN)
+    name = (result.folder / "stdout").read_text().strip()
+    assert name.startswith("raysubmit_") and "no artifact" not in result.text()  # returned before the job ended
+    wait_until(lambda: job_info(head, name)["status"] not in ("PENDING", "RUNNING"), PATIENCE, "the job's end")
+    assert job_info(head, name)["driver_exit_code"] == 2, job_info(head, name)
+    assert "no artifact" in job_info(head, name, "/logs")["logs"]
 
 
 @pytest.mark.parametrize("environment", [{}, {**WITH_TOKEN, "RAY_AUTH_TOKEN": TOKEN[::-1]}], ids=["none", "wrong"])
-def test_without_the_token_it_is_refused(line: Line, head: str, tmp_path: Path, environment: dict[str, str]) -> None:
-    ended = start(tmp_path, "submit", line.job("denied"), "--address", head, **environment)
-    assert ended.wait() == 1
-    assert "RAY_AUTH_TOKEN" in ended.text() and "Traceback" not in ended.text() and TOKEN[::-1] not in ended.text()
+def test_submit_is_refused_without_the_token(
+    line: Line, head: str, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    result = start(tmp_path, "submit", line.job("denied"), "--address", head, **environment)
+    assert result.wait() == 1
+    assert "RAY_AUTH_TOKEN" in result.text() and "Traceback" not in result.text() and TOKEN[::-1] not in result.text()
 
 
-def test_where_no_head_is_the_address_is_named(line: Line, tmp_path: Path) -> None:
-    ended = start(tmp_path, "submit", line.job("nowhere"), "--address", f"http://127.0.0.1:{free_port()}")
-    assert ended.wait() == 1
-    assert "no Ray dashboard answers there" in ended.text()
+def test_an_address_without_a_head_is_reported(line: Line, tmp_path: Path) -> None:
+    result = start(tmp_path, "submit", line.job("nowhere"), "--address", f"http://127.0.0.1:{free_port()}")
+    assert result.wait() == 1
+    assert "no Ray dashboard answers there" in result.text()

@@ -1,4 +1,4 @@
-"""The desk on Ray Serve: one deployment that manages versions and archive runs, and the interface doors use."""
+"""The controller on Ray Serve, a deployment that manages versions and archive runs, and the ingress's client for it."""
 
 import asyncio
 import time
@@ -27,7 +27,7 @@ from raydetect.gateway.single_images import online_spec
 from raydetect.records import Answer, Member
 from raydetect.storage import Storage
 
-VERSIONS_SECONDS = 0.5  # how long a door caches the served versions
+VERSIONS_SECONDS = 0.5  # how long an ingress caches the served versions
 
 
 class Controller:
@@ -46,11 +46,11 @@ class Controller:
         )
 
     async def served(self) -> Mapping[str, Served]:
-        """See `gateway.desk.Controller`."""
+        """See `gateway.backend.Backend`."""
         return dict(self._served)
 
     async def replace(self, name: str, artifact: str) -> Served:
-        """See `gateway.desk.Controller`."""
+        """See `gateway.backend.Backend`."""
         settings = replace(self._spec.detectors[name], artifact=artifact)
         served = await asyncio.to_thread(load_served, name, settings, self._storage)
         await self._router.warm_up(served)
@@ -58,15 +58,15 @@ class Controller:
         return served
 
     async def start(self, spec: ScoreSpec) -> RunState:
-        """See `gateway.desk.Controller`."""
+        """See `gateway.backend.Backend`."""
         return await asyncio.to_thread(self._runner.start, spec)
 
     async def runs(self) -> Mapping[str, RunState]:
-        """See `gateway.desk.Controller`."""
+        """See `gateway.backend.Backend`."""
         return self._runner.states()
 
     async def cancel(self, uri: str) -> bool:
-        """See `gateway.desk.Controller`."""
+        """See `gateway.backend.Backend`."""
         return self._runner.cancel(uri)
 
     async def in_flight(self) -> int:
@@ -75,7 +75,7 @@ class Controller:
 
 
 class ServeBackend:
-    """The desk as seen by a door: replicas score, the desk does the rest. See `gateway.desk.Controller`."""
+    """The backend of an ingress: replicas score, the controller does the rest. See `gateway.backend.Backend`."""
 
     def __init__(self, spec: ServeSpec) -> None:
         """Looks up the deployments of its application."""
@@ -96,9 +96,9 @@ class ServeBackend:
 
     async def answer(self, served: Served, members: Sequence[Member], heatmaps: Sequence[Heatmaps]) -> Sequence[Answer]:
         """See `Controller.answer`."""
-        rules, model = online_spec(self._spec, served.index.uri, served.flag), model_id(served.index)
+        job, model = online_spec(self._spec, served.index.uri, served.flag), model_id(served.index)
         replica = self._router.handle_for(served)
-        answers: Sequence[Answer] = await tried(lambda: replica.answer.remote(model, members, heatmaps, rules))
+        answers: Sequence[Answer] = await tried(lambda: replica.answer.remote(model, members, heatmaps, job))
         return answers
 
     async def replace(self, name: str, artifact: str) -> Served:
@@ -122,8 +122,8 @@ class ServeBackend:
         return bool(await tried(lambda: self._controller.cancel.remote(uri)))
 
     async def ready(self) -> bool:
-        """Whether every served detector is loaded somewhere; one who asks waits for that, others are told no."""
-        missing = [one for one in (await self.served()).values() if one.index.digest not in self._loaded]
+        """Whether every served detector is loaded; the first caller waits for loading, others get False meanwhile."""
+        missing = [served for served in (await self.served()).values() if served.index.digest not in self._loaded]
         if not missing or self._loading:
             return not missing
         self._loading = True

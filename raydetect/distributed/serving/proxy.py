@@ -1,8 +1,8 @@
-"""Connections of clients to the proxies of Ray Serve are bounded as those of `--local` are.
+"""Applies the connection limits of `--local` to the proxies of Ray Serve.
 
-Serve starts uvicorn with a protocol that takes heads of any size for any time, and has no setting for it. It calls
-what the variable CALLBACK names in each proxy before that listens, which `raydetect serve` sets for a local Ray, and
-the image of `cluster/` for nodes.
+Serve starts uvicorn without limits on request headers, and has no setting for them. Before a proxy listens, Serve calls
+the function named by the variable CALLBACK, which `raydetect serve` sets for a local Ray and the image of `cluster/`
+sets for nodes.
 """
 
 from typing import Any
@@ -16,6 +16,6 @@ BOUNDED = "raydetect.distributed.serving.proxy.bound_connections"
 
 
 def bound_connections() -> list[Any]:
-    """Has uvicorn use `gateway.wire.BoundedProtocol` in this process from now on; adds no middleware."""
+    """Makes uvicorn use `BoundedProtocol` in this process; returns no middleware."""
     HTTP_PROTOCOLS["auto"] = f"{BoundedProtocol.__module__}:{BoundedProtocol.__qualname__}"
     return []

@@ -33,7 +33,7 @@ def model_id(index: ArtifactIndex) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaRouter:
-    """Routes requests from a door to replicas.
+    """Routes requests from an ingress to replicas.
 
     If every replica can hold all served detectors, single images go to the least loaded replica. Otherwise they go to
     replicas that have the detector loaded, as long as these accept more requests.
@@ -57,11 +57,11 @@ class ReplicaRouter:
             ArtifactError, SpecError: it cannot be loaded.
             Busy: no replica is available.
         """
-        name, rules = model_id(served.index), online_spec(self.spec, served.index.uri, served.flag)
+        name, job = model_id(served.index), online_spec(self.spec, served.index.uri, served.flag)
         if self._spread:
-            await tried(lambda: self.scorer.broadcast("warm_up", name, rules).results_async())
+            await tried(lambda: self.scorer.broadcast("warm_up", name, job).results_async())
         else:
-            await tried(lambda: self.handle_for(served).warm_up.remote(name, rules))
+            await tried(lambda: self.handle_for(served).warm_up.remote(name, job))
 
     @property
     def _spread(self) -> bool:
@@ -73,7 +73,7 @@ def chunks_in_flight(spec: ServeSpec) -> int:
     return CHUNKS_PER_REPLICA * (spec.max_workers or spec.resources.num_workers)
 
 
-async def tried(ask: Callable[[], Awaitable[Any]]) -> Any:
+async def tried(call: Callable[[], Awaitable[Any]]) -> Any:
     """Calls a deployment and retries if the replica that handled the call was lost.
 
     Raises:
@@ -82,10 +82,10 @@ async def tried(ask: Callable[[], Awaitable[Any]]) -> Any:
     """
     for left in reversed(range(TRIES)):
         try:
-            return await ask()
+            return await call()
         except LOST:
             if not left:
-                raise Busy("no scoring replica is available at the moment. Try again.") from None
+                raise Busy("no scoring replica is available right now. Try again.") from None
             await asyncio.sleep(PAUSE_SECONDS)
         except RayError as error:
             raise translate(error, None) from error
