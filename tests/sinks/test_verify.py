@@ -261,9 +261,7 @@ def test_a_run_is_repaired_by_the_same_job(tmp_path: Path) -> None:
     assert call("verify", plan.ledger.uri).exit_code == 0
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"format_version": 1, "result": {"spec": 1}, "num_shards": -1}']
-)
+@pytest.mark.parametrize("text", ["", "[]", '{"format_version": 1, "result": {"spec": 1}, "num_shards": -1}'])
 @pytest.mark.parametrize("name", ["run.json", "manifest.json", "ledger/00001.json"])
 def test_status_score_and_verify_report_a_damaged_record_alike(name: str, text: str) -> None:
     pack("memory://data/normal", ".tar", normal_files(30), 2)
