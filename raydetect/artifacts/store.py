@@ -22,7 +22,7 @@ from raydetect.detectors._registry import build_detector
 from raydetect.errors import ArtifactError, MissingError, SpecError
 from raydetect.storage import Storage, join_uri
 
-FEW_ROWS = 256  # of a dummy memory bank, to test a detector whose bank is sharded
+FEW_ROWS = 256  # of the zeros that a detector is tried with when its memory bank is sharded over other actors
 PACKAGES = ("raydetect", "torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "ray")
 
 
@@ -157,8 +157,8 @@ def load_artifact(uri: str, storage: Storage, search: Search | None = None) -> A
     else:
         bank = body["bank"]
         others = file.read([name for name in file.entries if name != bank["tensor"]])
-        dummy_bank = torch.zeros((min(bank["rows"], FEW_ROWS), bank["dims"]))
-        load_checked(detector, {**others, bank["tensor"]: dummy_bank}, file.uri, record.digest)
+        zeros = torch.zeros((min(bank["rows"], FEW_ROWS), bank["dims"]))
+        load_checked(detector, {**others, bank["tensor"]: zeros}, file.uri, record.digest)
         detector.load_beside(others, search)
     return Artifact(detector, record)
 

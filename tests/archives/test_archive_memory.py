@@ -122,7 +122,10 @@ def written(path: Path, data: bytes) -> Path:
     return path
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="the peak of a process is read from Linux")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/clear_refs"),
+    reason="measures peak memory by /proc/self/clear_refs, which only Linux has",
+)
 def test_what_an_archive_claims_takes_no_memory(tmp_path: Path) -> None:
     cell, text = pa.array([bytes(8 * MiB)] * 12, pa.binary()), pa.array(["x" * (8 * MiB)] * 12)
     long = {

@@ -1,5 +1,6 @@
 """The server over raw sockets: missing tokens, slow clients, endless requests and rare requests."""
 
+import asyncio
 import json
 import socket
 import threading
@@ -13,14 +14,18 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
+from starlette.requests import ClientDisconnect
 from uvicorn.config import HTTP_PROTOCOLS
 
+from raydetect.config import LimitSpec
 from raydetect.distributed.serving.proxy import bound_connections
 from raydetect.errors import MemberError
 from raydetect.gateway.fetch import Fetcher
 from raydetect.gateway.http import app
+from raydetect.gateway.http.authorization import Authorization
 from raydetect.gateway.http.connections import BoundedProtocol
-from raydetect.gateway.http.tokens import read_tokens
+from raydetect.gateway.http.limits import Guard
+from raydetect.gateway.http.tokens import Tokens, read_tokens
 from raydetect.storage import Storage
 from tests.builders.images import encode, normal_image
 from tests.builders.server import LIMITS, NOBODY, SCORE, files, make_place, running, serve_spec
@@ -218,6 +223,31 @@ def test_bytes_in_flight_are_limited_and_released(data_dir: Path) -> None:
         end = time.monotonic() + 10
         while httpx.post(url + SCORE, files=pictures).status_code != 200:
             assert time.monotonic() < end
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["client waits", "client is gone"])
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), ClientDisconnect()], ids=["bug", "disconnect"])
+def test_an_error_of_an_endpoint_is_logged_even_if_the_client_is_gone(
+    gone: bool, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.disconnect"} if gone else {"type": "http.request", "body": b"", "more_body": False}
+
+    async def endpoint(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        raise error
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    gate = Authorization(Tokens(()))
+    scope = {"type": "http", "method": "GET", "path": "/x", "headers": []}
+    asyncio.run(Guard(endpoint, (), gate, LimitSpec())(scope, receive, send))  # type: ignore[arg-type]
+    is_bug = isinstance(error, RuntimeError)
+    assert [record.levelname for record in caplog.records] == (["ERROR"] if is_bug else [])
+    assert [message.get("status") for message in sent[:1]] == ([500] if is_bug else [])
 
 
 OK = "HTTP/1.1 200 OK\r\n"

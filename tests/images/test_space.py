@@ -96,7 +96,10 @@ def plain_picture(mode: str, size: tuple[int, int] = SIZE) -> Image.Image:
     return picture if mode == "RGB" else picture.convert(mode)
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="the peak of a process is read from Linux")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/clear_refs"),
+    reason="measures peak memory by /proc/self/clear_refs, which only Linux has",
+)
 def test_no_format_takes_more_memory_than_stated(tmp_path: object) -> None:
     names = []
     for number, (mode, kind, options, _) in enumerate(PEAKS.values()):

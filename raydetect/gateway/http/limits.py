@@ -7,6 +7,8 @@ import re
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
+from starlette.requests import ClientDisconnect
+
 from raydetect.config import LimitSpec
 from raydetect.gateway.backend import TooMany
 from raydetect.gateway.http.authorization import Authorization, Headers, Refusal
@@ -112,10 +114,11 @@ class Guard:
             await asyncio.wait_for(self._app(scope, exchange.receive, exchange.send), self._limits.request_seconds)
         except TimeoutError:
             refusal = (503, f"no answer within {self._limits.request_seconds:g} s. Try again.", LATER)
+        except (Refused, ClientDisconnect) as error:
+            log.debug("%s %s: stopped by %s", scope["method"], scope["path"], type(error).__name__)
         except Exception:
-            if exchange.refusal is None and not exchange.gone:
-                log.exception("%s %s", scope["method"], scope["path"])
-                refusal = (500, BROKE, ())
+            log.exception("%s %s", scope["method"], scope["path"])
+            refusal = (500, BROKE, ())
         await exchange.refuse(exchange.refusal or refusal)
 
 
@@ -124,14 +127,13 @@ class _Exchange:
 
     Attributes:
         started: the response has started.
-        gone: the client has disconnected.
         refusal: why the rest of the body is not read; the endpoint's own response is then dropped.
     """
 
     def __init__(
         self, receive: Receive, send: Send, most: int, length: int | None, bytes_in_flight: ByteBudget
     ) -> None:
-        self.started, self.gone = False, False
+        self.started = False
         self.refusal: Refusal | None = None
         self._receive, self._send, self._left, self._most = receive, send, most, most
         self._length, self._bytes_in_flight, self._held, self._answered = length, bytes_in_flight, 0, False
@@ -160,7 +162,6 @@ class _Exchange:
             self._take(self._length)
             self._length = 0
         message = await self._receive()
-        self.gone = self.gone or message["type"] == "http.disconnect"
         size = len(message.get("body", b""))
         self._left -= size
         if self._left < 0:
