@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from raydetect.detectors._base import Detector
-from raydetect.errors import ArtifactError
+from raydetect.errors import ArtifactError, RaydetectError
 
 NAMED, REASON = 3, 200
+OUT_OF_MEMORY = "allocate memory"  # in the RuntimeError that torch raises on CPUs
 _tested: set[str] = set()
 
 
@@ -25,6 +26,7 @@ def load_checked(detector: Detector, tensors: Mapping[str, Tensor], place: str, 
 
     Raises:
         ArtifactError: a check fails; the message says which.
+        RaydetectError: memory ran out, which says nothing about the artifact.
     """
     require_finite(tensors, place)
     try:
@@ -40,6 +42,11 @@ def load_checked(detector: Detector, tensors: Mapping[str, Tensor], place: str, 
         message = str(error).removeprefix(f"{place}: ").removeprefix("the artifact: ").removesuffix(" Fit again.")
         raise ArtifactError(f"{place}: {message} Fit again.") from None
     except Exception as error:  # torch raises many types for tensors that do not fit
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or OUT_OF_MEMORY in str(error):
+            raise RaydetectError(
+                f"{place}: does not fit into the memory of this process. Give it more memory, or shard the memory bank "
+                "with resources.bank_shards."
+            ) from error
         reason = " ".join(str(error).split())[:REASON] or type(error).__name__
         raise ArtifactError(
             f"{place}: its tensors do not fit the detector that the record describes ({reason}). Fit again."

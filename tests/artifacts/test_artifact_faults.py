@@ -21,7 +21,8 @@ from raydetect.artifacts.fleet import member_uri
 from raydetect.artifacts.record import read_record
 from raydetect.artifacts.store import load_artifact
 from raydetect.cli.main import main
-from raydetect.errors import ArtifactError, SpecError, StorageError
+from raydetect.detectors.patchcore import PatchCore
+from raydetect.errors import ArtifactError, RaydetectError, SpecError, StorageError
 from raydetect.local import jobs
 from raydetect.planning.plan import ScorePlan, plan_score
 from raydetect.storage import Storage
@@ -247,6 +248,25 @@ def test_a_tensor_file_that_was_cut_or_changed_is_refused_also_when_its_digest_a
         return
     expected = load(whole)  # a blank or a name in quotes that means the same
     assert all(torch.equal(value, expected[name]) for name, value in artifact.detector.tensors().items())
+
+
+@pytest.mark.usefixtures("_placed")
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_a_lack_of_memory_is_no_fault_of_an_artifact(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(PatchCore, "load_tensors", failing)
+    with pytest.raises(RaydetectError, match="does not fit into the memory") as caught:
+        load_artifact(ARTIFACT, Storage())
+    assert caught.value.exit_code == 1 and "Fit again" not in str(caught.value)
 
 
 @pytest.mark.usefixtures("_placed")
