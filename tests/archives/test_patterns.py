@@ -70,10 +70,10 @@ def test_names_made_of_a_pattern_match_it_as_the_regular_expression_does(
 def test_no_name_takes_long(pattern: str, name: str) -> None:
     """A regular expression takes 10 s for 180 letters and the first pattern, and 32 times as long for twice as many."""
     naming = Naming.of(SourceSpec(uri="a", pattern=pattern, mask_pattern=pattern))
-    started = time.process_time()
+    started = time.thread_time()
     for _ in range(10):
         assert naming.read(name) is None
-    assert time.process_time() - started < 2.0
+    assert time.thread_time() - started < 2.0
 
 
 def test_a_pattern_without_end_is_refused() -> None:
@@ -103,12 +103,12 @@ def test_a_glob_names_what_fsspec_says(segments: list[str], paths: list[list[str
 def test_no_glob_takes_long_and_too_many_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / ("a" * 250)).write_bytes(b"")
     (tmp_path / "cam1_2026_11_28.tar").write_bytes(b"")
-    started = time.process_time()
+    started = time.thread_time()
     assert not list(Storage().glob(f"file://{tmp_path}/{'*a' * 20}b"))
     assert [file.uri for file in Storage().glob(f"file://{tmp_path}/*_*_*_*.tar")] == [
         f"file://{tmp_path}/cam1_2026_11_28.tar"
     ]
-    assert time.process_time() - started < 1.0
+    assert time.thread_time() - started < 1.0
     for pattern in ("**/a/**/b/**/c", "**/*a*b*c", "a**b"):
         with pytest.raises(SpecError, match=r"Use fewer of them|stands for whole folders"):
             list(Storage().glob(f"file://{tmp_path}/{pattern}"))

@@ -42,10 +42,10 @@ MERGES = "a: &a {x: 1}\n" + "".join(
 
 def refusal(text: str) -> str:
     """The error of a text, raised within a second."""
-    started = time.process_time()
+    started = time.thread_time()
     with pytest.raises(SpecError) as caught:
         parse_job(parse_yaml(text, "job.yaml"), "job.yaml")
-    assert time.process_time() - started < 1.0
+    assert time.thread_time() - started < 1.0
     assert str(caught.value).startswith("job.yaml: ") and len(str(caught.value)) < 4000
     return str(caught.value)
 
@@ -171,13 +171,13 @@ def test_what_pyyaml_writes_is_read_back(value: Any, in_lines: bool) -> None:
 
 
 def is_spec_or_refused(text: str) -> None:
-    started = time.process_time()
+    started = time.thread_time()
     try:
         spec = parse_job(parse_yaml(text, "job"), "job")
         assert isinstance(spec, tuple(KINDS.values()))
     except SpecError as error:
         assert str(error).startswith("job: ")
-    assert time.process_time() - started < 5.0
+    assert time.thread_time() - started < 5.0
 
 
 @given(st.text(max_size=60) | st.text("{}[]&*!|>%@`:,-?#'\"<\\ \n\tab0.1~", max_size=60))
@@ -236,11 +236,11 @@ def test_a_file_that_is_not_regular_or_too_large_is_refused_at_once(tmp_path: Pa
     os.mkfifo(fifo)
     expected = {large: "has more than 1,048,576 bytes", fifo: "is not a regular file", tmp_path: "directory"}
     expected |= {tmp_path / "none.yaml": "cannot be read (No such file", Path("/dev/zero"): "is not a regular file"}
-    started = time.process_time()
+    started = time.thread_time()
     for path, message in expected.items():
         ended = CliRunner().invoke(main, ["check", str(path)])
         assert ended.exit_code == 2 and message in ended.output and ended.output.count("Error:") == 1, ended.output
-    assert time.process_time() - started < 5.0
+    assert time.thread_time() - started < 5.0
 
 
 def test_files_of_other_encodings_are_read_or_refused(tmp_path: Path) -> None:

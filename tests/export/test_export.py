@@ -249,10 +249,10 @@ def test_no_separator_makes_a_formula_of_a_text_and_every_text_comes_back(table:
 
 
 def test_guarding_a_long_text_is_linear() -> None:
-    started = time.process_time()
+    started = time.thread_time()
     for text in (";" * 200_000, "\n" * 200_000, " " * 200_000, "'" * 200_000, '"; ' * 70_000 + "x"):
         assert cell(text) == text
-    assert time.process_time() - started < 2.0
+    assert time.thread_time() - started < 2.0
 
 
 @pytest.mark.parametrize("style", ["overlay", "map"])
