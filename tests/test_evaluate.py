@@ -341,7 +341,7 @@ def test_the_same_detector_twice_and_unknown_parameters_are_refused(tmp_path: Pa
     data_set(tmp_path / "data")
     words = {"data": {"uri": f"{tmp_path}/data", "layout": "mvtec_ad"}, "output": f"{tmp_path}/out"}
     twice = {**JOB, **words, "grid": {"coreset_sampling_ratio": [0.1, 0.1]}}
-    with pytest.raises(SpecError, match="two of them are the same"):
+    with pytest.raises(SpecError, match="two of them are identical"):
         plan_evaluation(evaluate_spec(twice))
     with pytest.raises(SpecError, match="coreset_sampling"):
         plan_evaluation(evaluate_spec({**JOB, **words, "grid": {"coreset_sampling": [0.1]}}))
