@@ -148,7 +148,7 @@ def test_histograms_that_do_not_belong_together_are_refused() -> None:
         ScoreBins.empty(8).merge(ScoreBins.empty(8, COLUMNS))
     with pytest.raises(ValueError, match="at least 2"):
         ScoreBins.empty(1)
-    with pytest.raises(ValueError, match="one size"):
+    with pytest.raises(ValueError, match="they must be equal"):
         pixels_of(np.zeros((2, 2), np.float32), np.zeros((3, 3)), 8)
     with pytest.raises(ValueError, match="at least one anomalous region"):
         aupro_of([ScoreBins.empty(8, COLUMNS)], 0.3)
