@@ -194,7 +194,7 @@ def test_maps_are_resized_as_torch_resizes() -> None:
 WRONG: list[tuple[Any, str]] = [
     ("a/folder", r"is one path, 'a/folder'\. Give a list"),
     (Path("x.png"), "is one path"),
-    (Image.new("RGB", (4, 4)), r"Give a list: \[picture\]"),
+    (Image.new("RGB", (4, 4)), r"Give a list: \[image\]"),
     (3, "is of type int"),
     (None, "is of type NoneType"),
     ([], "is empty"),
