@@ -1,1 +1,1 @@
-"""Audits: what came since the last one is scored, compared with the nights before, and judged by rules."""
+"""Audits: score what is new since the last audit, compare it with earlier nights, and judge it by rules."""

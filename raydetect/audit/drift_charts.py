@@ -1,4 +1,4 @@
-"""Charts of an audit: this night's distributions against the baseline's, and the nights one after another."""
+"""Charts of an audit: this night's distributions against the baseline's, and measures over nights."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -21,12 +21,12 @@ TITLES = {
 
 
 def drift_figures(night: Statistics, baseline: Statistics | None, history: Sequence[Mapping[str, Any]]) -> list[Figure]:
-    """The charts that there is something to show in.
+    """Returns the charts that have data to show.
 
     Args:
-        night: what is judged.
-        baseline: earlier nights together, None = there are none.
-        history: summaries of nights in order, the judged one last.
+        night: the audited night.
+        baseline: earlier nights merged; None = there are none.
+        history: summaries of nights in order, the audited one last.
     """
     figures = [_rates(history), _pictures(history)] if len(history) > 1 else []
     if baseline is not None:
@@ -35,7 +35,7 @@ def drift_figures(night: Statistics, baseline: Statistics | None, history: Seque
 
 
 def _against(name: str, night: Histogram, baseline: Histogram) -> Figure | None:
-    """Shares of images by value, of the night and of the baseline."""
+    """Chart of the distribution of one value, for the night and the baseline."""
     if not night.total or not baseline.total:
         return None
     if min(night.low, baseline.low) == max(night.high, baseline.high):
@@ -63,7 +63,7 @@ def _shares(grid: Histogram, found: Histogram) -> np.ndarray:
 
 def _steps(grid: Histogram, shares: np.ndarray) -> list[tuple[float, float]]:
     edges = (grid.first + np.arange(len(shares) + 1)) * grid.width
-    inner = [(edges[place + side], share) for place, share in enumerate(shares.tolist()) for side in (0, 1)]
+    inner = [(edges[index + side], share) for index, share in enumerate(shares.tolist()) for side in (0, 1)]
     return [(float(edges[0]), 0.0), *((float(x), y) for x, y in inner), (float(edges[-1]), 0.0)]
 
 
@@ -88,28 +88,28 @@ def _pictures(history: Sequence[Mapping[str, Any]]) -> Figure | None:
 def _nights(
     title: str, history: Sequence[Mapping[str, Any]], lines: Sequence[tuple[str, str, str]], relative: bool
 ) -> Figure | None:
-    """Measures over nights; relative ones as shares of the first night that has them."""
-    drawn = []
+    """Chart of measures over nights; relative measures are divided by their first value."""
+    curves = []
     for name, tone, measure in lines:
         values = [_number(summary["measures"].get(measure)) for summary in history]
         first = next((value for value in values if value and math.isfinite(value)), 1.0)
-        drawn.append((name, tone, [value / first if relative else value for value in values]))
-    finite = [value for _, _, values in drawn for value in values if math.isfinite(value)]
+        curves.append((name, tone, [value / first if relative else value for value in values]))
+    finite = [value for _, _, values in curves for value in values if math.isfinite(value)]
     if not finite:
         return None
     plot = Plot(title, 0.0, max(len(history) - 1.0, 1.0), max(max(finite) * 1.05, 1e-4))
-    for name, tone, values in drawn:
-        points = [(float(place), value) for place, value in enumerate(values) if math.isfinite(value)]
-        says = [f"{history[int(place)]['night']}: {name} {100 * value:.3g} %" for place, value in points]
-        plot.line(points, tone, says)
-    for place, summary in enumerate(history):
+    for name, tone, values in curves:
+        points = [(float(index), value) for index, value in enumerate(values) if math.isfinite(value)]
+        labels = [f"{history[int(x)]['night']}: {name} {100 * value:.3g} %" for x, value in points]
+        plot.line(points, tone, labels)
+    for index, summary in enumerate(history):
         if summary["alarm"]:
-            plot.upright(float(place), "alarm")
+            plot.upright(float(index), "alarm")
     each = max(1, -(-len(history) // 5))
-    ticks = [(float(place), str(history[place]["night"])[-10:]) for place in range(0, len(history), each)]
+    ticks = [(float(index), str(history[index]["night"])[-10:]) for index in range(0, len(history), each)]
     svg = plot.svg(ticks, "night", percent=True)
-    note = "Medians, as shares of the first night shown." if relative else "Dashed lines are nights with an alarm."
-    return Figure(title, svg, legend([Series(name, tone, ()) for name, tone, _ in drawn]), note)
+    note = "Medians relative to the first night shown." if relative else "Dashed lines are nights with an alarm."
+    return Figure(title, svg, legend([Series(name, tone, ()) for name, tone, _ in curves]), note)
 
 
 def _number(value: float | None) -> float:

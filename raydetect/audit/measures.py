@@ -1,4 +1,4 @@
-"""The measures that rules may name: a night alone, and a night against its baseline."""
+"""The measures available in rules: of a night alone, and of a night against its baseline."""
 
 import math
 
@@ -17,15 +17,15 @@ MEASURES = (
 
 
 def measures(night: Statistics, baseline: Statistics | None) -> dict[str, float | None]:
-    """Every measure of a night; None where images or a baseline are missing.
+    """Computes every measure of a night; None where images or a baseline are missing.
 
-    Rates come with their 95 % interval (`_low`, `_high`) and, in points, their difference to the baseline
-    (`_change`). Distributions come with their median, how far it is from the baseline's as a share of it (`_change`),
-    and two distances to the baseline, each with its interval: `_ks` and `_psi`.
+    Rates have a 95 % interval (`_low`, `_high`) and a difference from the baseline (`_change`, absolute).
+    Distributions have a median, its relative change from the baseline's (`_change`), and two distances to the baseline
+    with intervals: `_ks` and `_psi`.
 
     Args:
-        night: its statistics.
-        baseline: those of earlier nights together; None = there are none.
+        night: statistics of the night.
+        baseline: statistics of earlier nights, merged; None = there are none.
     """
     found: dict[str, float | None] = dict.fromkeys(MEASURES)
     found["images"] = float(night.images)

@@ -1,11 +1,11 @@
-"""The folder of all audits: which shards each night covers, and what is known of the nights that are finished.
+"""The folder of all audits of a job: the shards of each night, and the records of finished nights.
 
-claims/00012.json        shards of the night; written first, so that a killed audit goes on with the same ones
+claims/00012.json        shards of the night; written first, so that a killed audit resumes with the same ones
 nights/00012/results/    an ordinary results directory
 nights/00012/report.html
 statistics/00012.json    counts and distributions, to compare later nights with
-summaries/00012.json     the audit, for machines; written last: the night is finished
-webhooks/00012.json      the webhook was told
+summaries/00012.json     the machine-readable audit; written last: the night is finished
+webhooks/00012.json      the webhook has accepted the summary
 """
 
 import base64
@@ -29,11 +29,11 @@ ShardKey = tuple[str, tuple[int, int] | None, str]
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What one night covers.
+    """The shards of one night.
 
     Attributes:
-        number: 1 for the first.
-        night: its name.
+        number: of the night, from 1.
+        night: name of the night.
         shards: numbered from 0.
     """
 
@@ -44,13 +44,13 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Nights:
-    """Reads and writes the records of all audits of one job. One audit at a time may run in a folder."""
+    """Reads and writes the records of all audits of one job. Only one audit may run in a folder at a time."""
 
     uri: str
     storage: Storage
 
     def numbers(self, kind: str) -> list[int]:
-        """Numbers of the nights that have a record of a kind, ascending."""
+        """Numbers of the nights that have a record of this kind, ascending."""
         folder = join_uri(self.uri, kind)
         if not self.storage.exists(folder):
             return []
@@ -61,25 +61,26 @@ class Nights:
         """All claims, in order.
 
         Raises:
-            StorageError, ResumeError: a record is damaged, or of a newer format.
+            StorageError, ResumeError: a record is damaged or has a newer format.
         """
         return [self._claim(number) for number in self.numbers("claims")]
 
     def claim(self, night: str, shards: Sequence[Shard], number: int) -> Claim:
-        """Gives shards to a new night."""
-        made = Claim(number, night, tuple(replace(shard, index=place) for place, shard in enumerate(shards)))
-        body = {"number": number, "night": night, "shards": [_plain(shard) for shard in made.shards]}
+        """Writes and returns the claim of a night on these shards."""
+        claim = Claim(number, night, tuple(replace(shard, index=index) for index, shard in enumerate(shards)))
+        body = {"number": number, "night": night, "shards": [_plain(shard) for shard in claim.shards]}
         self.write("claims", number, body)
-        return made
+        return claim
 
     def without_changed(self, claim: Claim, listed: Sequence[Shard]) -> Claim:
-        """The claim of a night that is not finished, less what was deleted or overwritten before it was scored.
+        """The claim of an unfinished night without the shards that were deleted or overwritten before they were scored.
 
-        Such a shard keeps its place, which names files, and gives no row; what is there now is for the next night.
+        Such a shard keeps its index, which file names depend on, and gives no rows; its new content goes to the next
+        night.
 
         Args:
             claim: of the night.
-            listed: what the archive holds now.
+            listed: shards now in the archive.
         """
         committed = Ledger(self.results_uri(claim.number), self.storage).committed()
         there = {shard_key(shard) for shard in listed}
@@ -98,32 +99,32 @@ class Nights:
         return join_uri(self.uri, "nights", f"{number:05d}", "report.html")
 
     def record_uri(self, kind: str, number: int) -> str:
-        """Where a record lies."""
+        """The URI of a record."""
         return join_uri(self.uri, kind, f"{number:05d}.json")
 
     def read(self, kind: str, number: int) -> dict[str, Any] | None:
-        """A record, None when it is not there.
+        """Reads a record; None if it does not exist.
 
         Raises:
-            StorageError, ResumeError: it is damaged, or of a newer format.
+            StorageError, ResumeError: the record is damaged or has a newer format.
         """
-        place = self.record_uri(kind, number)
-        if not self.storage.exists(place):
+        uri = self.record_uri(kind, number)
+        if not self.storage.exists(uri):
             return None
         try:
-            body = json.loads(self.storage.read(place))
+            body = json.loads(self.storage.read(uri))
             version = int(body["format_version"])
         except (ValueError, KeyError, TypeError) as error:
-            raise _damaged(place, error) from None
+            raise _damaged(uri, error) from None
         if version != FORMAT_VERSION:
             raise ResumeError(
-                f"{place}: has format {version}, this raydetect reads {FORMAT_VERSION}. Update raydetect or use "
+                f"{uri}: has format {version}, but this raydetect reads {FORMAT_VERSION}. Update raydetect or use "
                 "another sink.uri."
             )
         return dict(body)
 
     def write(self, kind: str, number: int, body: Mapping[str, Any]) -> None:
-        """Writes a record, the same bytes for the same content."""
+        """Writes a record; the same content gives the same bytes."""
         text = json.dumps({"format_version": FORMAT_VERSION, **body}, indent=1, sort_keys=True, allow_nan=False)
         self.storage.write(self.record_uri(kind, number), text.encode())
 
@@ -131,24 +132,24 @@ class Nights:
         body = self.read("claims", number)
         try:
             assert body is not None
-            shards = tuple(_shard(place, words) for place, words in enumerate(body["shards"]))
+            shards = tuple(_shard(index, fields) for index, fields in enumerate(body["shards"]))
             return Claim(int(body["number"]), str(body["night"]), shards)
         except (AssertionError, KeyError, TypeError, ValueError) as error:
-            place = self.record_uri("claims", number)
-            raise _damaged(place, error) from None
+            uri = self.record_uri("claims", number)
+            raise _damaged(uri, error) from None
 
 
-def _damaged(place: str, error: Exception) -> StorageError:
-    return StorageError(f"{place}: is damaged ({type(error).__name__}). Restore it or use another sink.uri.")
+def _damaged(uri: str, error: Exception) -> StorageError:
+    return StorageError(f"{uri}: is damaged ({type(error).__name__}). Restore it or use another sink.uri.")
 
 
 def shard_key(shard: Shard) -> ShardKey:
-    """What makes a shard the same one: where it is, which part, and what is in it."""
+    """Identifies a shard: its location, its part of the file, and its content."""
     return shard.uri, shard.span, shard.fingerprint
 
 
 def unclaimed(shards: Sequence[Shard], claims: Sequence[Claim]) -> list[Shard]:
-    """The shards of a listing that no night covers."""
+    """Returns the shards of a listing that no night has claimed."""
     taken = {shard_key(shard) for claim in claims for shard in claim.shards}
     return [shard for shard in shards if shard_key(shard) not in taken]
 
@@ -171,16 +172,16 @@ def _plain(shard: Shard) -> dict[str, Any]:
     }
 
 
-def _shard(place: int, words: Mapping[str, Any]) -> Shard:
-    span = words["span"]
+def _shard(index: int, fields: Mapping[str, Any]) -> Shard:
+    span = fields["span"]
     return Shard(
-        place,
-        str(words["uri"]),
-        str(words["format"]),
-        int(words["size_bytes"]),
-        str(words["fingerprint"]),
+        index,
+        str(fields["uri"]),
+        str(fields["format"]),
+        int(fields["size_bytes"]),
+        str(fields["fingerprint"]),
         None if span is None else (int(span[0]), int(span[1])),
-        base64.b64decode(words["listing"]),
-        left_out_of(words.get("left_out", {})),
-        str(words.get("index_uri", "")),
+        base64.b64decode(fields["listing"]),
+        left_out_of(fields.get("left_out", {})),
+        str(fields.get("index_uri", "")),
     )

@@ -1,4 +1,4 @@
-"""An audit in words: what its report adds to that of an ordinary run."""
+"""Text of an audit: what its report adds to that of an ordinary run."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ RATE_NAMES = {"flagged_rate": "flagged", "bad_rate": "without a score"}
 def extra_of(
     summary: Mapping[str, Any], night: Statistics, baseline: Statistics | None, history: Sequence[Mapping[str, Any]]
 ) -> Extra:
-    """What the page of a night tells of its audit."""
+    """Returns the audit section of a night's report."""
     return Extra(
         title=f"Audit of {summary['night']}",
         verdict=verdict_text(summary),
@@ -27,28 +27,28 @@ def extra_of(
 
 
 def verdict_text(summary: Mapping[str, Any]) -> str:
-    """One sentence for the head of a page and for the command line."""
+    """One sentence for the top of the report and for the command line."""
     if summary["alarm"]:
         return f"Alarm: {'; '.join(summary['alarms'])}"
     rules = summary["rules"]
     if not rules:
-        return "No rule is stated, so nothing was judged."
+        return "No rules are set, so nothing was judged."
     unjudged = sum(rule["outcome"] == "not judged" for rule in rules)
     if unjudged:
-        return f"No alarm; {unjudged} of {len(rules)} rules could not be judged, for want of a baseline or of images."
+        return f"No alarm; {unjudged} of {len(rules)} rules could not be judged: no baseline, or no images."
     return f"No alarm; all {len(rules)} rules were judged." if len(rules) > 1 else "No alarm; the rule was judged."
 
 
 def values_text(values: Mapping[str, float | None]) -> str:
     """`flagged_rate = 0.031, sharpness_ks_low has no value`."""
-    message = [f"{name} has no value" if value is None else f"{name} = {value:.4g}" for name, value in values.items()]
-    return ", ".join(message)
+    texts = [f"{name} has no value" if value is None else f"{name} = {value:.4g}" for name, value in values.items()]
+    return ", ".join(texts)
 
 
 def _compared(summary: Mapping[str, Any]) -> str:
     nights = summary["baseline"]["nights"]
     if not nights:
-        return "There is no earlier night of the same artifact without an alarm, so nothing is compared."
+        return "No comparison: there is no earlier night of the same artifact without an alarm."
     shown = ", ".join(nights[:7]) + (", ..." if len(nights) > 7 else "")
     return f"Compared with {len(nights)} earlier nights ({shown}), {summary['baseline']['images']:,} images together."
 
@@ -64,7 +64,7 @@ def _measure_rows(values: Mapping[str, float | None], baseline: Statistics | Non
         median = values[f"{name}_median"]
         usual = None if baseline is None or not baseline.distributions[name].total else baseline.distributions[name]
         before = "" if usual is None else f"{usual.quantile(0.5):.4g}"
-        distances = [f"{word.upper()} {_with_ends(values, f'{name}_{word}')}" for word in ("ks", "psi")]
+        distances = [f"{kind.upper()} {_with_ends(values, f'{name}_{kind}')}" for kind in ("ks", "psi")]
         apart = "" if values[f"{name}_ks"] is None else ", ".join(distances)
         rows.append((f"{name}, median", "" if median is None else f"{median:.4g}", before, apart))
     return rows

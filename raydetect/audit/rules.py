@@ -1,4 +1,4 @@
-"""When a night raises an alarm: comparisons of named measures with numbers. Nothing is evaluated as code.
+"""Alarm rules: comparisons of named measures with numbers. Nothing is evaluated as code.
 
 rule        [name ":"] comparison { "and" comparison }
 comparison  measure ( ">" | ">=" | "<" | "<=" ) number
@@ -18,29 +18,29 @@ OPERATORS: dict[str, Compare] = {">": operator.gt, ">=": operator.ge, "<": opera
 COMPARISON = re.compile(r"\s*([a-z][a-z_]*)\s*(>=|<=|>|<)\s*([-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?)\s*")
 NAME = re.compile(r"\s*([^:<>=]{1,60}?)\s*:(.*)", re.DOTALL)
 AND = re.compile(r"\band\b")
-MAX_LETTERS, MAX_COMPARISONS = 500, 16
+MAX_CHARS, MAX_COMPARISONS = 500, 16
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A measure against a number."""
+    """A comparison of a measure with a number."""
 
     measure: str
     sign: str
     number: float
 
     def holds(self, value: float) -> bool:
-        """Whether it is true of a value."""
+        """Whether the comparison is true for a value."""
         return OPERATORS[self.sign](value, self.number)
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Raises an alarm when all of its comparisons hold.
+    """A rule that raises an alarm if all of its comparisons hold.
 
     Attributes:
-        name: what is wrong then; the rule's text when it has none.
-        text: as the job file has it.
+        name: the problem it detects; the rule's text if it has no name.
+        text: as in the job file.
         comparisons: at least one.
     """
 
@@ -51,11 +51,12 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What became of a rule.
+    """The outcome of a rule.
 
     Attributes:
-        outcome: `alarm`, `calm`, or `not judged` when a measure has no value, for want of a baseline or of images.
-        values: of its measures.
+        rule: the rule.
+        outcome: `alarm`, `calm`, or `not judged` if a measure has no value because the baseline or images are missing.
+        values: of the rule's measures.
     """
 
     rule: Rule
@@ -64,21 +65,21 @@ class Verdict:
 
 
 def parse_rules(texts: Sequence[str], measures: Sequence[str]) -> tuple[Rule, ...]:
-    """The rules of a job file.
+    """Parses the rules of a job file.
 
     Args:
-        texts: one each.
-        measures: names that may stand in them.
+        texts: one for each rule.
+        measures: names of the known measures.
 
     Raises:
-        SpecError: one is not of the grammar, or names an unknown measure.
+        SpecError: a rule does not match the grammar, or names an unknown measure.
     """
-    return tuple(_parse(text, f"alarm_when.{place}", measures) for place, text in enumerate(texts))
+    return tuple(_parse(text, f"alarm_when.{index}", measures) for index, text in enumerate(texts))
 
 
 def _parse(text: str, where: str, measures: Sequence[str]) -> Rule:
-    if len(text) > MAX_LETTERS:
-        raise SpecError(f"{where}: has {len(text)} letters, at most {MAX_LETTERS} are read. Write several rules.")
+    if len(text) > MAX_CHARS:
+        raise SpecError(f"{where}: has {len(text)} characters, at most {MAX_CHARS}. Write several rules.")
     named = NAME.fullmatch(text)
     name, body = (named.group(1), named.group(2)) if named else (text.strip(), text)
     comparisons = tuple(_comparison(part, text, where, measures) for part in AND.split(body))
@@ -91,23 +92,23 @@ def _comparison(part: str, text: str, where: str, measures: Sequence[str]) -> Co
     found = COMPARISON.fullmatch(part)
     if found is None:
         raise SpecError(
-            f"{where}: {text!r} is no rule, at {part.strip()!r}. Write measure > number, such as flagged_rate > 0.02; "
-            "join several with `and`."
+            f"{where}: {text!r} is not a valid rule, at {part.strip()!r}. Write measure > number, such as "
+            "flagged_rate > 0.02; join several with `and`."
         )
     measure, sign, digits = found.groups()
     if measure not in measures:
-        raise SpecError(f"{where}: {measure!r} is no measure.{nearest(measure, list(measures))}")
+        raise SpecError(f"{where}: {measure!r} is not a measure.{nearest(measure, list(measures))}")
     try:
         number = float(digits)
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise SpecError(f"{where}: {digits!r} is no number. Write one such as 0.02.")
+        raise SpecError(f"{where}: {digits!r} is not a valid number. Write one such as 0.02.")
     return Comparison(measure, sign, number)
 
 
 def evaluate_rule(rule: Rule, values: Mapping[str, float | None]) -> Verdict:
-    """What a night's measures make of a rule. One comparison that does not hold is enough to be calm."""
+    """Applies a rule to a night's measures. A single comparison that does not hold makes the outcome `calm`."""
     mine = {comparison.measure: values[comparison.measure] for comparison in rule.comparisons}
     held = []
     for comparison in rule.comparisons:

@@ -1,4 +1,4 @@
-"""An audit from listing to summary. Whatever it wrote, it writes again with the same bytes."""
+"""Runs an audit from listing to summary. A second run writes the same bytes again."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -36,22 +36,22 @@ class Audit:
 
     @classmethod
     def of(cls, spec: AuditSpec) -> "Audit":
-        """From a job.
+        """Creates an audit from a job.
 
         Raises:
-            SpecError: a rule is wrong, or a URI.
+            SpecError: a rule or a URI is invalid.
         """
         nights = Nights(normalise_uri(spec.sink.uri), Storage(sink_storage(spec)))
         return cls(spec, nights, parse_rules(spec.alarm_when, MEASURES))
 
     def pending(self, note: Callable[[str], object] = lambda _: None) -> list[Claim]:
-        """The nights to audit, in order: those that were begun and not finished, then the one that was asked for.
+        """Returns the nights to audit, in order: unfinished ones, then the requested one.
 
-        Lists the archive, and claims the shards that no night covers. A night that is there already keeps its shards;
-        without a name and without anything new, it is the last one again.
+        Lists the archive and claims the shards that no night has claimed. An existing night keeps its shards; without a
+        name and without new shards, the requested night is the last one again.
 
         Args:
-            note: told of each sentence about the archive that a person should read.
+            note: called with each note on the archive to show to the user.
 
         Raises:
             SpecError, StorageError: the archive cannot be listed.
@@ -68,27 +68,27 @@ class Audit:
             note(sentence)
         shards = list(listing.shards)
         claims = [claim if claim.number in done else self.nights.without_changed(claim, shards) for claim in claims]
-        begun_before = [claim for claim in claims if claim.number not in done]
+        unfinished = [claim for claim in claims if claim.number not in done]
         for claim in claims:
             if claim.night == self.spec.night:
-                return [other for other in begun_before if other.number < claim.number] + [claim]
+                return [other for other in unfinished if other.number < claim.number] + [claim]
         new = unclaimed(shards, claims)
-        if new:  # what the listing left out is told by the night
+        if new:  # the new night reports the files that the listing left out
             new[0] = replace(new[0], left_out=shards[0].left_out)
         if not new and self.spec.night is None and claims:
-            return begun_before or [claims[-1]]
+            return unfinished or [claims[-1]]
         number = claims[-1].number + 1 if claims else 1
-        return [*begun_before, self.nights.claim(self.spec.night or f"night-{number:05d}", new, number)]
+        return [*unfinished, self.nights.claim(self.spec.night or f"night-{number:05d}", new, number)]
 
     def run(self, claim: Claim, score: Score) -> dict[str, Any]:
-        """Scores what is left of a night, judges it, and returns its summary.
+        """Scores the remaining shards of a night, judges it, and returns its summary.
 
         Args:
             claim: the night.
             score: runs a plan.
 
         Raises:
-            RaydetectError: the scoring failed; what is committed stays.
+            RaydetectError: the scoring failed; committed shards are kept.
         """
         old = self.nights.read("summaries", claim.number)
         if old is not None and old["judged_by"] == self._judgement_key():
@@ -115,10 +115,10 @@ class Audit:
         return stored
 
     def tell(self, claim: Claim, summary: Mapping[str, Any], webhook: Webhook | None) -> bool:
-        """Sends the summary to the webhook, once for each night; whether it was sent now.
+        """Sends the summary to the webhook, once for each night; returns whether it was sent now.
 
         Raises:
-            WebhookError: it was not taken.
+            WebhookError: the webhook did not accept it.
         """
         if webhook is None or (webhook.spec.when == "alarm" and not summary["alarm"]):
             return False
@@ -173,7 +173,7 @@ class Audit:
         }
 
     def _baseline(self, claim: Claim, artifact: str, measure: str) -> tuple[list[str], Statistics | None]:
-        """Names of the nights that this one is compared with, the latest first, and their statistics together."""
+        """Names of the baseline nights, latest first, and their merged statistics."""
         together, names = Statistics(measure), list[str]()
         for summary in self._earlier(claim.number):
             skipped = summary["alarm"] and self.spec.baseline.alarmed == "skip"
@@ -186,7 +186,7 @@ class Audit:
         return names, together if names else None
 
     def _earlier(self, number: int) -> Iterator[dict[str, Any]]:
-        """Summaries of the nights before, the latest first."""
+        """Yields the summaries of earlier nights, latest first."""
         for earlier in reversed(self.nights.numbers("summaries")):
             if earlier < number:
                 summary = self.nights.read("summaries", earlier)
@@ -201,8 +201,8 @@ class Audit:
         try:
             return Statistics.of_plain(self.nights.read("statistics", number) or {})
         except (ValueError, KeyError, TypeError) as error:
-            place = self.nights.record_uri("statistics", number)
+            uri = self.nights.record_uri("statistics", number)
             raise StorageError(
-                f"{place}: is damaged ({type(error).__name__}). Remove it and {number:05d}.json of summaries/, and "
-                "audit that night again by its name."
+                f"{uri}: is damaged ({type(error).__name__}). Remove it and summaries/{number:05d}.json, and audit "
+                "that night again by its name."
             ) from None

@@ -1,4 +1,4 @@
-"""What is kept of a night to compare others with: counts and distributions, mergeable, a few kilobytes."""
+"""Mergeable counts and distributions of a night, a few kilobytes, kept to compare other nights with."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ class Statistics:
     """Counts and distributions of a night's images.
 
     Attributes:
-        measure: the column behind `score`: image_score, or p_value with a fleet, whose scores cannot be compared.
+        measure: the column used as `score`: image_score, or p_value for a fleet, whose scores cannot be compared.
         distributions: of `score`, `brightness`, `sharpness` and `size` (width times height in px).
     """
 
@@ -36,7 +36,7 @@ class Statistics:
         return self.images - self.bad
 
     def add(self, table: pa.Table) -> None:
-        """Counts the rows of one part."""
+        """Adds the rows of one part."""
         scored = table.filter(pc.equal(table["status"], OK))
         self.images += table.num_rows
         self.bad += table.num_rows - scored.num_rows
@@ -52,7 +52,7 @@ class Statistics:
             self.distributions[name].add(np.asarray(column.drop_null().to_numpy(), dtype=np.float64))
 
     def merge(self, other: "Statistics") -> None:
-        """Adds another night."""
+        """Adds the counts of another night."""
         self.images += other.images
         self.bad += other.bad
         self.flagged += other.flagged
@@ -60,16 +60,16 @@ class Statistics:
             self.distributions[name].merge(found)
 
     def plain(self) -> dict[str, Any]:
-        """For JSON."""
+        """Converts to JSON types."""
         counts = {"measure": self.measure, "images": self.images, "bad": self.bad, "flagged": self.flagged}
         return counts | {"distributions": {name: found.plain() for name, found in self.distributions.items()}}
 
     @classmethod
     def of_plain(cls, body: Mapping[str, Any]) -> "Statistics":
-        """From `plain`.
+        """Restores statistics from `plain`.
 
         Raises:
-            ValueError, KeyError, TypeError: it is something else.
+            ValueError, KeyError, TypeError: `body` is not such an object.
         """
         found = {name: Histogram.of_plain(body["distributions"][name]) for name in DISTRIBUTIONS}
         return cls(str(body["measure"]), int(body["images"]), int(body["bad"]), int(body["flagged"]), found)

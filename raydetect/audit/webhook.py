@@ -1,8 +1,8 @@
-"""Tells a webhook of an audit: to allowed addresses only, signed, with retries, and once for each night.
+"""Posts audit summaries to a webhook: to allowed addresses only, signed, with retries, and once for each night.
 
 The signature is HMAC-SHA256 of `<timestamp>.<body>` with the secret, in hex, in the header `X-Raydetect-Signature` as
-`t=<timestamp>,v1=<hex>`, so a receiver can refuse what is old. `X-Raydetect-Night` names the night, so it can drop what
-it has already.
+`t=<timestamp>,v1=<hex>`, so that a receiver can refuse old requests. `X-Raydetect-Night` names the night, so that it
+can drop duplicates.
 """
 
 import hashlib
@@ -22,17 +22,17 @@ from raydetect.errors import RaydetectError, SpecError
 from raydetect.gateway.allowed_uris import WEB, NotAllowed, Prefixes, resolved
 
 SECRET, ALLOW = "RAYDETECT_WEBHOOK_SECRET", "RAYDETECT_WEBHOOK_ALLOW"
-LEAST_LETTERS = 16
+MIN_SECRET_CHARS = 16
 RETRIED = (408, 425, 429)
 
 
 class WebhookError(RaydetectError):
-    """The webhook was not told; the audit itself is finished and stays."""
+    """The webhook did not accept the summary; the audit itself is finished and remains."""
 
 
 @dataclass(frozen=True, slots=True)
 class Webhook:
-    """A checked target with its secret, which no message and no file ever holds."""
+    """A checked target with its secret, which never appears in a message or file."""
 
     url: str
     spec: WebhookSpec
@@ -48,27 +48,27 @@ class Webhook:
         return f"{parts.scheme}://{parts.netloc}"
 
     def send(self, night: str, body: bytes, pause: Callable[[float], None] = time.sleep) -> int:
-        """Posts until it is accepted; returns the status.
+        """Posts the body, with retries, until it is accepted; returns the HTTP status.
 
         Args:
-            night: names the audit.
+            night: name of the night.
             body: JSON.
-            pause: between attempts, in seconds.
+            pause: sleeps between attempts; called with seconds.
 
         Raises:
-            WebhookError: it was refused, or no attempt reached it.
+            WebhookError: the webhook refused it or could not be reached.
         """
         problem = ""
         for attempt in range(self.spec.attempts):
             if attempt:
                 pause(2.0 ** (attempt - 1))
-            began = time.monotonic()
+            started = time.monotonic()
             try:
                 status = self._post(night, body)
             except NotAllowed as error:
-                raise WebhookError(f"webhook.url: {error} The audit stays; start it again to tell of it.") from None
+                raise WebhookError(f"webhook.url: {error} The audit is finished; run it again to retry.") from None
             except (OSError, http.client.HTTPException) as error:
-                is_late = time.monotonic() - began >= self.spec.request_seconds
+                is_late = time.monotonic() - started >= self.spec.request_seconds
                 problem = f"no answer within {self.spec.request_seconds:g} s" if is_late else type(error).__name__
                 continue
             if 200 <= status < 300:
@@ -77,12 +77,12 @@ class Webhook:
             if status < 500 and status not in RETRIED:
                 break
         raise WebhookError(
-            f"webhook.url: {self.place} did not take the summary ({problem} after {attempt + 1} attempts). The audit "
-            "stays; start it again to tell of it."
+            f"webhook.url: {self.place} did not accept the summary ({problem} after {attempt + 1} attempts). The audit "
+            "is finished; run it again to retry."
         )
 
     def _post(self, night: str, body: bytes) -> int:
-        """One attempt, to an address that was checked, so that no second lookup leads elsewhere; follows nothing."""
+        """Makes one attempt, to the resolved and checked address (no second DNS lookup); follows no redirects."""
         parts = urlsplit(self.url)
         secure = parts.scheme == "https"
         port = parts.port or (443 if secure else 80)
@@ -102,26 +102,26 @@ class Webhook:
                 headers = self._headers(parts.netloc, night, body)
                 connection.request("POST", parts.path or "/", body=body, headers=headers)
                 status = connection.getresponse().status
-            if time.monotonic() >= end:  # the answer was cut in its headers
+            if time.monotonic() >= end:  # the connection was shut while headers arrived
                 raise TimeoutError
             return status
         finally:
             connection.close()
 
     def _headers(self, host: str, night: str, body: bytes) -> dict[str, str]:
-        moment = str(int(time.time()))
+        timestamp = str(int(time.time()))
         return {
             "Host": host,
             "Content-Type": "application/json",
             "Connection": "close",
             "X-Raydetect-Night": night,
-            "X-Raydetect-Signature": f"t={moment},v1={signature(self._secret, moment, body)}",
+            "X-Raydetect-Signature": f"t={timestamp},v1={signature(self._secret, timestamp, body)}",
         }
 
 
 @contextmanager
 def _shut_after(connected: socket.socket, seconds: float) -> Iterator[None]:
-    """Ends whatever waits for a socket after so long in all; a timeout of the socket counts from each byte anew."""
+    """Shuts the socket down after a total time, as its own timeout restarts with every received byte."""
     timer = threading.Timer(max(0.0, seconds), _shut, [connected])
     timer.daemon = True
     timer.start()
@@ -132,8 +132,8 @@ def _shut_after(connected: socket.socket, seconds: float) -> Iterator[None]:
 
 
 def _shut(connected: socket.socket) -> None:
-    with suppress(OSError):  # it is closed already
-        socket.socket.shutdown(connected, socket.SHUT_RDWR)  # an SSLSocket's own would drop its state under a reader
+    with suppress(OSError):  # already closed
+        socket.socket.shutdown(connected, socket.SHUT_RDWR)  # SSLSocket.shutdown would drop its state under a reader
 
 
 def signature(secret: bytes, moment: str, body: bytes) -> str:
@@ -142,27 +142,29 @@ def signature(secret: bytes, moment: str, body: bytes) -> str:
 
 
 def webhook_of(spec: WebhookSpec | None, environment: Mapping[str, str]) -> Webhook | None:
-    """The webhook of a job, None when it has none.
+    """Returns the webhook of a job, None if it has none.
 
     Args:
         spec: of the job file.
-        environment: holds RAYDETECT_WEBHOOK_SECRET, and RAYDETECT_WEBHOOK_ALLOW with URL prefixes between spaces.
+        environment: holds RAYDETECT_WEBHOOK_SECRET, and RAYDETECT_WEBHOOK_ALLOW with URL prefixes separated by spaces.
 
     Raises:
-        SpecError: a variable is missing, the secret is short, or the URL is not below a prefix.
+        SpecError: a variable is missing, the secret is too short, or the URL has no allowed prefix.
     """
     if spec is None:
         return None
     prefixes = environment.get(ALLOW, "").split()
     if not prefixes:
-        raise SpecError(f"webhook: {ALLOW} is not set, so no address may be told. Set it to URL prefixes.")
+        raise SpecError(f"webhook: {ALLOW} is not set, so no address is allowed. Set it to URL prefixes.")
     secret = environment.get(SECRET, "")
-    if len(secret) < LEAST_LETTERS:
-        raise SpecError(f"webhook: {SECRET} is missing or has fewer than {LEAST_LETTERS} letters. Set a longer one.")
+    if len(secret) < MIN_SECRET_CHARS:
+        raise SpecError(
+            f"webhook: {SECRET} is missing or has fewer than {MIN_SECRET_CHARS} characters. Set a longer one."
+        )
     try:
         url = Prefixes.of(prefixes).check(spec.url, "webhook.url")
     except NotAllowed:
-        raise SpecError(f"webhook.url: is not below a prefix of {ALLOW}. Add one or mend it.") from None
+        raise SpecError(f"webhook.url: matches no prefix of {ALLOW}. Add one or correct it.") from None
     if urlsplit(url).scheme not in WEB:
-        raise SpecError("webhook.url: is no web address. Write https://...")
+        raise SpecError("webhook.url: is not a web address. Write https://...")
     return Webhook(url, spec, secret.encode())

@@ -40,7 +40,7 @@ def _trainable(spec: FitSpec) -> None:
         raise SpecError("resources.detectors_in_memory: applies to scoring with a fleet, not to a fit. Remove it.")
     if spec.extend is not None:
         if "collect" not in phases:
-            raise SpecError(f"extend: {spec.detector.name} has no memory bank to extend. Fit it anew on all images.")
+            raise SpecError(f"extend: {spec.detector.name} has no memory bank to extend. Fit it again on all images.")
         read_record(normalise_uri(spec.extend), Storage(spec.storage))
 
 

@@ -1,1 +1,1 @@
-"""Evaluation: cells of detectors, data and seeds; their figures; the leaderboard."""
+"""Evaluation: cells of detector, data and seed; their metrics; the leaderboard."""

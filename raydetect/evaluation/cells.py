@@ -1,4 +1,4 @@
-"""The cells of an evaluation: which detector is fitted with which seed on what. One finished cell is one JSON file."""
+"""The cells of an evaluation: combinations of detector, data and seed. Each finished cell is one JSON file."""
 
 import itertools
 import json
@@ -20,14 +20,14 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One fit and what is judged by it.
+    """One fit and its evaluation.
 
     Attributes:
         detector: with the parameters of this point of the grid.
-        line: which line of the leaderboard it belongs to: the detector with what the job states of it.
-        category: that is fitted and judged; None = the whole archive.
+        line: row of the leaderboard: the detector with the parameters set in the job.
+        category: the category to fit and evaluate; None = the whole archive.
         seed: of the fit.
-        digest: of everything that decides its figures.
+        digest: of everything that determines its metrics.
     """
 
     detector: DetectorSpec
@@ -38,13 +38,13 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Names its file."""
+        """Name of the cell's file."""
         return f"{self.detector.name}-{self.digest[:16]}"
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """A job with its data listed; nothing is fitted or written yet."""
+    """An evaluation job with its data listed; nothing is fitted or written yet."""
 
     spec: EvaluateSpec
     cells: tuple[Cell, ...]
@@ -52,33 +52,33 @@ class Evaluation:
 
     @property
     def output(self) -> str:
-        """Where cells and leaderboard go."""
+        """Folder of the cells and the leaderboard."""
         return normalise_uri(self.spec.output)
 
     def finished(self, cell: Cell) -> dict[str, Any] | None:
-        """What a finished cell holds; None when it is left to do.
+        """The content of a finished cell; None if the cell is not finished.
 
         Raises:
             DamagedError: its file is damaged.
         """
-        place, storage = self._place(cell), Storage(self.spec.storage)
-        if not storage.exists(place):
+        uri, storage = self._uri(cell), Storage(self.spec.storage)
+        if not storage.exists(uri):
             return None
         try:
-            body: dict[str, Any] = json.loads(storage.read(place))
+            body: dict[str, Any] = json.loads(storage.read(uri))
             if body["digest"] == cell.digest:
                 return body
         except (ValueError, KeyError, TypeError):
-            raise DamagedError(f"{place}: is damaged. Remove it, and the cell is evaluated anew.") from None
-        raise DamagedError(f"{place}: is of another cell. Remove it, and the cell is evaluated anew.")
+            raise DamagedError(f"{uri}: is damaged. Remove it to evaluate the cell again.") from None
+        raise DamagedError(f"{uri}: belongs to another cell. Remove it to evaluate the cell again.")
 
     def commit(self, cell: Cell, body: Mapping[str, Any]) -> None:
         """Writes a finished cell."""
         whole = {"format_version": FORMAT_VERSION, "digest": cell.digest, **body}
         text = json.dumps(whole, indent=1, sort_keys=True, allow_nan=False)
-        Storage(self.spec.storage).write(self._place(cell), text.encode())
+        Storage(self.spec.storage).write(self._uri(cell), text.encode())
 
-    def _place(self, cell: Cell) -> str:
+    def _uri(self, cell: Cell) -> str:
         return join_uri(self.output, "cells", f"{cell.name}.json")
 
 
@@ -86,50 +86,50 @@ def plan_evaluation(spec: EvaluateSpec) -> Evaluation:
     """Lists the data and the cells, and builds every detector once to check its parameters.
 
     Raises:
-        SpecError, StorageError: the job cannot run as it is.
+        SpecError, StorageError: the job cannot run as specified.
     """
     images, groups = _data(spec)
-    words = {
-        name: word
-        for name, word in result_settings(public_spec(spec)).items()
+    settings = {
+        name: value
+        for name, value in result_settings(public_spec(spec)).items()
         if name not in ("detectors", "grid", "seeds", "output")
     }
     cells = []
     for detector, line in _lines(spec):
         for (category, fingerprint), seed in itertools.product(groups.items(), spec.seeds):
             build_from(detector, seed)
-            decides = {**words, "detector": to_plain(detector), "seed": seed, "category": category, "data": fingerprint}
-            cells.append(Cell(detector, line, category, seed, digest(decides)))
+            own = {"detector": to_plain(detector), "seed": seed, "category": category, "data": fingerprint}
+            cells.append(Cell(detector, line, category, seed, digest({**settings, **own})))
     if len({cell.digest for cell in cells}) != len(cells):
-        raise SpecError("detectors: two of them are the same with the same parameters. Keep one.")
+        raise SpecError("detectors: two of them are identical, with the same parameters. Keep one.")
     return Evaluation(spec, tuple(cells), images)
 
 
 def _data(spec: EvaluateSpec) -> tuple[tuple[Labelled, ...], dict[str | None, str]]:
-    """Images of a layout, and the fingerprint of what each category is fitted on and judged by."""
+    """The images of a layout, and the fingerprint of the data of each category."""
     if spec.data is not None:
         images = tuple(read_layout(spec.data, Storage(spec.storage)))
         names = sorted({image.category for image in images})
         return images, {name: digest([i for i in images if i.category == name]) for name in names}
     assert spec.archive is not None
-    prints = []
+    fingerprints = []
     for source in (spec.archive.train, spec.archive.test):
         archive = open_archive(source, Storage(source_storage(spec, source)))
-        prints.append(archive_fingerprint(archive.shards()))
-    return (), {None: digest(prints)}
+        fingerprints.append(archive_fingerprint(archive.shards()))
+    return (), {None: digest(fingerprints)}
 
 
 def _lines(spec: EvaluateSpec) -> list[tuple[DetectorSpec, str]]:
-    """Every detector at every point of the grid, and what to call it."""
+    """Every detector at every point of the grid, with its name in the leaderboard."""
     found = []
     names = sorted(spec.grid)
     for detector in spec.detectors:
         for point in itertools.product(*(spec.grid[name] for name in names)):
             params = {**detector.params, **dict(zip(names, point, strict=True))}
-            made = detector if detector.ensemble else replace(detector, params=params)
+            variant = detector if detector.ensemble else replace(detector, params=params)
             shown = " ".join(f"{name}={_short(value)}" for name, value in sorted(params.items()))
             preset = "" if detector.preset == "paper" else f" ({detector.preset})"
-            found.append((made, f"{detector.title}{preset} {shown}".strip()))
+            found.append((variant, f"{detector.title}{preset} {shown}".strip()))
     return found
 
 

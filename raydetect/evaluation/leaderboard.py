@@ -1,4 +1,4 @@
-"""The leaderboard of finished cells: one line for each detector and category, as Parquet, CSV and Markdown."""
+"""The leaderboard of finished cells: one row for each detector and category, as Parquet, CSV and Markdown."""
 
 import csv
 import io
@@ -18,10 +18,10 @@ COSTS = ("fit_seconds", "images_per_second", "peak_memory_bytes")
 
 
 def leaderboard(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Lines with the mean over seeds, and the standard deviation where there are several; best image AUROC first.
+    """Returns rows with the mean over seeds, and the standard deviation if there are several; best image AUROC first.
 
-    Where a detector was judged on several categories, a further line has the mean over these (of each seed, then over
-    seeds); of costs it has the sum of seconds and the largest memory.
+    A detector with several categories has another row with the mean over categories (for each seed, then over seeds),
+    the total fit seconds and the peak memory.
     """
     groups: dict[str, dict[int, dict[str, dict[str, float]]]] = {}
     for cell in cells:
@@ -64,7 +64,7 @@ def _line(detector: str, category: str, found: Sequence[Mapping[str, float]]) ->
 
 
 def write_leaderboard(uri: str, storage: Storage, cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Writes the leaderboard as Parquet, CSV and Markdown, and all figures as Parquet; returns where they are."""
+    """Writes the leaderboard as Parquet, CSV and Markdown, and all metrics as Parquet; returns the URIs."""
     rows = leaderboard(cells)
     files = {
         "leaderboard.parquet": _parquet(rows),
@@ -96,7 +96,7 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table for people."""
+    """Formats the rows as a Markdown table."""
     shown = [name for name in SHOWN if any(name in row for row in rows)]
     costs = [name for name in COSTS if any(name in row for row in rows)]
     titles = {"fit_seconds": "fit, s", "images_per_second": "images/s", "peak_memory_bytes": "peak MB"}
@@ -125,12 +125,12 @@ def _cost(row: Mapping[str, Any], name: str) -> str:
 
 
 def figure_rows(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each figure of each cell, also by kind of defect, with its error bound and interval."""
+    """Returns one row for each metric of each cell, overall and by kind of defect, with error bound and interval."""
     rows = []
     for cell in cells:
         for category, found in cell["categories"].items():
-            for defect, mine in [("", found), *found["defects"].items()]:
-                for name, figure in mine["figures"].items():
-                    words = {"detector": cell["line"], "seed": cell.get("seed"), "category": category}
-                    rows.append({**words, "defect": defect, **mine["images"], "figure": name, **figure})
+            for defect, part in [("", found), *found["defects"].items()]:
+                for name, figure in part["figures"].items():
+                    fields = {"detector": cell["line"], "seed": cell.get("seed"), "category": category}
+                    rows.append({**fields, "defect": defect, **part["images"], "figure": name, **figure})
     return rows

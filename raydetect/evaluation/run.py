@@ -1,4 +1,4 @@
-"""What a cell does: fit, judge, figures. Runs in this process, or in a Ray task; pixels stay there."""
+"""Runs a cell (fit, scoring, metrics) in this process or in a Ray task; pixels do not leave it."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -24,15 +24,15 @@ from raydetect.storage import Storage, join_uri, normalise_uri
 
 
 class EvaluationError(RaydetectError):
-    """The labelled images do not allow the figures that are asked for."""
+    """The metrics cannot be computed from the labelled images."""
 
 
 def run_cell(evaluation: Evaluation, cell: Cell, on_progress: ProgressCallback) -> dict[str, Any]:
-    """Fits the cell's detector, judges the test images by it, and returns what its file holds.
+    """Fits the cell's detector, evaluates it on the test images, and returns the content of the cell's file.
 
     Raises:
         EvaluationError: a class is missing, or a score is not finite.
-        RaydetectError: the fit or the data fail.
+        RaydetectError: the fit failed, or the data cannot be read.
     """
     spec, uri = evaluation.spec, join_uri(evaluation.output, "artifacts", cell.name)
     device = _device(spec.resources.gpus_per_worker)
@@ -66,7 +66,7 @@ def run_cell(evaluation: Evaluation, cell: Cell, on_progress: ProgressCallback) 
 
 
 def figures_of(quality: Quality, replicates: int) -> dict[str, Any]:
-    """Counts and figures of every category, as a whole and for each kind of defect with all normal images.
+    """Counts and metrics of every category, overall and for each kind of defect against all normal images.
 
     Raises:
         ValueError: a category lacks a class.
@@ -81,7 +81,7 @@ def figures_of(quality: Quality, replicates: int) -> dict[str, Any]:
         defects = {name: _plain_figures(mine.of(category, name), replicates) for name in mine.defects(category)}
         found[category] = {**whole, "defects": defects}
     if not found:
-        raise ValueError("no image has a label. Let {defect} or {label} of source.pattern, or a sidecar tell it.")
+        raise ValueError("no image has a label. Label images by {defect} or {label} in source.pattern, or a sidecar.")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Figures of results that are there already: image scores of labelled rows, part by part."""
+"""Evaluates existing results: the image scores of labelled rows, part by part."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,21 +17,21 @@ COLUMNS = ["key", "image_score", "label", "category", "defect"]
 
 
 def evaluate_results(spec: EvaluateSpec, uri: str) -> Mapping[str, Any]:
-    """What a cell would hold, of a results directory: image figures of its committed rows.
+    """Computes the image metrics of a results directory's committed rows, in the format of a cell.
 
     Raises:
-        EvaluationError: there is no label, or one class only.
-        StorageError: it is no results directory.
+        EvaluationError: there is no label, or only one class.
+        StorageError: the URI is not a results directory.
     """
-    place = normalise_uri(uri)
-    ledger = Ledger(place, Storage(spec.storage))
+    root = normalise_uri(uri)
+    ledger = Ledger(root, Storage(spec.storage))
     run = ledger.run()
     if run is None:
-        raise MissingError(f"{place}: holds no run.json, so no run was begun there. Check results.")
+        raise MissingError(f"{root}: holds no run.json, so no run was started there. Check results.")
     quality, images = Quality(), 0
     for part in (part for receipt in ledger.receipts() for part in receipt.parts if part.labelled):
-        # from memory: Arrow's threads may hold a Python file until after the interpreter has ended, which aborts
-        data = pa.BufferReader(ledger.storage.read(join_uri(place, part.path)))
+        # read from memory: Arrow's threads may keep a Python file open after the interpreter has exited, which aborts
+        data = pa.BufferReader(ledger.storage.read(join_uri(root, part.path)))
         for row in pq.ParquetFile(data).read(columns=COLUMNS).to_pylist():
             if row["label"] is not None and row["image_score"] is not None:
                 group = Group(row["category"] or "", row["label"], row["defect"] or "")
@@ -40,5 +40,5 @@ def evaluate_results(spec: EvaluateSpec, uri: str) -> Mapping[str, Any]:
     try:
         figures = figures_of(quality, spec.replicates)
     except ValueError as error:
-        raise EvaluationError(f"{place}: {error}") from None
-    return {"line": place, "seed": None, "test_images": images, "categories": figures}
+        raise EvaluationError(f"{root}: {error}") from None
+    return {"line": root, "seed": None, "test_images": images, "categories": figures}
