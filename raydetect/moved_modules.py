@@ -97,7 +97,7 @@ MOVED = {
     "gateway.reports": "gateway.runs.reports",
     "gateway.rules": "gateway.single_images",
     "gateway.runner": "gateway.runs.runner",
-    "gateway.stream": "gateway.runs.stream",
+    "gateway.stream": "planning.stream",
     "gateway.tokens": "gateway.http.tokens",
     "models": "python_api.models",
     "plan": "planning.plan",
@@ -146,7 +146,6 @@ MOVED = {
     "worker.tensor_file": "artifacts.tensor_file",
     "worker.tiff": "images.tiff",
     "worker.train": "fitting.train",
-    "worker.turns": "scoring.priority",
     "worker.warm": "scoring.model_cache",
 }
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -20,7 +21,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from raydetect.records import Part, Receipt
+if TYPE_CHECKING:
+    from raydetect.sinks.scored_chunk import ScoredChunk
 
 LINE_SECONDS = 5.0
 
@@ -105,16 +107,22 @@ class ScoreDisplay:
         if self._live:
             self._live.stop()
 
-    def part(self, part: Part, receipt: Receipt | None, shard_bytes: int = 0) -> None:
-        """Adds a written chunk; a receipt means that its shard is committed."""
+    def scored(self, chunk: "ScoredChunk") -> None:
+        """Adds a scored chunk."""
         if self._started is None:
-            self._started = time.monotonic() - part.seconds
-        self.images += part.rows
-        self.bad += part.rows - part.statuses.get("ok", 0)
-        self.flagged += part.flagged
-        if receipt is not None:
-            self.shards_done += 1
-            self.bytes_done += shard_bytes
+            self._started = time.monotonic() - chunk.facts.seconds
+        self.images += chunk.images
+        self.bad += chunk.bad
+        self.flagged += chunk.flagged
+        self._show()
+
+    def committed(self, shard_bytes: int) -> None:
+        """Adds a committed shard of `shard_bytes` bytes."""
+        self.shards_done += 1
+        self.bytes_done += shard_bytes
+        self._show()
+
+    def _show(self) -> None:
         if self._live and self._task is not None:
             self._live.update(self._task, completed=self.shards_done, note=self.note())
             return

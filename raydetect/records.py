@@ -5,8 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 OK = "ok"
-# Regular expression for the paths of chunk files in a results directory.
-PART_FILE = r"(?:scores/shard=\d{5,}/part-\d{4,}\.parquet|heatmaps/\d{5,}-\d{4,}\.zip)"
+# Regular expression for the paths of Parquet files and heatmap zips in a results directory, also of older versions.
+PART_FILE = (
+    r"(?:scores/shard=\d{5,}/part-\d{4,}\.parquet"
+    r"|heatmaps/(?:shard=\d{5,}/(?:part|chunk)-\d{4,}|\d{5,}-\d{4,})\.zip)"
+)
 BAD_STATUSES = frozenset(
     {
         "bad_shard",  # the container is broken here; the rest of it is unknown
@@ -158,10 +161,10 @@ class Row:
     note: str = ""
     sha256: str = ""
 
-    @property
-    def note_kinds(self) -> list[str]:
-        """The kinds of remarks in `note`, without their values."""
-        return [text.partition(":")[0] for text in self.note.split("; ") if text]
+
+def note_kinds(note: str) -> list[str]:
+    """The kinds of remarks in the column `note`, without their values."""
+    return [text.partition(":")[0] for text in note.split("; ") if text]
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,15 +176,31 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """The files of one chunk in the results directory; paths are relative to it.
+class HeatmapZip:
+    """A zip of heatmaps in the results directory.
 
-    `p_counts` counts rows by p-value, if flags depend on the whole archive; `notes` counts rows by kind of note, and
-    `left_out` has the files of the shard without a row. `bytes` and `heatmap_bytes` are the sizes of the two files, 0
-    if an older raydetect wrote them.
+    Attributes:
+        path: path in the results directory.
+        sha256: of the file in hex; "" if an older raydetect wrote it.
+        bytes: size of the file; 0 if an older raydetect wrote it.
+        pictures: number of heatmaps in it.
     """
 
-    chunk: str
+    path: str
+    sha256: str = ""
+    bytes: int = 0
+    pictures: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A Parquet file of a shard with the heatmaps of its rows; paths are relative to the results directory.
+
+    `p_counts` counts rows by p-value, if flags depend on the whole archive; `notes` counts rows by kind of note, and
+    `left_out` has the files of the shard without a row. Older versions wrote one part and at most one zip for each
+    chunk, with `heatmap_path`, `heatmap_sha256` and `heatmap_bytes`; sizes are 0 if a still older one wrote it.
+    """
+
     shard: int
     number: int
     last: bool
@@ -189,6 +208,7 @@ class Part:
     sha256: str
     rows: int
     statuses: Mapping[str, int]
+    chunk: str = ""
     flagged: int = 0
     labelled: int = 0
     heatmaps: int = 0
@@ -196,12 +216,23 @@ class Part:
     heatmap_sha256: str = ""
     bytes: int = 0
     heatmap_bytes: int = 0
+    zips: tuple[HeatmapZip, ...] = ()
     clipped_pixels: int = 0
     p_counts: Mapping[float, int] = field(default_factory=dict)
     left_out: Mapping[str, LeftOut] = field(default_factory=dict)
     notes: Mapping[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     host: str = ""
+
+    @property
+    def heatmap_zips(self) -> tuple[HeatmapZip, ...]:
+        """The zips, whichever version wrote them."""
+        if not self.heatmap_path:
+            return self.zips
+        old = HeatmapZip(
+            path=self.heatmap_path, sha256=self.heatmap_sha256, bytes=self.heatmap_bytes, pictures=self.heatmaps
+        )
+        return (*self.zips, old)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,8 +16,9 @@ from jobs.bench.record import write
 from raydetect.config import parse_job
 from raydetect.config.validation import to_plain
 from raydetect.planning.plan import plan_score
-from raydetect.records import Part, Receipt
+from raydetect.records import Receipt
 from raydetect.sinks.ledger import Ledger
+from raydetect.sinks.scored_chunk import ScoredChunk
 from raydetect.storage import Storage
 from tests.builders.archives import normal_files, pack, tar_bytes
 from tests.builders.images import encode, normal_image
@@ -89,10 +90,11 @@ def on_ray(path: str) -> None:
     """Runs the whole job on a local Ray; prints the same."""
     from raydetect.distributed.scoring.score import score
 
-    def on_part(part: Part, receipt: Receipt | None) -> None:
-        print(time.time(), part.rows, flush=True)
+    def on_progress(done: ScoredChunk | Receipt) -> None:
+        if isinstance(done, ScoredChunk):
+            print(time.time(), done.images, flush=True)
 
-    score(plan_score(parse_job(yaml.safe_load(Path(path).read_text()), path)), None, on_part)  # type: ignore[arg-type]
+    score(plan_score(parse_job(yaml.safe_load(Path(path).read_text()), path)), None, on_progress)  # type: ignore[arg-type]
 
 
 def measured(mode: str, path: str) -> tuple[float, float]:

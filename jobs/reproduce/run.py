@@ -34,7 +34,7 @@ from raydetect.errors import RaydetectError
 from raydetect.images.decode import Pixels
 from raydetect.metrics.pro import aupro
 from raydetect.metrics.roc import auroc
-from raydetect.scoring.scorer import score_batches
+from raydetect.scoring.batches import score_batches
 from raydetect.storage import Storage, normalise_uri
 
 HERE = Path(__file__).parent
@@ -120,7 +120,7 @@ def evaluate(detector: Detector, test: Sequence[Picture]) -> dict[str, float]:
     size = detector.params.image_size
     pixels = [Pixels(np.asarray(loaded(p.path, size, Image.Resampling.BILINEAR).convert("RGB"))) for p in test]
     scored = list(score_batches(detector, pixels, SPEED_BATCH))
-    maps = [item.anomaly_map_HW for item in scored]
+    maps = [item.anomaly_map() for item in scored]
     masks = [
         np.asarray(loaded(p.mask, size, Image.Resampling.NEAREST).convert("L")) > 0 if p.mask else np.zeros(size, bool)
         for p in test

@@ -6,6 +6,7 @@ from raydetect.errors import MissingError, StorageError
 
 if TYPE_CHECKING:
     from raydetect.planning.plan import ScorePlan
+    from raydetect.sinks.scored_chunk import ScoredChunk
 
 
 def run_score(plan: "ScorePlan", address: str | None, in_process: bool) -> dict[str, Any]:
@@ -36,22 +37,25 @@ def retried_text(plan: "ScorePlan", retry: tuple[str, ...]) -> str:
 
 def _run_score(plan: "ScorePlan", address: str | None, in_process: bool) -> dict[str, Any]:
     from raydetect.progress import ScoreDisplay
-    from raydetect.records import Part, Receipt
+    from raydetect.records import Receipt
 
     left = sum(shard.size_bytes for shard in plan.todo)
     with ScoreDisplay(len(plan.shards) - len(plan.todo), len(plan.shards), left) as display:
 
-        def on_part(part: Part, receipt: Receipt | None) -> None:
-            display.part(part, receipt, plan.shards[part.shard].size_bytes)
+        def on_progress(done: "ScoredChunk | Receipt") -> None:
+            if isinstance(done, Receipt):
+                display.committed(plan.shards[done.shard].size_bytes)
+            else:
+                display.scored(done)
 
         if in_process:
             from raydetect.local import jobs
 
-            return jobs.score(plan, on_part)
+            return jobs.score(plan, on_progress)
         if plan.spec.engine == "serve":
             from raydetect.distributed.serving.run import score_through
 
-            return score_through(plan, address, on_part)
+            return score_through(plan, address, on_progress)
         from raydetect.distributed.scoring.score import score as score_on_ray
 
-        return score_on_ray(plan, address, on_part)
+        return score_on_ray(plan, address, on_progress)

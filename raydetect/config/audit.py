@@ -74,7 +74,7 @@ class AuditSpec:
     webhook: Annotated[WebhookSpec | None, Field(description="where to send the summary; none = nowhere")] = None
     pictures: Annotated[int, Field(ge=0, le=500, description="images in the report's gallery")] = 48
     batch_size: Annotated[int, Field(ge=1, description="images in one forward pass")] = 16
-    chunk_images: Annotated[int, Field(ge=1, description="images per Parquet part, at most")] = 64
+    chunk_images: Annotated[int, Field(ge=1, description="images that a worker scores at a time, at most")] = 64
     chunk_bytes: Annotated[int, Field(ge=1, description="encoded bytes after which a chunk is closed")] = 128 * MiB
     resources: ResourceSpec = field(default_factory=ResourceSpec)
 

@@ -44,7 +44,7 @@ class ScoreSpec:
     )
     flag: FlagSpec = field(default_factory=lambda: FlagSpec(alpha=0.01))
     batch_size: Annotated[int, Field(ge=1, description="images in one forward pass")] = 16
-    chunk_images: Annotated[int, Field(ge=1, description="images per Parquet part, at most")] = 64
+    chunk_images: Annotated[int, Field(ge=1, description="images that a worker scores at a time, at most")] = 64
     chunk_bytes: Annotated[int, Field(ge=1, description="encoded bytes after which a chunk is closed")] = 128 * MiB
     max_bad_fraction: Annotated[
         float, Field(ge=0, le=1, description="more bad rows or shards than this share: exit 3")

@@ -25,7 +25,7 @@ from raydetect.images.masks import decode_mask
 from raydetect.images.opening import DecodeRules
 from raydetect.metrics.quality import Group, Quality
 from raydetect.records import Chunk, Member
-from raydetect.scoring.scorer import score_batches
+from raydetect.scoring.batches import score_batches
 from raydetect.storage import Storage, translate
 
 
@@ -140,8 +140,9 @@ def _evaluate_chunk(
             continue
         group = Group(member.category or "", member.label, member.defect or "")
         localises = detector.info.localises
-        mask_HW = read_mask(member, item.anomaly_map_HW.shape, pixels[item.position], masks) if localises else None
-        found.quality.add(group, member.key, item.image_score, item.anomaly_map_HW if localises else None, mask_HW)
+        map_HW = item.anomaly_map() if localises else None
+        mask_HW = None if map_HW is None else read_mask(member, map_HW.shape, pixels[item.position], masks)
+        found.quality.add(group, member.key, item.image_score, map_HW, mask_HW)
 
 
 def read_mask(member: Member, shape: tuple[int, ...], pixels: Pixels, masks: Masks) -> np.ndarray | None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from raydetect.sinks.csv_cells import cell
 from raydetect.sinks.ledger import Ledger
-from raydetect.sinks.parquet import SCHEMA
 from raydetect.sinks.rows import read_rows
+from raydetect.sinks.scored_chunk import SCHEMA
 from raydetect.storage import whole_text
 
 

@@ -10,7 +10,7 @@ from raydetect.detectors._base import Detector
 from raydetect.errors import RaydetectError
 from raydetect.fitting.image_cache import ImageCache
 from raydetect.images.decode import Pixels
-from raydetect.scoring.scorer import score_batches
+from raydetect.scoring.batches import score_batches
 
 
 class CalibrationError(RaydetectError):
@@ -35,7 +35,8 @@ def calibrate(
     pixels = (Pixels(cache.pixels([key])[0]) for key in keys)
     for scored in score_batches(detector, pixels, batch_size):
         scores.append(scored.image_score)
-        here = torch.tensor([-float(scored.anomaly_map_HW.min()), float(scored.anomaly_map_HW.max())])
+        map_HW = scored.anomaly_map()
+        here = torch.tensor([-float(map_HW.min()), float(map_HW.max())])
         ends = torch.maximum(ends, here.double()) if torch.isfinite(here).all() else torch.full_like(ends, torch.inf)
         on_progress(1)
     gathered = torch.cat(group.gather(torch.tensor(scores, dtype=torch.float64)))

@@ -17,7 +17,7 @@ from raydetect.fitting.calibrate import CalibrationError
 from raydetect.fitting.holdout import choose_images
 from raydetect.fitting.image_cache import ImageCache
 from raydetect.images.decode import Pixels
-from raydetect.scoring.scorer import score_batches
+from raydetect.scoring.batches import score_batches
 
 MOST_IMAGES, LEAST_IMAGES = 64, 2  # a median of 64 has a standard error of a sixth of a deviation
 
@@ -76,6 +76,7 @@ def _measure(
     pixels = (Pixels(cache.pixels([key])[0]) for key in keys)
     rows = []
     for scored in score_batches(member, pixels, batch_size):
-        rows.append((scored.image_score, float(np.median(scored.anomaly_map_HW)), float(scored.anomaly_map_HW.max())))
+        map_HW = scored.anomaly_map()
+        rows.append((scored.image_score, float(np.median(map_HW)), float(map_HW.max())))
         on_progress(1)
     return torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)

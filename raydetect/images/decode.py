@@ -25,8 +25,9 @@ and LA 5, RGBA and CMYK 8, a TIFF in one strip 2 more, a rotated image 4 more, p
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -152,12 +153,15 @@ def decode_all(
     members: Iterable[Member], rules: DecodeRules, image_size: tuple[int, int], threads: int
 ) -> Iterator[Pixels]:
     """Decodes members in order on `threads` threads (Pillow releases the GIL)."""
-
-    def work(member: Member) -> Pixels:
-        return decode_member(member, rules, image_size)
-
     if threads <= 1:
-        yield from map(work, members)
+        yield from (decode_member(member, rules, image_size) for member in members)
         return
     with ThreadPoolExecutor(threads) as pool:
-        yield from pool.map(work, members)
+        yield from decode_on(pool, members, rules, image_size)
+
+
+def decode_on(
+    pool: Executor, members: Iterable[Member], rules: DecodeRules, image_size: tuple[int, int]
+) -> Iterator[Pixels]:
+    """Decodes members in order on a pool, all of them at once."""
+    return pool.map(partial(decode_member, rules=rules, image_size=image_size), members)

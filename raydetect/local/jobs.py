@@ -1,6 +1,7 @@
 """Runs a whole job in one process: the reference that every other way of running must match."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,15 @@ from raydetect.errors import SpecError
 from raydetect.fitting.fit_run import ProgressCallback
 from raydetect.fitting.recalibrate import Recalibrated, recalibrate
 from raydetect.fitting.worker import fit_worker
-from raydetect.planning.plan import Committer, ScorePlan, finish, only_record
-from raydetect.records import Chunk, FitReport, Part, Receipt
-from raydetect.scoring.scorer import Scorer
+from raydetect.planning.committer import OnProgress, commit_all
+from raydetect.planning.plan import ScorePlan, finish, only_record
+from raydetect.planning.stream import Stream
+from raydetect.records import Chunk, FitReport
+from raydetect.scoring.device_queue import DeviceQueue
+from raydetect.scoring.scorer import Scorer, score_and_write
 from raydetect.storage import Storage
+
+CHUNKS_IN_FLIGHT, READERS = 4, 3
 
 
 def fit(spec: FitSpec, on_progress: ProgressCallback) -> FitReport:
@@ -42,8 +48,15 @@ def _chunks(spec: FitSpec | CalibrateSpec, source: SourceSpec) -> Iterator[Chunk
         yield from read_chunks(archive, shard, source, FIT_CHUNK_IMAGES, FIT_CHUNK_BYTES)
 
 
-def score(plan: ScorePlan, on_part: Callable[[Part, Receipt | None], None]) -> dict[str, Any]:
+def score(plan: ScorePlan, on_progress: OnProgress) -> dict[str, Any]:
     """Scores the remaining shards of a plan in this process and returns the manifest.
+
+    Threads read, decode and write while the device computes. At most 2 * CHUNKS_IN_FLIGHT + READERS chunks of encoded
+    images are in memory.
+
+    Args:
+        plan: the scoring plan.
+        on_progress: called with each scored chunk, and with each receipt.
 
     Raises:
         ArchiveError: a shard or member is bad and the source is set to `fail`.
@@ -59,13 +72,9 @@ def score(plan: ScorePlan, on_part: Callable[[Part, Receipt | None], None]) -> d
             search = sharded_search(
                 only_record(plan.artifact, plan.records), storage, spec.resources.bank_shards, device
             )
-        scorer = Scorer(StoredDetectors(plan.artifact, storage, search), spec, str(device))
-        committer = Committer(plan)
-        for shard in plan.todo:
-            for chunk in read_chunks(plan.archive, shard, spec.source, spec.chunk_images, spec.chunk_bytes):
-                result = scorer.score_chunk(chunk)
-                part = plan.sink.write(chunk, result.rows, result.pictures, result.clipped_pixels)
-                on_part(part, committer.add(part))
+        scorer = Scorer(StoredDetectors(plan.artifact, storage, search), spec, DeviceQueue(device))
+        stream = Stream(plan, partial(score_and_write, scorer, plan.sink), CHUNKS_IN_FLIGHT, READERS)
+        commit_all(plan, stream.scored(), on_progress)
     return finish(plan)
 
 

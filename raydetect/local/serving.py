@@ -24,9 +24,10 @@ from raydetect.gateway.http.tokens import Tokens
 from raydetect.gateway.runs.runner import Runner
 from raydetect.gateway.single_images import online_spec
 from raydetect.planning.plan import ScorePlan
-from raydetect.records import Answer, Chunk, Member, Part
+from raydetect.records import Answer, Chunk, Member
+from raydetect.scoring.device_queue import DeviceQueue
 from raydetect.scoring.model_cache import ScorerPool, SharedDetectors
-from raydetect.scoring.priority import PriorityLock
+from raydetect.sinks.scored_chunk import ScoredChunk
 from raydetect.storage import Storage
 
 CHUNKS_IN_FLIGHT = 2
@@ -44,8 +45,8 @@ class LocalBackend:
         """
         torch.set_num_threads(spec.resources.cpus_per_worker)
         self._spec, self._storage = spec, Storage(spec.storage)
-        self._device = "cuda" if spec.resources.gpus_per_worker else "cpu"
-        self._device_lock, self._pools, self._lock = PriorityLock(), OrderedDict[str, ScorerPool](), threading.Lock()
+        self._queue = DeviceQueue("cuda" if spec.resources.gpus_per_worker else "cpu")
+        self._pools, self._lock = OrderedDict[str, ScorerPool](), threading.Lock()
         self._served: dict[str, Served] = {}
         for name in spec.detectors:
             self._load(name, spec.detectors[name].artifact)
@@ -99,13 +100,11 @@ class LocalBackend:
             if pool is None:
                 if len(self._pools) >= self._spec.resources.detectors_in_memory:
                     self._pools.popitem(last=False)
-                pool = ScorerPool(
-                    SharedDetectors(index, self._storage, self._device_lock), self._device, self._device_lock
-                )
+                pool = ScorerPool(SharedDetectors(index, self._storage), self._queue)
             self._pools[index.digest] = pool
             return pool
 
-    def _send(self, plan: ScorePlan, chunk: Chunk) -> Part:
+    def _send(self, plan: ScorePlan, chunk: Chunk) -> ScoredChunk:
         result = self._get(plan.artifact).score_chunk(chunk, plan.spec)
         return plan.sink.write(chunk, result.rows, result.pictures, result.clipped_pixels)
 

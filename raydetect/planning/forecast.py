@@ -118,7 +118,7 @@ def forecast(plan: ScorePlan, workers: Iterable[int], price_per_worker_hour: flo
     """
     spec, todo = plan.spec, plan.todo
     images, chunks, how = _counts(plan)
-    heatmaps = 0 if spec.sink.heatmaps == "none" else chunks
+    zips = 0 if spec.sink.heatmaps == "none" else chunks + len(todo)
     rate = scoring_rate(plan.records.values())
     estimates = []
     for count in workers:
@@ -132,7 +132,7 @@ def forecast(plan: ScorePlan, workers: Iterable[int], price_per_worker_hour: flo
         images=images,
         images_from=how,
         chunks=chunks,
-        puts=chunks + heatmaps + len(todo) + 2,
+        puts=2 * len(todo) + zips + 2,
         images_per_second=rate,
         estimates=tuple(estimates),
         categories=tuple(plan.artifact.categories),

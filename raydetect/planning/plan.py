@@ -1,6 +1,5 @@
-"""Plans the remaining shards of a scoring job, the listing minus the ledger, and commits shards as parts arrive."""
+"""Plans the remaining shards of a scoring job, which are the listing minus the ledger, and finishes the job."""
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +16,7 @@ from raydetect.config.validation import to_plain
 from raydetect.errors import SpecError, TooManyBadRows
 from raydetect.metrics.conformal import ROUNDING, threshold_for
 from raydetect.metrics.discovery import discover
-from raydetect.records import OK, Part, Receipt, Shard
+from raydetect.records import OK, Shard
 from raydetect.sinks.consistency import (
     complete,
     refuse_other_shards,
@@ -198,60 +197,6 @@ def describe_run(
         "heatmap_scale": heatmap_scale(records),
         "packages": artifact.body.get("packages", {}),
     }
-
-
-@dataclass(slots=True)
-class Committer:
-    """Collects parts and commits each shard when all of its chunks have arrived.
-
-    Parts may arrive in any order and more than once (a chunk written twice has the same files).
-    """
-
-    plan: ScorePlan
-    totals: Totals = field(default_factory=Totals)
-    bytes_done: int = 0
-    _open: dict[int, dict[int, Part]] = field(default_factory=dict)
-    _run: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._run = rows_digest(self.plan.run)
-
-    def add(self, part: Part) -> Receipt | None:
-        """Adds a part; if it completes its shard, commits the shard and returns the receipt.
-
-        Raises:
-            ResumeError: another job has taken over the results directory.
-            StorageError: `run.json` was removed, or the record cannot be written.
-        """
-        parts = self._open.setdefault(part.shard, {})
-        parts[part.number] = part
-        final = next((p.number for p in parts.values() if p.last), None)
-        if final is None or len(parts) != final + 1:
-            return None
-        del self._open[part.shard]
-        return self._commit(self.plan.shards[part.shard], [parts[number] for number in range(final + 1)])
-
-    def _commit(self, shard: Shard, parts: list[Part]) -> Receipt:
-        statuses: dict[str, int] = {}
-        for part in parts:
-            for status, count in part.statuses.items():
-                statuses[status] = statuses.get(status, 0) + count
-        receipt = Receipt(
-            shard=shard.index,
-            uri=shard.uri,
-            fingerprint=shard.fingerprint,
-            span=shard.span,
-            run=self._run,
-            rows=sum(part.rows for part in parts),
-            statuses=dict(sorted(statuses.items())),
-            parts=tuple(parts),
-            committed_unix=time.time(),
-        )
-        self.plan.ledger.require_own(self.plan.run)  # two drivers may have started in one directory
-        self.plan.sink.commit(receipt)
-        self.totals.add(receipt)
-        self.bytes_done += shard.size_bytes
-        return receipt
 
 
 def finish(plan: ScorePlan) -> dict[str, Any]:

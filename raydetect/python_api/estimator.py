@@ -24,7 +24,7 @@ from raydetect.metrics import conformal
 from raydetect.progress import shown
 from raydetect.python_api.in_process import Settings, fit_inputs, resized, score_inputs
 from raydetect.python_api.inputs import as_input_images, refuse_duplicates
-from raydetect.scoring.scorer import Scored
+from raydetect.scoring.batches import Scored
 from raydetect.storage import Storage, normalise_uri
 
 SHOW_AFTER_SECONDS = 2.0
@@ -144,7 +144,7 @@ class Estimator:
         Raises:
             NotFittedError, BadImagesError: as `predict_proba`.
         """
-        maps = [resized(scored.anomaly_map_HW, size_px) for scored, size_px in self._scored(images, progress)]
+        maps = [resized(scored.anomaly_map(), size_px) for scored, size_px in self._scored(images, progress)]
         return np.stack(maps) if len({found.shape for found in maps}) == 1 else maps
 
     def threshold(self, alpha: float = 0.01) -> float:

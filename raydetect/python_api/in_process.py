@@ -1,6 +1,5 @@
 """Fits and scores images given in Python with the code that jobs use: the same images give bit-identical results."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
@@ -21,7 +20,7 @@ from raydetect.fitting.image_cache import CachedImage, ImageCache, ReadFacts
 from raydetect.fitting.timings import Phases
 from raydetect.images.decode import Pixels
 from raydetect.python_api.inputs import BadImagesError, InputImage, decode_inputs
-from raydetect.scoring.scorer import Scored, score_batches
+from raydetect.scoring.batches import Scored, score_batches
 from raydetect.storage import Storage
 
 WHERE = "fit(images)"
@@ -87,7 +86,7 @@ def score_inputs(
     bad: list[tuple[int, str, str]] = []
     for scored in score_batches(detector, _pixels(detector, inputs, settings, sizes), settings.batch_size):
         on_progress("score", 1, len(inputs))
-        if math.isfinite(scored.image_score) and np.isfinite(scored.anomaly_map_HW).all():
+        if scored.is_finite:
             yield scored, sizes[scored.position]
         else:
             key = inputs[scored.position].key

@@ -14,13 +14,14 @@ from raydetect.config import StorageOptions
 from raydetect.errors import MemberError, RaydetectError, SpecError, StorageError
 from raydetect.images.decode import decode_image
 from raydetect.images.opening import DecodeRules
+from raydetect.records import PART_FILE
 from raydetect.sinks.heatmaps import overlay_png, read_map_png, read_png
 from raydetect.sinks.ledger import Ledger
 from raydetect.storage import Storage, check_uri, join_uri, translate
 
 MAX_HEATMAP_BYTES = 256 << 20
 CONTAINERS = ("tar", "zip", "parquetrow", "member", "tarzst")
-HEATMAP = re.compile(r"zip://(\d{6,}\.png)::.*/heatmaps/(\d{5,}-\d{4,}\.zip)")
+HEATMAP = re.compile(r"zip://((?:\d{4,}-)?\d{6,}\.png)::.*/(heatmaps/[^:]*\.zip)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +97,9 @@ class Pictures:
         if not row["heatmap_uri"]:
             return None
         found = HEATMAP.fullmatch(row["heatmap_uri"])
-        if found is None:
+        if found is None or not re.fullmatch(PART_FILE, found.group(2)):
             raise StorageError(f"{row['heatmap_uri']!r}: is not a heatmap of a results directory.")
-        path = join_uri(self.ledger.uri, "heatmaps", found.group(2))
+        path = join_uri(self.ledger.uri, found.group(2))
         try:
             with self.ledger.storage.open(path) as handle, zipfile.ZipFile(handle) as archive:
                 if archive.getinfo(found.group(1)).file_size > MAX_HEATMAP_BYTES:

@@ -4,7 +4,6 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
 from raydetect.artifacts.fleet import ArtifactIndex, ArtifactRef
@@ -14,7 +13,7 @@ from raydetect.config import Heatmaps, ScoreSpec
 from raydetect.config.validation import digest
 from raydetect.detectors._base import Detector
 from raydetect.records import Answer, Chunk, Member
-from raydetect.scoring.priority import PriorityLock
+from raydetect.scoring.device_queue import DeviceQueue
 from raydetect.scoring.scorer import ChunkResult, Scorer
 from raydetect.storage import Storage
 
@@ -22,15 +21,10 @@ SCORERS_KEPT = 8
 
 
 class SharedDetectors:
-    """The detectors of one index, each loaded once and shared by all scorers.
+    """The detectors of one index, each loaded once and shared by all scorers of a device."""
 
-    Detectors are loaded while nothing is scored: to truncate a backbone, torch.fx patches module calls in all threads
-    of the process.
-    """
-
-    def __init__(self, index: ArtifactIndex, storage: Storage, device_lock: PriorityLock) -> None:
+    def __init__(self, index: ArtifactIndex, storage: Storage) -> None:
         """Creates the cache; nothing is loaded yet."""
-        self._device_lock = device_lock.online
         self._stored = StoredDetectors(index, storage)
         self._detectors: weakref.WeakValueDictionary[ArtifactRef, Detector] = weakref.WeakValueDictionary()
         self._records: dict[ArtifactRef, ArtifactRecord] = {}
@@ -51,8 +45,7 @@ class SharedDetectors:
             detector = self._detectors.get(ref)
             if detector is not None:
                 return Artifact(detector, self._records[ref])
-            with self._device_lock:
-                artifact = self._stored.load(ref)
+            artifact = self._stored.load(ref)
             self._detectors[ref], self._records[ref] = artifact.detector, artifact.record
             return artifact
 
@@ -62,8 +55,7 @@ class ScorerPool:
     """An artifact or fleet loaded for scoring: one scorer per job spec, all sharing the same detectors."""
 
     detectors: SharedDetectors
-    device: str
-    device_lock: PriorityLock
+    queue: DeviceQueue
     _scorers: OrderedDict[str, Scorer] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -79,7 +71,7 @@ class ScorerPool:
             ArtifactError, SpecError: the artifact cannot be loaded or does not fit `flag`.
         """
         chunk = Chunk(0, 0, True, tuple(members))
-        result = self._scorer(spec, self.device_lock.online).score_chunk(chunk, heatmaps)
+        result = self._scorer(spec, online=True).score_chunk(chunk, heatmaps)
         return [Answer(replace(row, chunk=""), result.pictures.get(i)) for i, row in enumerate(result.rows)]
 
     def warm_up(self, spec: ScoreSpec) -> None:
@@ -88,24 +80,24 @@ class ScorerPool:
         Raises:
             ArtifactError, SpecError: the artifact cannot be loaded or does not fit `flag`.
         """
-        self._scorer(spec, self.device_lock.online)
+        self._scorer(spec, online=True)
 
     def score_chunk(self, chunk: Chunk, spec: ScoreSpec) -> ChunkResult:
-        """Scores a chunk of an archive while no single image is waiting.
+        """Scores a chunk of an archive when no single image is waiting.
 
         Raises:
             ArtifactError, SpecError: the artifact cannot be loaded or does not fit `flag`.
             BadMemberError: an image is bad and the source has `on_bad_member: fail`.
         """
-        return self._scorer(spec, self.device_lock.bulk).score_chunk(chunk)
+        return self._scorer(spec, online=False).score_chunk(chunk)
 
-    def _scorer(self, spec: ScoreSpec, lock: AbstractContextManager[object]) -> Scorer:
+    def _scorer(self, spec: ScoreSpec, online: bool) -> Scorer:
         name = digest(spec)
         with self._lock:
             scorer = self._scorers.pop(name, None)
             if scorer is None:
                 if len(self._scorers) == SCORERS_KEPT:
                     self._scorers.popitem(last=False)
-                scorer = Scorer(self.detectors, spec, self.device, lock)
+                scorer = Scorer(self.detectors, spec, self.queue, online)
             self._scorers[name] = scorer
             return scorer

@@ -6,40 +6,31 @@ row as with its category's artifact alone.
 """
 
 import heapq
-import math
-import threading
-from collections import deque
+import socket
+import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
 
 from raydetect.archives.chunks import refuse_bad_member
 from raydetect.artifacts.fleet import ArtifactRef
 from raydetect.artifacts.store import DetectorSource
 from raydetect.config import Heatmaps, ScoreSpec
 from raydetect.config.validation import nearest
-from raydetect.detectors._base import Detector
-from raydetect.images.decode import Pixels, decode_all, decode_image
+from raydetect.images.decode import Pixels, decode_image, decode_on
 from raydetect.images.opening import DecodeRules
 from raydetect.records import OK, Chunk, Member, Row
+from raydetect.scoring.batches import Scored, score_batches
 from raydetect.scoring.decision import DetectorCache, LoadedDetector
+from raydetect.scoring.device_queue import DeviceQueue
 from raydetect.sinks.heatmaps import map_png, overlay_png
+from raydetect.sinks.parquet import ResultsSink
+from raydetect.sinks.scored_chunk import ScoredChunk
 
 OVERLAY_MAX_PX = 1024
 NAMED_CATEGORIES = 8  # limits the length of `error` in every row
-UNSHARED: AbstractContextManager[object] = nullcontext()
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """One scored image of a chunk: its position, score and map."""
-
-    position: int
-    image_score: float
-    anomaly_map_HW: np.ndarray
 
 
 @dataclass(slots=True)
@@ -62,73 +53,35 @@ class _Work:
     result: ChunkResult = field(default_factory=lambda: ChunkResult([], {}))
 
 
-def score_batches(
-    detector: Detector, pixels: Iterable[Pixels], batch_size: int, lock: AbstractContextManager[object] = UNSHARED
-) -> Iterator[Scored]:
-    """Yields scores of the ok pixels in order; every forward pass has exactly `batch_size` images, padded with zeros.
-
-    Args:
-        detector: fitted detector.
-        pixels: decoded members; those that are not ok are skipped.
-        batch_size: images in one forward pass.
-        lock: held during forward passes when several threads share the device.
-    """
-    waiting: deque[tuple[int, np.ndarray]] = deque()
-    for position, item in enumerate(pixels):
-        if item.image_HWC is not None:
-            waiting.append((position, item.image_HWC))
-        if len(waiting) == batch_size:
-            yield from _score_batch(detector, waiting, batch_size, lock)
-            waiting.clear()
-    if waiting:
-        yield from _score_batch(detector, waiting, batch_size, lock)
-
-
-def _score_batch(
-    detector: Detector,
-    waiting: Iterable[tuple[int, np.ndarray]],
-    batch_size: int,
-    lock: AbstractContextManager[object],
-) -> Iterator[Scored]:
-    positions, images = zip(*waiting, strict=True)
-    batch_BHWC = np.zeros((batch_size, *images[0].shape), dtype=np.uint8)
-    batch_BHWC[: len(images)] = np.stack(images)
-    images_BCHW = torch.from_numpy(batch_BHWC).permute(0, 3, 1, 2).to(detector.device)
-    with lock, torch.inference_mode():
-        scores = detector.score(images_BCHW)
-        image_score_B = scores.image_score_B.float().cpu().numpy()
-        anomaly_map_BHW = scores.anomaly_map_BHW.float().cpu().numpy()
-    for i, position in enumerate(positions):
-        yield Scored(position, float(image_score_B[i]), anomaly_map_BHW[i])
-
-
 class Scorer:
-    """Scores chunks with one artifact or a fleet. Threads may share it: decoding overlaps, forward passes do not."""
+    """Scores chunks with one artifact or a fleet.
+
+    Several threads may score chunks at the same time, and should: each decodes on the scorer's pool of threads and
+    sends its batches to the one queue of the device, so the device works on one chunk while others are decoded or
+    drawn. The number of threads bounds the chunks in memory.
+    """
 
     def __init__(
-        self,
-        source: DetectorSource,
-        spec: ScoreSpec,
-        device: str = "cpu",
-        lock: AbstractContextManager[object] | None = None,
+        self, source: DetectorSource, spec: ScoreSpec, queue: DeviceQueue | None = None, online: bool = False
     ) -> None:
         """Loads a single artifact at once, and the detectors of a fleet on demand.
 
         Args:
             source: a loaded artifact, or the stored artifacts of an index.
             spec: the job's source, sink, flag, batch size and resources.
-            device: torch device name.
-            lock: held during forward passes if the device is shared.
+            queue: the device, which other scorers may share; None = a queue of its own on the CPU.
+            online: whether batches of this scorer go before those of others that share the device.
 
         Raises:
             ArtifactError, SpecError: the artifact cannot be loaded or does not fit `flag`.
         """
         self.index = source.index
         self.spec = spec
-        self.detectors = DetectorCache(source, spec.flag, torch.device(device), spec.resources.detectors_in_memory)
+        queue = queue or DeviceQueue("cpu")
+        self.detectors = DetectorCache(source, spec.flag, queue, spec.resources.detectors_in_memory)
         self.rules = DecodeRules.of(spec.source)
-        self.decode_threads = spec.resources.cpus_per_worker
-        self._lock = lock or threading.Lock()
+        self._submit = queue.online if online else queue.bulk
+        self._decoding = ThreadPoolExecutor(spec.resources.cpus_per_worker, thread_name_prefix="decode")
 
     def score_chunk(self, chunk: Chunk, wanted: Sequence[Heatmaps] = ()) -> ChunkResult:
         """Scores a chunk.
@@ -160,17 +113,20 @@ class Scorer:
         return sorted(groups.items())
 
     def _score_group(self, ref: ArtifactRef, positions: list[int], work: "_Work") -> None:
-        """Scores the images of one artifact. Keeps no reference to the detector, so that it can be evicted."""
-        loaded = self.detectors.get(ref)
-        for scored in self._chosen(self._scored(loaded, positions, work), loaded, work):
-            self._draw(scored, loaded, work)
+        """Scores the images of one artifact."""
+
+        def score(loaded: LoadedDetector) -> None:
+            for scored in self._chosen(self._scored(loaded, positions, work), loaded, work):
+                self._draw(scored, loaded, work)
+
+        self.detectors.use(ref, score)
 
     def _scored(self, loaded: LoadedDetector, positions: list[int], work: "_Work") -> Iterator[Scored]:
         """Scores the images at `positions`; stores their headers in `work`."""
         members = [work.chunk.members[position] for position in positions]
-        decoded = decode_all(members, self.rules, loaded.image_size, self.decode_threads)
+        decoded = decode_on(self._decoding, members, self.rules, loaded.image_size)
         noted = _note(decoded, positions, work.headers)
-        for item in score_batches(loaded.detector, noted, self.spec.batch_size, self._lock):
+        for item in score_batches(loaded.detector, noted, self.spec.batch_size, self._submit):
             yield replace(item, position=positions[item.position])
 
     def _chosen(self, scored: Iterable[Scored], loaded: LoadedDetector, work: "_Work") -> Iterator[Scored]:
@@ -195,7 +151,7 @@ class Scorer:
 
     def _row(self, item: Scored, loaded: LoadedDetector, chunk: Chunk) -> Row:
         base = self._base_row(chunk.members[item.position], chunk)
-        if not (math.isfinite(item.image_score) and np.isfinite(item.anomaly_map_HW).all()):
+        if not item.is_finite:
             message = f"{base.key}: the detector returned a score or map that is not finite. Report the image."
             return replace(base, status="not_finite", error=message)
         p_value, flagged = loaded.decision.of(item.image_score)
@@ -244,11 +200,11 @@ class Scorer:
 
     def _draw(self, item: Scored, loaded: LoadedDetector, work: "_Work") -> None:
         if self.spec.sink.style == "map":
-            picture, clipped = map_png(item.anomaly_map_HW, loaded.map_low, loaded.map_high)
+            picture, clipped = map_png(item.anomaly_map(), loaded.map_low, loaded.map_high)
             work.result.clipped_pixels += clipped
         else:
             image = decode_image(work.chunk.members[item.position].data, self.rules, OVERLAY_MAX_PX)
-            picture = overlay_png(np.asarray(image), item.anomaly_map_HW, loaded.map_low, loaded.map_high)
+            picture = overlay_png(np.asarray(image), item.anomaly_map(), loaded.map_low, loaded.map_high)
         work.result.pictures[item.position] = picture
 
 
@@ -257,3 +213,17 @@ def _note(pixels: Iterable[Pixels], positions: list[int], headers: dict[int, Pix
     for position, item in zip(positions, pixels, strict=True):
         headers[position] = replace(item, image_HWC=None)
         yield item
+
+
+def score_and_write(scorer: Scorer, sink: ResultsSink, chunk: Chunk) -> ScoredChunk:
+    """Scores a chunk and writes its heatmaps if they are large.
+
+    Raises:
+        ArtifactError, BadMemberError: see `Scorer.score_chunk`.
+        StorageError: the heatmaps cannot be written.
+    """
+    started = time.perf_counter()
+    result = scorer.score_chunk(chunk)
+    scored = sink.write(chunk, result.rows, result.pictures, result.clipped_pixels)
+    facts = replace(scored.facts, seconds=round(time.perf_counter() - started, 3), host=socket.gethostname())
+    return replace(scored, facts=facts)

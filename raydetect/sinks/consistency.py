@@ -192,11 +192,11 @@ def _refuse_incomplete(ledger: Ledger, missing: Sequence[Shard], planned: int, f
         )
 
 
-def listed_files(ledger: Ledger) -> dict[str, int]:
-    """Lists the files below `scores/` and `heatmaps/`: size in bytes by path in the results directory."""
+def listed_files(ledger: Ledger, folders: Sequence[str] = ("scores", "heatmaps")) -> dict[str, int]:
+    """Lists the files below some folders: size in bytes by path in the results directory."""
     found: dict[str, int] = {}
     start = len(normalise_uri(ledger.uri)) + 1
-    for folder in ("scores", "heatmaps"):
+    for folder in folders:
         try:
             found |= {file.uri[start:]: file.size_bytes for file in ledger.storage.list(join_uri(ledger.uri, folder))}
         except MissingError:
@@ -206,8 +206,7 @@ def listed_files(ledger: Ledger) -> dict[str, int]:
 
 def named_files(part: Part) -> list[tuple[str, int]]:
     """Returns path and size in bytes of the files of a part; size 0 if an older raydetect did not record it."""
-    heatmaps = [(part.heatmap_path, part.heatmap_bytes)] if part.heatmap_path else []
-    return [(part.path, part.bytes), *heatmaps]
+    return [(part.path, part.bytes), *((one.path, one.bytes) for one in part.heatmap_zips)]
 
 
 @dataclass(slots=True)

@@ -1,41 +1,32 @@
-"""Writes rows as one Parquet part per chunk, in Hive folders by shard, and heatmaps as one zip per chunk."""
+"""Writes the rows of a shard as few Parquet files, and its heatmaps as few zips, in Hive folders by shard."""
 
 import dataclasses
 import hashlib
 import io
 import zipfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from raydetect.records import Chunk, Part, Receipt, Row
-from raydetect.sinks.base import Sink
+from raydetect.records import Chunk, HeatmapZip, Part, Receipt, Row, note_kinds
 from raydetect.sinks.ledger import Ledger
+from raydetect.sinks.scored_chunk import SCHEMA, ChunkFacts, ScoredChunk, rows_table
 from raydetect.storage import Storage, join_uri
 
-TYPES = {
-    "width": pa.int32(),
-    "height": pa.int32(),
-    "brightness": pa.float64(),
-    "sharpness": pa.float64(),
-    "image_score": pa.float64(),
-    "p_value": pa.float64(),
-    "threshold": pa.float64(),
-    "flagged": pa.bool_(),
-    "label": pa.int8(),
-}
-REQUIRED = ("key", "image_uri", "chunk", "status", "error", "artifact", "meta", "note", "sha256")
-SCHEMA = pa.schema(
-    [pa.field(f.name, TYPES.get(f.name, pa.string()), nullable=f.name not in REQUIRED) for f in dataclasses.fields(Row)]
-)
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)
+CHUNK_ZIP_BYTES = 4 << 20  # a chunk with as many bytes of heatmaps gets a zip of its own, which its worker writes
+PART_ROWS, PART_PICTURE_BYTES = 1 << 18, 64 << 20  # a part is closed by the chunk that reaches one of them
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ResultsSink(Sink):
-    """Writes into a results directory. Cheap to create and to send to a worker.
+class ResultsSink:
+    """Writes into a results directory: workers write heatmaps of chunks, and the committer the rest of a shard.
+
+    File names and contents depend only on the shard, so writing again leaves the same files.
 
     Attributes:
         uri: the results directory.
@@ -45,67 +36,173 @@ class ResultsSink(Sink):
     uri: str
     storage: Storage
 
-    def write(self, chunk: Chunk, rows: Sequence[Row], pictures: Mapping[int, bytes], clipped_pixels: int = 0) -> Part:
-        """Writes heatmaps, then the Parquet part; file names depend only on the chunk's id."""
-        heatmap_path = f"heatmaps/{chunk.id}.zip" if pictures else ""
-        zipped = zip_pictures(pictures) if pictures else b""
-        if pictures:
-            self.storage.write(join_uri(self.uri, heatmap_path), zipped)
-        linked = [
-            dataclasses.replace(row, heatmap_uri=self.heatmap_uri(chunk.id, i)) if i in pictures else row
-            for i, row in enumerate(rows)
-        ]
-        path = f"scores/shard={chunk.shard:05d}/part-{chunk.number:04d}.parquet"
-        data = encode_rows(linked)
-        self.storage.write(join_uri(self.uri, path), data)
-        return Part(
-            chunk=chunk.id,
+    def write(
+        self, chunk: Chunk, rows: Sequence[Row], pictures: Mapping[int, bytes], clipped_pixels: int = 0
+    ) -> ScoredChunk:
+        """Writes the heatmaps of a chunk if they are large; small ones travel with the rows.
+
+        Args:
+            chunk: the scored chunk.
+            rows: its rows, in member order.
+            pictures: heatmap PNGs by position.
+            clipped_pixels: clipped pixels of its maps.
+
+        Raises:
+            StorageError: the zip cannot be written.
+        """
+        zips: tuple[HeatmapZip, ...] = ()
+        if sum(map(len, pictures.values())) >= CHUNK_ZIP_BYTES:
+            path = f"heatmaps/shard={chunk.shard:05d}/chunk-{chunk.number:04d}.zip"
+            named = {picture_name(i): png for i, png in pictures.items()}
+            zips = (self._write_zip(path, named),)
+            rows = [
+                dataclasses.replace(row, heatmap_uri=self._picture_uri(path, picture_name(i))) if i in pictures else row
+                for i, row in enumerate(rows)
+            ]
+            pictures = {}
+        facts = ChunkFacts(
             shard=chunk.shard,
             number=chunk.number,
             last=chunk.last,
-            path=path,
-            sha256=hashlib.sha256(data).hexdigest(),
-            rows=len(rows),
-            statuses=dict(sorted(Counter(row.status for row in rows).items())),
-            flagged=sum(row.flagged is True for row in rows),
-            labelled=sum(row.label is not None and row.image_score is not None for row in rows),
-            heatmaps=len(pictures),
-            heatmap_path=heatmap_path,
-            heatmap_sha256=hashlib.sha256(zipped).hexdigest() if pictures else "",
-            bytes=len(data),
-            heatmap_bytes=len(zipped),
+            zips=zips,
             clipped_pixels=clipped_pixels,
             left_out=chunk.left_out,
-            p_counts=Counter(row.p_value for row in rows if row.p_value is not None and row.flagged is None),
-            notes=dict(sorted(Counter(kind for row in rows for kind in row.note_kinds).items())),
+        )
+        return ScoredChunk(facts, rows_table(rows), pictures)
+
+    def write_part(self, number: int, chunks: Sequence[ScoredChunk]) -> Part:
+        """Writes consecutive chunks of a shard as one Parquet file, after their heatmaps.
+
+        Args:
+            number: number of the part in the shard.
+            chunks: the chunks.
+
+        Raises:
+            StorageError: a file cannot be written.
+        """
+        shard = chunks[0].facts.shard
+        path = part_path(shard, number)
+        zip_path = f"heatmaps/shard={shard:05d}/part-{number:04d}.zip"
+        named: dict[str, bytes] = {}
+        tables = []
+        for chunk in chunks:
+            names = {i: picture_name(i, chunk.facts.number) for i in chunk.pictures}
+            named |= {names[i]: png for i, png in chunk.pictures.items()}
+            tables.append(_linked(chunk.rows, {i: self._picture_uri(zip_path, name) for i, name in names.items()}))
+        zips = [one for chunk in chunks for one in chunk.facts.zips]
+        if named:
+            zips.append(self._write_zip(zip_path, named))
+        table = pa.concat_tables(tables)
+        data = encode_table(table)
+        self.storage.write(join_uri(self.uri, path), data)
+        facts = [chunk.facts for chunk in chunks]
+        return Part(
+            shard=shard,
+            number=number,
+            last=facts[-1].last,
+            path=path,
+            sha256=hashlib.sha256(data).hexdigest(),
+            bytes=len(data),
+            rows=table.num_rows,
+            statuses=_value_counts(table["status"]),
+            flagged=pc.sum(table["flagged"]).as_py() or 0,
+            labelled=_count_labelled(table),
+            p_counts=_undecided_p_values(table),
+            notes=_note_counts(table),
+            zips=tuple(zips),
+            heatmaps=sum(one.pictures for one in zips),
+            clipped_pixels=sum(fact.clipped_pixels for fact in facts),
+            left_out=facts[-1].left_out,
+            seconds=round(sum(fact.seconds for fact in facts), 3),
+            host=",".join(sorted({fact.host for fact in facts if fact.host})),
         )
 
     def commit(self, receipt: Receipt) -> None:
-        """Writes the ledger record of a shard."""
+        """Writes the ledger record of a shard, from which on its rows count.
+
+        Raises:
+            StorageError: the record cannot be written.
+        """
         Ledger(self.uri, self.storage).write_receipt(receipt)
 
-    def heatmap_uri(self, chunk_id: str, position: int) -> str:
-        """Returns the fsspec URL of one heatmap."""
-        return f"zip://{picture_name(position)}::{join_uri(self.uri, 'heatmaps', chunk_id + '.zip')}"
+    def _write_zip(self, path: str, pictures: Mapping[str, bytes]) -> HeatmapZip:
+        data = zip_pictures(pictures)
+        self.storage.write(join_uri(self.uri, path), data)
+        return HeatmapZip(path=path, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data), pictures=len(pictures))
+
+    def _picture_uri(self, path: str, name: str) -> str:
+        return f"zip://{name}::{join_uri(self.uri, path)}"
 
 
-def picture_name(position: int) -> str:
-    """Returns the name of a heatmap in its chunk's zip."""
-    return f"{position:06d}.png"
+def part_path(shard: int, number: int) -> str:
+    """The path of a Parquet file in the results directory."""
+    return f"scores/shard={shard:05d}/part-{number:04d}.parquet"
+
+
+def picture_name(position: int, chunk: int | None = None) -> str:
+    """The name of a heatmap in the zip of its chunk, or with the number of its chunk in the zip of a part."""
+    return f"{position:06d}.png" if chunk is None else f"{chunk:04d}-{position:06d}.png"
+
+
+def is_full(chunks: Iterable[ScoredChunk]) -> bool:
+    """Whether consecutive chunks fill a part."""
+    rows = pictures = 0
+    for chunk in chunks:
+        rows += chunk.images
+        pictures += sum(map(len, chunk.pictures.values()))
+    return rows >= PART_ROWS or pictures >= PART_PICTURE_BYTES
+
+
+def encode_table(table: pa.Table) -> bytes:
+    """Encodes rows as Parquet; the same rows give the same bytes, however they are divided into chunks."""
+    buffer = io.BytesIO()
+    pq.write_table(table.combine_chunks(), buffer, compression="zstd", row_group_size=PART_ROWS)
+    return buffer.getvalue()
 
 
 def encode_rows(rows: Sequence[Row]) -> bytes:
-    """Encodes rows as Parquet; the same rows give the same bytes."""
-    columns = {name: [getattr(row, name) for row in rows] for name in SCHEMA.names}
-    buffer = io.BytesIO()
-    pq.write_table(pa.table(columns, schema=SCHEMA), buffer, compression="zstd")
-    return buffer.getvalue()
+    """Encodes rows as Parquet."""
+    return encode_table(rows_table(rows))
 
 
-def zip_pictures(pictures: Mapping[int, bytes]) -> bytes:
-    """Packs PNGs by position into an uncompressed zip without timestamps; the same pictures give the same bytes."""
+def zip_pictures(pictures: Mapping[str, bytes]) -> bytes:
+    """Packs PNGs by name into an uncompressed zip without timestamps; the same pictures give the same bytes."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        for position in sorted(pictures):
-            archive.writestr(zipfile.ZipInfo(picture_name(position), ZIP_TIME), pictures[position])
+        for name in sorted(pictures):
+            archive.writestr(zipfile.ZipInfo(name, ZIP_TIME), pictures[name])
     return buffer.getvalue()
+
+
+def _linked(rows: pa.Table, uris: Mapping[int, str]) -> pa.Table:
+    """Fills in `heatmap_uri` of some rows."""
+    if not uris:
+        return rows
+    index = SCHEMA.get_field_index("heatmap_uri")
+    column = rows["heatmap_uri"].to_pylist()
+    for i, uri in uris.items():
+        column[i] = uri
+    return rows.set_column(index, SCHEMA.field(index), pa.array(column, pa.string()))
+
+
+def _count_labelled(table: pa.Table) -> int:
+    labelled = pc.and_(pc.is_valid(table["label"]), pc.is_valid(table["image_score"]))
+    return int(pc.sum(labelled).as_py() or 0)
+
+
+def _undecided_p_values(table: pa.Table) -> dict[float, int]:
+    """Counts the rows by p-value whose flag depends on the whole archive."""
+    undecided = pc.and_(pc.is_valid(table["p_value"]), pc.is_null(table["flagged"]))
+    return _value_counts(table["p_value"].filter(undecided))
+
+
+def _note_counts(table: pa.Table) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for note, count in _value_counts(table["note"]).items():
+        for kind in note_kinds(note):
+            counts[kind] += count
+    return dict(sorted(counts.items()))
+
+
+def _value_counts(column: pa.ChunkedArray) -> dict[Any, int]:
+    return dict(sorted((item["values"], item["counts"]) for item in column.value_counts().to_pylist()))

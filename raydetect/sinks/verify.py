@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raydetect.errors import DamagedError, MissingError, SpecError
-from raydetect.records import OK, Part, Receipt
+from raydetect.records import OK, HeatmapZip, Part, Receipt
 from raydetect.sinks.archive_flags import archive_flags
-from raydetect.sinks.consistency import NAMED, listed_files, names_text, rows_digest
+from raydetect.sinks.consistency import NAMED, listed_files, named_files, names_text, rows_digest
 from raydetect.sinks.ledger import Ledger, Totals, repair_hint
 from raydetect.storage import join_uri
 
@@ -162,8 +162,8 @@ def verify(ledger: Ledger, on_progress: ProgressCallback) -> Verification:
         _check_record(shard.receipt, run, found)
         totals.add(shard.receipt if flags is None else flags.apply_to_receipt(shard.receipt))
         for part in shard.receipt.parts:
-            files.pop(part.path, None)
-            files.pop(part.heatmap_path, None)
+            for path, _ in named_files(part):
+                files.pop(path, None)
     found.unnamed = len(files)
     _check_keys(ledger, committed, keys, found)
     _check_sums(run, manifest, totals, found)
@@ -233,7 +233,7 @@ def _check_record(receipt: Receipt, run: Mapping[str, Any] | None, found: Verifi
     rows = sum(part.rows for part in receipt.parts)
     if not numbers or numbers != expected or rows != receipt.rows or statuses != Counter(receipt.statuses):
         found.add("damaged_records", name, receipt.shard)
-    found.heatmap_zips += sum(bool(part.heatmap_path) for part in receipt.parts)
+    found.heatmap_zips += sum(len(part.heatmap_zips) for part in receipt.parts)
 
 
 def _record(index: int) -> str:
@@ -277,9 +277,9 @@ def _read_shard(ledger: Ledger, index: int) -> _Shard:
         data = _verified(ledger, part.path, part.sha256, shard.damage)
         if data is not None:
             shard.damage += _check_rows(part, data, shard.keys)
-        if part.heatmap_path:
-            shard.damage += _check_heatmaps(ledger, part)
-        elif part.heatmaps:
+        for one in part.heatmap_zips:
+            shard.damage += _check_heatmaps(ledger, one)
+        if part.heatmaps != sum(one.pictures for one in part.heatmap_zips):
             shard.damage.append(("counts", part.path))
     return shard
 
@@ -309,21 +309,21 @@ def _check_rows(part: Part, data: bytes, keys: bytearray) -> list[Damage]:
     return [] if same else [("counts", part.path)]
 
 
-def _check_heatmaps(ledger: Ledger, part: Part) -> list[Damage]:
+def _check_heatmaps(ledger: Ledger, zipped: HeatmapZip) -> list[Damage]:
     """Compares a zip with its record; checks the CRCs of zips without sha256, written by an older raydetect."""
     damage: list[Damage] = []
-    data = _verified(ledger, part.heatmap_path, part.heatmap_sha256, damage)
+    data = _verified(ledger, zipped.path, zipped.sha256, damage)
     if data is None:
         return damage
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as pictures:
-            broken = not part.heatmap_sha256 and pictures.testzip() is not None
+            broken = not zipped.sha256 and pictures.testzip() is not None
             count = len(pictures.namelist())
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError):
-        return [("broken_files", part.heatmap_path)]
+        return [("broken_files", zipped.path)]
     if broken:
-        return [("broken_files", part.heatmap_path)]
-    return [] if count == part.heatmaps else [("counts", part.heatmap_path)]
+        return [("broken_files", zipped.path)]
+    return [] if count == zipped.pictures else [("counts", zipped.path)]
 
 
 def _table(data: bytes) -> pa.Table | None:

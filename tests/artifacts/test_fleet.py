@@ -2,8 +2,10 @@
 
 import gc
 import json
+import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,8 @@ from raydetect.local import jobs
 from raydetect.planning.forecast import scoring_rate
 from raydetect.planning.plan import ScorePlan, plan_score
 from raydetect.records import BAD_STATUSES
-from raydetect.scoring.decision import DetectorCache
+from raydetect.scoring.decision import DetectorCache, LoadedDetector
+from raydetect.scoring.device_queue import DeviceQueue
 from raydetect.sinks.run_progress import labelled_auroc, progress
 from raydetect.storage import Storage, join_uri
 from tests.builders.archives import pack, tar_bytes
@@ -172,7 +175,7 @@ def test_one_detector_in_memory_gives_the_rows_of_eight(loads: list[str]) -> Non
     assert sorted(loads) == sorted(CATEGORIES)
     loads.clear()
     one, _ = run("resources.detectors_in_memory=1", f"sink.uri={ROOT}/one")
-    assert len(loads) == 6 and loads[:3] == loads[3:], "three categories in each of two shards"
+    assert 3 <= len(loads) <= 6 and set(loads) == set(CATEGORIES), "three categories in each of two shards"
     assert [r | {"heatmap_uri": ""} for r in rows(one)] == [r | {"heatmap_uri": ""} for r in rows(many)]
     assert result_digest(one.spec) == result_digest(replace(one.spec, resources=many.spec.resources))
 
@@ -180,10 +183,33 @@ def test_one_detector_in_memory_gives_the_rows_of_eight(loads: list[str]) -> Non
 @pytest.mark.usefixtures("fleet")
 def test_the_least_recently_used_detector_is_dropped(loads: list[str]) -> None:
     index = read_index(FLEET, Storage())
-    judges = DetectorCache(StoredDetectors(index, Storage()), plan().spec.flag, torch.device("cpu"), limit=2)
+    cache = DetectorCache(StoredDetectors(index, Storage()), plan().spec.flag, DeviceQueue("cpu"), limit=2)
     for category in (NUTS, BOLTS, NUTS, RINGS, NUTS, BOLTS):
-        assert judges.get(index.categories[category]).digest == index.categories[category].digest
+        ref = index.categories[category]
+        assert cache.use(ref, lambda loaded: loaded.digest) == ref.digest
     assert loads == [NUTS, BOLTS, RINGS, BOLTS]
+
+
+@pytest.mark.usefixtures("fleet")
+def test_a_thread_waits_for_a_detector_while_all_in_memory_are_in_use(loads: list[str]) -> None:
+    index = read_index(FLEET, Storage())
+    cache = DetectorCache(StoredDetectors(index, Storage()), plan().spec.flag, DeviceQueue("cpu"), limit=1)
+    nuts, bolts = index.categories[NUTS], index.categories[BOLTS]
+    entered, leave = threading.Barrier(3), threading.Event()
+
+    def hold(loaded: LoadedDetector) -> None:
+        entered.wait(20)
+        assert leave.wait(20)
+
+    with ThreadPoolExecutor(3) as pool:
+        holders = [pool.submit(cache.use, nuts, hold) for _ in range(2)]  # two may use the same one
+        entered.wait(20)
+        other = pool.submit(cache.use, bolts, lambda loaded: loaded.digest)
+        with pytest.raises(TimeoutError):
+            other.result(0.2)
+        assert loads == [NUTS]
+        leave.set()
+        assert other.result(20) == bolts.digest and [holder.result(20) for holder in holders] == [None, None]
 
 
 @pytest.mark.usefixtures("fleet")
@@ -205,7 +231,7 @@ def test_no_more_detectors_are_in_memory_than_allowed(monkeypatch: pytest.Monkey
         run("resources.detectors_in_memory=1")
     finally:
         gc.enable()
-    assert before == [0] * 6
+    assert 3 <= len(before) <= 6 and not any(before)
 
 
 @pytest.mark.usefixtures("fleet")

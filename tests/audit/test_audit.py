@@ -26,6 +26,8 @@ from raydetect.config import AuditSpec, WebhookSpec, parse_job
 from raydetect.errors import SpecError
 from raydetect.local import jobs
 from raydetect.planning.plan import ScorePlan
+from raydetect.records import Receipt
+from raydetect.sinks.scored_chunk import ScoredChunk
 from raydetect.storage import Storage
 from tests.builders.nights import CATEGORY, EACH, RULES, add_night, audit_job, fit_line, fit_lines
 
@@ -169,11 +171,11 @@ def test_a_killed_audit_goes_on_with_its_own_shards(place: Path) -> None:
         pass
 
     def half(plan: ScorePlan) -> object:
-        def on_part(part: Any, receipt: Any) -> None:
-            if receipt is not None:
+        def stop(done: ScoredChunk | Receipt) -> None:
+            if isinstance(done, Receipt):
                 raise Killed
 
-        return jobs.score(plan, on_part)
+        return jobs.score(plan, stop)
 
     (claim,) = made.pending()
     with pytest.raises(Killed):
@@ -196,11 +198,11 @@ def test_a_shard_that_changed_before_its_night_was_scored_is_of_the_next_night(p
     made = Audit.of(spec_of(place))
 
     def first_shard(plan: ScorePlan) -> object:
-        def on_part(part: Any, receipt: Any) -> None:
-            if receipt is not None:
+        def stop(done: ScoredChunk | Receipt) -> None:
+            if isinstance(done, Receipt):
                 raise InterruptedError
 
-        return jobs.score(plan, on_part)
+        return jobs.score(plan, stop)
 
     (claim,) = made.pending()
     with pytest.raises(InterruptedError):

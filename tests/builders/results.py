@@ -14,6 +14,7 @@ from raydetect.sinks.parquet import ResultsSink
 from raydetect.storage import Storage
 from tests.builders.archives import tar_bytes
 from tests.builders.images import defect_image, encode, normal_image
+from tests.builders.ledgers import write_part
 from tests.objectstore import ObjectStore
 
 SCALE = {"low": 0.0, "high": 10.0}
@@ -91,7 +92,7 @@ def make_results(
                 pictures[position] = _picture(image, simulated_map(mask, 5.0), style)
             number += 1
         storage.write(uri, tar_bytes(files))
-        part = ResultsSink(ledger.uri, storage).write(Chunk(shard, 0, True, ()), rows, pictures)
+        part = write_part(ResultsSink(ledger.uri, storage), Chunk(shard, 0, True, ()), rows, pictures)
         ledger.write_receipt(
             Receipt(shard=shard, uri=uri, fingerprint="f", rows=len(rows), statuses=part.statuses, parts=(part,))
         )
@@ -134,8 +135,11 @@ def make_large_results(folder: str, shards: int, parts_each: int, rows_each: int
     for shard in range(shards):
         random = np.random.default_rng([17, shard])
         parts = [
-            sink.write(
-                Chunk(shard, number, number == parts_each - 1, ()), _many(folder, shard, number, rows_each, random), {}
+            write_part(
+                sink,
+                Chunk(shard, number, number == parts_each - 1, ()),
+                _many(folder, shard, number, rows_each, random),
+                {},
             )
             for number in range(parts_each)
         ]

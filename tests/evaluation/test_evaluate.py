@@ -30,7 +30,7 @@ from raydetect.local import jobs
 from raydetect.metrics.pro import aupro
 from raydetect.planning.plan import plan_score
 from raydetect.records import Member
-from raydetect.scoring.scorer import score_batches
+from raydetect.scoring.batches import score_batches
 from raydetect.storage import Storage
 from tests.builders.archives import mixed_files, normal_files, pack
 from tests.builders.images import DEFECTS, defect_image, encode, normal_image
@@ -217,7 +217,7 @@ def test_figures_are_those_of_scikit_learn_and_of_exact_code_on_the_same_maps(
     figures = cell["categories"]["cap"]["figures"]
     expected = roc_auc_score(labels, [item.image_score for item in scored])
     assert figures["image_auroc"]["value"] == pytest.approx(expected, abs=1e-12)
-    maps = [item.anomaly_map_HW for item in scored]
+    maps = [item.anomaly_map() for item in scored]
     pixel = roc_auc_score(np.stack(masks).ravel(), np.stack(maps).ravel())
     assert figures["pixel_auroc"]["value"] == pytest.approx(pixel, abs=figures["pixel_auroc"]["error_bound"] + 1e-9)
     for limit in (0.3, 0.05):

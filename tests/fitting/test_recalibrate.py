@@ -19,7 +19,7 @@ from raydetect.images.decode import decode_member
 from raydetect.images.opening import DecodeRules
 from raydetect.local import jobs
 from raydetect.metrics.conformal import p_values
-from raydetect.scoring.scorer import score_batches
+from raydetect.scoring.batches import score_batches
 from raydetect.storage import Storage
 from tests.builders.archives import mixed_files, normal_files, pack, tar_bytes
 from tests.builders.fleet import CATEGORIES, fit_fleet, flat, mixed_samples

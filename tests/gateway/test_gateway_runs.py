@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from raydetect.config import ScoreSpec, parse_job
 from raydetect.gateway.runs.archive_runs import run_id
 from raydetect.local import jobs
 from raydetect.planning.plan import plan_score
-from raydetect.scoring.priority import PriorityLock
+from raydetect.scoring.device_queue import DeviceQueue
 from raydetect.storage import Storage
 from tests.builders.archives import normal_files, pack
 from tests.builders.images import encode, normal_image
@@ -203,22 +204,18 @@ def test_too_many_runs_get_429(data_dir: Path) -> None:
 
 
 def test_single_images_have_priority_over_archives() -> None:
-    turns, order = PriorityLock(), list[str]()
-    turns.online.__enter__()
+    device, order, started = DeviceQueue("cpu"), list[str](), threading.Event()
+    futures = [device.bulk(lambda: started.wait(10))]
+    for submit, name in ((device.bulk, "bulk"), (device.bulk, "bulk"), (device.online, "online")):
+        futures.append(submit(partial(order.append, name)))  # type: ignore[arg-type]
+    started.set()
+    for future in futures:
+        future.result(10)
+    assert order == ["online", "bulk", "bulk"]
 
-    def bulk() -> None:
-        with turns.bulk:
-            order.append("bulk")
 
-    def online() -> None:
-        with turns.online:
-            order.append("online")
-
-    threads = [threading.Thread(target=work) for work in (bulk, bulk, online, online)]
-    for thread in threads:
-        thread.start()
-        time.sleep(0.05)
-    turns.give()
-    for thread in threads:
-        thread.join()
-    assert order == ["online", "online", "bulk", "bulk"]
+def test_an_error_on_the_device_reaches_whoever_sent_the_work() -> None:
+    device = DeviceQueue("cpu")
+    with pytest.raises(ZeroDivisionError):
+        device.bulk(lambda: 1 // 0).result(10)
+    assert device.online(lambda: 3).result(10) == 3

@@ -2,15 +2,21 @@
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 
+from raydetect.artifacts.store import StoredDetectors
 from raydetect.errors import ResumeError, StorageError
 from raydetect.local import jobs
+from raydetect.planning.committer import Committer
 from raydetect.planning.plan import ScorePlan, plan_score
-from raydetect.records import Part, Receipt
+from raydetect.planning.stream import Stream
+from raydetect.records import Receipt
+from raydetect.scoring.scorer import Scorer, score_and_write
 from raydetect.sinks.run_progress import progress
+from raydetect.sinks.scored_chunk import ScoredChunk
 from raydetect.sinks.verify import repair, verify
 from raydetect.storage import FileInfo, Storage
 from tests.builders.archives import mixed_files, normal_files, pack, tar_bytes
@@ -35,11 +41,28 @@ def planned(*overrides: str) -> ScorePlan:
 def at_the_end(plan: ScorePlan, work: Any) -> dict[str, Any]:
     """Scores, and does something when the last shard is committed."""
 
-    def on_part(part: Part, receipt: Receipt | None) -> None:
-        if receipt is not None and receipt.shard == plan.shards[-1].index:
-            work()
+    receipts: list[Receipt] = []
 
-    return jobs.score(plan, on_part)
+    def on_progress(done: ScoredChunk | Receipt) -> None:
+        if isinstance(done, Receipt):
+            receipts.append(done)
+            if len(receipts) == len(plan.todo):
+                work()
+
+    return jobs.score(plan, on_progress)
+
+
+def chunks_of(plan: ScorePlan) -> list[ScoredChunk]:
+    """The scored chunks of all shards, in order."""
+    scorer = Scorer(StoredDetectors(plan.artifact, Storage()), plan.spec)
+    scored = Stream(plan, partial(score_and_write, scorer, plan.sink), 1, 1).scored()
+    return sorted(scored, key=lambda chunk: (chunk.facts.shard, chunk.facts.number))
+
+
+def committed(committer: Committer, chunks: list[ScoredChunk]) -> list[int]:
+    """Adds chunks; returns the shards that they complete."""
+    receipts = [receipt for chunk in chunks for receipt in committer.add(chunk)] + committer.finish()
+    return [receipt.shard for receipt in receipts]
 
 
 def stored(name: str) -> dict[str, Any]:
@@ -63,16 +86,14 @@ def test_a_record_that_was_removed_before_the_end_leaves_the_run_unfinished() ->
 
 def test_results_that_were_removed_in_mid_run_are_noticed_at_the_next_commit() -> None:
     plan = planned()
-    parts: list[Part] = []
-
-    def on_part(part: Part, receipt: Receipt | None) -> None:
-        parts.append(part)
-        if receipt is not None and receipt.shard == 0:
-            Storage().delete_folder(RESULTS)
-
-    with pytest.raises(StorageError, match=r"run\.json: was removed") as e:
-        jobs.score(plan, on_part)
-    assert e.value.exit_code == 1 and {part.shard for part in parts} == {0, 1}
+    chunks = chunks_of(plan)
+    plan.begin()
+    with Committer(plan) as committer:
+        assert committed(committer, chunks[:2]) == [0]
+        Storage().delete_folder(RESULTS)
+        with pytest.raises(StorageError, match=r"run\.json: was removed") as e:
+            committed(committer, chunks[2:4])
+    assert e.value.exit_code == 1
     assert not Storage().exists(f"{RESULTS}/manifest.json") and not Storage().exists(f"{RESULTS}/ledger")
     assert run()[1]["rows"] == 17
 
@@ -92,7 +113,7 @@ def test_what_a_listing_lacks_is_asked_for_by_itself(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("how", ["gone", "cut"])
 def test_a_file_of_a_committed_shard_that_is_not_whole_leaves_the_run_unfinished(how: str) -> None:
-    plan, lost = planned("sink.heatmaps=all"), f"{RESULTS}/heatmaps/00001-0000.zip"
+    plan, lost = planned("sink.heatmaps=all"), f"{RESULTS}/heatmaps/shard=00001/part-0000.zip"
 
     def harm() -> None:
         if how == "gone":
@@ -101,7 +122,7 @@ def test_a_file_of_a_committed_shard_that_is_not_whole_leaves_the_run_unfinished
             Storage().write(lost, Storage().read(lost)[:-1])
 
     with pytest.raises(
-        StorageError, match=r"1 files of committed shards .*\(heatmaps/00001-0000\.zip\).* verify .*--repair"
+        StorageError, match=r"1 files of committed shards .*\(heatmaps/shard=00001/part-0000\.zip\).* verify .*--repair"
     ):
         at_the_end(plan, harm)
     assert not Storage().exists(f"{RESULTS}/manifest.json")
@@ -170,17 +191,15 @@ def test_a_driver_whose_run_json_arrives_after_another_job_has_scored_gives_way(
 
 def test_a_driver_whose_directory_was_taken_over_stops_at_its_next_commit() -> None:
     mine, other = planned(), other_plan()
-    receipts: list[Receipt] = []
-
-    def on_part(part: Part, receipt: Receipt | None) -> None:
-        receipts.extend([receipt] if receipt else [])
-        if len(receipts) == 1:
-            body = {"format_version": 1, **other.run}
-            Storage().write(f"{RESULTS}/run.json", json.dumps(body).encode())
-
-    with pytest.raises(ResumeError, match=r"another job took the results directory over .*artifact: ") as e:
-        jobs.score(mine, on_part)
-    assert e.value.exit_code == 2 and len(receipts) == 1 and mine.ledger.committed() == {0}
+    chunks = chunks_of(mine)
+    mine.begin()
+    with Committer(mine) as committer:
+        assert committed(committer, chunks[:2]) == [0]
+        body = {"format_version": 1, **other.run}
+        Storage().write(f"{RESULTS}/run.json", json.dumps(body).encode())
+        with pytest.raises(ResumeError, match=r"another job took the results directory over .*artifact: ") as e:
+            committed(committer, chunks[2:4])
+    assert e.value.exit_code == 2 and mine.ledger.committed() == {0}
     with pytest.raises(ResumeError, match="committed shard 00000 is of another job"):
         Storage().delete(f"{RESULTS}/run.json")
         planned("artifact=memory://data/other")

@@ -48,10 +48,10 @@ def test_status_report_and_exports_work(results: list[str], tmp_path: Path, obje
 def test_damage_in_a_bucket_is_found_and_repaired(results: list[str], object_store: ObjectStore) -> None:
     assert "3 shards, 3 parts, 3 heatmap zips: all intact." in output_of("verify", *results)
     object_store.storage.delete(f"{results[0]}/scores/shard=00001/part-0000.parquet")
-    object_store.storage.write(f"{results[0]}/heatmaps/00002-0000.zip", b"PK")
+    object_store.storage.write(f"{results[0]}/heatmaps/shard=00002/part-0000.zip", b"PK")
     ended = CliRunner().invoke(main, ["verify", *results, "--repair"], catch_exceptions=False)
     assert ended.exit_code == 1 and "(scores/shard=00001/part-0000.parquet)" in ended.output
-    assert "(heatmaps/00002-0000.zip)" in ended.output
+    assert "(heatmaps/shard=00002/part-0000.zip)" in ended.output
     assert "not finished" in output_of("status", *results) and "1 of 3 committed" in output_of("status", *results)
     assert "1 shards, 1 parts, 1 heatmap zips: all intact." in output_of("verify", *results)
     missing = CliRunner().invoke(main, ["verify", f"{results[0]}/nowhere", *results[1:]])

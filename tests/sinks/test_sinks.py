@@ -22,10 +22,12 @@ from raydetect.export.table import write_csv
 from raydetect.records import Chunk, Receipt, Row
 from raydetect.sinks.heatmaps import map_png, overlay_png, ramp_colours, read_map_png
 from raydetect.sinks.ledger import Ledger
-from raydetect.sinks.parquet import SCHEMA, ResultsSink, encode_rows, zip_pictures
+from raydetect.sinks.parquet import ResultsSink, encode_rows, zip_pictures
 from raydetect.sinks.rows import read_part, read_rows
 from raydetect.sinks.run_progress import labelled_auroc, progress
+from raydetect.sinks.scored_chunk import SCHEMA
 from raydetect.storage import Storage
+from tests.builders.ledgers import write_part
 
 GOLDEN = [
     "key: string not null",
@@ -80,7 +82,7 @@ def write_run(uri: str, shards: int = 3) -> Ledger:
         parts = []
         for number in range(2):
             chunk = Chunk(shard, number, number == 1, ())
-            parts.append(sink.write(chunk, rows(chunk), {0: b"png0", 4: b"png4"}))
+            parts.append(write_part(sink, chunk, rows(chunk), {0: b"png0", 4: b"png4"}))
         statuses = {"ok": 10, "empty": 2}
         sink.commit(Receipt(shard=shard, uri="u", fingerprint="f", rows=12, statuses=statuses, parts=tuple(parts)))
     return ledger
@@ -97,7 +99,7 @@ def test_compression_is_zstd_and_bytes_are_repeatable() -> None:
     data = encode_rows(rows(Chunk(0, 0, True, ())))
     assert pq.ParquetFile(io.BytesIO(data)).metadata.row_group(0).column(0).compression == "ZSTD"
     assert data == encode_rows(rows(Chunk(0, 0, True, ())))
-    assert zip_pictures({2: b"b", 1: b"a"}) == zip_pictures({1: b"a", 2: b"b"})
+    assert zip_pictures({"2": b"b", "1": b"a"}) == zip_pictures({"1": b"a", "2": b"b"})
 
 
 def test_duckdb_pandas_and_pyarrow_read_the_scores(tmp_path: Path) -> None:
@@ -122,7 +124,7 @@ def test_notes_are_counted_and_reported(tmp_path: Path) -> None:
         replace(row, note=note)
         for row, note in zip(rows(chunk, 2), ("exif_ignored; pages_not_read: 3", "", "exif_ignored"), strict=True)
     ]
-    part = sink.write(chunk, noted, {})
+    part = write_part(sink, chunk, noted, {})
     assert part.notes == {"exif_ignored": 2, "pages_not_read": 1}
     ledger = Ledger(f"file://{tmp_path}", Storage())
     ledger.begin({"result": {"spec": {}}, "num_shards": 1})
@@ -159,8 +161,8 @@ def test_writing_a_chunk_twice_changes_nothing(tmp_path: Path) -> None:
     before = {p: p.read_bytes() for p in (tmp_path / "scores").rglob("*.parquet")}
     write_run(f"file://{tmp_path}")
     assert before == {p: p.read_bytes() for p in (tmp_path / "scores").rglob("*.parquet")}
-    with zipfile.ZipFile(tmp_path / "heatmaps" / "00001-0000.zip") as archive:
-        assert archive.namelist() == ["000000.png", "000004.png"]
+    with zipfile.ZipFile(tmp_path / "heatmaps" / "shard=00001" / "part-0001.zip") as archive:
+        assert archive.namelist() == ["0001-000000.png", "0001-000004.png"]
         assert {info.compress_type for info in archive.infolist()} == {zipfile.ZIP_STORED}
 
 

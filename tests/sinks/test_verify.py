@@ -22,7 +22,7 @@ from tests.local.test_local import SCORE, fit, rows, run
 from tests.sinks.test_sinks import rows as some_rows
 
 PART = "scores/shard=00001/part-0000.parquet"
-ZIP = "heatmaps/00001-0000.zip"
+ZIP = "heatmaps/shard=00001/part-0000.zip"
 
 
 def call(*arguments: str) -> Result:
@@ -111,8 +111,8 @@ def test_a_damaged_file_is_named_and_its_record_removed(
         ({"shard": 2}, "damaged_records", "ledger/00001.json"),
         ({"part": {"flagged": 3}}, "counts", PART),
         ({"part": {"statuses": {"ok": 2, "empty": 2}}}, "counts", PART),
-        ({"part": {"heatmaps": 2}}, "counts", ZIP),
-        ({"part": {"heatmap_path": ""}}, "counts", PART),
+        ({"part": {"heatmaps": 2}}, "counts", PART),
+        ({"part": {"zips": ()}}, "counts", PART),
         ({"part": {"path": "../../elsewhere"}}, "missing_files", "../../elsewhere"),
         ({"part": {"last": False}}, "damaged_records", "ledger/00001.json"),
     ],
@@ -133,10 +133,15 @@ def test_an_invalid_part_with_the_recorded_sha256(ledger: Ledger) -> None:
     """The sha256 matches, so the content itself must be checked."""
     import hashlib
 
-    for name, entry in ((PART, "sha256"), (ZIP, "heatmap_sha256")):
+    digest = hashlib.sha256(b"PAR1 no more").hexdigest()
+    for name in (PART, ZIP):
         path_of(ledger, name).write_bytes(b"PAR1 no more")
-        digest = hashlib.sha256(b"PAR1 no more").hexdigest()
-        rewrite_record(ledger, 1, lambda body, entry=entry, digest=digest: body["parts"][0].update({entry: digest}))
+
+    def change(body: dict[str, Any]) -> None:
+        (part,) = body["parts"]
+        part["sha256"] = part["zips"][0]["sha256"] = digest
+
+    rewrite_record(ledger, 1, change)
     found = checked(ledger)
     assert found.damage["broken_files"].names == [PART, ZIP]
 
@@ -210,12 +215,12 @@ def test_a_manifest_with_other_sums_or_missing_records(ledger: Ledger) -> None:
 
 
 def test_files_of_killed_runs_are_counted_and_stay(ledger: Ledger) -> None:
-    for name in ("scores/shard=00001/part-0007.parquet", "heatmaps/00009-0000.zip"):
+    for name in ("scores/shard=00001/part-0007.parquet", "heatmaps/shard=00009/part-0000.zip"):
         path_of(ledger, name).parent.mkdir(parents=True, exist_ok=True)
         path_of(ledger, name).write_bytes(b"x")
     ended = call("verify", ledger.uri, "--repair")
     assert ended.exit_code == 0 and "files that no record names: 2" in ended.output and "all intact." in ended.output
-    assert path_of(ledger, "heatmaps/00009-0000.zip").exists() and ledger.manifest() is not None
+    assert path_of(ledger, "heatmaps/shard=00009/part-0000.zip").exists() and ledger.manifest() is not None
 
 
 def test_a_directory_without_a_run(ledger: Ledger, tmp_path: Path) -> None:
@@ -250,8 +255,8 @@ def test_a_run_is_repaired_by_the_same_job(tmp_path: Path) -> None:
     expected = rows(plan)
     assert {receipt.run for receipt in plan.ledger.receipts()} == {rows_digest(plan.run)}
     whole = call("verify", SCORE["sink"]["uri"])
-    assert whole.exit_code == 0 and "3 shards, 6 parts, 6 heatmap zips: all intact." in whole.output
-    for name in ("scores/shard=00000/part-0001.parquet", "heatmaps/00002-0000.zip"):
+    assert whole.exit_code == 0 and "3 shards, 3 parts, 3 heatmap zips: all intact." in whole.output
+    for name in ("scores/shard=00000/part-0000.parquet", "heatmaps/shard=00002/part-0000.zip"):
         data = plan.ledger.storage.read(f"{plan.ledger.uri}/{name}")
         plan.ledger.storage.write(f"{plan.ledger.uri}/{name}", data[:-1] + bytes([data[-1] ^ 1]))
     ended = call("verify", plan.ledger.uri, "--repair")

@@ -24,6 +24,7 @@ from raydetect.records import Chunk, Receipt
 from raydetect.sinks.parquet import ResultsSink
 from raydetect.storage import Scratch, Storage, local_files, remove_leftovers, whole_file, whole_text
 from tests.builders.archives import mixed_files, normal_files, pack
+from tests.builders.ledgers import write_part
 from tests.builders.results import make_results, names_of
 from tests.local.test_local import fit, rows, run
 from tests.sinks.test_sinks import rows as some_rows
@@ -117,9 +118,15 @@ def test_parts_are_on_the_disk_before_the_record_that_names_them(
     monkeypatch.setattr(os, "replace", noted_rename)
     chunk = Chunk(0, 0, True, ())
     sink = ResultsSink(f"file://{tmp_path}", Storage())
-    part = sink.write(chunk, some_rows(chunk), {0: b"png"})
+    part = write_part(sink, chunk, some_rows(chunk), {0: b"png"})
     sink.commit(Receipt(shard=0, uri="u", fingerprint="f", rows=6, statuses=part.statuses, parts=(part,)))
-    heatmap = ["sync .", "sync data", "rename heatmaps/00000-0000.zip", "sync heatmaps"]
+    heatmap = [
+        "sync .",
+        "sync heatmaps",
+        "sync data",
+        "rename heatmaps/shard=00000/part-0000.zip",
+        "sync heatmaps/shard=00000",
+    ]
     rows = [
         "sync .",
         "sync scores",

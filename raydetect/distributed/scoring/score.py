@@ -1,10 +1,6 @@
-"""Scoring on Ray Data: read tasks feed actors, actors write parts and the driver commits shards."""
+"""Scoring on Ray Data: read tasks feed actors, actors score chunks and the driver commits shards."""
 
-import json
-import socket
-import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -12,18 +8,18 @@ from ray.data import ActorPoolStrategy
 
 from raydetect.artifacts.fleet import ArtifactIndex
 from raydetect.config import ScoreSpec
-from raydetect.config.validation import to_plain, validate
 from raydetect.distributed.chunk_dataset import Reading, chunk_dataset, unpack_chunks
 from raydetect.distributed.ray_errors import deliberate, translated
 from raydetect.distributed.scoring.bank_actors import Bank, bank_actors
 from raydetect.distributed.session import session
 from raydetect.errors import RaydetectError, SpecError, error_of, error_text
-from raydetect.planning.plan import Committer, ScorePlan, finish
-from raydetect.records import Part, Receipt
+from raydetect.planning.committer import OnProgress, commit_all
+from raydetect.planning.plan import ScorePlan, finish
 from raydetect.sinks.parquet import ResultsSink
+from raydetect.sinks.scored_chunk import ScoredChunk
 from raydetect.storage import Storage
 
-CHUNKS_WAITING_PER_ACTOR = 2
+CHUNKS_IN_FLIGHT, CHUNKS_WAITING = 4, 2  # per actor
 
 
 class ScoreActor:
@@ -45,6 +41,7 @@ class ScoreActor:
         import torch
 
         from raydetect.artifacts.store import StoredDetectors
+        from raydetect.scoring.device_queue import DeviceQueue
         from raydetect.scoring.scorer import Scorer
 
         torch.set_num_threads(spec.resources.cpus_per_worker)
@@ -54,42 +51,35 @@ class ScoreActor:
 
             search = RemoteSearch(bank)
         detectors = StoredDetectors(artifact, Storage(spec.storage), search)
-        self.scorer = Scorer(detectors, spec, "cuda" if spec.resources.gpus_per_worker else "cpu")
+        self.scorer = Scorer(detectors, spec, DeviceQueue("cuda" if spec.resources.gpus_per_worker else "cpu"))
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Scores and writes chunks; returns their parts as JSON, or the error that ends the run.
+        """Scores chunks; returns each as `ScoredChunk.to_bytes`, or the error that ends the run.
 
-        The driver would only receive a raised exception as text.
+        Several threads call it, so that decoding and writing overlap with the device. The driver would only receive a
+        raised exception as text.
         """
+        from raydetect.scoring.scorer import score_and_write
+
         try:
-            parts = self._parts(table)
+            if self.failure is not None:
+                raise self.failure
+            scored = [score_and_write(self.scorer, self.sink, chunk).to_bytes() for chunk in unpack_chunks(table)]
         except Exception as error:
             found = deliberate(error)
             if found is None:
                 raise
-            return pa.table({"part": [""], "error": [error_text(found)]})
-        return pa.table({"part": parts, "error": [""] * len(parts)})
-
-    def _parts(self, table: pa.Table) -> list[str]:
-        if self.failure is not None:
-            raise self.failure
-        parts = []
-        for chunk in unpack_chunks(table):
-            started = time.perf_counter()
-            result = self.scorer.score_chunk(chunk)
-            part = self.sink.write(chunk, result.rows, result.pictures, result.clipped_pixels)
-            part = replace(part, seconds=round(time.perf_counter() - started, 3), host=socket.gethostname())
-            parts.append(json.dumps(to_plain(part)))
-        return parts
+            return pa.table({"chunk": pa.array([b""], pa.large_binary()), "error": [error_text(found)]})
+        return pa.table({"chunk": pa.array(scored, pa.large_binary()), "error": [""] * len(scored)})
 
 
-def score(plan: ScorePlan, address: str | None, on_part: Callable[[Part, Receipt | None], None]) -> dict[str, Any]:
+def score(plan: ScorePlan, address: str | None, on_progress: OnProgress) -> dict[str, Any]:
     """Scores the remaining shards of a plan on Ray and returns the manifest.
 
     Args:
         plan: the scoring plan.
         address: cluster address, or None (see `session`).
-        on_part: called with each part, and with the receipt if the part completed its shard.
+        on_progress: called with each scored chunk, and with each receipt.
 
     Raises:
         ArchiveError: a shard or member is bad and the source is set to `fail`.
@@ -100,9 +90,7 @@ def score(plan: ScorePlan, address: str | None, on_part: Callable[[Part, Receipt
     plan.begin()
     if plan.todo:
         with session(address, plan.spec.resources), bank_actors(plan, address) as bank:
-            committer = Committer(plan)
-            for part in _parts(plan, address, bank):
-                on_part(part, committer.add(part))
+            commit_all(plan, _scored(plan, address, bank), on_progress)
     return finish(plan)
 
 
@@ -117,7 +105,7 @@ def refuse_memory_uris(uris: Iterable[str]) -> None:
             raise SpecError(f"{uri}: memory:// is not shared between processes. Use --local or another storage.")
 
 
-def _parts(plan: ScorePlan, address: str | None, bank: Bank | None) -> Iterator[Part]:
+def _scored(plan: ScorePlan, address: str | None, bank: Bank | None) -> Iterator[ScoredChunk]:
     spec, resources = plan.spec, plan.spec.resources
     reading = Reading(
         plan.archive,
@@ -138,13 +126,18 @@ def _parts(plan: ScorePlan, address: str | None, bank: Bank | None) -> Iterator[
         },
         batch_format="pyarrow",
         batch_size=1,
-        compute=ActorPoolStrategy(size=resources.num_workers, max_tasks_in_flight_per_actor=CHUNKS_WAITING_PER_ACTOR),
+        compute=ActorPoolStrategy(
+            size=resources.num_workers,
+            enable_true_multi_threading=True,
+            max_concurrent_calls_per_actor=CHUNKS_IN_FLIGHT,
+            max_tasks_in_flight_per_actor=CHUNKS_IN_FLIGHT + CHUNKS_WAITING,
+        ),
         num_cpus=resources.cpus_per_worker,
         num_gpus=resources.gpus_per_worker,
     )
     with translated(address):
         for batch in scored.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            for row in batch.to_pylist():
-                if row["error"]:
-                    raise error_of(row["error"])
-                yield validate(Part, json.loads(row["part"]), "a part")
+            for data, error in zip(batch["chunk"], batch["error"].to_pylist(), strict=True):
+                if error:
+                    raise error_of(error)
+                yield ScoredChunk.from_bytes(data.as_buffer())

@@ -17,7 +17,7 @@ from raydetect.config.validation import digest
 from raydetect.distributed.serving.replica_calls import model_id
 from raydetect.errors import ArtifactError, RaydetectError
 from raydetect.gateway.single_images import online_spec
-from raydetect.records import OK, Answer, Chunk, Member, Part
+from raydetect.records import OK, Answer, Chunk, Member
 from raydetect.sinks.parquet import ResultsSink
 from raydetect.storage import Storage, normalise_uri
 
@@ -58,11 +58,11 @@ class Scorer:
         """Loads as many detectors of the job file as fit in memory; Serve waits for it to return."""
         import torch
 
-        from raydetect.scoring.priority import PriorityLock
+        from raydetect.scoring.device_queue import DeviceQueue
 
         torch.set_num_threads(spec.resources.cpus_per_worker)
-        self._storage, self._device_lock, self._meters = Storage(spec.storage), PriorityLock(), _Meters()
-        self._device = "cuda" if spec.resources.gpus_per_worker else "cpu"
+        self._storage, self._meters = Storage(spec.storage), _Meters()
+        self._queue = DeviceQueue("cuda" if spec.resources.gpus_per_worker else "cpu")
         room = spec.resources.detectors_in_memory
         self._get = serve.multiplexed(max_num_models_per_replica=room)(self._loader())
         self._batched.set_max_batch_size(spec.batch_size)
@@ -79,7 +79,7 @@ class Scorer:
 
         async def load(model: str) -> ScorerPool:
             index = await asyncio.to_thread(self._index, model)
-            return ScorerPool(SharedDetectors(index, self._storage, self._device_lock), self._device, self._device_lock)
+            return ScorerPool(SharedDetectors(index, self._storage), self._queue)
 
         return load
 
@@ -140,13 +140,13 @@ class Scorer:
             return [error] * len(requests)
         return found
 
-    async def score_chunk(self, model: str, chunk: Chunk, spec: ScoreSpec, sink: ResultsSink) -> Part:
-        """Scores an archive chunk and writes its part."""
+    async def score_chunk(self, model: str, chunk: Chunk, spec: ScoreSpec, sink: ResultsSink) -> bytes:
+        """Scores an archive chunk; returns `ScoredChunk.to_bytes`."""
         warm = await self._get(model)
 
-        def work() -> Part:
+        def work() -> bytes:
             result = warm.score_chunk(chunk, spec)
             self._meters.count((row.status for row in result.rows), "archive")
-            return sink.write(chunk, result.rows, result.pictures, result.clipped_pixels)
+            return sink.write(chunk, result.rows, result.pictures, result.clipped_pixels).to_bytes()
 
         return await asyncio.to_thread(work)

@@ -17,7 +17,8 @@ from raydetect.distributed.serving.loopback import listen_on_loopback
 from raydetect.gateway.backend import Busy, Served
 from raydetect.gateway.single_images import online_spec
 from raydetect.planning.plan import ScorePlan
-from raydetect.records import Chunk, Part
+from raydetect.records import Chunk
+from raydetect.sinks.scored_chunk import ScoredChunk
 
 APP, SCORER, CONTROLLER, INGRESS = "raydetect", "Scorer", "Desk", "Door"
 CHUNKS_PER_REPLICA = 2  # archive chunks in flight per replica; also the target load for autoscaling
@@ -91,7 +92,7 @@ async def tried(call: Callable[[], Awaitable[Any]]) -> Any:
             raise translate(error, None) from error
 
 
-def send_chunk(scorer: DeploymentHandle, plan: ScorePlan, chunk: Chunk) -> Part:
+def send_chunk(scorer: DeploymentHandle, plan: ScorePlan, chunk: Chunk) -> ScoredChunk:
     """Scores a chunk on a replica; retries if the replica was lost, which is safe as it writes the same files.
 
     Raises:
@@ -99,8 +100,8 @@ def send_chunk(scorer: DeploymentHandle, plan: ScorePlan, chunk: Chunk) -> Part:
     """
     for left in reversed(range(TRIES)):
         try:
-            part: Part = scorer.score_chunk.remote(model_id(plan.artifact), chunk, plan.spec, plan.sink).result()
-            return part
+            data: bytes = scorer.score_chunk.remote(model_id(plan.artifact), chunk, plan.spec, plan.sink).result()
+            return ScoredChunk.from_bytes(data)
         except LOST as error:
             if not left:
                 raise translate(error, None) from error

@@ -21,9 +21,9 @@ from raydetect.distributed.session import session
 from raydetect.errors import SpecError
 from raydetect.gateway.backend import load_served
 from raydetect.gateway.http.tokens import Tokens
-from raydetect.gateway.runs.stream import Stream
-from raydetect.planning.plan import Committer, ScorePlan, finish
-from raydetect.records import Part, Receipt
+from raydetect.planning.committer import OnProgress, commit_all
+from raydetect.planning.plan import ScorePlan, finish
+from raydetect.planning.stream import Stream
 from raydetect.storage import Storage
 
 CONTROLLER_SECONDS = 60
@@ -64,15 +64,13 @@ def serve_on_ray(
             serve.shutdown()
 
 
-def score_through(
-    plan: ScorePlan, address: str | None, on_part: Callable[[Part, Receipt | None], None]
-) -> dict[str, Any]:
+def score_through(plan: ScorePlan, address: str | None, on_progress: OnProgress) -> dict[str, Any]:
     """Scores the remaining shards of a plan on the replicas of a cluster's endpoints, and returns the manifest.
 
     Args:
         plan: the scoring plan.
         address: address of the cluster running `raydetect serve`; None uses RAY_ADDRESS.
-        on_part: called with each part, and with the receipt if the part completed its shard.
+        on_progress: called with each scored chunk, and with each receipt.
 
     Raises:
         ClusterError: no endpoints run there, or replicas were lost repeatedly; committed shards are kept.
@@ -91,10 +89,8 @@ def score_through(
             except Exception as error:
                 message = f"{address}: no raydetect endpoints run there. Start `raydetect serve` first."
                 raise ClusterError(message) from error
-            committer = Committer(plan)
-            stream = Stream(plan, partial(send_chunk, scorer, plan), in_flight)
-            for part in stream.parts():
-                on_part(part, committer.add(part))
+            stream = Stream(plan, partial(send_chunk, scorer, plan), in_flight, in_flight)
+            commit_all(plan, stream.scored(), on_progress)
     return finish(plan)
 
 

@@ -12,14 +12,16 @@ from raydetect.gateway.allowed_uris import Prefixes
 from raydetect.gateway.backend import RunState, TooMany
 from raydetect.gateway.http.errors import public_message
 from raydetect.gateway.http.limits import BROKE
-from raydetect.gateway.runs.stream import Stopped, Stream
-from raydetect.planning.plan import Committer, ScorePlan, finish, plan_score
-from raydetect.records import Chunk, Part, Shard
+from raydetect.planning.committer import commit_all
+from raydetect.planning.plan import ScorePlan, finish, plan_score
+from raydetect.planning.stream import Stopped, Stream
+from raydetect.records import Chunk, Shard
+from raydetect.sinks.scored_chunk import ScoredChunk
 from raydetect.storage import Storage, normalise_uri
 
 log = logging.getLogger("raydetect.gateway")
 KEPT = 100
-Send = Callable[[ScorePlan, Chunk], Part]
+Send = Callable[[ScorePlan, Chunk], ScoredChunk]
 
 
 @dataclass(slots=True)
@@ -27,7 +29,7 @@ class Runner:
     """The archive runs of one server.
 
     Attributes:
-        send: scores a chunk of a plan, writes its part and returns it.
+        send: scores a chunk of a plan.
         in_flight: chunks in flight per run.
         max_runs: concurrent runs.
         sources: prefixes of allowed images; links that lead outside them are left out.
@@ -93,9 +95,8 @@ class Runner:
     def _run(self, plan: ScorePlan, stop: threading.Event) -> None:
         uri = plan.ledger.uri
         try:
-            committer = Committer(plan)
-            for part in Stream(plan, lambda chunk: self.send(plan, chunk), self.in_flight, stop).parts():
-                committer.add(part)
+            stream = Stream(plan, lambda chunk: self.send(plan, chunk), self.in_flight, self.in_flight, stop)
+            commit_all(plan, stream.scored(), lambda _: None)
             finish(plan)
             state = RunState(uri, "finished")
         except Stopped:

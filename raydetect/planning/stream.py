@@ -1,4 +1,4 @@
-"""Streams an archive to warm detectors: reads chunks here and sends a bounded number at a time."""
+"""Streams an archive: threads read chunks ahead and send a bounded number at a time to be scored."""
 
 import queue
 import threading
@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from raydetect.archives.chunks import read_chunks
 from raydetect.planning.plan import ScorePlan
-from raydetect.records import Chunk, Part, Shard
+from raydetect.records import Chunk, Shard
+from raydetect.sinks.scored_chunk import ScoredChunk
 
 POLL_SECONDS = 0.2
 
@@ -23,46 +24,56 @@ class Stream:
 
     Attributes:
         plan: the job.
-        send: scores a chunk, writes its part and returns it; called from several threads.
-        in_flight: chunks being scored at a time; up to as many more are read ahead.
+        send: scores a chunk; called from several threads.
+        in_flight: chunks being scored at a time; as many more may be read ahead, and twice as many may be scored but
+            not yet taken.
+        readers: shards being read at a time, each with one more chunk in memory.
         stop: set to end the stream.
     """
 
     plan: ScorePlan
-    send: Callable[[Chunk], Part]
+    send: Callable[[Chunk], ScoredChunk]
     in_flight: int
+    readers: int
     stop: threading.Event = field(default_factory=threading.Event)
     _chunks: "queue.Queue[Chunk]" = field(init=False)
-    _done: "queue.Queue[Part | BaseException | None]" = field(default_factory=queue.Queue)
+    _done: "queue.Queue[ScoredChunk | BaseException | None]" = field(default_factory=queue.Queue)
+    _room: threading.Semaphore = field(init=False)
+    _abandoned: threading.Event = field(default_factory=threading.Event)
     _readers_ended: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self._chunks = queue.Queue(self.in_flight)
+        self._room = threading.Semaphore(2 * self.in_flight)
 
-    def parts(self) -> Iterator[Part]:
-        """Yields the parts of all remaining chunks as they complete.
+    def scored(self) -> Iterator[ScoredChunk]:
+        """Yields all remaining chunks as they are scored.
 
         Raises:
             RaydetectError: the first error of `send` or the archive; no more chunks are sent.
             Stopped: `stop` was set; chunks in flight were scored.
         """
-        with ThreadPoolExecutor(2 * self.in_flight, thread_name_prefix="stream") as pool:
-            for i in range(self.in_flight):
-                pool.submit(self._guarded, self._read, self.plan.todo[i :: self.in_flight])
+        threads = self.readers + self.in_flight
+        with ThreadPoolExecutor(threads, thread_name_prefix="stream") as pool:
+            for i in range(self.readers):
+                pool.submit(self._guarded, self._read, self.plan.todo[i :: self.readers])
+            for _ in range(self.in_flight):
                 pool.submit(self._guarded, self._score)
             try:
-                yield from self._collected(2 * self.in_flight)
+                yield from self._collected(threads)
             finally:
                 self.stop.set()
+                self._abandoned.set()
 
-    def _collected(self, threads: int) -> Iterator[Part]:
+    def _collected(self, threads: int) -> Iterator[ScoredChunk]:
         first_error: BaseException | None = None
         while threads:
             item = self._done.get()
             if item is None:
                 threads -= 1
-            elif isinstance(item, Part):
+            elif isinstance(item, ScoredChunk):
+                self._room.release()
                 yield item
             else:
                 first_error = first_error or item
@@ -107,7 +118,11 @@ class Stream:
                 if all_read:
                     return
                 continue
-            self._done.put(self.send(chunk))
+            scored = self.send(chunk)
+            while not self._room.acquire(timeout=POLL_SECONDS):
+                if self._abandoned.is_set():
+                    return
+            self._done.put(scored)
 
     def _all_read(self) -> bool:
-        return self._readers_ended == self.in_flight
+        return self._readers_ended == self.readers
