@@ -168,7 +168,7 @@ class Scorer:
     def _scored(self, loaded: LoadedDetector, positions: list[int], work: "_Work") -> Iterator[Scored]:
         """Scores the images at `positions`; stores their headers in `work`."""
         members = [work.chunk.members[position] for position in positions]
-        decoded = decode_all(members, self.rules, loaded.image_size, self.decode_threads)
+        decoded = decode_all(members, self.rules, loaded.preprocess, self.decode_threads)
         noted = _note(decoded, positions, work.headers)
         for item in score_batches(loaded.detector, noted, self.spec.batch_size, self._lock):
             yield replace(item, position=positions[item.position])
