@@ -57,9 +57,9 @@ def fit_worker(
 def _read(
     spec: FitSpec, source: SourceSpec, chunks: Iterable[Chunk], group: Group, on_progress: ProgressCallback, phase: str
 ) -> tuple[ImageCache, ReadFacts]:
-    preprocess = fit_preprocess(spec)
     threads = spec.resources.cpus_per_worker
     with shared_errors(group):
+        preprocess = fit_preprocess(spec)
         cache, found = read_images(chunks, source, preprocess, threads, lambda done: on_progress(phase, done, None))
     read = found.judge(group, spec.max_bad_fraction, ", ".join(source.uris()))
     drop_duplicates(cache, group)
