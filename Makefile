@@ -44,6 +44,7 @@ bench: $(STAMP) ## every benchmark of jobs/bench (long)
 	$(BIN)/python -m jobs.bench.coreset
 	$(BIN)/python -m jobs.bench.training
 	$(BIN)/python -m jobs.bench.serve
+	$(BIN)/python -m jobs.bench.jpeg
 
 reproduce: $(STAMP) ## fit every detector on real images and compare (long)
 	$(BIN)/python -m jobs.reproduce.run

@@ -28,6 +28,7 @@ from raydetect.blocks.seeding import keyed_generator
 from raydetect.detectors._registry import build_detector
 from raydetect.fitting.image_cache import CachedImage, ImageCache
 from raydetect.fitting.train import Trainer
+from raydetect.images.preprocess import Preprocess
 from tests.builders.images import normal_image
 
 BARE: dict[str, Any] = {"post_processor": False, "evaluator": False, "visualizer": False}
@@ -116,7 +117,7 @@ def our_step(peer: Peer, images_BHWC: np.ndarray) -> Callable[[], object]:
     params = {**peer.params, "image_size": list(size), "batch_size": peer.images}
     detector = build_detector(peer.name, params)
     detector.load_weights()
-    cache = ImageCache(size)
+    cache = ImageCache(Preprocess(size))
     for number, image_HWC in enumerate(images_BHWC):
         cache.add(CachedImage(f"{number:04d}", None, None), image_HWC)
     trainer = Trainer(detector, cache, list(cache.images), Group())

@@ -12,16 +12,18 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
 from raydetect import __version__
-from raydetect.config.validation import validate
+from raydetect.config import JpegScale
+from raydetect.config.validation import STRICT, validate
 from raydetect.errors import ArtifactError, MissingError, SpecError
+from raydetect.images.preprocess import Preprocess
 from raydetect.storage import Storage, join_uri
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: `preprocess` states how images are decoded, which readers of format 1 would not know
 # Fleets start at 2, so that readers of format 1 ask for an update instead of reporting a damaged record.
 FORMATS = {"detector": FORMAT_VERSION, "fleet": 2}
 RECORD = "artifact.json"
@@ -86,6 +88,14 @@ class ParamsShape:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PreprocessShape:
+    """Rules of decoding. Unknown ones are refused: images decoded otherwise than for the fit get other scores."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    jpeg_scale: JpegScale = "full"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TensorsShape:
     """Entry of the safetensors file."""
 
@@ -126,6 +136,7 @@ class RecordShape:
     seed: Count
     tensors: TensorsShape
     calibration: CalibrationShape
+    preprocess: PreprocessShape = field(default_factory=PreprocessShape)  # artifacts of format 1 have none
     bank: BankShape | None = None
     images: Mapping[str, Count] = field(default_factory=dict)
     images_per_second: Annotated[Finite, Field(ge=0)] = 0.0
@@ -167,6 +178,11 @@ class ArtifactRecord:
         """(height, width) in px to which images are resized."""
         height, width = self.body["params"]["image_size"]
         return height, width
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """How images are decoded for the detector; without an entry (format 1), JPEGs are decoded in full."""
+        return Preprocess(self.image_size, self.body.get("preprocess", {}).get("jpeg_scale", "full"))
 
     def require_bank(self, pieces: int) -> tuple[int, int]:
         """Returns (rows, dims) of a memory bank that will be split into pieces.

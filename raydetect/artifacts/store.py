@@ -100,7 +100,7 @@ def save_artifact(
         name: detector name.
         detector: a fitted detector.
         calibration: scores of held-out normal images.
-        facts: further entries of the record: spec, weights, counts, times.
+        facts: further entries of the record: preprocess, spec, weights, counts, times.
 
     Raises:
         ArtifactError: a tensor has values that are not finite.

@@ -3,13 +3,13 @@
 from raydetect.archives.formats.loose_files import loose_names
 from raydetect.archives.open import open_archive
 from raydetect.archives.path_patterns import Naming
-from raydetect.artifacts.record import read_record
 from raydetect.check.locations import Check, first_shard, reachable
 from raydetect.config import FitSpec, ResourceSpec, source_storage
 from raydetect.detectors._ensemble import learns_from_labels, parts
 from raydetect.detectors._registry import build_from
 from raydetect.errors import SpecError
-from raydetect.storage import Storage, normalise_uri
+from raydetect.fitting.image_cache import fit_preprocess
+from raydetect.storage import Storage
 
 
 def fit_checks(spec: FitSpec) -> list[Check]:
@@ -41,7 +41,7 @@ def _trainable(spec: FitSpec) -> None:
     if spec.extend is not None:
         if "collect" not in phases:
             raise SpecError(f"extend: {spec.detector.name} has no memory bank to extend. Fit it again on all images.")
-        read_record(normalise_uri(spec.extend), Storage(spec.storage))
+        fit_preprocess(spec)
 
 
 def _labelled(spec: FitSpec) -> None:

@@ -4,13 +4,16 @@ from raydetect.config.audit import AuditSpec, BaselineSpec, WebhookSpec, night_s
 from raydetect.config.calibrate import CalibrateSpec
 from raydetect.config.evaluate import ArchiveSpec, EvaluateSpec, LabelledSpec, Layout
 from raydetect.config.fit import (
+    AT_LEAST_2X,
     ENSEMBLE,
     FIT_CHUNK_BYTES,
     FIT_CHUNK_IMAGES,
     CalibrationSpec,
     DetectorSpec,
     FitSpec,
+    JpegScale,
     MemberSpec,
+    PreprocessSpec,
     Preset,
 )
 from raydetect.config.jobs import (
@@ -28,6 +31,7 @@ from raydetect.config.shared import FlagSpec, MiB, ResourceSpec, SourceSpec, Sto
 from raydetect.moved_modules import names_of
 
 __all__ = [
+    "AT_LEAST_2X",
     "ENSEMBLE",
     "FIT_CHUNK_BYTES",
     "FIT_CHUNK_IMAGES",
@@ -43,11 +47,13 @@ __all__ = [
     "FlagSpec",
     "Heatmaps",
     "JobSpec",
+    "JpegScale",
     "LabelledSpec",
     "Layout",
     "LimitSpec",
     "MemberSpec",
     "MiB",
+    "PreprocessSpec",
     "Preset",
     "ResourceSpec",
     "ScoreSpec",

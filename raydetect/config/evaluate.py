@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
-from raydetect.config.fit import DetectorSpec
+from raydetect.config.fit import DetectorSpec, PreprocessSpec
 from raydetect.config.shared import ResourceSpec, SourceSpec, StorageOptions
 from raydetect.config.validation import STRICT
 
@@ -64,6 +64,7 @@ class EvaluateSpec:
     holdout_ratio: Annotated[
         float, Field(gt=0, lt=1, description="as in a fit job, so that detectors are the same")
     ] = 0.1
+    preprocess: PreprocessSpec = field(default_factory=PreprocessSpec)
     batch_size: Annotated[int, Field(ge=1, description="images in one forward pass")] = 16
     storage: Annotated[StorageOptions, Field(description="storage for everything that has none of its own")] = field(
         default_factory=StorageOptions

@@ -9,6 +9,8 @@ from raydetect.config.shared import MiB, ResourceSpec, SourceSpec, StorageOption
 from raydetect.config.validation import STRICT
 
 Preset = Literal["paper", "smoke"]
+JpegScale = Literal["at_least_2x", "full"]
+AT_LEAST_2X: JpegScale = "at_least_2x"
 ENSEMBLE = "ensemble"
 FIT_CHUNK_IMAGES, FIT_CHUNK_BYTES = 64, 128 * MiB  # chunk size of a fit; does not affect the artifact
 
@@ -79,6 +81,21 @@ class CalibrationSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PreprocessSpec:
+    """How images become the input of the detector; the artifact records it, and whatever scores with it follows."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    jpeg_scale: Annotated[
+        JpegScale | None,
+        Field(
+            description="at_least_2x: JPEGs are decoded at the smallest of 1/1, 1/2, 1/4 and 1/8 of their size whose "
+            "sides have at least twice the px of the input's, which is several times as fast for large ones; full: at "
+            "their own size. none = at_least_2x, or with extend the rule of its artifact"
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FitSpec:
     """`kind: fit`: fits a detector on images and writes an artifact."""
 
@@ -116,6 +133,7 @@ class FitSpec:
         int, Field(ge=0, description="lost workers or nodes that a fit tolerates before it fails")
     ] = 3
     calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
+    preprocess: PreprocessSpec = field(default_factory=PreprocessSpec)
     max_bad_fraction: Annotated[
         float, Field(ge=0, le=1, description="more bad images than this share: exit 3, no artifact")
     ] = 0.05

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from raydetect.artifacts.store import Artifact
 from raydetect.config import SourceSpec
 from raydetect.detectors._base import Detector
 from raydetect.errors import MemberError, RaydetectError, StorageError
@@ -99,12 +100,12 @@ class Masks:
 
 
 def evaluate_images(
-    detector: Detector, chunks: Iterable[Chunk], source: SourceSpec, storage: Storage, batch_size: int, threads: int
+    artifact: Artifact, chunks: Iterable[Chunk], source: SourceSpec, storage: Storage, batch_size: int, threads: int
 ) -> EvaluationOutcome:
     """Scores labelled images and summarises their scores and maps.
 
     Args:
-        detector: fitted, on its device.
+        artifact: the fitted detector, on its device, with its rules of decoding.
         chunks: encoded images.
         source: the job file's settings for them.
         storage: gives access to the masks.
@@ -116,12 +117,12 @@ def evaluate_images(
         ValueError: a score or map is not finite.
     """
     found, started = EvaluationOutcome(Quality()), time.perf_counter()
-    size, rules = detector.params.image_size, DecodeRules.of(source)
+    rules = DecodeRules.of(source)
     masks = Masks(storage, rules, source.max_image_bytes)
     for chunk in chunks:
-        pixels = list(decode_all(chunk.members, rules, size, threads))
+        pixels = list(decode_all(chunk.members, rules, artifact.record.preprocess, threads))
         found.bad += sum(item.image_HWC is None for item in pixels)
-        _evaluate_chunk(detector, chunk, pixels, found, masks, batch_size)
+        _evaluate_chunk(artifact.detector, chunk, pixels, found, masks, batch_size)
     found.seconds = time.perf_counter() - started
     return found
 

@@ -39,12 +39,13 @@ def run_cell(evaluation: Evaluation, cell: Cell, on_progress: ProgressCallback) 
     fit_spec = _fit_spec(evaluation, cell, uri)
     report = fit_worker(fit_spec, _chunks(evaluation, cell, "train"), None, Group(), on_progress, device)
     assert report is not None
-    detector = load_artifact(report.uri, Storage(spec.storage)).detector.to(device)
+    artifact = load_artifact(report.uri, Storage(spec.storage))
+    artifact.detector.to(device)
     source, threads = _source(evaluation, "test"), spec.resources.cpus_per_worker
     masks = Storage(source_storage(spec, source))
     chunks = _chunks(evaluation, cell, "test")
     try:
-        judged = evaluate_images(detector, chunks, source, masks, spec.batch_size, threads)
+        judged = evaluate_images(artifact, chunks, source, masks, spec.batch_size, threads)
         figures = figures_of(judged.quality, spec.replicates)
     except ValueError as error:
         raise EvaluationError(f"{cell.line}, category {cell.category!r}: {error}") from None
@@ -112,6 +113,7 @@ def _fit_spec(evaluation: Evaluation, cell: Cell, uri: str) -> FitSpec:
         "seed": cell.seed,
         "batch_size": spec.batch_size,
         "calibration": {"holdout_ratio": spec.holdout_ratio},
+        "preprocess": spec.preprocess,
         "resources": spec.resources,
     }
     return validate(FitSpec, values, "evaluate")

@@ -28,6 +28,7 @@ from raydetect.fitting.holdout import choose_holdout, choose_images, normal_keys
 from raydetect.fitting.image_cache import ImageCache, ReadFacts
 from raydetect.fitting.timings import Phases, measured_facts, merged_facts
 from raydetect.fitting.train import Trainer
+from raydetect.images.preprocess import Preprocess
 from raydetect.records import FitReport
 from raydetect.storage import Storage, join_uri, normalise_uri
 
@@ -42,12 +43,14 @@ class Fitted:
     Attributes:
         detector: the fitted detector.
         calibration: from held-out normal images.
+        preprocess: how its images were decoded.
         facts: other fields of the artifact's record.
         checkpoints: training checkpoints to delete once the artifact is committed.
     """
 
     detector: Detector
     calibration: Calibration
+    preprocess: Preprocess
     facts: Mapping[str, Any]
     checkpoints: tuple[Checkpoints, ...] = ()
 
@@ -134,8 +137,9 @@ class FitRun:
             **merged_facts(detector.facts(), trained),
             **measured_facts(self.spec, self.phases, self.group, counts),
             **read.plain(),
+            "preprocess": self.cache.preprocess.recorded(),
         }
-        return Fitted(detector, calibration, facts, tuple(checkpoints))
+        return Fitted(detector, calibration, self.cache.preprocess, facts, tuple(checkpoints))
 
     def _run_phases(
         self, part: Detector, number: int | None, keys: list[str], storage: Storage, checkpoints: list[Checkpoints]

@@ -12,16 +12,19 @@ import torch
 
 from raydetect.archives.chunks import refuse_bad_member
 from raydetect.archives.labels import labels_text
+from raydetect.artifacts.record import read_record
 from raydetect.blocks.coresets.group import Group
-from raydetect.config import SourceSpec
+from raydetect.config import AT_LEAST_2X, FitSpec, SourceSpec
 from raydetect.config.validation import to_plain
 from raydetect.detectors._base import Batch
+from raydetect.detectors._registry import build_from
 from raydetect.errors import SpecError, TooManyBadRows
 from raydetect.images.decode import Pixels, decode_all
 from raydetect.images.opening import DecodeRules
+from raydetect.images.preprocess import Preprocess
 from raydetect.left_out import LeftOutCount, left_out_of, left_out_text
 from raydetect.records import OK, Chunk, LeftOut, Member
-from raydetect.storage import Scratch
+from raydetect.storage import Scratch, Storage, normalise_uri
 
 SHARED_PER_BROADCAST = 64
 REASONS = 3
@@ -38,11 +41,16 @@ class CachedImage:
 
 
 class ImageCache:
-    """Uint8 RGB images of one size by key, in insertion order, in an unnamed file that is deleted with the cache."""
+    """Uint8 RGB images of one size by key, in insertion order, in an unnamed file that is deleted with the cache.
 
-    def __init__(self, image_size: tuple[int, int]) -> None:
-        """Creates an empty cache for images of (height, width) `image_size`."""
-        self.shape = (*image_size, 3)
+    Attributes:
+        preprocess: how the images were decoded, which is what the artifact records.
+    """
+
+    def __init__(self, preprocess: Preprocess) -> None:
+        """Creates an empty cache for images decoded by these rules."""
+        self.preprocess = preprocess
+        self.shape = (*preprocess.image_size, 3)
         self.images: dict[str, CachedImage] = {}
         self._rows: dict[str, int] = {}
         self._bytes = int(np.prod(self.shape))
@@ -201,10 +209,32 @@ class ReadImages:
         self.left_out.add_all(left_out_of(left_out))
 
 
+def fit_preprocess(spec: FitSpec) -> Preprocess:
+    """Returns the decoding rules of a fit: its detector's input size, and its own rule for JPEGs.
+
+    A fit that extends an artifact decodes as that artifact's images were decoded, whatever the default is.
+
+    Raises:
+        SpecError: a parameter is invalid, or the job states another rule than the artifact it extends.
+        ArtifactError: that artifact is missing or damaged.
+    """
+    image_size = build_from(spec.detector, spec.seed).params.image_size
+    stated = spec.preprocess.jpeg_scale
+    if spec.extend is None:
+        return Preprocess(image_size, stated or AT_LEAST_2X)
+    earlier = read_record(normalise_uri(spec.extend), Storage(spec.storage)).preprocess.jpeg_scale
+    if stated not in (None, earlier):
+        raise SpecError(
+            f"preprocess.jpeg_scale = {stated}: {spec.extend} was fitted on images decoded with {earlier}, and the new "
+            "ones must be decoded alike. Remove the setting."
+        )
+    return Preprocess(image_size, earlier)
+
+
 def read_images(
     chunks: Iterable[Chunk],
     source: SourceSpec,
-    image_size: tuple[int, int],
+    preprocess: Preprocess,
     threads: int,
     on_progress: Callable[[int], None],
 ) -> tuple[ImageCache, ReadImages]:
@@ -213,15 +243,15 @@ def read_images(
     Args:
         chunks: encoded images.
         source: settings of the source.
-        image_size: (height, width) in px.
+        preprocess: decoding rules of the detector.
         threads: number of decoding threads.
         on_progress: called with the number of images of each chunk.
 
     Raises:
         BadMemberError: an image is bad and `on_bad_member` is `fail`.
     """
-    cache, found = ImageCache(image_size), ReadImages()
-    for member, pixels in _decoded(_counted(chunks, found), source, image_size, threads, on_progress):
+    cache, found = ImageCache(preprocess), ReadImages()
+    for member, pixels in _decoded(_counted(chunks, found), source, preprocess, threads, on_progress):
         refuse_bad_member(pixels.status, pixels.error, source)
         if pixels.image_HWC is not None and pixels.status == OK:
             cache.add(CachedImage(member.key, member.label, member.category), pixels.image_HWC)
@@ -244,11 +274,11 @@ def _counted(chunks: Iterable[Chunk], found: ReadImages) -> Iterator[Chunk]:
 def _decoded(
     chunks: Iterable[Chunk],
     source: SourceSpec,
-    image_size: tuple[int, int],
+    preprocess: Preprocess,
     threads: int,
     on_progress: Callable[[int], None],
 ) -> Iterator[tuple[Member, Pixels]]:
     rules = DecodeRules.of(source)
     for chunk in chunks:
-        yield from zip(chunk.members, decode_all(chunk.members, rules, image_size, threads), strict=True)
+        yield from zip(chunk.members, decode_all(chunk.members, rules, preprocess, threads), strict=True)
         on_progress(len(chunk.members))

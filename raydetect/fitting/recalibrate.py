@@ -50,7 +50,7 @@ class Recalibrated:
 
 @dataclass(slots=True)
 class _Images:
-    """Decoded images by category, each at its detector's input size."""
+    """Images by category, each decoded by the rules of its detector."""
 
     caches: dict[str | None, ImageCache]
     found: ReadImages = field(default_factory=ReadImages)
@@ -116,7 +116,7 @@ def _read(
     chunks: Iterable[Chunk],
     on_progress: ProgressCallback,
 ) -> _Images:
-    images = _Images({name: ImageCache(record.image_size) for name, record in records.items()})
+    images = _Images({name: ImageCache(record.preprocess) for name, record in records.items()})
     for chunk in chunks:
         images.found.note_chunk(chunk)
         groups: dict[str | None, list[Member]] = {}
@@ -133,8 +133,8 @@ def _read(
 
 
 def _decode(spec: CalibrateSpec, members: list[Member], cache: ImageCache, found: ReadImages) -> None:
-    size = (cache.shape[0], cache.shape[1])
-    decoded = decode_all(members, DecodeRules.of(spec.source), size, spec.resources.cpus_per_worker)
+    rules, threads = DecodeRules.of(spec.source), spec.resources.cpus_per_worker
+    decoded = decode_all(members, rules, cache.preprocess, threads)
     for member, pixels in zip(members, decoded, strict=True):
         refuse_bad_member(pixels.status, pixels.error, spec.source)
         if pixels.image_HWC is not None and pixels.status == OK:

@@ -6,11 +6,10 @@ import torch
 
 from raydetect.blocks.coresets.group import Group
 from raydetect.config import FitSpec, SourceSpec
-from raydetect.detectors._registry import build_from
 from raydetect.fitting.fit_run import FitRun, ProgressCallback
 from raydetect.fitting.fleet import fit_fleet
 from raydetect.fitting.holdout import drop_duplicates
-from raydetect.fitting.image_cache import ImageCache, ReadFacts, read_images
+from raydetect.fitting.image_cache import ImageCache, ReadFacts, fit_preprocess, read_images
 from raydetect.fitting.shared_errors import shared_errors
 from raydetect.fitting.timings import Phases
 from raydetect.records import Chunk, FitReport
@@ -58,12 +57,10 @@ def fit_worker(
 def _read(
     spec: FitSpec, source: SourceSpec, chunks: Iterable[Chunk], group: Group, on_progress: ProgressCallback, phase: str
 ) -> tuple[ImageCache, ReadFacts]:
-    params = build_from(spec.detector, spec.seed).params
     threads = spec.resources.cpus_per_worker
     with shared_errors(group):
-        cache, found = read_images(
-            chunks, source, params.image_size, threads, lambda done: on_progress(phase, done, None)
-        )
+        preprocess = fit_preprocess(spec)
+        cache, found = read_images(chunks, source, preprocess, threads, lambda done: on_progress(phase, done, None))
     read = found.judge(group, spec.max_bad_fraction, ", ".join(source.uris()))
     drop_duplicates(cache, group)
     return cache, read

@@ -14,12 +14,14 @@ one without end marker is fine. EXIF orientation is applied exactly once for eve
 Two facts are noted without making an image bad: `exif_ignored` (damaged EXIF, so orientation is not applied) and
 `pages_not_read: N` (only the first of several pages or frames is read).
 
-Images are resized with Pillow's antialiased bilinear filter, without keeping the aspect ratio.
+Images are resized with Pillow's antialiased bilinear filter, without keeping the aspect ratio. Large JPEGs are decoded
+at a reduced DCT scale first if the detector's artifact says so (`preprocess.py`).
 
 Memory: a process decodes at most max(`source.max_pixels`, 2^26) pixels at a time (`memory_budget.py`); further threads
 wait. Peak bytes per pixel including the decoder's memory: bilevel and grey 2, 16-bit grey 4 (PPM 6), palette, colour
 and LA 5, RGBA and CMYK 8, a TIFF in one strip 2 more, a rotated image 4 more, progressive JPEG 12, AVIF 12 (more than
-8 bits: 16), WebP 16.
+8 bits: 16), WebP 16. A reduced JPEG in one scan counts with its reduced pixels and 32 rows; a progressive one in full,
+as its decoder holds all frequencies.
 """
 
 import hashlib
@@ -36,6 +38,7 @@ from PIL import Image
 from raydetect.errors import MemberError
 from raydetect.images.opening import DecodeRules, loaded_image, short
 from raydetect.images.orientation import SIDEWAYS
+from raydetect.images.preprocess import Preprocess
 from raydetect.records import OK, Member
 
 
@@ -79,7 +82,7 @@ class Pixels:
 
 
 def decode_image(data: bytes, rules: DecodeRules, longest_px: int | None = None) -> Image.Image:
-    """Decodes an image to RGB at its own size, or shrunk to at most `longest_px` per side.
+    """Decodes an image to RGB at its own size, or shrunk to at most `longest_px` per side; JPEGs always in full.
 
     Raises:
         MemberError: empty, too_many_pixels, not_an_image, unsupported_mode or corrupt.
@@ -96,26 +99,26 @@ def decode_image(data: bytes, rules: DecodeRules, longest_px: int | None = None)
         raise MemberError("corrupt", f"its pixels cannot be converted ({short(error)}).") from None
 
 
-def decode_member(member: Member, rules: DecodeRules, image_size: tuple[int, int]) -> Pixels:
-    """Decodes a member to (height, width) `image_size`; every failure becomes a status."""
+def decode_member(member: Member, rules: DecodeRules, preprocess: Preprocess) -> Pixels:
+    """Decodes a member to the input of a detector; every failure becomes a status."""
     if member.status != OK:
         return Pixels(None, status=member.status, error=member.error, notes=member.notes)
-    pixels = _pixels(member, rules, image_size)
+    pixels = _pixels(member, rules, preprocess)
     return replace(pixels, notes=(*member.notes, *pixels.notes), sha256=hashlib.sha256(member.data).hexdigest())
 
 
-def _pixels(member: Member, rules: DecodeRules, image_size: tuple[int, int]) -> Pixels:
+def _pixels(member: Member, rules: DecodeRules, preprocess: Preprocess) -> Pixels:
     try:
-        return _decoded(member.data, rules, image_size)
+        return _decoded(member.data, rules, preprocess)
     except MemberError as error:
         return Pixels(None, status=error.status, error=f"{member.key}: {error}")
     except Exception as error:  # one image must never end a job, whatever a library raises
         return Pixels(None, status="corrupt", error=f"{member.key}: its pixels cannot be converted ({short(error)}).")
 
 
-def _decoded(data: bytes, rules: DecodeRules, image_size: tuple[int, int]) -> Pixels:
-    with loaded_image(data, rules) as loaded:
-        picture = loaded.resized(image_size)
+def _decoded(data: bytes, rules: DecodeRules, preprocess: Preprocess) -> Pixels:
+    with loaded_image(data, rules, preprocess) as loaded:
+        picture = loaded.resized(preprocess.image_size)
         width, height = loaded.size
     brightness, sharpness = brightness_and_sharpness(np.asarray(picture.convert("L")))
     return Pixels(
@@ -149,19 +152,17 @@ def brightness_and_sharpness(grey_HW: np.ndarray) -> tuple[float, float]:
     return brightness, math.sqrt(max(0, count * squares - total * total)) / (255.0 * count * brightness)
 
 
-def decode_all(
-    members: Iterable[Member], rules: DecodeRules, image_size: tuple[int, int], threads: int
-) -> Iterator[Pixels]:
+def decode_all(members: Iterable[Member], rules: DecodeRules, preprocess: Preprocess, threads: int) -> Iterator[Pixels]:
     """Decodes members in order on `threads` threads (Pillow releases the GIL)."""
     if threads <= 1:
-        yield from (decode_member(member, rules, image_size) for member in members)
+        yield from (decode_member(member, rules, preprocess) for member in members)
         return
     with ThreadPoolExecutor(threads) as pool:
-        yield from decode_on(pool, members, rules, image_size)
+        yield from decode_on(pool, members, rules, preprocess)
 
 
 def decode_on(
-    pool: Executor, members: Iterable[Member], rules: DecodeRules, image_size: tuple[int, int]
+    pool: Executor, members: Iterable[Member], rules: DecodeRules, preprocess: Preprocess
 ) -> Iterator[Pixels]:
     """Decodes members in order on a pool, all of them at once."""
-    return pool.map(partial(decode_member, rules=rules, image_size=image_size), members)
+    return pool.map(partial(decode_member, rules=rules, preprocess=preprocess), members)

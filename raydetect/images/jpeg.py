@@ -5,6 +5,8 @@ Pillow's. Some valid files are not supported by TurboJPEG (mostly unusual subsam
 Pillow, which hides libjpeg's warnings: a gap in such a file is not detected, and without end marker it counts as
 truncated. The checks of this module that need no decoding apply to them too.
 
+At a reduced DCT scale (`preprocess.py`) every code of the scans is still read, so the same damage is found.
+
 JPEG has no checksum. Detected: a scan that is too short or too long, invalid codes or restart markers; missing scans
 of a progressive or non-interleaved image; long runs of zero bytes that no encoder writes. Not detected: damage after
 which the entropy decoder resynchronises with the right number of blocks.
@@ -17,6 +19,7 @@ import numpy as np
 import simplejpeg
 
 from raydetect.errors import MemberError
+from raydetect.images.preprocess import reduced
 
 COLOURS = {"RGB": ("RGBX", 4), "L": ("GRAY", 1), "CMYK": ("CMYK", 4)}
 END = b"\xff\xd9"
@@ -24,6 +27,7 @@ SOI, EOI, SOS, DHT, APP0, APP1, APP14 = 0xD8, 0xD9, 0xDA, 0xC4, 0xE0, 0xE1, 0xEE
 BARE = {0x01, SOI, EOI, *range(0xD0, 0xD8)}  # markers without a body
 FRAMES = {*range(0xC0, 0xD0)} - {DHT, 0xC8, 0xCC}
 PROGRESSIVE, HUFFMAN = {0xC2, 0xC6}, {0xC0, 0xC1, 0xC2}
+DCT = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}  # frames of frequencies that libjpeg decodes; a lossless frame has none
 NEXT_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # inside a scan: neither a stuffed 0xff nor a restart marker
 MAX_SEGMENTS = 10_000
 MAX_ATTEMPTS = 4
@@ -38,13 +42,16 @@ class UnsupportedByTurboError(Exception):
     """TurboJPEG does not support this kind of JPEG, which may be valid."""
 
 
-def decode_jpeg(data: bytes, size: tuple[int, int], mode: str) -> np.ndarray:
+def decode_jpeg(data: bytes, size: tuple[int, int], mode: str, reduction: int = 1) -> np.ndarray:
     """Decodes a JPEG to uint8 (H, W, C): RGB with a fourth byte as in Pillow, CMYK as stored (inverted).
+
+    H and W are those of `size` divided by `reduction` and rounded up.
 
     Args:
         data: the file.
         size: (width, height) in px from the header, as read by Pillow.
         mode: Pillow's mode: RGB, L or CMYK.
+        reduction: 1, 2, 4 or 8; more than 1 only for frames in `DCT`.
 
     Raises:
         MemberError: corrupt: libjpeg fails or warns, or parts of the scan are missing.
@@ -52,7 +59,7 @@ def decode_jpeg(data: bytes, size: tuple[int, int], mode: str) -> np.ndarray:
     """
     content = with_end_marker(data)
     check_scans(content)
-    pixels, warning = _attempt(content, size, mode)
+    pixels, warning = _attempt(content, size, mode, reduction)
     for repair in (_with_clean_header, *(_without_padding,) * MAX_ATTEMPTS):
         if pixels is not None:
             return pixels
@@ -60,7 +67,7 @@ def decode_jpeg(data: bytes, size: tuple[int, int], mode: str) -> np.ndarray:
         repaired = repair(content, warning)
         if repaired != content:
             content = repaired
-            pixels, warning = _attempt(content, size, mode)
+            pixels, warning = _attempt(content, size, mode, reduction)
     if pixels is None:
         raise _damaged(warning)
     return pixels
@@ -87,7 +94,7 @@ def check_scans(data: bytes) -> None:
     if first is None:
         return
     zeros = data.find(ZERO_RUN, first)
-    if zeros >= 0 or not _one_scan(data):
+    if zeros >= 0 or not one_scan(data):
         _walk_scans(data, zeros)
 
 
@@ -127,16 +134,27 @@ def without_exif(data: bytes) -> bytes:
 
 def sample_bits(data: bytes) -> int | None:
     """Returns the bits per sample in the frame header; None if there is no frame header."""
-    frame = next((start for marker, start, _ in segments(data) if marker in FRAMES), None)
-    return None if frame is None else _byte(data, frame + 4)
+    frame = _frame(data)
+    return None if frame is None else _byte(data, frame[1] + 4)
+
+
+def has_dct(data: bytes) -> bool:
+    """Whether the image is stored as frequencies, so that it can be decoded at a reduced scale."""
+    frame = _frame(data)
+    return frame is not None and frame[0] in DCT
+
+
+def _frame(data: bytes) -> tuple[int, int] | None:
+    """Returns (marker, start) of the first frame header."""
+    return next(((marker, start) for marker, start, _ in segments(data) if marker in FRAMES), None)
 
 
 def _byte(data: bytes, position: int) -> int:
     return data[position] if position < len(data) else 0
 
 
-def _one_scan(data: bytes) -> bool:
-    """Whether the image is sequential with all components in a single scan, as most are."""
+def one_scan(data: bytes) -> bool:
+    """Whether the image is sequential with all components in a single scan, as most are; it is decoded row by row."""
     components = 0
     for marker, start, _ in segments(data):
         if marker in FRAMES:
@@ -231,7 +249,7 @@ def _contains(data: bytes, run: bytes, start: int, stop: int) -> bool:
     return data.find(run, start, stop if end < 0 else end) >= 0
 
 
-def _attempt(data: bytes, size: tuple[int, int], mode: str) -> tuple[np.ndarray | None, str]:
+def _attempt(data: bytes, size: tuple[int, int], mode: str, reduction: int) -> tuple[np.ndarray | None, str]:
     """Decodes with TurboJPEG; returns (pixels, "") or (None, libjpeg's message)."""
     colour, depth = COLOURS[mode]
     width, height = size
@@ -242,8 +260,10 @@ def _attempt(data: bytes, size: tuple[int, int], mode: str) -> tuple[np.ndarray 
             return None, f"its headers disagree: {width} x {height} and {header[1]} x {header[0]} px"
         if (header[2] in ("CMYK", "YCCK")) != (mode == "CMYK"):
             return None, f"its headers disagree: {mode} and {header[2]}"
+        width, height = reduced(size, reduction)
         buffer = np.empty(height * width * depth, np.uint8)
-        return simplejpeg.decode_jpeg(data, colour, buffer=buffer, strict=True), ""
+        least = (height, width, reduction) if reduction > 1 else (0, 0, 1)  # the smallest scale that gives this size
+        return simplejpeg.decode_jpeg(data, colour, False, False, *least, buffer, True), ""
     except KeyError as error:
         raise UnsupportedByTurboError(str(error)) from None
     except ValueError as error:

@@ -6,7 +6,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,16 +17,18 @@ from raydetect.config import SourceSpec
 from raydetect.errors import MemberError
 from raydetect.images import tiff
 from raydetect.images.bit_depth import FULL_DEPTH, GreyDepth
-from raydetect.images.jpeg import UnsupportedByTurboError, decode_jpeg, sample_bits, without_exif
+from raydetect.images.jpeg import UnsupportedByTurboError, decode_jpeg, has_dct, one_scan, sample_bits, without_exif
 from raydetect.images.memory_budget import PIXEL_BUDGET
 from raydetect.images.orientation import orientation_of
 from raydetect.images.pages import pages_of
 from raydetect.images.png import significant_bits, without_texts
+from raydetect.images.preprocess import Preprocess, reduced
 from raydetect.images.resize import resized, to_rgb, upright_size
 
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "GIF", *(("AVIF",) if features.check("avif") else ()))
 JPEGS, JPEG_START = ("JPEG", "MPO"), b"\xff\xd8"
 STORED = {"RGB": "RGBX"}  # Pillow stores RGB with a fourth byte
+ROWS_HELD = 32  # rows of a JPEG at its own width that its decoder holds at most, besides the picture
 EXIF_IGNORED, PAGES_NOT_READ = "exif_ignored", "pages_not_read"
 # Causes of Pillow's warnings become a status or are checked by source.max_pixels. Warning filters are not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -55,17 +57,21 @@ class Loaded:
         depth: interpretation of 16-bit grey values.
         orientation: the orientation to apply; 1 if the source says `ignore`.
         notes: see `Pixels.notes`.
+        stored_size: (width, height) in px of the file's image; the picture of a reduced JPEG is smaller.
+        reduction: by how much its sides were divided.
     """
 
     picture: Image.Image
     depth: GreyDepth
     orientation: int
     notes: tuple[str, ...]
+    stored_size: tuple[int, int]
+    reduction: int = 1
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height) in px after orientation."""
-        return upright_size(self.picture, self.orientation)
+        """(width, height) in px of the file's image after orientation."""
+        return upright_size(self.stored_size, self.orientation)
 
     def rgb(self) -> Image.Image:
         """Returns the upright picture in 8-bit RGB.
@@ -81,16 +87,18 @@ class Loaded:
         Raises:
             MemberError: unsupported_mode.
         """
-        return resized(self.picture, self.depth, self.orientation, image_size[::-1])
+        covered = (self.stored_size[0] / self.reduction, self.stored_size[1] / self.reduction)
+        return resized(self.picture, self.depth, self.orientation, image_size[::-1], covered)
 
 
 @contextmanager
-def loaded_image(data: bytes, rules: DecodeRules) -> Iterator[Loaded]:
+def loaded_image(data: bytes, rules: DecodeRules, preprocess: Preprocess | None = None) -> Iterator[Loaded]:
     """Decodes an image as stored; holds its reservation of the memory budget until the block ends.
 
     Args:
         data: the file.
         rules: decoding rules of its source.
+        preprocess: rules of the detector that the image is for, which may reduce a JPEG; None = decode in full.
 
     Raises:
         MemberError: empty, too_many_pixels, not_an_image, unsupported_mode or corrupt.
@@ -98,6 +106,8 @@ def loaded_image(data: bytes, rules: DecodeRules) -> Iterator[Loaded]:
     if not data:
         raise MemberError("empty", "the file has zero bytes. Write it again at its source.")
     opened = _open(data, rules.max_pixels)
+    if preprocess is not None and opened.picture.format in JPEGS:
+        opened = _with_reduction(opened, rules, preprocess)
     with PIXEL_BUDGET.reserve(opened.pixels, rules.max_pixels):
         yield _loaded(opened, rules)
 
@@ -118,9 +128,11 @@ def _loaded(opened: "_Opened", rules: DecodeRules) -> Loaded:
 
 
 def _decoded(opened: "_Opened", rules: DecodeRules) -> Loaded:
-    picture = opened.picture
+    picture, stored_size = opened.picture, opened.picture.size
     tiff_orientation = orientation_of(picture) if picture.format == "TIFF" else None  # load() discards it
     picture = _with_pixels(opened)
+    if opened.reduction == 1:
+        stored_size = picture.size
     orientation, damaged = tiff_orientation or orientation_of(picture)
     if not rules.apply_exif:
         orientation, damaged = 1, False
@@ -130,7 +142,14 @@ def _decoded(opened: "_Opened", rules: DecodeRules) -> Loaded:
     unread = pages_of(opened.picture, opened.data) - 1
     if unread:
         notes.append(f"{PAGES_NOT_READ}: {unread}")
-    return Loaded(picture, opened.depth, orientation, tuple(notes))
+    return Loaded(picture, opened.depth, orientation, tuple(notes), stored_size, opened.reduction)
+
+
+def _with_reduction(opened: "_Opened", rules: DecodeRules, preprocess: Preprocess) -> "_Opened":
+    """Decides by how much a JPEG is reduced; all its metadata are read when it is opened."""
+    orientation = orientation_of(opened.picture)[0] if rules.apply_exif else 1
+    reduction = preprocess.reduction(opened.picture.size, orientation)
+    return replace(opened, reduction=reduction) if reduction > 1 and has_dct(opened.data) else opened
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +162,7 @@ class _Opened:
         depth: see `Loaded.depth`.
         exif_removed: whether unreadable metadata that may contain the orientation were removed.
         tile: (width, height) in px of a TIFF's tiles.
+        reduction: by how much the sides of a JPEG will be divided.
     """
 
     picture: Image.Image
@@ -150,10 +170,17 @@ class _Opened:
     depth: GreyDepth = FULL_DEPTH
     exif_removed: bool = False
     tile: tuple[int, int] = (0, 0)
+    reduction: int = 1
 
     @property
     def pixels(self) -> int:
-        """Number of pixels that its decoder holds at a time."""
+        """Number of pixels that its decoder holds at a time.
+
+        A reduced JPEG in one scan holds its reduced pixels and a few rows; in several, the frequencies of all pixels.
+        """
+        if self.reduction > 1 and one_scan(self.data):
+            size = self.picture.size
+            return min(math.prod(size), math.prod(reduced(size, self.reduction)) + ROWS_HELD * size[0])
         return max(math.prod(self.picture.size), math.prod(self.tile))
 
 
@@ -259,14 +286,16 @@ def _with_pixels(opened: _Opened) -> Image.Image:
     picture = opened.picture
     if picture.format in JPEGS:
         try:
-            pixels_HWC = decode_jpeg(opened.data, picture.size, picture.mode)
+            pixels_HWC = decode_jpeg(opened.data, picture.size, picture.mode, opened.reduction)
         except UnsupportedByTurboError:
+            if opened.reduction > 1:
+                picture.draft(None, tuple(side // opened.reduction for side in picture.size))  # type: ignore[arg-type]
             picture.load()
             return picture
         if picture.mode == "CMYK":
             np.subtract(255, pixels_HWC, out=pixels_HWC)
         mode = STORED.get(picture.mode, picture.mode)
-        decoded = Image.frombuffer(mode, picture.size, pixels_HWC, "raw", mode, 0, 1)  # no copy
+        decoded = Image.frombuffer(mode, pixels_HWC.shape[1::-1], pixels_HWC, "raw", mode, 0, 1)  # no copy
         decoded.info, decoded.format = picture.info, picture.format
         return decoded
     picture.load()

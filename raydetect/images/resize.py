@@ -16,6 +16,7 @@ BAND_PIXELS = 1 << 18
 CONVERTED = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 GREY = ("1", "L", "LA", *SIXTEEN_BIT)
 FROM_THE_END = frozenset({3, 4, 7, 8})  # orientations whose first rows are the last rows or columns stored
+FROM_THE_RIGHT = frozenset({2, 3, 6, 7})  # orientations whose first columns are the last columns or rows stored
 
 
 def to_rgb(picture: Image.Image, depth: GreyDepth, orientation: int) -> Image.Image:
@@ -32,8 +33,22 @@ def to_rgb(picture: Image.Image, depth: GreyDepth, orientation: int) -> Image.Im
     return _upright(picture, depth, orientation, "RGB")
 
 
-def resized(picture: Image.Image, depth: GreyDepth, orientation: int, size: tuple[int, int]) -> Image.Image:
+def resized(
+    picture: Image.Image,
+    depth: GreyDepth,
+    orientation: int,
+    size: tuple[int, int],
+    covered: tuple[float, float] | None = None,
+) -> Image.Image:
     """Converts a picture like `to_rgb` and resizes it to (width, height) `size`, antialiased bilinear.
+
+    Args:
+        picture: a loaded picture, as stored.
+        depth: interpretation of 16-bit grey values.
+        orientation: the EXIF orientation to apply.
+        size: (width, height) in px.
+        covered: (width, height) in px of the part of the stored picture that the image covers, from its upper left
+            corner; None = all. In a reduced JPEG the last column and row may lie partly outside of the image.
 
     Raises:
         MemberError: unsupported_mode.
@@ -41,14 +56,24 @@ def resized(picture: Image.Image, depth: GreyDepth, orientation: int, size: tupl
     mode = "L" if picture.mode in GREY else "RGBX" if picture.mode == "RGBX" else "RGB"
     upright = _upright(picture, depth, orientation, mode)
     if upright.size != size:
-        upright = upright.resize(size, Image.Resampling.BILINEAR)
+        box = None if covered in (None, picture.size) else _covered_box(upright.size, covered, orientation)
+        upright = upright.resize(size, Image.Resampling.BILINEAR, box)
     return upright if upright.mode == "RGB" else upright.convert("RGB")
 
 
-def upright_size(picture: Image.Image, orientation: int) -> tuple[int, int]:
-    """Returns (width, height) in px of the upright picture."""
-    width, height = picture.size
-    return (height, width) if orientation in SIDEWAYS else (width, height)
+def upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """Returns the (width, height) of the upright picture, given those as stored."""
+    return size[::-1] if orientation in SIDEWAYS else size
+
+
+def _covered_box(
+    size: tuple[int, int], covered: tuple[float, float], orientation: int
+) -> tuple[float, float, float, float]:
+    """Returns (left, upper, right, lower) of the covered part in the upright picture of (width, height) `size`."""
+    width, height = covered[::-1] if orientation in SIDEWAYS else covered
+    left = size[0] - width if orientation in FROM_THE_RIGHT else 0.0
+    upper = size[1] - height if orientation in FROM_THE_END else 0.0
+    return left, upper, left + width, upper + height
 
 
 def _upright(picture: Image.Image, depth: GreyDepth, orientation: int, mode: str) -> Image.Image:
@@ -58,7 +83,7 @@ def _upright(picture: Image.Image, depth: GreyDepth, orientation: int, mode: str
         message = f"pixels of mode {picture.mode} have no fixed 8-bit scale. Convert them first."
         raise MemberError("unsupported_mode", message)
     depth = resolved_depth(picture, depth)
-    upright = Image.new(mode, upright_size(picture, orientation))
+    upright = Image.new(mode, upright_size(picture.size, orientation))
     for top, box in _bands(picture.size, orientation):
         upright.paste(turned(_converted(picture.crop(box), depth, mode), orientation), (0, top))
     return upright

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from raydetect.artifacts.store import load_artifact, save_artifact
-from raydetect.config import DetectorSpec, FitSpec, FlagSpec
+from raydetect.config import AT_LEAST_2X, DetectorSpec, FitSpec, FlagSpec, JpegScale
 from raydetect.config.validation import validate
 from raydetect.detectors._base import NotFittedError
 from raydetect.detectors._describe import call_text, full_params, plain_spec, spec_of_record, with_class_name
@@ -84,7 +84,15 @@ class Estimator:
             self._fitted.detector.to(torch.device(self.settings.device))
         return self
 
-    def fit(self, images: Any, y: Any = None, *, holdout_ratio: float = 0.1, progress: bool = True) -> "Estimator":
+    def fit(
+        self,
+        images: Any,
+        y: Any = None,
+        *,
+        holdout_ratio: float = 0.1,
+        jpeg_scale: JpegScale = AT_LEAST_2X,
+        progress: bool = True,
+    ) -> "Estimator":
         """Fits on normal images and returns the model; replaces an earlier fit.
 
         Args:
@@ -92,6 +100,9 @@ class Estimator:
             y: labels 0 (normal) and 1 (anomalous); None = all are normal. Anomalous images are ignored, unless the
                 detector learns from them.
             holdout_ratio: share of the normal images held out to set thresholds, chosen by keyed hash.
+            jpeg_scale: how JPEGs given by path or URI are decoded, now and whenever the model scores: "at_least_2x", at
+                the smallest of 1/1, 1/2, 1/4 and 1/8 of their size that has at least twice the px of the input, or
+                "full". Arrays and PIL images are taken as they are.
             progress: whether to show the progress of a fit that takes more than two seconds.
 
         Raises:
@@ -102,7 +113,7 @@ class Estimator:
         refuse_duplicates(inputs)
         if learns_from_labels(build_from(self.spec, self.seed)) and all(image.label != 1 for image in inputs):
             raise SpecError(f"{self.spec.title}: needs labelled anomalous images. Call fit(images, y=labels).")
-        spec = self._fit_spec(len(inputs), holdout_ratio)
+        spec = self._fit_spec(len(inputs), holdout_ratio, jpeg_scale)
         with torch_threads(spec.resources.cpus_per_worker), shown(progress, SHOW_AFTER_SECONDS) as on_progress:
             self._fitted = fit_inputs(spec, inputs, torch.device(self.settings.device), on_progress)
         self._is_renamed = False
@@ -205,7 +216,7 @@ class Estimator:
         artifact = load_artifact(normalise_uri(uri), storage)
         body = artifact.record.body
         model = cls(spec_of_record(body), body["seed"])
-        model._fitted = Fitted(artifact.detector, artifact.record.calibration, body)
+        model._fitted = Fitted(artifact.detector, artifact.record.calibration, artifact.record.preprocess, body)
         return model.configure(**settings)
 
     def get_params(self) -> dict[str, Any]:
@@ -220,7 +231,7 @@ class Estimator:
         """The call that creates this model, with only the arguments that differ from the preset."""
         return call_text(self.spec, self.seed)
 
-    def _fit_spec(self, count: int, holdout_ratio: float) -> FitSpec:
+    def _fit_spec(self, count: int, holdout_ratio: float, jpeg_scale: str) -> FitSpec:
         """The equivalent fit job, for the fitting code and for the record."""
         settings = self.settings
         gpus = 0 if settings.device == "cpu" else 1
@@ -233,15 +244,16 @@ class Estimator:
             "seed": self.seed,
             "batch_size": settings.batch_size,
             "calibration": {"holdout_ratio": holdout_ratio},
+            "preprocess": {"jpeg_scale": jpeg_scale},
             "resources": {"cpus_per_worker": settings.num_threads, "gpus_per_worker": gpus},
         }
         return validate(FitSpec, values, "fit")
 
     def _scored(self, images: Any, progress: bool) -> Iterator[tuple[Scored, tuple[int, int]]]:
-        detector = self._require_fitted().detector
+        fitted = self._require_fitted()
         inputs = as_input_images(images)
         with torch_threads(self.settings.num_threads), shown(progress, SHOW_AFTER_SECONDS) as on_progress:
-            yield from score_inputs(detector, inputs, self.settings, on_progress)
+            yield from score_inputs(fitted, inputs, self.settings, on_progress)
 
     def _require_fitted(self) -> Fitted:
         if self._fitted is None:

@@ -12,11 +12,9 @@ from pydantic import ConfigDict, Field
 from raydetect.blocks.coresets.group import Group
 from raydetect.config import FitSpec, StorageOptions
 from raydetect.config.validation import STRICT, validate
-from raydetect.detectors._base import Detector
-from raydetect.detectors._registry import build_from
 from raydetect.errors import SpecError
 from raydetect.fitting.fit_run import FitRun, Fitted, ProgressCallback
-from raydetect.fitting.image_cache import CachedImage, ImageCache, ReadFacts
+from raydetect.fitting.image_cache import CachedImage, ImageCache, ReadFacts, fit_preprocess
 from raydetect.fitting.timings import Phases
 from raydetect.images.decode import Pixels
 from raydetect.python_api.inputs import BadImagesError, InputImage, decode_inputs
@@ -63,11 +61,11 @@ def fit_inputs(spec: FitSpec, inputs: list[InputImage], device: torch.device, on
         SpecError: too few images, or the detector does not support what the job asks for.
         BadImagesError: images cannot be read; the error lists all of them.
     """
-    image_size = build_from(spec.detector, spec.seed).params.image_size
+    preprocess = fit_preprocess(spec)
     phases = Phases()
     with phases.phase("read"):
-        cache = ImageCache(image_size)
-        for image, pixels in decode_inputs(inputs, image_size, Storage(spec.storage), spec.resources.cpus_per_worker):
+        cache = ImageCache(preprocess)
+        for image, pixels in decode_inputs(inputs, preprocess, Storage(spec.storage), spec.resources.cpus_per_worker):
             assert pixels.image_HWC is not None
             cache.add(CachedImage(image.key, image.label, None), pixels.image_HWC)
             on_progress("read", 1, len(inputs))
@@ -75,7 +73,7 @@ def fit_inputs(spec: FitSpec, inputs: list[InputImage], device: torch.device, on
 
 
 def score_inputs(
-    detector: Detector, inputs: list[InputImage], settings: Settings, on_progress: ProgressCallback
+    fitted: Fitted, inputs: list[InputImage], settings: Settings, on_progress: ProgressCallback
 ) -> Iterator[tuple[Scored, tuple[int, int]]]:
     """Yields the score and map of every image in order, with the image's original (height, width).
 
@@ -84,7 +82,7 @@ def score_inputs(
     """
     sizes: list[tuple[int, int]] = []
     bad: list[tuple[int, str, str]] = []
-    for scored in score_batches(detector, _pixels(detector, inputs, settings, sizes), settings.batch_size):
+    for scored in score_batches(fitted.detector, _pixels(fitted, inputs, settings, sizes), settings.batch_size):
         on_progress("score", 1, len(inputs))
         if scored.is_finite:
             yield scored, sizes[scored.position]
@@ -96,11 +94,11 @@ def score_inputs(
 
 
 def _pixels(
-    detector: Detector, inputs: list[InputImage], settings: Settings, sizes: list[tuple[int, int]]
+    fitted: Fitted, inputs: list[InputImage], settings: Settings, sizes: list[tuple[int, int]]
 ) -> Iterator[Pixels]:
     """Yields the pixels of every image and appends its original size to `sizes`."""
-    image_size, storage = detector.params.image_size, Storage(settings.storage)
-    for _, pixels in decode_inputs(inputs, image_size, storage, settings.num_threads):
+    storage = Storage(settings.storage)
+    for _, pixels in decode_inputs(inputs, fitted.preprocess, storage, settings.num_threads):
         sizes.append((pixels.height or 0, pixels.width or 0))
         yield pixels
 

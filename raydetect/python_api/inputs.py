@@ -17,6 +17,7 @@ from raydetect.errors import MemberError, RaydetectError, SpecError, StorageErro
 from raydetect.images.decode import Pixels, decode_all
 from raydetect.images.opening import DecodeRules, depth_of
 from raydetect.images.orientation import upright
+from raydetect.images.preprocess import Preprocess
 from raydetect.images.resize import to_rgb
 from raydetect.records import OK, Member
 from raydetect.storage import Storage, normalise_uri
@@ -117,9 +118,9 @@ def refuse_duplicates(inputs: Iterable[InputImage]) -> None:
 
 
 def decode_inputs(
-    inputs: list[InputImage], image_size: tuple[int, int], storage: Storage, threads: int
+    inputs: list[InputImage], preprocess: Preprocess, storage: Storage, threads: int
 ) -> Iterator[tuple[InputImage, Pixels]]:
-    """Yields the pixels of every image in order, at (height, width) `image_size`, up to the first bad image.
+    """Yields the pixels of every image in order, decoded by these rules, up to the first bad image.
 
     Raises:
         BadImagesError: after the last image, if some are bad.
@@ -129,7 +130,7 @@ def decode_inputs(
     for start in range(0, len(inputs), FIT_CHUNK_IMAGES):
         part = inputs[start : start + FIT_CHUNK_IMAGES]
         members = [image.member(storage) for image in part]
-        for i, pixels in enumerate(decode_all(members, RULES, image_size, threads)):
+        for i, pixels in enumerate(decode_all(members, RULES, preprocess, threads)):
             if pixels.status != OK:
                 bad.append((start + i, part[i].key, pixels.error))
             elif not bad:

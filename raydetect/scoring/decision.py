@@ -62,7 +62,7 @@ class LoadedDetector:
         """
         calibration = artifact.record.calibration
         self.digest = artifact.record.digest
-        self.image_size = artifact.record.image_size
+        self.preprocess = artifact.record.preprocess
         self.detector = artifact.detector.to(device)
         self.decision = Decision(flag, calibration)
         self.map_low, self.map_high = calibration.map_scale()

@@ -124,7 +124,7 @@ class Scorer:
     def _scored(self, loaded: LoadedDetector, positions: list[int], work: "_Work") -> Iterator[Scored]:
         """Scores the images at `positions`; stores their headers in `work`."""
         members = [work.chunk.members[position] for position in positions]
-        decoded = decode_on(self._decoding, members, self.rules, loaded.image_size)
+        decoded = decode_on(self._decoding, members, self.rules, loaded.preprocess)
         noted = _note(decoded, positions, work.headers)
         for item in score_batches(loaded.detector, noted, self.spec.batch_size, self._submit):
             yield replace(item, position=positions[item.position])

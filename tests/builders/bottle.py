@@ -15,6 +15,7 @@ from raydetect.detectors._base import Detector
 from raydetect.fitting.collect import collect
 from raydetect.fitting.image_cache import CachedImage, ImageCache
 from raydetect.fitting.train import Trainer
+from raydetect.images.preprocess import Preprocess
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ def _decoded(root: Path, split: str) -> tuple[list[dict[str, str]], list[Image.I
 
 def fit_in_memory(detector: Detector, bottles: Bottles, batch_size: int = 16) -> list[float]:
     """Runs all phases of a detector whose weights are loaded; returns the training losses."""
-    cache, losses = ImageCache(detector.params.image_size), []
+    cache, losses = ImageCache(Preprocess(detector.params.image_size)), []
     for name, image, label in zip(bottles.names, bottles.images_BHWC, bottles.labels, strict=True):
         cache.add(CachedImage(name, int(label), None), image)
     for phase in detector.phases:

@@ -219,7 +219,7 @@ def test_every_mistake_is_named_before_anything_runs(place: Place) -> None:
 
 def test_an_artifact_of_a_newer_format_is_refused(place: Place, tmp_path: Path) -> None:
     record = (place.folder / "artifact" / "artifact.json").read_text()
-    (tmp_path / "artifact.json").write_text(record.replace('"format_version": 1', '"format_version": 7'))
+    (tmp_path / "artifact.json").write_text(record.replace('"format_version": 2', '"format_version": 7'))
     ended = call("score", place.score, "--local", "--set", f"artifact={tmp_path}")
     assert ended.exit_code == 2 and "has format 7" in ended.output and "Update raydetect" in ended.output
 

@@ -33,6 +33,7 @@ from raydetect.fitting.calibrate import CalibrationError, calibrate
 from raydetect.fitting.ensemble_scale import MOST_IMAGES, choose_scaling, set_scales
 from raydetect.fitting.holdout import choose_holdout
 from raydetect.fitting.image_cache import CachedImage, ImageCache
+from raydetect.images.preprocess import Preprocess
 from raydetect.local import jobs
 from raydetect.metrics.conformal import p_values
 from raydetect.planning.plan import plan_score
@@ -270,7 +271,7 @@ SMALL = Detector.Params(image_size=(4, 4))
 def filled(count: int, seed: int) -> ImageCache:
     """Noise of a brightness that differs from image to image, with heavy tails."""
     random = np.random.default_rng(seed)
-    cache = ImageCache((4, 4))
+    cache = ImageCache(Preprocess((4, 4)))
     for i in range(count):
         level = np.clip(128 + 12 * random.standard_t(2, size=3), 0, 255)
         noise = random.normal(0, 2, (4, 4, 3))

@@ -22,6 +22,7 @@ from raydetect.errors import SpecError, StorageError
 from raydetect.fitting.checkpoints import Checkpoints
 from raydetect.fitting.image_cache import CachedImage, ImageCache
 from raydetect.fitting.train import Trainer, TrainingDiverged, even_batches
+from raydetect.images.preprocess import Preprocess
 from raydetect.storage import Storage
 
 SIZE_PX = 6
@@ -73,7 +74,7 @@ class Small(Detector):
 
 def filled(keys: list[str]) -> ImageCache:
     """Random images that are functions of their keys."""
-    cache = ImageCache((SIZE_PX, SIZE_PX))
+    cache = ImageCache(Preprocess((SIZE_PX, SIZE_PX)))
     for key in keys:
         pixels = np.random.default_rng([int(key)]).integers(0, 256, (SIZE_PX, SIZE_PX, 3)).astype(np.uint8)
         cache.add(CachedImage(key, None, None), pixels)

@@ -10,6 +10,7 @@ from raydetect.errors import MemberError
 from raydetect.images.decode import Pixels, decode_member
 from raydetect.images.masks import decode_mask
 from raydetect.images.opening import DecodeRules
+from raydetect.images.preprocess import Preprocess
 from raydetect.records import Member
 
 APPLY, IGNORE = DecodeRules(10**6, True), DecodeRules(10**6, False)
@@ -80,7 +81,7 @@ def test_a_soft_border_is_a_defect_from_half_of_full_scale_on() -> None:
 def test_a_mask_is_rotated_like_its_image(orientation: int, rules: DecodeRules) -> None:
     levels = Image.fromarray(np.where(MARKS, 255, 0).astype(np.uint8))
     data = encoded(levels, "PNG", exif=exif(orientation))
-    image = decode_member(Member("k", "", data=data), rules, (8, 8))
+    image = decode_member(Member("k", "", data=data), rules, Preprocess((8, 8)))
     found = decode_mask(data, image, rules)
     assert found.shape == (image.height, image.width)
     seen = levels.transpose(Image.Transpose.ROTATE_270) if orientation == 6 else levels

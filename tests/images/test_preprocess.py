@@ -22,6 +22,7 @@ from raydetect.images.jpeg import UnsupportedByTurboError, check_scans, decode_j
 from raydetect.images.opening import FORMATS, DecodeRules
 from raydetect.images.pages import gif_frames
 from raydetect.images.png import significant_bits
+from raydetect.images.preprocess import Preprocess
 from raydetect.images.tiff import pages as tiff_pages
 from raydetect.python_api.inputs import InputImage
 from raydetect.records import BAD_STATUSES, OK, Member
@@ -135,7 +136,7 @@ def png(width: int, height: int) -> bytes:
 )
 def test_a_bad_image_is_a_status(data: bytes, status: str) -> None:
     started = time.monotonic()
-    found = decode_member(Member("k#x.jpg", "", data=data), RULES, (8, 8))
+    found = decode_member(Member("k#x.jpg", "", data=data), RULES, Preprocess((8, 8)))
     assert found.status == status in BAD_STATUSES and found.image_HWC is None
     assert found.error.startswith("k#x.jpg: ") and "\n" not in found.error
     assert time.monotonic() - started < 2
@@ -146,7 +147,7 @@ def test_a_bad_image_is_a_status(data: bytes, status: str) -> None:
 def test_no_bytes_break_the_decoder(noise: bytes, offset: int, kind: str) -> None:
     data = encoded(Image.fromarray(COLOUR), kind)
     offset %= len(data)
-    found = decode_member(Member("k", "", data=data[:offset] + noise + data[offset + len(noise) :]), RULES, (8, 8))
+    found = decoded(data[:offset] + noise + data[offset + len(noise) :])
     assert found.status == OK or found.status in BAD_STATUSES
 
 
@@ -154,7 +155,7 @@ def test_resizing_and_order_and_stored_size() -> None:
     files = [encoded(Image.fromarray(np.full((40 + i, 60, 3), i * 9, np.uint8)), "PNG") for i in range(12)]
     members = [Member(str(i), "", data=data) for i, data in enumerate(files)]
     for threads in (1, 3):
-        found = list(decode_all(members, RULES, (24, 32), threads))
+        found = list(decode_all(members, RULES, Preprocess((24, 32)), threads))
         assert [p.image_HWC.shape for p in found if p.image_HWC is not None] == [(24, 32, 3)] * 12
         assert [(p.width, p.height) for p in found] == [(60, 40 + i) for i in range(12)]
         assert [int(p.image_HWC.mean()) for p in found if p.image_HWC is not None] == [i * 9 for i in range(12)]
@@ -162,7 +163,7 @@ def test_resizing_and_order_and_stored_size() -> None:
 
 def test_a_bad_member_passes_through_and_a_pixel_limit_is_kept() -> None:
     bad = Member("k", "", status="unsafe_name", error="why")
-    assert decode_member(bad, RULES, (8, 8)).status == "unsafe_name"
+    assert decode_member(bad, RULES, Preprocess((8, 8))).status == "unsafe_name"
     small = DecodeRules.of(SourceSpec(uri="memory://x", max_pixels=599))
     with pytest.raises(MemberError, match=r"30 x 20 px is more than source\.max_pixels = 599"):
         decode_image(encoded(Image.fromarray(COLOUR), "PNG"), small)
@@ -182,18 +183,26 @@ def test_brightness_and_sharpness_equal_scipy(shape: tuple[int, int]) -> None:
 def test_a_dim_picture_is_less_bright_and_a_blurred_one_less_sharp() -> None:
     plain = Image.fromarray(COLOUR)
     blurred = plain.filter(ImageFilter.GaussianBlur(2))
-    sharp, soft = (decode_member(Member("k", "k", data=encoded(p, "PNG")), RULES, (20, 30)) for p in (plain, blurred))
+    sharp, soft = (decoded(encoded(p, "PNG")) for p in (plain, blurred))
     assert soft.sharpness < 0.3 * sharp.sharpness  # type: ignore[operator]
     assert soft.brightness == pytest.approx(sharp.brightness, abs=0.02)
-    dim = decode_member(Member("k", "k", data=encoded(Image.fromarray(COLOUR // 2), "PNG")), RULES, (20, 30))
+    dim = decode_member(
+        Member("k", "k", data=encoded(Image.fromarray(COLOUR // 2), "PNG")), RULES, Preprocess((20, 30))
+    )
     assert dim.brightness == pytest.approx(sharp.brightness / 2, abs=0.01)  # type: ignore[operator]
     assert dim.sharpness == pytest.approx(sharp.sharpness, rel=0.02)
-    assert decode_member(Member("k", "k", data=b"x"), RULES, (20, 30)).brightness is None
+    assert decode_member(Member("k", "k", data=b"x"), RULES, Preprocess((20, 30))).brightness is None
 
 
 def decoded(data: bytes, rules: DecodeRules = RULES) -> Pixels:
-    """Decodes a member at the size of COLOUR."""
-    return decode_member(Member("k", "", data=data), rules, (20, 30))
+    """Decodes a member at the size of COLOUR; everything except pixels is the same at every DCT scale."""
+    member = Member("k", "", data=data)
+    found = decode_member(member, rules, Preprocess((20, 30)))
+    for size in ((20, 30), (10, 15)):
+        scaled = decode_member(member, rules, Preprocess(size, "at_least_2x"))
+        assert (scaled.status, scaled.error, scaled.notes) == (found.status, found.error, found.notes)
+        assert (scaled.stored_size, scaled.orientation) == (found.stored_size, found.orientation)
+    return found
 
 
 IGNORE = DecodeRules.of(SourceSpec(uri="memory://x", exif_orientation="ignore"))
@@ -336,7 +345,7 @@ def test_threads_get_only_the_warnings_of_their_own_image() -> None:
     good = encoded(NOISY, "JPEG", quality=95)
     bad = good[: len(good) // 2] + b"\xff\xd9"
     members = [Member(str(i), "", data=bad if i % 3 == 0 else good) for i in range(60)]
-    found = [item.status for item in decode_all(members, RULES, (20, 30), 4)]
+    found = [item.status for item in decode_all(members, RULES, Preprocess((20, 30)), 4)]
     assert found == ["corrupt" if i % 3 == 0 else OK for i in range(60)]
 
 
@@ -617,5 +626,5 @@ def test_integers_without_a_scale_are_refused_by_their_type(bits: int, form: int
     tags += [(279, 4, len(data)), (339, 3, form)]
     entries = b"".join(struct.pack("<HHII", tag, code, 1, value) for tag, code, value in tags)
     tiff = b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
-    found = decode_member(Member("k", "u", data=tiff), RULES, (8, 8))
+    found = decode_member(Member("k", "u", data=tiff), RULES, Preprocess((8, 8)))
     assert found.status == "unsupported_mode" and f"{bits} bits per sample" in found.error

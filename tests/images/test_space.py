@@ -24,6 +24,7 @@ from raydetect.images.decode import decode_all, decode_image, decode_member
 from raydetect.images.memory_budget import BYTES_PER_PIXEL, MIN_PIXELS, PixelBudget
 from raydetect.images.opening import DecodeRules
 from raydetect.images.orientation import TURNS
+from raydetect.images.preprocess import Preprocess
 from raydetect.records import Member
 from raydetect.sinks import heatmaps
 
@@ -63,19 +64,20 @@ import base64, json, sys
 from pathlib import Path
 from raydetect.records import Member
 from raydetect.images.opening import DecodeRules
+from raydetect.images.preprocess import Preprocess
 from raydetect.images.decode import decode_member
 
 def status(name):
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(name))
 
 rules, small = DecodeRules(10**8, True), base64.b64decode(sys.argv[1])
-decode_member(Member("k", "u", small), rules, (32, 32))
+decode_member(Member("k", "u", small), rules, Preprocess((32, 32)))
 for name in json.loads(sys.stdin.read()):
     data = Path(name).read_bytes()
-    decode_member(Member("k", "u", data[:200]), rules, (32, 32))
+    decode_member(Member("k", "u", data[:200]), rules, Preprocess((32, 32)))
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = status("VmRSS")
-    found = decode_member(Member("k", "u", data), rules, (32, 32))
+    found = decode_member(Member("k", "u", data), rules, Preprocess((32, 32)))
     print(json.dumps([found.status, status("VmHWM") - before]))
 """
 
@@ -269,7 +271,7 @@ def test_threads_decode_no_more_pixels_at_a_time_than_the_source_allows(monkeypa
     monkeypatch.setattr(opening, "_loaded", slow)
     members = [Member(f"k{i}", "u", encoded(plain_picture("L", (20 + i, 30)), "PNG")) for i in range(24)]
     rules = DecodeRules(2000, True)
-    found = list(decode_all(members, rules, (8, 8), threads=8))
+    found = list(decode_all(members, rules, Preprocess((8, 8)), threads=8))
     assert [item.width for item in found] == [20 + i for i in range(24)]
     assert 1300 < peak <= 2000  # more than one at a time, none of them refused
 
@@ -281,9 +283,9 @@ def test_only_the_source_limits_the_number_of_pixels(
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow itself refuses twice as many
     data = encoded(plain_picture("RGB", (40, 30)), kind, **options)
-    over = decode_member(Member("k", "u", data), DecodeRules(1199, True), (8, 8))
+    over = decode_member(Member("k", "u", data), DecodeRules(1199, True), Preprocess((8, 8)))
     assert over.status == "too_many_pixels" and "more than source.max_pixels = 1,199" in over.error
-    assert decode_member(Member("k", "u", data), DecodeRules(1200, True), (8, 8)).status == "ok"
+    assert decode_member(Member("k", "u", data), DecodeRules(1200, True), Preprocess((8, 8))).status == "ok"
 
 
 def test_pillows_limit_is_never_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,7 +301,7 @@ def test_a_header_with_far_too_many_pixels_is_refused() -> None:
     png = b"\x89PNG\r\n\x1a\n" + b"\0\0\0\rIHDR" + struct.pack(">IIBBBBB", 1 << 20, 1 << 20, 8, 2, 0, 0, 0)
     png += struct.pack(">I", zlib.crc32(png[12:])) + b"\0\0\0\0IDAT\x35\xaf\x06\x1e"
     for data in (header.ljust(34, b"\0"), png):
-        found = decode_member(Member("k", "u", data), RULES, (8, 8))
+        found = decode_member(Member("k", "u", data), RULES, Preprocess((8, 8)))
         assert found.status == "too_many_pixels" and "source.max_pixels" in found.error
 
 
@@ -308,7 +310,7 @@ def test_a_tile_larger_than_its_image_counts() -> None:
     tags += [(324, 4, 8), (325, 4, 0)]
     entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
     data = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
-    found = decode_member(Member("k", "u", data), DecodeRules(10**7, True), (8, 8))
+    found = decode_member(Member("k", "u", data), DecodeRules(10**7, True), Preprocess((8, 8)))
     assert found.status == "too_many_pixels" and "tile of 4096 x 4096 px" in found.error
 
 
@@ -334,7 +336,7 @@ def test_a_png_with_too_large_texts_is_read_without_them(after: bool) -> None:
     if after:
         start, end = data.index(b"iTXt") - 4, data.index(b"IDAT") - 4
         data = data[:start] + data[end:-12] + data[start:end] + data[-12:]
-    found = decode_member(Member("k", "u", data), RULES, (30, 40))
+    found = decode_member(Member("k", "u", data), RULES, Preprocess((30, 40)))
     assert found.status == "ok" and found.notes == ("exif_ignored",)
     assert (found.image_HWC == np.asarray(picture)).all()
 

@@ -20,6 +20,7 @@ from raydetect.cli.main import main
 from raydetect.errors import StorageError
 from raydetect.fitting.fit_run import FitRun
 from raydetect.fitting.image_cache import CachedImage, ImageCache
+from raydetect.images.preprocess import Preprocess
 from raydetect.records import Chunk, Receipt
 from raydetect.sinks.parquet import ResultsSink
 from raydetect.storage import Scratch, Storage, local_files, remove_leftovers, whole_file, whole_text
@@ -194,7 +195,7 @@ def _full(*_: object) -> None:
 def test_a_full_temporary_folder_is_named_in_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     image_HWC = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
-    cache, rows = ImageCache((2, 2)), RowStore(4, torch.float32, 1)
+    cache, rows = ImageCache(Preprocess((2, 2))), RowStore(4, torch.float32, 1)
     cache.add(CachedImage("a", None, None), image_HWC)
     rows.append(torch.zeros(2 * BLOCK_ROWS, 4))
     monkeypatch.setattr(os, "pwrite", _full)
