@@ -167,7 +167,7 @@ class ReadImages:
         self.bad += 1
         self.reasons = [*self.reasons, reason][:REASONS]
 
-    def judge(self, group: Group, limit: float, where: str) -> ReadFacts:
+    def checked_total(self, group: Group, limit: float, where: str) -> ReadFacts:
         """Sums the counts of all workers.
 
         Raises:
@@ -220,24 +220,24 @@ def read_images(
     Raises:
         BadMemberError: an image is bad and `on_bad_member` is `fail`.
     """
-    cache, found = ImageCache(image_size), ReadImages()
-    for member, pixels in _decoded(_counted(chunks, found), source, image_size, threads, on_progress):
+    cache, counts = ImageCache(image_size), ReadImages()
+    for member, pixels in _decoded(_counted(chunks, counts), source, image_size, threads, on_progress):
         refuse_bad_member(pixels.status, pixels.error, source)
         if pixels.image_HWC is not None and pixels.status == OK:
             cache.add(CachedImage(member.key, member.label, member.category), pixels.image_HWC)
-            found.note_good(member)
+            counts.note_good(member)
         else:
-            found.note_bad(pixels.error)
-    return cache, found
+            counts.note_bad(pixels.error)
+    return cache, counts
 
 
 def _stands_for_a_shard(member: Member) -> bool:
     return member.status in BAD_SHARD and member.key.startswith(f"{member.image_uri}#")
 
 
-def _counted(chunks: Iterable[Chunk], found: ReadImages) -> Iterator[Chunk]:
+def _counted(chunks: Iterable[Chunk], counts: ReadImages) -> Iterator[Chunk]:
     for chunk in chunks:
-        found.note_chunk(chunk)
+        counts.note_chunk(chunk)
         yield chunk
 
 

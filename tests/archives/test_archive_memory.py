@@ -153,10 +153,10 @@ def test_what_an_archive_claims_takes_no_memory(tmp_path: Path) -> None:
         table(tmp_path, "words.parquet", {"image": tiny, "label": text}): (["ok"] * 12, 6 * 8 * MiB),
         table(tmp_path, "masks.parquet", {"image": tiny, "mask": cell}): (["ok"] * 12, 6 * 8 * MiB),
     }
-    begun = written(tmp_path / "begun.tar.gz", tar_bytes([("a.png", IMAGE)]))
+    warm_up = written(tmp_path / "begun.tar.gz", tar_bytes([("a.png", IMAGE)]))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, begun, *cases],
+        [sys.executable, "-c", MEASURE, warm_up, *cases],
         capture_output=True,
         text=True,
         env={**env, "ARROW_DEFAULT_MEMORY_POOL": "system"},

@@ -180,9 +180,9 @@ def test_one_detector_in_memory_gives_the_rows_of_eight(loads: list[str]) -> Non
 @pytest.mark.usefixtures("fleet")
 def test_the_least_recently_used_detector_is_dropped(loads: list[str]) -> None:
     index = read_index(FLEET, Storage())
-    judges = DetectorCache(StoredDetectors(index, Storage()), plan().spec.flag, torch.device("cpu"), limit=2)
+    detectors = DetectorCache(StoredDetectors(index, Storage()), plan().spec.flag, torch.device("cpu"), limit=2)
     for category in (NUTS, BOLTS, NUTS, RINGS, NUTS, BOLTS):
-        assert judges.get(index.categories[category]).digest == index.categories[category].digest
+        assert detectors.get(index.categories[category]).digest == index.categories[category].digest
     assert loads == [NUTS, BOLTS, RINGS, BOLTS]
 
 
