@@ -176,13 +176,13 @@ class ReadImages:
         """
         labels = [[*key, count] for key, count in self.labels.items()]
         counts = [self.good, self.bad, self.shards, self.bad_shards]
-        fields = [counts, self.reasons, labels, to_plain(self.left_out.found)]
+        fields = [counts, self.reasons, labels, to_plain(self.left_out.counts)]
         sums = ReadImages()
         for text in group.gather_bytes(json.dumps(fields).encode()):
             sums._add(json.loads(text))
         bad, total = sums.bad, sums.bad + sums.good
         if total == 0:
-            left_out = left_out_text(sums.left_out.found) or "nothing"
+            left_out = left_out_text(sums.left_out.counts) or "nothing"
             raise SpecError(f"{where}: has no images; left out: {left_out}. Check source.uri, format and pattern.")
         reasons = tuple(sums.reasons[:REASONS])
         if bad > limit * total or sums.bad_shards > limit * sums.shards:
@@ -191,7 +191,7 @@ class ReadImages:
                 f"than max_bad_fraction = {limit}. First: {'; '.join(reasons)}"
             )
         all_labels = tuple((label, value, count) for (label, value), count in sums.labels.items())
-        return ReadFacts(bad, reasons, all_labels, sums.left_out.found)
+        return ReadFacts(bad, reasons, all_labels, sums.left_out.counts)
 
     def _add(self, fields: list[Any]) -> None:
         (good, bad, shards, bad_shards), reasons, labels, left_out = fields
