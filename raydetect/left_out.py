@@ -32,7 +32,7 @@ REASONS = {
 class LeftOutCount:
     """The counts of one shard or listing."""
 
-    found: dict[str, LeftOut] = field(default_factory=dict)
+    counts: dict[str, LeftOut] = field(default_factory=dict)
 
     def add(self, reason: str, name: str) -> None:
         """Adds a file.
@@ -46,8 +46,8 @@ class LeftOutCount:
     def add_all(self, more: Mapping[str, LeftOut]) -> None:
         """Adds the counts of another shard or listing."""
         for reason, other in more.items():
-            old = self.found.get(reason, LeftOut(0))
-            self.found[reason] = LeftOut(old.count + other.count, (*old.names, *other.names)[:NAMED])
+            old = self.counts.get(reason, LeftOut(0))
+            self.counts[reason] = LeftOut(old.count + other.count, (*old.names, *other.names)[:NAMED])
 
 
 def left_out_of(plain: Mapping[str, Mapping[str, Any]]) -> dict[str, LeftOut]:
@@ -55,10 +55,10 @@ def left_out_of(plain: Mapping[str, Mapping[str, Any]]) -> dict[str, LeftOut]:
     return {reason: LeftOut(int(entry["count"]), tuple(entry["names"])) for reason, entry in plain.items()}
 
 
-def left_out_text(found: Mapping[str, LeftOut]) -> str:
+def left_out_text(counts: Mapping[str, LeftOut]) -> str:
     """`30 hidden (__MACOSX/a/._0.png, ...), 1 other_suffix (notes.txt)`; "" if nothing was left out."""
     parts = []
-    for reason, entry in sorted(found.items()):
+    for reason, entry in sorted(counts.items()):
         more = ", ..." if entry.count > len(entry.names) else ""
         parts.append(f"{entry.count:,} {reason} ({', '.join(entry.names)}{more})")
     return ", ".join(parts)

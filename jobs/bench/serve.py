@@ -103,7 +103,7 @@ def replicas(deployment: str) -> list[Path]:
 
 
 def replica_bytes() -> int:
-    """Memory of all replicas: scoring, desk and door."""
+    """Memory of all replicas: scorers, controller and ingress."""
     pages = sum(int((entry / "statm").read_text().split()[1]) for entry in replicas(""))
     return pages * os.sysconf("SC_PAGE_SIZE")
 

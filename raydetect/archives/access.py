@@ -1,4 +1,4 @@
-"""An object that the storage refuses: is it this one alone, or would it refuse all?"""
+"""Decides whether the storage refuses one object or all of them."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -10,20 +10,21 @@ WITNESSES = 3
 
 
 def is_alone(error: UnreadableError, storage: Storage, others: Iterable[str]) -> bool:
-    """Whether only this object cannot be read, so that it becomes a row; else the job must stop.
+    """Whether only this object is unreadable and becomes a row; otherwise the job must stop.
 
-    What is archived or not there says so itself. A refusal may mean all objects: then one byte of some others is read.
+    Errors for archived or missing objects concern one object. A denied request may concern all objects, so one byte of
+    up to `WITNESSES` others is read.
 
     Args:
-        error: of the object.
-        storage: reaches the others.
-        others: URIs of files that are not empty, the likeliest to be readable first.
+        error: error of the object.
+        storage: storage of all objects.
+        others: URIs of other non-empty files, those most likely to be readable first.
     """
     return not error.is_denied or any(_is_read(storage, uri) for uri in islice(others, WITNESSES))
 
 
 def others_of(uri: str, files: Iterable[FileInfo]) -> Iterator[str]:
-    """Files of a listing that are not empty, but for one; none when it cannot be listed."""
+    """Yields the URIs of the other non-empty files of a listing; none if it cannot be listed."""
     try:
         yield from (file.uri for file in files if file.uri != uri and file.size_bytes)
     except StorageError:

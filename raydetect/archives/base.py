@@ -1,4 +1,4 @@
-"""What every archive shares: the contract, names, cutting into chunks, and the fingerprint of a listing."""
+"""The archive interface, and what all formats share: names, chunks, and the fingerprint of a listing."""
 
 import abc
 import hashlib
@@ -18,7 +18,7 @@ IMAGE_SUFFIXES = (
 LEFT_BY_SYSTEMS = frozenset(
     {"__macosx", "@eadir", "thumbs.db", "ehthumbs.db", "desktop.ini", "#recycle", "$recycle.bin", "lost+found"}
 )
-# The first bytes of the formats that are decoded; of TIFF and RIFF a few more are looked at.
+# First bytes of the supported image formats; RIFF, AVIF and PNM are checked further in `begins_as_image`.
 IMAGE_STARTS = (
     b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+",
     b"P1", b"P2", b"P3", b"P4", b"P5", b"P6",
@@ -27,11 +27,11 @@ IMAGE_STARTS = (
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """What a source holds.
+    """The shards of a source.
 
     Attributes:
-        shards: numbered from 0; the first one has what was left out beside them.
-        notes: sentences that a person should read, such as that an index was not used.
+        shards: numbered from 0; the first one has the counts of files that the listing left out.
+        notes: messages for the user, such as that an index is not used.
     """
 
     shards: tuple[Shard, ...]
@@ -39,52 +39,52 @@ class Listing:
 
 
 class Archive(abc.ABC):
-    """Encoded images in shards. Cheap to build and to send to a worker."""
+    """Encoded images in shards. Cheap to create and to send to a worker."""
 
     @abc.abstractmethod
     def listing(self) -> Listing:
         """Lists the shards, sorted; reads no image data.
 
         Raises:
-            StorageError: the storage cannot be reached or nothing is there.
-            SpecError: nothing there fits the source's format.
+            StorageError: the storage cannot be reached, or the URI does not exist.
+            SpecError: no file has the source's format.
         """
 
     def shards(self) -> Iterator[Shard]:
-        """The shards of `listing`."""
+        """Yields the shards of `listing`."""
         yield from self.listing().shards
 
     @abc.abstractmethod
     def read(self, shard: Shard, left_out: LeftOutCount | None = None) -> Iterator[Member]:
-        """Streams the images of a shard in bounded memory. A bad member is yielded with a status.
+        """Streams the images of a shard in bounded memory. Yields bad members too, with their status.
 
         Args:
-            shard: of the listing.
-            left_out: counts every file of the shard that is no member.
+            shard: a shard of the listing.
+            left_out: counts the files of the shard that are not members.
 
         Raises:
-            ArchiveError: the container is broken; the good members before the break were yielded.
+            ArchiveError: the container is damaged; members before the damage have been yielded.
             StorageError: the storage failed.
         """
 
 
 def listed_file(shard: Shard) -> FileInfo:
-    """The container of a shard as it was listed; of a part the size of the whole is not kept."""
+    """Returns the container of a shard as listed; the size is unknown (-1) if the shard is only a part of it."""
     return FileInfo(shard.uri, shard.size_bytes if shard.span is None else -1, shard.fingerprint)
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a member's suffix is one of an image format, in any case."""
+    """Whether a name has the suffix of an image format, ignoring case."""
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def has_suffix(name: str) -> bool:
-    """Whether a file's name has a suffix at all; without one its content says whether it is an image."""
+    """Whether a file name has a suffix; files without one are checked by content."""
     return "." in name.rpartition("/")[2].lstrip(".")
 
 
 def begins_as_image(start: bytes) -> bool:
-    """Whether bytes begin as those of an image format."""
+    """Whether a file that starts with these bytes (at least 16, if it has them) has an image format."""
     if start.startswith(b"RIFF"):
         return start[8:12] == b"WEBP"
     if start[4:8] == b"ftyp":
@@ -95,13 +95,13 @@ def begins_as_image(start: bytes) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a part of a path begins with a dot, or is one that systems leave beside files (`__MACOSX`, `@eaDir`)."""
+    """Whether a path segment starts with a dot or is created by an operating system (`__MACOSX`, `@eaDir`)."""
     parts = [part for part in name.split("/") if part not in ("", ".", "..")]
     return any(part.startswith(".") or part.lower() in LEFT_BY_SYSTEMS for part in parts)
 
 
 def readable(text: str) -> str:
-    """Text in one line that UTF-8 can hold: a byte, surrogate or control becomes `\\xfc`, `\\ud83d` or `\\n`."""
+    """Escapes bytes, surrogates and control characters as `\\xfc`, `\\ud83d` and `\\n`: one line of valid UTF-8."""
     if any(ord(letter) < 32 for letter in text):
         text = "".join(letter if ord(letter) >= 32 else repr(letter)[1:-1] for letter in text)
     try:
@@ -115,15 +115,15 @@ def readable(text: str) -> str:
 
 
 def composed(name: str) -> str:
-    """A name for comparing: in Unicode's NFC, since macOS writes names decomposed."""
+    """Normalises a name to NFC for comparison, as macOS writes decomposed names."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def safe_name(name: str) -> str:
-    """A member's name as it stands in keys: `./` at the front removed.
+    """Returns a member's name as used in keys, without leading `./`.
 
     Raises:
-        MemberError: unsafe_name, when it is absolute, climbs with `..` or cannot stand in a URI.
+        MemberError: unsafe_name: it is absolute, contains `..`, or is not allowed in a URI.
     """
     bare = name
     while bare.startswith("./"):
@@ -143,18 +143,18 @@ def safe_name(name: str) -> str:
 
 
 def is_unsafe(name: str) -> bool:
-    """Whether no URI can hold a name: it climbs out, chains, or has control characters."""
+    """Whether a name is not allowed in a URI: it contains `..` segments, `::` or control characters."""
     return ".." in name.split("/") or "::" in name or any(ord(letter) < 32 for letter in name)
 
 
 def unsafe_name(name: str) -> MemberError:
-    """The error of a name that cannot stand in a URI."""
-    message = f"member name {name!r} is absolute, climbs out, or holds characters no URI can. Rename it."
+    """Returns the error for a name that is not allowed in a URI."""
+    message = f"member name {name!r} is absolute, contains `..`, or is not allowed in a URI. Rename it."
     return MemberError("unsafe_name", message)
 
 
 def key_of(container_uri: str, name: str) -> str:
-    """The key of a member; an unsafe name is kept as it is, for people."""
+    """Returns the key of a member; an unsafe name is included with escapes, so that users can identify it."""
     try:
         return f"{readable(container_uri)}#{readable(safe_name(name))}"
     except MemberError:
@@ -162,15 +162,14 @@ def key_of(container_uri: str, name: str) -> str:
 
 
 def split_key(key: str, image_uri: str) -> tuple[str, str]:
-    """(container or folder, name of the member in it) of a row; either may hold `#` itself.
+    """Splits a key into (container or folder, member name); both may contain `#`.
 
     Args:
-        key: of the row.
-        image_uri: of the row.
+        key: the row's key.
+        image_uri: the row's image URI, which shows where to split.
     """
-    places = [place for place, letter in enumerate(key) if letter == "#"]
-    for place in places:
-        container, name = key[:place], key[place + 1 :]
+    for position in (i for i, letter in enumerate(key) if letter == "#"):
+        container, name = key[:position], key[position + 1 :]
         if image_uri.endswith(f"::{container}") or image_uri in (container, f"{container}/{name}"):
             return container, name
     container, _, name = key.partition("#")
@@ -184,40 +183,40 @@ def chunk_members(
     chunk_bytes: int,
     left_out: LeftOutCount | None = None,
 ) -> Iterator[Chunk]:
-    """Consecutive members in chunks; the last one of a shard is marked, and an empty shard gives one empty chunk.
+    """Groups consecutive members into chunks; marks the last one. An empty shard yields one empty chunk.
 
-    A pure function of the members: a chunk closes at `chunk_images` images or once `chunk_bytes` encoded bytes
-    are in it. The last one holds what reading the members counted in `left_out`.
+    A pure function of the members: a chunk ends at `chunk_images` images or as soon as it has `chunk_bytes` encoded
+    bytes. The last one has the counts of `left_out`.
     """
     waiting: Chunk | None = None
     for number, group in enumerate(_groups(members, chunk_images, chunk_bytes)):
         if waiting is not None:
             yield waiting
         waiting = Chunk(shard.index, number, False, tuple(group))
-    found = {} if left_out is None else dict(left_out.found)
+    counts = {} if left_out is None else dict(left_out.counts)
     if waiting is None:
-        yield Chunk(shard.index, 0, True, (), found)
+        yield Chunk(shard.index, 0, True, (), counts)
     else:
-        yield Chunk(waiting.shard, waiting.number, True, waiting.members, found)
+        yield Chunk(waiting.shard, waiting.number, True, waiting.members, counts)
 
 
 def _groups(members: Iterable[Member], chunk_images: int, chunk_bytes: int) -> Iterator[list[Member]]:
     group: list[Member] = []
-    held = 0
+    size = 0
     for member in members:
         group.append(member)
-        held += len(member.data)
-        if len(group) == chunk_images or held >= chunk_bytes:
+        size += len(member.data)
+        if len(group) == chunk_images or size >= chunk_bytes:
             yield group
-            group, held = [], 0
+            group, size = [], 0
     if group:
         yield group
 
 
 def archive_fingerprint(shards: Iterable[Shard]) -> str:
-    """sha256 over every shard's URI, format, size, fingerprint and span, hex."""
-    total = hashlib.sha256()
+    """Returns the hex sha256 over URI, format, size, fingerprint and span of all shards."""
+    digest = hashlib.sha256()
     for shard in shards:
-        words = [shard.uri, shard.format, shard.size_bytes, shard.fingerprint, shard.span]
-        total.update(json.dumps(words).encode() + b"\n")
-    return total.hexdigest()
+        fields = [shard.uri, shard.format, shard.size_bytes, shard.fingerprint, shard.span]
+        digest.update(json.dumps(fields).encode() + b"\n")
+    return digest.hexdigest()

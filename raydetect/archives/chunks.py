@@ -1,4 +1,4 @@
-"""Members of a shard as the job file wants bad ones handled."""
+"""Reads the members of a shard, with bad ones handled as the job file specifies."""
 
 from collections.abc import Iterator
 
@@ -12,11 +12,11 @@ from raydetect.records import OK, Chunk, Member, Shard
 def read_chunks(
     archive: Archive, shard: Shard, source: SourceSpec, chunk_images: int, chunk_bytes: int
 ) -> Iterator[Chunk]:
-    """The members of a shard in chunks; the last one holds what was left out of it.
+    """Yields the members of a shard in chunks; the last one has the counts of left-out files.
 
     Raises:
-        ArchiveError: a bad shard or member, and the source says `fail`.
-        StorageError: the storage failed; the job stops and can be started again.
+        ArchiveError: the shard or a member is bad, and the source is set to `fail`.
+        StorageError: the storage failed; the job stops and can be restarted.
     """
     left_out = LeftOutCount(dict(shard.left_out))
     members = read_members(archive, shard, source, left_out)
@@ -26,11 +26,11 @@ def read_chunks(
 def read_members(
     archive: Archive, shard: Shard, source: SourceSpec, left_out: LeftOutCount | None = None
 ) -> Iterator[Member]:
-    """Streams the members of a shard; a shard that breaks ends with a `bad_shard` member when recorded.
+    """Streams the members of a shard; a damaged shard ends with a `bad_shard` member if the source is set to `record`.
 
     Raises:
-        ArchiveError: a bad shard or member, and the source says `fail`.
-        StorageError: the storage failed; the job stops and can be started again.
+        ArchiveError: the shard or a member is bad, and the source is set to `fail`.
+        StorageError: the storage failed; the job stops and can be restarted.
     """
     try:
         for member in archive.read(shard, left_out):
@@ -47,14 +47,14 @@ def read_members(
 
 
 class BadMemberError(ArchiveError):
-    """One bad image stops the job, because the source says `on_bad_member: fail`."""
+    """An image is bad, and `on_bad_member` is `fail`."""
 
 
 def refuse_bad_member(status: str, error: str, source: SourceSpec) -> None:
-    """Raises when a member is bad and bad members stop the job.
+    """Raises if a member is bad and `on_bad_member` is `fail`.
 
     Raises:
-        BadMemberError: it is, and they do.
+        BadMemberError: the member is bad.
     """
     if status != OK and source.on_bad_member == "fail":
-        raise BadMemberError(f"{error} (status {status}). Mend it or set source.on_bad_member: row.")
+        raise BadMemberError(f"{error} (status {status}). Repair it or set source.on_bad_member: row.")

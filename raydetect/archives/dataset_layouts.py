@@ -1,7 +1,7 @@
-"""Labelled data sets of loose images in the layouts of their authors: which image has which label, split and mask.
+"""Reads label, split and mask of every image of labelled data sets in their published layouts.
 
-Reads listings and one CSV file, no image. A mask is looked up among the files that are there, by the image's name: its
-suffix may differ, and `_mask` may follow the name.
+Reads listings and at most one CSV file, but no images. A mask has the image's name, with any suffix, and optionally
+`_mask` after the name.
 """
 
 import csv
@@ -16,12 +16,12 @@ from raydetect.errors import MemberError, SpecError
 from raydetect.storage import Storage, join_uri, normalise_uri, relative_to
 
 NORMAL_FOLDERS = ("good", "ok")
-MVTEC2_SPLITS = {"train": "train", "test_public": "test"}  # validation, and the tests without labels, are left out
+MVTEC2_SPLITS = {"train": "train", "test_public": "test"}  # not validation and the unlabelled test sets
 
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """One image: its path below the folder, and what the layout says of it. `mask` is None when there is none."""
+    """One image: its path relative to the folder, and its description by the layout; `mask` is None without a mask."""
 
     path: str
     category: str
@@ -33,30 +33,32 @@ class Labelled:
 
 @dataclass(frozen=True, slots=True)
 class _Files:
-    """Paths of all images below the folder, and of masks by folder and name."""
+    """Paths of all images below the folder, and of masks by (folder, name without suffix)."""
 
     paths: list[str]
     masks: dict[tuple[str, str], str]
 
 
 def read_layout(data: LabelledSpec, storage: Storage) -> list[Labelled]:
-    """All images of a data set that are to be fitted or judged, in order of paths.
+    """Lists all images of a data set for fitting and evaluation, sorted by path.
 
     Raises:
-        SpecError: the folder is not laid out so, a category is not there, or a CSV file is damaged.
-        StorageError: it cannot be read.
+        SpecError: the folder has another layout, a category is missing, or a CSV file is damaged.
+        StorageError: the folder or a CSV file cannot be read.
     """
     root = normalise_uri(data.uri)
-    found = list(READERS[data.layout](root, data, storage))
-    known = sorted({item.category for item in found})
+    images = list(READERS[data.layout](root, data, storage))
+    known = sorted({image.category for image in images})
     missing = sorted(set(data.categories) - set(known))
     if missing:
-        raise SpecError(f"data.categories: {missing[0]!r} is not in {root}. There are: {', '.join(known) or 'none'}.")
-    wanted = [item for item in found if not data.categories or item.category in data.categories]
+        raise SpecError(f"data.categories: {missing[0]!r} is not in {root}. Available: {', '.join(known) or 'none'}.")
+    wanted = [image for image in images if not data.categories or image.category in data.categories]
     for split in ("train", "test"):
-        if not any(item.split == split for item in wanted):
-            raise SpecError(f"{root}: holds no {split} image in the layout {data.layout}. Check data.uri and layout.")
-    return sorted(wanted, key=lambda item: item.path)
+        if not any(image.split == split for image in wanted):
+            raise SpecError(
+                f"{root}: contains no {split} images in layout {data.layout}. Check data.uri and data.layout."
+            )
+    return sorted(wanted, key=lambda image: image.path)
 
 
 def _listed(root: str, storage: Storage) -> _Files:
@@ -72,7 +74,7 @@ def _mask(files: _Files, folder: str, path: str) -> str | None:
 
 
 def _mvtec_ad(root: str, data: LabelledSpec, storage: Storage) -> Iterator[Labelled]:
-    """`<category>/{train,test}/<defect>/...`, masks in `<category>/ground_truth/<defect>/`; BTAD says `ok` and `ko`."""
+    """`<category>/{train,test}/<defect>/...`, masks in `<category>/ground_truth/<defect>/`; BTAD has `ok` and `ko`."""
     files = _listed(root, storage)
     for path in files.paths:
         parts = path.split("/")
@@ -96,7 +98,7 @@ def _mvtec_ad2(root: str, data: LabelledSpec, storage: Storage) -> Iterator[Labe
 
 
 def _visa(root: str, data: LabelledSpec, storage: Storage) -> Iterator[Labelled]:
-    """The split CSV: object, split, label (normal or anomaly), image, mask."""
+    """The CSV file `split_csv`: object, split, label (normal or anomaly), image, mask."""
     for row in _rows(join_uri(root, data.split_csv), ("object", "split", "label", "image"), storage):
         label = int(row["label"] != "normal")
         yield Labelled(
@@ -105,11 +107,11 @@ def _visa(root: str, data: LabelledSpec, storage: Storage) -> Iterator[Labelled]
 
 
 def _manifest(root: str, data: LabelledSpec, storage: Storage) -> Iterator[Labelled]:
-    """`manifest.csv`: path, split, label (0 or 1), and if there are any defect, mask and category."""
-    place = join_uri(root, "manifest.csv")
-    for number, row in enumerate(_rows(place, ("path", "split", "label"), storage), start=2):
+    """`manifest.csv`: path, split, label (0 or 1); optionally defect, mask and category."""
+    uri = join_uri(root, "manifest.csv")
+    for number, row in enumerate(_rows(uri, ("path", "split", "label"), storage), start=2):
         if row["label"] not in ("0", "1"):
-            raise SpecError(f"{place}: line {number} has the label {row['label']!r}. Write 0 (normal) or 1.")
+            raise SpecError(f"{uri}: line {number} has the label {row['label']!r}. Write 0 (normal) or 1.")
         label = int(row["label"])
         defect = row.get("defect") or ("anomalous" if label else "good")
         mask = row.get("mask") or None
@@ -117,14 +119,14 @@ def _manifest(root: str, data: LabelledSpec, storage: Storage) -> Iterator[Label
         yield Labelled(path, row.get("category") or "", row["split"], label, defect, mask and _inside(mask, root))
 
 
-def _rows(place: str, needed: tuple[str, ...], storage: Storage) -> Iterator[dict[str, str]]:
+def _rows(uri: str, needed: tuple[str, ...], storage: Storage) -> Iterator[dict[str, str]]:
     try:
-        reader = csv.DictReader(io.StringIO(storage.read(place).decode("utf-8-sig")))
+        reader = csv.DictReader(io.StringIO(storage.read(uri).decode("utf-8-sig")))
     except UnicodeDecodeError:
-        raise SpecError(f"{place}: is no UTF-8 text. Write it again as CSV.") from None
-    lacking = [name for name in needed if name not in (reader.fieldnames or [])]
-    if lacking:
-        raise SpecError(f"{place}: has no column {lacking[0]!r}. It needs {', '.join(needed)} in its first line.")
+        raise SpecError(f"{uri}: is not UTF-8 text. Save it as CSV in UTF-8.") from None
+    missing = [name for name in needed if name not in (reader.fieldnames or [])]
+    if missing:
+        raise SpecError(f"{uri}: has no column {missing[0]!r}. The first line needs {', '.join(needed)}.")
     for row in reader:
         yield {name: value.strip() for name, value in row.items() if isinstance(value, str)}
 

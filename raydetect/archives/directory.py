@@ -1,4 +1,4 @@
-"""A container as a directory of files that can be opened one by one, and the members that it holds."""
+"""A container as a directory of files that can be opened individually, and the reader that makes members of them."""
 
 import abc
 import json
@@ -18,7 +18,7 @@ from raydetect.errors import MemberError, RaydetectError
 from raydetect.left_out import LeftOutCount
 from raydetect.records import OK, Member
 
-ESCAPED = "member"  # scheme of raydetect.archives.filesystem
+ESCAPED = "member"  # URL scheme of raydetect.archives.filesystem
 PLAIN_LETTERS = frozenset("/-_.,+=@() ")
 
 
@@ -26,9 +26,9 @@ class Directory(abc.ABC):
     """The files of one container.
 
     Attributes:
-        uri: of the container.
-        scheme: of fsspec's own filesystem for it, "" where that cannot read it.
-        entries: every file, in order of places.
+        uri: the container's URI.
+        scheme: URL scheme of fsspec's filesystem for the container; "" if fsspec cannot read it.
+        entries: all files, sorted by `place`.
     """
 
     uri: str
@@ -37,55 +37,55 @@ class Directory(abc.ABC):
 
     @abc.abstractmethod
     def read(self, entry: Entry) -> bytes:
-        """The bytes of a file; files are read in order of places.
+        """Reads a file; files must be read in the order of `entries`.
 
         Raises:
-            MemberError: this file is damaged.
-            ArchiveError: the container is broken here.
+            MemberError: the file is damaged.
+            ArchiveError: the container is damaged at this file.
             StorageError: the storage failed.
         """
 
     @abc.abstractmethod
     def finish(self, left_out: LeftOutCount) -> None:
-        """After the last file: counts what follows it.
+        """Counts data after the last file; called once all files have been read.
 
         Raises:
-            ArchiveError: the container breaks after its last file.
+            ArchiveError: the container is damaged after the last file.
         """
 
     def key_of(self, entry: Entry) -> str:
-        """The key of a file."""
+        """Returns the key of a file."""
         return key_of(self.uri, entry.name)
 
     def safe_name(self, entry: Entry) -> str:
-        """The name of a file as patterns see it.
+        """Returns the name of a file for matching with patterns.
 
         Raises:
-            MemberError: unsafe_name.
+            MemberError: unsafe_name: the name cannot be used.
         """
         return safe_name(entry.name)
 
     def uri_of(self, entry: Entry) -> str:
-        """The fsspec URL that opens a file: of fsspec's own scheme, or of ours where a name must be escaped."""
+        """Returns the fsspec URL of a file; with the scheme `member` if fsspec's own cannot open the name."""
         if self.scheme and is_plain(entry.raw):
             return f"{self.scheme}://{entry.raw}::{self.uri}"
         return f"{ESCAPED}://{escaped(entry.raw)}::{self.uri}"
 
 
 def is_plain(name: str) -> bool:
-    """Whether every fsspec filesystem opens a name as it is."""
+    """Whether fsspec's filesystems open a name without escaping."""
     doubled = "//" in name or name != name.strip()
     return not doubled and readable(name) == name and all(c.isalnum() or c in PLAIN_LETTERS for c in name)
 
 
 def escaped(name: str) -> str:
-    """A name of any bytes as text for a URL."""
+    """Percent-encodes a name, which may contain any bytes, for a URL."""
     return quote(name.encode("utf-8", "surrogateescape"), safe="/")
 
 
 @dataclass(frozen=True, slots=True)
 class MemberReader:
-    """Turns the files of one container into members."""
+    """Yields the members of one container."""
 
     directory: Directory
     source: SourceSpec
@@ -93,7 +93,7 @@ class MemberReader:
     left_out: LeftOutCount
 
     def members(self, span: tuple[int, int] | None) -> Iterator[Member]:
-        """The members that begin inside a span; None = all."""
+        """Yields the members that start inside a span [start, stop) in bytes; None = all."""
         start, stop = span or (0, math.inf)
         arranged = arrange(self.directory.entries)
         for entry, reason in arranged.left_out:
@@ -107,7 +107,7 @@ class MemberReader:
         self.directory.finish(self.left_out)
 
     def member(self, sample: Sample, arranged: Arrangement) -> Member | None:
-        """One image as a member; None when it is left out. Whatever goes wrong with it concerns it alone."""
+        """Returns the member of an image; None if it is left out. Errors of one image become its status."""
         entry = sample.entry
         key = self._key(sample, arranged)
         try:
@@ -117,7 +117,7 @@ class MemberReader:
             return Member(key, uri, status=error.status, error=f"{uri}#{readable(entry.name)}: {error}")
         except RaydetectError:
             raise
-        except Exception as error:  # what hostile bytes make a parser raise
+        except Exception as error:  # parsers raise anything on invalid bytes
             message = f"{key}: cannot be read ({type(error).__name__}: {readable(str(error))[:160]}). Pack it again."
             return Member(key, readable(self.directory.uri), status="corrupt", error=message)
 
@@ -142,12 +142,12 @@ class MemberReader:
         member = with_facts(Member(key, self.directory.uri_of(entry)), facts)
         member = replace(member, mask_uri=self._mask_uri(name, facts, entry, arranged))
         if sample.copy:
-            message = f"{key}: a later member has this name, and is the one that unpacking leaves. Rename one of them."
+            message = f"{key}: a later member has the same name and replaces it when unpacked. Rename one of them."
             return replace(member, status="duplicate_key", error=message)
         return self._with_sidecars(self._with_data(member, entry), sample)
 
     def _is_image(self, entry: Entry) -> bool:
-        """Whether a file without a suffix is an image, by its content; one whose name cannot be opened is none."""
+        """Whether a file without a suffix is an image, by its first bytes; False if its name is unsafe."""
         if entry.status != OK or not 0 < entry.size <= self.source.max_image_bytes or is_unsafe(entry.name):
             return False
         return begins_as_image(self.directory.read(entry)[:16])
@@ -167,7 +167,7 @@ class MemberReader:
         if facts.mask_name is None:
             return None
         mask = arranged.by_name.get(composed(facts.mask_name))
-        if mask is None:  # whoever needs it says that it is not there
+        if mask is None:  # a missing mask is reported where it is read
             is_decomposed = composed(name) != name
             mask_name = unicodedata.normalize("NFD", facts.mask_name) if is_decomposed else facts.mask_name
             mask = replace(entry, raw=entry.raw.removesuffix(name) + mask_name)
@@ -194,13 +194,13 @@ class MemberReader:
 
 
 def too_many_bytes(member: Member, size: int, limit: int) -> Member:
-    """A member whose encoded bytes are more than allowed."""
+    """Returns the member with status too_many_bytes."""
     message = f"{member.key}: {size:,} bytes are more than the limit of {limit:,}. Raise source.max_image_bytes."
     return replace(member, data=b"", status="too_many_bytes", error=message)
 
 
 def with_facts(member: Member, facts: PathFacts) -> Member:
-    """A member with what its path says; the mask is the archive's own to find."""
+    """Returns the member with the facts of its path, except the mask."""
     return replace(
         member,
         label=facts.label,
@@ -212,34 +212,34 @@ def with_facts(member: Member, facts: PathFacts) -> Member:
 
 
 def with_json(member: Member, data: bytes, naming: Naming) -> Member:
-    """What a JSON sidecar says of its image.
+    """Returns the member with the fields of its JSON sidecar, and the JSON as `meta`.
 
     Raises:
-        ValueError, RecursionError: it is no JSON.
+        ValueError, RecursionError: the sidecar is not JSON.
     """
-    words = json.loads(data)
-    if not isinstance(words, dict):
-        words = {"value": words}
-    member = with_words(member, words, naming)
-    return replace(member, meta=json.dumps(_plain(words), sort_keys=True, allow_nan=False))
+    fields = json.loads(data)
+    if not isinstance(fields, dict):
+        fields = {"value": fields}
+    member = with_fields(member, fields, naming)
+    return replace(member, meta=json.dumps(_plain(fields), sort_keys=True, allow_nan=False))
 
 
-def with_words(member: Member, words: dict[str, Any], naming: Naming, class_names: Any = ()) -> Member:
-    """What a mapping says under `label`, `category` and `defect`; null says nothing."""
-    reading = read_label(words.get("label"), naming.normal_names, class_names)
+def with_fields(member: Member, fields: dict[str, Any], naming: Naming, class_names: Any = ()) -> Member:
+    """Returns the member with `label`, `category` and `defect` from a mapping; null values change nothing."""
+    reading = read_label(fields.get("label"), naming.normal_names, class_names)
     notes = list(filter(None, [reading.note]))
     texts: dict[str, str] = {}
     for name in ("category", "defect"):
-        value = words.get(name)
+        value = fields.get(name)
         if isinstance(value, str | int) and not isinstance(value, bool):
             texts[name] = composed(readable(str(value)))
-        elif value is not None and value == value:  # NaN is null
+        elif value is not None and value == value:  # NaN counts as null
             notes.append(f"{name}_not_read: of type {type(value).__name__}")
-    message = reading.label is not None or bool(reading.note)
+    has_label = reading.label is not None or bool(reading.note)
     return replace(
         member,
-        label=reading.label if message else member.label,
-        raw_label=reading.raw if message else member.raw_label,
+        label=reading.label if has_label else member.label,
+        raw_label=reading.raw if has_label else member.raw_label,
         category=texts.get("category", member.category),
         defect=texts.get("defect", member.defect),
         notes=(*member.notes, *notes),
@@ -247,16 +247,16 @@ def with_words(member: Member, words: dict[str, Any], naming: Naming, class_name
 
 
 def with_cls(member: Member, data: bytes, naming: Naming) -> Member:
-    """What a `.cls` sidecar, a number or word alone, says of its image.
+    """Returns the member with the label of its `.cls` sidecar, which contains a number or word.
 
     Raises:
-        ValueError: it is no text.
+        ValueError: the sidecar is not UTF-8 text.
     """
-    return with_words(member, {"label": data.decode("utf-8-sig").strip()}, naming)
+    return with_fields(member, {"label": data.decode("utf-8-sig").strip()}, naming)
 
 
 def _plain(value: Any) -> Any:
-    """JSON that every reader takes: without NaN, infinity and half surrogates."""
+    """Makes a value valid JSON: null for NaN and infinity, lone surrogates escaped."""
     if isinstance(value, dict):
         return {readable(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, list):

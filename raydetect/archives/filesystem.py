@@ -1,8 +1,8 @@
-"""`member://NAME::URL` is the fsspec URL of a file in a container that fsspec's own filesystems cannot open.
+"""The fsspec filesystem for `member://NAME::URL`, a file in a container that fsspec's own filesystems cannot open.
 
-NAME is percent-encoded, so it may hold any bytes. The container is a tar however it is compressed, several tars one
-behind the other, a zip, or a local folder whose file names are no UTF-8. Of several files of one name the last is
-opened. `tarzst://` is the same by its older name, whose rows hold names as they are.
+NAME is percent-encoded, so it may contain any bytes. The container is a tar with any supported compression,
+concatenated tars, a zip, or a local folder with file names that are not UTF-8. If several files have the same name,
+the last one is opened. `tarzst://` is the former name of the scheme; its URLs contain names without encoding.
 """
 
 import io
@@ -60,11 +60,11 @@ class MemberFileSystem(AbstractArchiveFileSystem):  # type: ignore[misc]
         return text
 
     def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
-        """The bytes of a file.
+        """Opens a file.
 
         Raises:
-            FileNotFoundError: there is none of that name.
-            OSError: it cannot be read.
+            FileNotFoundError: no file has this name.
+            OSError: the file cannot be read.
         """
         raw = self._strip_protocol(path)
         if self._folder is not None:
@@ -74,33 +74,33 @@ class MemberFileSystem(AbstractArchiveFileSystem):  # type: ignore[misc]
         if mode != "rb" or entry is None or self._directory is None:
             raise FileNotFoundError(path)
         if entry.size > MAX_OPENED_BYTES:
-            raise OSError(f"{path}: has {entry.size:,} bytes, more than {MAX_OPENED_BYTES:,}, which are read at once")
+            raise OSError(f"{path}: has {entry.size:,} bytes; files of more than {MAX_OPENED_BYTES:,} cannot be opened")
         try:
             return io.BytesIO(self._directory.read(entry))
         except RaydetectError as error:
             raise OSError(f"{path}: {error}") from error
 
     def _get_dirs(self) -> None:
-        """Files are opened by name and never listed."""
+        """Sets an empty listing: files are opened by name only."""
         self.dir_cache: dict[str, Any] = {}
 
 
 def _directory(file: Any, uri: str) -> Directory:
-    """The files of a container. A compressed tar is unpacked first, so that files can be opened in any order."""
+    """Returns the directory of a container. A compressed tar is decompressed first, so that it can be sought."""
     start = file.read(4)
     file.seek(0)
     if start.startswith(ZIP):
         return ZipDirectory(file, uri)
     if not is_compressed(start):
         return PlainTar(file, uri)
-    plain = tempfile.SpooledTemporaryFile(IN_MEMORY_BYTES, prefix="raydetect-")  # noqa: SIM115 (the directory keeps it)
+    plain = tempfile.SpooledTemporaryFile(IN_MEMORY_BYTES, prefix="raydetect-")  # noqa: SIM115 (kept by the directory)
     stream = unpacked(file, start)
     try:
         while piece := stream.read1(COPY_BYTES):
             plain.write(piece)
     except RaydetectError:
         raise
-    except Exception as error:  # of a damaged one what comes before the damage can be opened
-        log.warning("%s: breaks (%s); only what comes before can be opened", uri, error)
+    except Exception as error:  # files before the damage can still be opened
+        log.warning("%s: is damaged (%s); only files before the damage can be opened", uri, error)
     plain.seek(0)
     return PlainTar(plain, uri)

@@ -1,15 +1,15 @@
-"""What a value of a label means: read by stated rules, never coerced.
+"""Interprets label values by fixed rules, without coercion.
 
 | value | label |
 |---|---|
 | null, NaN, -1, or a word such as `unknown` | none: the image is unlabelled |
 | 0, false | 0 (normal) |
 | 1 and larger whole numbers, true | 1 (anomalous) |
-| text | 0 if it is one of `source.normal_names`, in any case, else 1; digits and true/false as above |
-| a number that stands for a class name (Hugging Face's ClassLabel) | by the name, as text |
-| anything else: other negative numbers, fractions, lists | none, and the row has a note |
+| text | 0 if it is one of `source.normal_names`, ignoring case, else 1; digits and true/false as above |
+| the number of a class (Hugging Face's ClassLabel) | that of the class name, as text |
+| anything else: other negative numbers, fractions, lists | none, with a note in the row |
 
-Class names none of which is normal say nothing: their rows have no label and a note.
+If no class name is one of `source.normal_names`, the rows have no label, and a note.
 """
 
 import math
@@ -27,12 +27,12 @@ SHOWN = 40
 
 @dataclass(frozen=True, slots=True)
 class LabelReading:
-    """A label and what it was read from.
+    """The result of reading a label.
 
     Attributes:
         label: 0 normal, 1 anomalous, None unknown.
-        raw: the value as people wrote it, "" where there was none.
-        note: why a value gave no label, else "".
+        raw: the value as written; "" if there is none.
+        note: reason why the value is not a label, else "".
     """
 
     label: int | None = None
@@ -41,17 +41,17 @@ class LabelReading:
 
 
 def folded(text: str) -> str:
-    """Text for comparing: composed (NFC), in one case, without blanks around it."""
+    """Normalises text for comparison: NFC, case-folded, without surrounding whitespace."""
     return unicodedata.normalize("NFC", text).strip().casefold()
 
 
 def read_label(value: Any, normal_names: Collection[str], class_names: Sequence[str] = ()) -> LabelReading:
-    """The label of a value from a column, a sidecar or a path; see the top of this module.
+    """Reads the label from a value of a column, sidecar or path by the rules at the top of this module.
 
     Args:
-        value: of any type.
-        normal_names: folded words that mean label 0.
-        class_names: what numbers stand for, where the data says so.
+        value: a value of any type.
+        normal_names: `folded` words for label 0.
+        class_names: names of classes 0, 1, ..., if the data defines them.
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return LabelReading()
@@ -78,13 +78,13 @@ def _of_number(value: int, normal_names: Collection[str], class_names: Sequence[
 
 def _of_class(value: int, normal_names: Collection[str], class_names: Sequence[str]) -> LabelReading:
     if not 0 <= value < len(class_names):
-        return LabelReading(None, "", f"label_not_read: {value} is none of {len(class_names)} classes")
+        return LabelReading(None, "", f"label_not_read: {value} is not one of {len(class_names)} classes")
     name = class_names[value]
     labels = {_of_text(name, normal_names).label for name in class_names}
     if 0 not in labels:
         return LabelReading(None, "", f"label_not_read: {_shown(name)} (no class is one of source.normal_names)")
-    found = _of_text(name, normal_names)
-    return LabelReading(found.label, f"{value} = {name}", found.note)
+    reading = _of_text(name, normal_names)
+    return LabelReading(reading.label, f"{value} = {name}", reading.note)
 
 
 def _of_text(text: str, normal_names: Collection[str]) -> LabelReading:
@@ -121,10 +121,10 @@ def _shown(value: Any) -> str:
 
 
 def labels_text(counts: Sequence[tuple[int | None, str, int]]) -> str:
-    """`0 = good (209), 1 = broken (63)`: which values were read as which label, and how often.
+    """Formats how values were read: `0 = good (209), 1 = broken (63)`.
 
     Args:
-        counts: (label, value, images), in any order.
+        counts: (label, value, number of images), in any order.
     """
     parts = []
     for label, raw, count in sorted(counts, key=lambda entry: (entry[0] is None, entry[0] or 0, entry[1])):
@@ -134,6 +134,6 @@ def labels_text(counts: Sequence[tuple[int | None, str, int]]) -> str:
 
 
 def _name(raw: str) -> str:
-    """Of `0 = good`, which a class label says, the name."""
+    """Returns the name in the value of a class label, such as `0 = good`; other values unchanged."""
     number, is_class, name = raw.partition(" = ")
     return name if is_class and number.isdigit() else raw

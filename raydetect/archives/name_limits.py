@@ -1,30 +1,30 @@
-"""How many files a container may name: all of them are known before the first is read, so they are held in memory."""
+"""Limits the file names of a container, all of which are in memory before the first file is read."""
 
 from raydetect.errors import ArchiveError
 
-MAX_NAME_BYTES = 64 << 10  # of one name, and of a header that holds it
-MAX_NAMES_BYTES = 2 << 30  # that the names of one container may take in memory: about three million files
-FILE_BYTES = 600  # that are held of a file beside its name
-ROW_BYTES = 200  # likewise of a row
+MAX_NAME_BYTES = 64 << 10  # length of one name, and of a header that contains it
+MAX_NAMES_BYTES = 2 << 30  # memory for the names of one container: about three million files
+FILE_BYTES = 600  # memory for a file, without its name
+ROW_BYTES = 200  # memory for a row, without its name
 
 
 class NameCount:
-    """What the names of one container take."""
+    """Counts the memory for the names of one container."""
 
     def __init__(self, uri: str) -> None:
-        """Nothing yet."""
+        """Starts at zero; `uri` is for messages."""
         self.uri, self._bytes = uri, 0
 
-    def add(self, held_bytes: int) -> None:
-        """One more name.
+    def add(self, num_bytes: int) -> None:
+        """Adds a name.
 
         Args:
-            held_bytes: that it takes with what is known beside it.
+            num_bytes: memory for the name and its file or row.
 
         Raises:
-            ArchiveError: they are too many.
+            ArchiveError: the names need more than `MAX_NAMES_BYTES`.
         """
-        self._bytes += held_bytes
+        self._bytes += num_bytes
         if self._bytes > MAX_NAMES_BYTES:
             raise ArchiveError(
                 f"{self.uri}: the names in it need more than {MAX_NAMES_BYTES >> 20:,} MiB of memory. Pack fewer files "

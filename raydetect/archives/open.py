@@ -1,4 +1,4 @@
-"""Opens a source, whatever its formats: lists its shards on the driver, reads one in a worker."""
+"""Opens a source of any format: lists its shards on the driver and reads one shard in a worker."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -23,24 +23,26 @@ Reader = Callable[[Shard, SourceSpec, Storage, Naming, LeftOutCount], Iterator[M
 
 
 @dataclass(slots=True)
-class _Found:
-    """What listing one source came upon."""
+class _Collected:
+    """Shards, counts and notes collected while listing a source; `uris` are those of all files seen."""
 
     shards: list[Shard] = field(default_factory=list)
     left_out: LeftOutCount = field(default_factory=LeftOutCount)
     notes: list[str] = field(default_factory=list)
-    files: set[str] = field(default_factory=set)
+    uris: set[str] = field(default_factory=set)
 
-    def take(self, files: list[FileInfo], given: str) -> None:
-        """Notes the files of one URI of the source.
+    def add_files(self, files: list[FileInfo], given: str) -> None:
+        """Records the files of one URI of the source.
 
         Raises:
-            SpecError: an earlier URI named one of them; its images would count twice.
+            SpecError: a file belongs to an earlier URI too, so its images would count twice.
         """
         for file in files:
-            if file.uri in self.files:
-                raise SpecError(f"source.uri: names the same file twice: {given} holds {file.uri} again. Name it once.")
-        self.files.update(file.uri for file in files)
+            if file.uri in self.uris:
+                raise SpecError(
+                    f"source.uri: names the same file twice: {given} contains {file.uri} again. List it once."
+                )
+        self.uris.update(file.uri for file in files)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +50,10 @@ class MixedArchive(Archive):
     """One or several URIs of any format; see `Archive`.
 
     Attributes:
-        source: the job file's words.
-        storage: of it.
-        naming: reads names of members.
-        allows: whether a listed file may be read; others are left out.
+        source: settings of the source.
+        storage: storage of the source.
+        naming: reads labels and categories from member names.
+        allows: whether the file at a URI may be read; other files are left out.
     """
 
     source: SourceSpec
@@ -60,19 +62,19 @@ class MixedArchive(Archive):
     allows: Callable[[str], bool]
 
     def listing(self) -> Listing:
-        """Lists every URI of the source, in the order given, each sorted."""
-        found = _Found()
+        """Lists the URIs of the source in the given order, with the files of each sorted."""
+        listed = _Collected()
         for uri in self.source.uris():
-            self._list(uri, found)
-        if not found.shards:
-            told = left_out_text(found.left_out.found) or "nothing"
+            self._list(uri, listed)
+        if not listed.shards:
+            left_out = left_out_text(listed.left_out.counts) or "nothing"
             raise SpecError(
-                f"{', '.join(self.source.uris())}: holds nothing of format {self.source.format}; left out: {told}. "
-                f"Check source.uri, source.format and source.pattern.{_hint(self.source)}"
+                f"{', '.join(self.source.uris())}: contains nothing of format {self.source.format}; left out: "
+                f"{left_out}. Check source.uri, source.format and source.pattern.{_hint(self.source)}"
             )
-        numbered = [replace(shard, index=index) for index, shard in enumerate(found.shards)]
-        numbered[0] = replace(numbered[0], left_out=dict(found.left_out.found))
-        return Listing(tuple(numbered), tuple(found.notes))
+        numbered = [replace(shard, index=index) for index, shard in enumerate(listed.shards)]
+        numbered[0] = replace(numbered[0], left_out=dict(listed.left_out.counts))
+        return Listing(tuple(numbered), tuple(listed.notes))
 
     def read(self, shard: Shard, left_out: LeftOutCount | None = None) -> Iterator[Member]:
         """Streams a shard with the reader of its format."""
@@ -87,37 +89,37 @@ class MixedArchive(Archive):
                 raise StorageError(str(error)) from error
             yield Member(shard.key, shard.uri, status="unreadable", error=str(error))
 
-    def _list(self, given: str, found: _Found) -> None:
+    def _list(self, given: str, listed: _Collected) -> None:
         uri, is_pattern = self._is_pattern(given)
         single = None if is_pattern else self.storage.info(uri)
         if single is not None:
-            found.take([single], given)
-            if self._is_allowed(single, given, found):
-                self._add_single(single, found)
+            listed.add_files([single], given)
+            if self._is_allowed(single, given, listed):
+                self._add_single(single, listed)
             return
         files, results = without_results(list(self.storage.glob(uri) if is_pattern else self.storage.list(uri)))
-        found.take(files, given)
-        found.notes += results
+        listed.add_files(files, given)
+        listed.notes += results
         root = _root(uri) if is_pattern else uri
-        files = [file for file in files if self._is_allowed(file, relative_to(file.uri, root), found)]
-        loose = [file for file in files if not self._add_container(file, root, files, found)]
+        files = [file for file in files if self._is_allowed(file, relative_to(file.uri, root), listed)]
+        loose = [file for file in files if not self._add_container(file, root, files, listed)]
         if self.source.format in ("auto", "prefix"):
-            found.shards += group_files(root, loose, self.source, found.left_out)
+            listed.shards += group_files(root, loose, self.source, listed.left_out)
         else:
             for file in loose:
                 name = relative_to(file.uri, root)
-                found.left_out.add(KINDS.get(file.kind) or _reason_beside_containers(name), readable(name))
-        found.notes += _twice(files, root, found.shards)
-        found.notes += [
-            f"{file.uri}: is a link to a folder, which is not followed. Name it in source.uri to read it."
+                listed.left_out.add(KINDS.get(file.kind) or _reason_beside_containers(name), readable(name))
+        listed.notes += _twice(files, root, listed.shards)
+        listed.notes += [
+            f"{file.uri}: is a link to a folder and is not followed. Add it to source.uri to read it."
             for file in files
             if file.kind == "link"
         ][:NAMED]
 
-    def _is_allowed(self, file: FileInfo, name: str, found: _Found) -> bool:
+    def _is_allowed(self, file: FileInfo, name: str, listed: _Collected) -> bool:
         allowed = self.allows(file.uri)
         if not allowed:
-            found.left_out.add("linked_outside", readable(name))
+            listed.left_out.add("linked_outside", readable(name))
         return allowed
 
     def _files(self) -> Iterator[FileInfo]:
@@ -130,14 +132,14 @@ class MixedArchive(Archive):
                 yield from self.storage.glob(uri) if is_pattern else self.storage.list(uri)
 
     def _is_pattern(self, given: str) -> tuple[str, bool]:
-        """The URI, and whether it is a pattern: a path that is there is that path, whatever its letters."""
+        """Returns (URI, whether it is a pattern); an existing path is never a pattern, whatever characters it has."""
         uri = normalise_uri(given)
-        has_wildcard = any(letter in uri for letter in "*?[")
+        has_wildcard = any(character in uri for character in "*?[")
         return uri, has_wildcard and not self.storage.exists(uri)
 
-    def _add_single(self, file: FileInfo, found: _Found) -> None:
+    def _add_single(self, file: FileInfo, listed: _Collected) -> None:
         if file.kind != "file":
-            raise SpecError(f"{file.uri}: is a pipe, socket or device. Name a file or a folder.")
+            raise SpecError(f"{file.uri}: is a pipe, socket or device. Give a file or a folder.")
         kind = self._kind(file.uri)
         if kind is None and self.source.format in CONTAINERS:
             kind = self.source.format
@@ -146,26 +148,28 @@ class MixedArchive(Archive):
             if kind == "tar" and file.size_bytes > self.source.split_bytes and file.uri.endswith(".tar"):
                 uri = tar_index.index_uri(file.uri)
                 index = self.storage.info(uri) if self.allows(uri) else None
-            found.shards += self._split(file, kind, index, found.notes)
+            listed.shards += self._split(file, kind, index, listed.notes)
             return
-        loose = list(group_files(file.uri.rpartition("/")[0], [file], self.source, found.left_out))
+        loose = list(group_files(file.uri.rpartition("/")[0], [file], self.source, listed.left_out))
         if not loose:
             known = ", ".join(suffix for suffixes in CONTAINERS.values() for suffix in suffixes)
-            raise SpecError(f"{file.uri}: is no archive or image by its name. Known: {known}; or set source.format.")
-        found.shards += loose
+            raise SpecError(
+                f"{file.uri}: does not have the suffix of an archive or image. Known: {known}; or set source.format."
+            )
+        listed.shards += loose
 
-    def _add_container(self, file: FileInfo, root: str, files: list[FileInfo], found: _Found) -> bool:
-        """Takes a file that is a container, or the index of one; False when it is neither."""
+    def _add_container(self, file: FileInfo, root: str, files: list[FileInfo], listed: _Collected) -> bool:
+        """Adds a file if it is a container or the index of one; returns whether it is."""
         kind, name = self._kind(file.uri), relative_to(file.uri, root)
         if self._is_index(file, files):
-            found.left_out.add("index", readable(name))
+            listed.left_out.add("index", readable(name))
             return True
         if kind is None or is_hidden(name) or file.kind != "file":
             return False
         index = None
         if kind == "tar" and file.uri.endswith(".tar"):
             index = next((other for other in files if other.uri == tar_index.index_uri(file.uri)), None)
-        found.shards += self._split(file, kind, index, found.notes)
+        listed.shards += self._split(file, kind, index, listed.notes)
         return True
 
     def _is_index(self, file: FileInfo, files: list[FileInfo]) -> bool:
@@ -173,16 +177,16 @@ class MixedArchive(Archive):
         return file.uri.endswith(tar_index.INDEX_SUFFIX) and any(other.uri == tar_uri for other in files)
 
     def _split(self, file: FileInfo, kind: str, index: FileInfo | None, notes: list[str]) -> Iterator[Shard]:
-        """One shard, or byte ranges of a container that is larger than `split_bytes` and can be read in parts."""
+        """Yields one shard, or the parts of a container that is larger than `split_bytes` and can be read in parts."""
         if is_unsafe(file.uri.partition("://")[2]) or readable(file.uri) != file.uri:
             yield Shard(0, readable(file.uri), "unnamable", file.size_bytes, file.fingerprint)
             return
         whole = Shard(0, file.uri, kind, file.size_bytes, file.fingerprint)
         count = max(1, -(-file.size_bytes // self.source.split_bytes))
         if kind == "tar" and count > 1:
-            why_not = "" if index is None else tar_index.why_not_used(file, index, self.storage)
-            notes += [why_not] if why_not else []
-            count = 1 if index is None or why_not else count
+            reason = "" if index is None else tar_index.why_not_used(file, index, self.storage)
+            notes += [reason] if reason else []
+            count = 1 if index is None or reason else count
             whole = replace(whole, index_uri=tar_index.index_uri(file.uri) if count > 1 else "")
         if count == 1:
             yield whole
@@ -196,32 +200,32 @@ class MixedArchive(Archive):
         if self.source.format in CONTAINERS:
             formats = {self.source.format: CONTAINERS[self.source.format]}
         lower = uri.lower()
-        return next((kind for kind, ends in formats.items() if lower.endswith(ends)), None)
+        return next((kind for kind, suffixes in formats.items() if lower.endswith(suffixes)), None)
 
 
 def open_archive(source: SourceSpec, storage: Storage, allows: Callable[[str], bool] = lambda _: True) -> Archive:
-    """The archive of a source; nothing is listed or read yet.
+    """Returns the archive of a source; lists and reads nothing yet.
 
     Args:
-        source: the job file's words.
-        storage: of it.
-        allows: whether a listed file may be read, by its URI; those that may not are left out.
+        source: settings of the source.
+        storage: storage of the source.
+        allows: whether the file at a URI may be read; other files are left out.
 
     Raises:
-        SpecError: a bad URI or pattern.
+        SpecError: a URI or pattern is invalid.
     """
     for uri in source.uris():
         normalise_uri(uri)
     if not source.uris():
-        raise SpecError("source.uri: names nothing. State a file, a folder or a glob.")
+        raise SpecError("source.uri: is empty. Give a file, a folder or a glob.")
     return MixedArchive(source, storage, Naming.of(source), allows)
 
 
 def _read_unnamable(
     shard: Shard, source: SourceSpec, storage: Storage, naming: Naming, left_out: LeftOutCount
 ) -> Iterator[Member]:
-    raise ArchiveError(f"{shard.uri}: its name holds `..`, `::` or letters that no URI can. Rename it.")
-    yield  # a generator, as the other readers
+    raise ArchiveError(f"{shard.uri}: its name has `..`, `::` or characters that are not allowed in a URI. Rename it.")
+    yield  # makes this a generator, like the other readers
 
 
 def _read_withdrawn(
@@ -242,7 +246,7 @@ READERS: dict[str, Reader] = {
 
 def _hint(source: SourceSpec) -> str:
     has_braces = any("{" in uri and "," in uri for uri in source.uris())
-    return " Braces are no pattern: name each in a list." if has_braces else ""
+    return " Braces are not expanded: give a list of URIs." if has_braces else ""
 
 
 def _reason_beside_containers(name: str) -> str:
@@ -251,25 +255,28 @@ def _reason_beside_containers(name: str) -> str:
 
 
 def _twice(files: list[FileInfo], root: str, shards: list[Shard]) -> list[str]:
-    """A sentence for each container beside a folder of its name, which most likely holds the same files."""
+    """Returns a note for each container beside a folder of the same name, which probably has the same files."""
     folders = {file.uri.rpartition("/")[0] for file in files}
     notes = []
     for uri in sorted({shard.uri for shard in shards if shard.format in CONTAINERS}):
-        stem = next(uri[: -len(end)] for ends in CONTAINERS.values() for end in ends if uri.lower().endswith(end))
+        suffix = next(s for suffixes in CONTAINERS.values() for s in suffixes if uri.lower().endswith(s))
+        stem = uri[: -len(suffix)]
         folder = next((name for name in folders if name == stem or name.startswith(f"{stem}/")), None)
         if folder is not None:
-            notes.append(f"{uri}: stands beside a folder of its name, {stem}. If both hold the same images, name one.")
+            notes.append(
+                f"{uri}: is beside a folder of the same name, {stem}. If both have the same images, give only one."
+            )
     return notes
 
 
 def _root(uri: str) -> str:
-    """The folder that names are relative to: what stands before the first wildcard."""
+    """Returns the folder before the first wildcard, to which names are relative."""
     fixed = []
     for part in uri.split("/"):
-        if any(letter in part for letter in "*?["):
+        if any(character in part for character in "*?["):
             break
         fixed.append(part)
     root = "/".join(fixed)
     if root.endswith(":/"):
-        raise StorageError(f"{uri}: the bucket itself cannot be a pattern. Name it.")
+        raise StorageError(f"{uri}: the bucket cannot be a pattern. Give its name.")
     return root

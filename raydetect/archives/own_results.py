@@ -1,4 +1,4 @@
-"""raydetect's own results inside a source: they are never taken for images or labels."""
+"""Excludes raydetect's own results from a source."""
 
 import re
 from collections import Counter
@@ -17,13 +17,13 @@ NIGHT_FILE = re.compile(
 
 
 def without_results(files: Sequence[FileInfo]) -> tuple[list[FileInfo], list[str]]:
-    """The files of a listing less those of results directories and audits, so that a sink may lie in its source.
+    """Removes files of results directories and audits from a listing, so that a sink may be inside its source.
 
-    Such files are known by their paths alone. They are not counted as left out, because their number depends on how far
-    a run has come.
+    They are recognised by path only. They do not count as left out, because their number depends on the progress of a
+    run.
 
     Returns:
-        The other files in their order, and a sentence for a person if there are any.
+        The other files in the same order, and a message for the user if any were removed.
     """
     runs = Counter(match["run"] for file in files if (match := WRITTEN.fullmatch(file.uri)))
     if not runs:
@@ -35,8 +35,7 @@ def without_results(files: Sequence[FileInfo]) -> tuple[list[FileInfo], list[str
         night = NIGHT_FILE.fullmatch(uri)
         return uri in records or WRITTEN.fullmatch(uri) is not None or (night is not None and night["audits"] in audits)
 
-    left = [file for file in files if not is_result(file.uri)]
-    places = sorted(runs)
-    named = ", ".join(places[:NAMED]) + (", ..." if len(places) > NAMED else "")
-    count = len(files) - len(left)
-    return left, [f"{count:,} files are results of raydetect and are not read ({named})."]
+    kept = [file for file in files if not is_result(file.uri)]
+    named = ", ".join(sorted(runs)[:NAMED]) + (", ..." if len(runs) > NAMED else "")
+    count = len(files) - len(kept)
+    return kept, [f"{count:,} files are results of raydetect and are not read ({named})."]

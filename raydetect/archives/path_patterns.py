@@ -1,4 +1,4 @@
-"""Category, label and mask of a member from its path, by patterns such as `{category}/test/{defect}/{name}.png`."""
+"""Reads category, label and mask from member paths by patterns such as `{category}/test/{defect}/{name}.png`."""
 
 import re
 from collections.abc import Mapping
@@ -11,12 +11,12 @@ from raydetect.errors import SpecError
 
 FIELD = re.compile(r"\{([a-z_]+)\}")
 FIELDS = ("category", "split", "defect", "label", "name")
-MAX_LETTERS = 1000
+MAX_PATTERN_LENGTH = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class PathFacts:
-    """What a member's path says; `raw_label` is the word that the label was read from, `note` why it gave none."""
+    """Facts from a member's path; `raw_label` is the text of the label, `note` the reason why it is not a label."""
 
     category: str | None = None
     defect: str | None = None
@@ -28,7 +28,7 @@ class PathFacts:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """Where a pattern begins in a name, and what its fields are there."""
+    """The position in a name where a pattern matches, and the values of its fields."""
 
     start: int
     fields: Mapping[str, str]
@@ -36,58 +36,60 @@ class Match:
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """Literal texts and fields of whole path segments at the end of a name.
+    """A pattern of literals and fields for whole path segments at the end of a name.
 
-    Every field takes at least one letter and no `/`; where several readings fit, the first field is as long as can be,
-    then the second, and so on. So does a regular expression of `[^/]+`, but its time grows with a power of the name's
-    length, one for each field; a name is looked through once here.
+    Every field matches at least one character and no `/`. Matching is greedy: the first field is as long as possible,
+    then the second, and so on. The result equals that of a regular expression with `[^/]+` for each field, but in
+    linear time; the time of the expression is polynomial, with the number of fields as degree.
 
     Attributes:
-        segments: of each the literal texts before, between and behind its fields, and the fields' names.
+        segments: for each segment the literals before, between and after its fields, and the names of the fields.
     """
 
     segments: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
 
     @classmethod
     def of(cls, template: str, where: str) -> "Pattern":
-        """From a text such as `{category}/{name}.png`.
+        """Parses a template such as `{category}/{name}.png`; `where` is for messages.
 
         Raises:
-            SpecError: it is too long, or has an unknown field, a field twice, or a brace without the other.
+            SpecError: it is too long, or has an unknown field, a repeated field or an unpaired brace.
         """
-        if len(template) > MAX_LETTERS:
-            raise SpecError(f"{where}: has {len(template):,} letters, at most {MAX_LETTERS:,} are read. Shorten it.")
+        if len(template) > MAX_PATTERN_LENGTH:
+            raise SpecError(
+                f"{where}: has {len(template):,} characters; at most {MAX_PATTERN_LENGTH:,} are allowed. Shorten it."
+            )
         names = FIELD.findall(template)
         for name in names:
             if name not in FIELDS:
                 raise SpecError(f"{where}: {{{name}}} is not a field. Use {', '.join(FIELDS)}.")
             if names.count(name) > 1:
-                raise SpecError(f"{where}: {{{name}}} stands there twice. Keep one.")
+                raise SpecError(f"{where}: {{{name}}} is there twice. Keep one.")
         if "{" in FIELD.sub("", template) or "}" in FIELD.sub("", template):
             raise SpecError(f"{where}: {template!r} has an unpaired brace. Write fields as {{name}}.")
         parts = [FIELD.split(segment) for segment in template.split("/")]
         return cls(tuple((tuple(part[::2]), tuple(part[1::2])) for part in parts))
 
     def match(self, name: str) -> Match | None:
-        """The fields of a name; None when it does not end as the pattern says. One line break may stand behind that."""
-        found = self._match(name)
-        return self._match(name[:-1]) if found is None and name.endswith("\n") else found
+        """Matches the end of a name, which one line break may follow; returns None if it does not match."""
+        match = self._match(name)
+        return self._match(name[:-1]) if match is None and name.endswith("\n") else match
 
     def _match(self, name: str) -> Match | None:
-        found = name.rsplit("/", len(self.segments))[-len(self.segments) :]
-        if len(found) < len(self.segments):
+        segments = name.rsplit("/", len(self.segments))[-len(self.segments) :]
+        if len(segments) < len(self.segments):
             return None
         fields: dict[str, str] = {}
-        for (literals, names), segment in zip(self.segments, found, strict=True):
+        for (literals, names), segment in zip(self.segments, segments, strict=True):
             values = _values(literals, segment)
             if values is None:
                 return None
             fields.update(zip(names, values, strict=True))
-        return Match(len(name) - len("/".join(found)), fields)
+        return Match(len(name) - len("/".join(segments)), fields)
 
 
 def _values(literals: tuple[str, ...], segment: str) -> list[str] | None:
-    """What stands between literal texts; from the right, so that each text stands as far right as it may."""
+    """Returns the texts between the literals; each literal is as far right as possible."""
     first, *between = literals
     if not between:
         return [] if segment == first else None
@@ -96,11 +98,11 @@ def _values(literals: tuple[str, ...], segment: str) -> list[str] | None:
         return None
     stop, values = len(segment) - len(last), list[str]()
     for literal in reversed(between):
-        place = segment.rfind(literal, len(first) + 1, stop - 1) if stop > len(first) + 1 else -1
-        if place < 0:
+        start = segment.rfind(literal, len(first) + 1, stop - 1) if stop > len(first) + 1 else -1
+        if start < 0:
             return None
-        values.append(segment[place + len(literal) : stop])
-        stop = place
+        values.append(segment[start + len(literal) : stop])
+        stop = start
     return [segment[len(first) : stop], *reversed(values)] if stop > len(first) else None
 
 
@@ -109,8 +111,7 @@ class Naming:
     """The patterns of one source.
 
     A pattern matches whole path segments at the end of a member's name, so `{category}/test/{defect}/{name}.png`
-    also matches `data/bottle/test/good/000.png`. Every field matches inside one segment. Names are compared composed
-    (Unicode's NFC).
+    also matches `data/bottle/test/good/000.png`. Every field matches within one segment. Names are compared in NFC.
     """
 
     pattern: Pattern | None
@@ -120,10 +121,10 @@ class Naming:
 
     @classmethod
     def of(cls, source: SourceSpec) -> "Naming":
-        """The naming of a source.
+        """Returns the naming of a source.
 
         Raises:
-            SpecError: an unknown field, a field twice, or a mask pattern with fields the pattern lacks.
+            SpecError: a pattern is invalid, or the mask pattern has a field that the pattern lacks.
         """
         template = composed(source.mask_pattern or "")
         if template and source.pattern is None:
@@ -136,7 +137,7 @@ class Naming:
         return cls(pattern, mask, template, frozenset(folded(name) for name in source.normal_names))
 
     def read(self, name: str) -> PathFacts | None:
-        """Facts of an image's path; None when it is a mask or not one of this source's images."""
+        """Returns the facts of an image's path; None if it is a mask or does not match the pattern."""
         if self.pattern is None:
             return PathFacts()
         name = composed(name)
@@ -152,16 +153,15 @@ class Naming:
         label = reading.label
         mask = None
         if self.mask_template and label == 1:
-            filled = FIELD.sub(lambda found: fields[found.group(1)], self.mask_template)
-            mask = name[: match.start] + filled
+            mask = name[: match.start] + FIELD.sub(lambda field: fields[field.group(1)], self.mask_template)
         return PathFacts(fields.get("category"), defect, label, mask, reading.raw, reading.note)
 
     def is_mask(self, name: str) -> bool:
-        """Whether a path is that of a mask."""
+        """Whether a path matches the mask pattern."""
         return self.mask_pattern is not None and self.mask_pattern.match(composed(name)) is not None
 
     def _of_defect(self, word: str | None) -> LabelReading:
-        """A kind of defect is a word of its own, also where it is called `unknown`; 0 and 1 are labels."""
+        """Reads the label from the defect type: `unknown` is a defect type too; 0 and 1 are labels."""
         if word is None:
             return LabelReading()
         if word in ("0", "1"):

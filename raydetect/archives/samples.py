@@ -1,7 +1,7 @@
-"""Which files of a container are images, and which sidecars belong to which image; from names alone.
+"""Identifies the images of a container and assigns sidecars to them, by name only.
 
-An image `a/000.left.png` takes `a/000.left.json`, else `a/000.json`: names without their suffix, then up to each dot
-before it, as WebDataset's samples have it. Sidecars may stand anywhere in the container.
+An image `a/000.left.png` has the sidecar `a/000.left.json`, else `a/000.json`: the name without its suffix is tried
+first, then without further dotted parts, as in WebDataset samples. Sidecars may be anywhere in the container.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,13 +22,13 @@ class Entry:
     """One file of a container.
 
     Attributes:
-        name: its path, with `/` between folders.
-        place: where it begins, for its order and the span that it belongs to.
-        size: bytes.
-        raw: its name as the container has it.
+        name: path with `/` between folders.
+        place: position in the container, which determines the order and the span; for most formats the byte offset.
+        size: size in bytes.
+        raw: name as stored in the container.
         status: "ok", or the reason why it cannot be read.
-        error: one sentence when not ok, without the name of the file.
-        is_named: False where the name could not be read, and the file may be anything.
+        error: one sentence if not ok, without the name of the file.
+        is_named: False if the name could not be read, so that the file may be anything.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Sample:
     """An image and its sidecars by suffix.
 
     Attributes:
-        copy: 0, or for a file that a later one of its name replaces, which copy of the name it is.
+        copy: 0; for a file that a later one of the same name replaces, its number among those, from 1.
     """
 
     entry: Entry
@@ -55,7 +55,7 @@ class Sample:
 
 @dataclass(slots=True)
 class Arrangement:
-    """The files of a container by what they are; `by_name` holds the files that count, by composed name."""
+    """The files of a container by kind; `by_name` has the images and sidecars by NFC name, without replaced ones."""
 
     samples: list[Sample] = field(default_factory=list)
     left_out: list[tuple[Entry, str]] = field(default_factory=list)
@@ -63,12 +63,12 @@ class Arrangement:
 
 
 def arrange(entries: Sequence[Entry]) -> Arrangement:
-    """Tells images, sidecars and all else apart. Of several files of one name the last is the file.
+    """Separates images, sidecars and other files. Of several files with the same name the last one is used.
 
     Args:
-        entries: all files of a container, in order of their places.
+        entries: all files of a container, sorted by `place`.
     """
-    found, last = Arrangement(), {tidy(entry.name): i for i, entry in enumerate(entries)}
+    arranged, last = Arrangement(), {tidy(entry.name): i for i, entry in enumerate(entries)}
     copies: dict[str, int] = {}
     images: list[Sample] = []
     sidecars: dict[str, Entry] = {}
@@ -77,27 +77,27 @@ def arrange(entries: Sequence[Entry]) -> Arrangement:
         is_last = last[name] == i
         reason = left_out_reason(name) if entry.is_named else ""
         if not reason and is_last:
-            found.by_name[composed(name)] = entry
+            arranged.by_name[composed(name)] = entry
         if reason or (is_sidecar(name) and not is_last):
-            found.left_out.append((entry, reason or "replaced"))
+            arranged.left_out.append((entry, reason or "replaced"))
         elif entry.is_named and is_sidecar(name):
             same = _lower_suffix(composed(name))
-            if same in sidecars:  # names that differ in case or composition alone
-                found.left_out.append((sidecars[same], "replaced"))
+            if same in sidecars:  # the names differ only in case or Unicode normalisation
+                arranged.left_out.append((sidecars[same], "replaced"))
             sidecars[same] = entry
         else:
             copies[name] = copies.get(name, 0) + (not is_last)
             images.append(Sample(entry, copy=0 if is_last else copies[name]))
     used: set[int] = set()
     for image in images:
-        found.samples.append(Sample(image.entry, dict(_sidecars_of(image.entry, sidecars, used)), image.copy))
+        arranged.samples.append(Sample(image.entry, dict(_sidecars_of(image.entry, sidecars, used)), image.copy))
     for entry in sidecars.values():
-        found.left_out.append((entry, "sidecar" if entry.place in used else "sidecar_without_image"))
-    return found
+        arranged.left_out.append((entry, "sidecar" if entry.place in used else "sidecar_without_image"))
+    return arranged
 
 
 def left_out_reason(name: str) -> str:
-    """Why a file is neither an image nor a sidecar by its name; "" when it may be one."""
+    """Returns the reason why a file is neither an image nor a sidecar by its name; "" if it may be one."""
     if is_hidden(name):
         return "hidden"
     if is_sidecar(name) or is_image_name(name) or not has_suffix(name):
@@ -106,19 +106,19 @@ def left_out_reason(name: str) -> str:
 
 
 def is_sidecar(name: str) -> bool:
-    """Whether a file's name is that of a sidecar."""
+    """Whether a file name has the suffix of a sidecar."""
     return name.lower().endswith(SIDECARS)
 
 
 def tidy(name: str) -> str:
-    """A name without the `./` that some packers write before it."""
+    """Removes the leading `./` that some programs write."""
     while name.startswith("./"):
         name = name[2:]
     return name
 
 
 def stems(name: str) -> Iterator[str]:
-    """The names under which sidecars of an image are looked for, the most specific first."""
+    """Yields the names, without suffix, that sidecars of an image may have; the most specific first."""
     folder, slash, base = name.rpartition("/")
     stem = base.rpartition(".")[0] if has_suffix(base) else base
     while stem:

@@ -40,8 +40,8 @@ def source_lines(spec: JobSpec) -> list[str]:
     lines = [f"Note: {note}" for note in listing.notes]
     if any(label is not None for label, _ in counts):
         lines.append(f"label: {labels_text([(*key, count) for key, count in counts.items()])}{of}")
-    if left_out.found:
-        lines.append(f"Left out{of}: {left_out_text(left_out.found)}")
+    if left_out.counts:
+        lines.append(f"Left out{of}: {left_out_text(left_out.counts)}")
     return lines
 
 
@@ -54,7 +54,7 @@ def _refuse_useless(spec: JobSpec, counts: Counter[tuple[int | None, str]], left
     assert isinstance(spec, FitSpec | ScoreSpec | AuditSpec | CalibrateSpec)
     where = ", ".join(spec.source.uris())
     if not counts:
-        text = left_out_text(left_out.found) or "nothing"
+        text = left_out_text(left_out.counts) or "nothing"
         raise SpecError(f"{where}: has no images; left out: {text}. Check source.uri, format and pattern.")
     if isinstance(spec, FitSpec) and all(label == 1 for label, _ in counts):
         text = labels_text([(*key, count) for key, count in counts.items()])

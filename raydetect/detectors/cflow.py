@@ -251,7 +251,7 @@ class CFlow(NetworkDetector):
         """Stores the maxima over the training images of all workers."""
         flows = self.networks[FLOWS]
         assert isinstance(flows, LevelFlows)
-        flows.highest_L.copy_(state.rows[HIGHEST].everything().amax(0))
+        flows.highest_L.copy_(state.rows[HIGHEST].all_rows().amax(0))
         self.freeze()
 
     @torch.inference_mode()

@@ -168,7 +168,7 @@ class DevNet(FineTuned):
         assert piece.labels is not None
         draws = piece.draws or [0] * len(piece.keys)
         rotated = [
-            self._turned(image_CHW, key, piece.epoch, draw)
+            self._rotated(image_CHW, key, piece.epoch, draw)
             for image_CHW, key, draw in zip(piece.images_BCHW, piece.keys, draws, strict=True)
         ]
         score_B = self._scores(self._backbone().normalised(torch.stack(rotated)))[0]
@@ -177,7 +177,7 @@ class DevNet(FineTuned):
         prior_N = torch.randn(self.params.prior_draws, generator=generator).to(score_B)
         return deviation_loss(score_B, torch.tensor(piece.labels).to(score_B), prior_N, self.params.margin)
 
-    def _turned(self, image_CHW: Tensor, *key: str | int) -> Tensor:
+    def _rotated(self, image_CHW: Tensor, *key: str | int) -> Tensor:
         degrees = self.params.turn_degrees * (2 * keyed_unit(self.seed, "turn", *key) - 1)
         return transforms.rotate(image_CHW, degrees)
 

@@ -29,7 +29,7 @@ from raydetect.blocks.backbones.patch_embeddings import patch_embeddings
 from raydetect.blocks.coresets.coreset import Coreset, choose_coreset
 from raydetect.blocks.coresets.keyed_rows import FitState
 from raydetect.blocks.maps.anomaly_map import smooth_upsampled
-from raydetect.blocks.networks.image_flow import image_flow, negative_log_likelihood, turned_features, unlikeliness
+from raydetect.blocks.networks.image_flow import image_flow, negative_log_likelihood, rotated_features, unlikeliness
 from raydetect.blocks.search.difference import DifferenceNet, Differences, NormalPatches
 from raydetect.blocks.seeding import keyed_generator, keyed_seed, keyed_unit
 from raydetect.detectors._base import Batch, Detector, DetectorInfo, Phase, ProgressCallback, Scores, TrainingPlan
@@ -155,7 +155,7 @@ class DifferNet(NetworkDetector):
         self.networks = {BACKBONE: backbone.freeze().to(self.device)}
         if self.params.head == "flow":
             blank_1CHW = torch.zeros(1, 3, *self.params.image_size, dtype=torch.uint8, device=self.device)
-            turned_features(backbone, blank_1CHW, [0.0], self.params.num_scales)
+            rotated_features(backbone, blank_1CHW, [0.0], self.params.num_scales)
         return source
 
     def make_networks(self) -> dict[str, nn.Module]:
@@ -220,7 +220,7 @@ class DifferNet(NetworkDetector):
         for number in range(self.params.train_transforms):
             units = [keyed_unit(self.seed, "angle", key, batch.epoch, number) for key in batch.keys]
             degrees = [self.params.max_degrees * (2 * unit - 1) for unit in units]
-            found.append(turned_features(self._backbone(), batch.images_BCHW, degrees, self.params.num_scales))
+            found.append(rotated_features(self._backbone(), batch.images_BCHW, degrees, self.params.num_scales))
         return torch.cat(found)
 
     def _by_flow(self, images_BCHW: Tensor) -> Scores:
@@ -256,7 +256,7 @@ class DifferNet(NetworkDetector):
         draws = [keyed_generator(self.seed, "defect", batch.epoch, key) for key in batch.keys]
         images, masks = zip(*map(simulate_defect, batch.images_BCHW, draws), strict=True)
         embeddings_BhwD = patch_embeddings(self._backbone()(torch.stack(images)))
-        return self._normal().taught(embeddings_BhwD, masks, batch.keys, draws)
+        return self._normal().training_differences(embeddings_BhwD, masks, batch.keys, draws)
 
     @torch.inference_mode()
     def _by_difference(self, images_BCHW: Tensor) -> Scores:

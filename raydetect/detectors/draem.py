@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Generator, Tensor, nn
 
-from raydetect.blocks.augment.synthesis import blend, perlin_mask, turned, uniform
+from raydetect.blocks.augment.synthesis import blend, perlin_mask, rotated, uniform
 from raydetect.blocks.augment.textures import Textures, varied
 from raydetect.blocks.networks.losses import focal_loss, ssim_loss
 from raydetect.blocks.networks.unet import UpConvolution, convolutions, cropped, keyed_init, normal_init, padded
@@ -175,7 +175,7 @@ class DRAEM(NetworkDetector):
         """The image, a copy with or without a simulated defect, and the defect's mask (sec. 3.3)."""
         size_px = (image_3HW.shape[-2], image_3HW.shape[-1])
         if uniform(0, 1, generator) < self.params.turned_ratio:
-            image_3HW = turned(image_3HW, uniform(-MAX_TURN, MAX_TURN, generator))
+            image_3HW = rotated(image_3HW, uniform(-MAX_TURN, MAX_TURN, generator))
         if uniform(0, 1, generator) >= self.params.anomalous_ratio:
             return image_3HW, image_3HW, torch.zeros(size_px)
         texture = varied(self._textures.draw(size_px, generator), generator)

@@ -220,7 +220,7 @@ class MemSeg(NetworkDetector):
     def finish(self, state: FitState, on_progress: ProgressCallback) -> None:
         """Stores the images of all workers in the memory."""
         self.is_fitted = False
-        self._memory_keys = state.rows["level0"].everyone()
+        self._memory_keys = state.rows["level0"].all_keys()
         self._num_memories = len(self._memory_keys)
         if self._num_memories < self.params.k_neighbors:
             raise SpecError(
@@ -229,7 +229,7 @@ class MemSeg(NetworkDetector):
             )
         height, width = self.params.image_size
         levels = [
-            state.rows[f"level{i}"].everything().view(self._num_memories, height // stride, width // stride, -1)
+            state.rows[f"level{i}"].all_rows().view(self._num_memories, height // stride, width // stride, -1)
             for i, stride in enumerate(STRIDES[1:])
         ]
         self.networks[MEMORY] = Memory(levels).to(self.device)

@@ -130,7 +130,7 @@ class SPADE(Detector):
 
     def finish(self, state: FitState, on_progress: ProgressCallback) -> None:
         """Gathers the images of all workers."""
-        tensors = {name: rows.everything() for name, rows in sorted(state.rows.items())}
+        tensors = {name: rows.all_rows() for name, rows in sorted(state.rows.items())}
         count = len(tensors[POOLED])
         grids_NL2 = tensors[GRIDS].view(count, -1, 2).long()
         if not (grids_NL2 == grids_NL2[0]).all():

@@ -200,7 +200,7 @@ class WinCLIP(NetworkDetector):
     def finish(self, state: FitState, on_progress: ProgressCallback) -> None:
         """Gathers the normal images of all workers."""
         rows = state.rows if self.params.k_shot else {}
-        self.memory = {name: BankSearch(kept.everything().to(self.device)) for name, kept in sorted(rows.items())}
+        self.memory = {name: BankSearch(kept.all_rows().to(self.device)) for name, kept in sorted(rows.items())}
         self.freeze()
         on_progress(1, 1)
 

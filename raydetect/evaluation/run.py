@@ -45,8 +45,8 @@ def run_cell(evaluation: Evaluation, cell: Cell, on_progress: ProgressCallback) 
     masks = Storage(source_storage(spec, source))
     chunks = _chunks(evaluation, cell, "test")
     try:
-        judged = evaluate_images(artifact, chunks, source, masks, spec.batch_size, threads)
-        figures = figures_of(judged.quality, spec.replicates)
+        outcome = evaluate_images(artifact, chunks, source, masks, spec.batch_size, threads)
+        figures = figures_of(outcome.quality, spec.replicates)
     except ValueError as error:
         raise EvaluationError(f"{cell.line}, category {cell.category!r}: {error}") from None
     facts = report.facts
@@ -61,7 +61,7 @@ def run_cell(evaluation: Evaluation, cell: Cell, on_progress: ProgressCallback) 
         "fit_seconds": round(sum(facts["seconds"].values()), 3),
         "categories": figures,
         "packages": package_versions(),
-        **_scoring_facts(judged),
+        **_scoring_facts(outcome),
         **peak_memory_bytes(device),
     }
 
@@ -91,14 +91,14 @@ def _plain_figures(quality: Quality, replicates: int) -> dict[str, Any]:
     return {"images": counted(quality), "figures": {name: f.plain() for name, f in figures.items()}}
 
 
-def _scoring_facts(judged: EvaluationOutcome) -> Mapping[str, Any]:
+def _scoring_facts(outcome: EvaluationOutcome) -> Mapping[str, Any]:
     return {
-        "test_images": judged.images,
-        "bad_images": judged.bad,
-        "unlabelled_images": judged.unlabelled,
-        "judge_seconds": round(judged.seconds, 3),
-        "score_seconds": round(judged.score_seconds, 3),
-        "images_per_second": round(judged.images / max(judged.score_seconds, 1e-9), 3),
+        "test_images": outcome.images,
+        "bad_images": outcome.bad,
+        "unlabelled_images": outcome.unlabelled,
+        "judge_seconds": round(outcome.seconds, 3),
+        "score_seconds": round(outcome.score_seconds, 3),
+        "images_per_second": round(outcome.images / max(outcome.score_seconds, 1e-9), 3),
     }
 
 

@@ -64,8 +64,8 @@ class FitRun:
         uri: where the artifact is written; None = it is not written, and no training checkpoints are kept.
         group: the workers that fit the detector.
         cache: this worker's images.
-        judged: this worker's images from a separate calibration archive; None = hold out a share of `cache`.
-        tick: progress callback.
+        calibration_cache: images of the separate calibration archive; None = hold out a share of `cache`.
+        on_progress: progress callback.
         device: torch device of this worker.
         where: the source, for messages.
         phases: measurements so far.
@@ -76,7 +76,7 @@ class FitRun:
     uri: str | None
     group: Group
     cache: ImageCache
-    judged: ImageCache | None
+    calibration_cache: ImageCache | None
     on_progress: ProgressCallback
     device: torch.device
     where: str
@@ -131,7 +131,9 @@ class FitRun:
                 held_out = self._scale(detector, held_out, counts)
         with self.phases.phase("calibrate"):
             on_progress = self._phase_progress("calibrate", self._count(len(held_out)))
-            calibration = calibrate(detector, self._judged(), held_out, self.spec.batch_size, self.group, on_progress)
+            calibration = calibrate(
+                detector, self._calibration_images(), held_out, self.spec.batch_size, self.group, on_progress
+            )
         counts |= {"held_out": len(calibration.scores), "bad": read.bad}
         facts |= {
             **merged_facts(detector.facts(), trained),
@@ -165,7 +167,7 @@ class FitRun:
         scaling, held_out = choose_scaling(held_out, self.spec.seed, self.group)
         counts["scaled"] = self._count(len(scaling))
         on_progress = self._phase_progress("scale", counts["scaled"] * len(ensemble.members))
-        set_scales(ensemble, self._judged(), scaling, self.spec.batch_size, self.group, on_progress)
+        set_scales(ensemble, self._calibration_images(), scaling, self.spec.batch_size, self.group, on_progress)
         return held_out
 
     def _detector(self, storage: Storage) -> tuple[Detector, dict[str, Any]]:
@@ -192,14 +194,14 @@ class FitRun:
 
     def _held_out(self) -> list[str]:
         """This worker's calibration keys, sorted."""
-        if self.judged is not None:
-            return normal_keys(self.judged)
+        if self.calibration_cache is not None:
+            return normal_keys(self.calibration_cache)
         ratio, seed = self.spec.calibration.holdout_ratio, self.spec.seed
         return sorted(choose_holdout(normal_keys(self.cache), ratio, seed, self.group, self.where))
 
     def _fit_keys(self, held_out: list[str], with_labels: bool) -> list[str]:
         """This worker's keys to fit on, sorted; anomalous images only for detectors that learn from labels."""
-        excluded = set(held_out) if self.judged is None else set()
+        excluded = set(held_out) if self.calibration_cache is None else set()
         usable = list(self.cache.images) if with_labels else normal_keys(self.cache)
         return sorted(set(usable) - excluded)
 
@@ -219,8 +221,8 @@ class FitRun:
                     "{label} in source.pattern, a sidecar or a label column."
                 )
 
-    def _judged(self) -> ImageCache:
-        return self.cache if self.judged is None else self.judged
+    def _calibration_images(self) -> ImageCache:
+        return self.cache if self.calibration_cache is None else self.calibration_cache
 
     def _collect(self, detector: Detector, normal: list[str], name: str) -> None:
         wanted = detector.num_collected()

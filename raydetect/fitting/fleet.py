@@ -42,7 +42,7 @@ def fit_fleet(work: FitRun, read: ReadFacts) -> FitReport | None:
         return owners.get(image.category or "") == group.rank
 
     with work.phases.phase("share"):
-        for cache in (work.cache, work.judged):
+        for cache in (work.cache, work.calibration_cache):
             if cache is not None:
                 cache.share(group, mine)
     reports: dict[str, FitReport] = {}
@@ -87,7 +87,7 @@ def _fit_category(work: FitRun, category: str) -> FitReport:
         uri=member_uri(work.uri, category),
         group=Group(),
         cache=work.cache.of_category(category),
-        judged=None if work.judged is None else work.judged.of_category(category),
+        calibration_cache=None if work.calibration_cache is None else work.calibration_cache.of_category(category),
         phases=Phases(),
         on_progress=lambda *_: None,
     )

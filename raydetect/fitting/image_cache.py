@@ -175,7 +175,7 @@ class ReadImages:
         self.bad += 1
         self.reasons = [*self.reasons, reason][:REASONS]
 
-    def judge(self, group: Group, limit: float, where: str) -> ReadFacts:
+    def checked_total(self, group: Group, limit: float, where: str) -> ReadFacts:
         """Sums the counts of all workers.
 
         Raises:
@@ -184,13 +184,13 @@ class ReadImages:
         """
         labels = [[*key, count] for key, count in self.labels.items()]
         counts = [self.good, self.bad, self.shards, self.bad_shards]
-        fields = [counts, self.reasons, labels, to_plain(self.left_out.found)]
+        fields = [counts, self.reasons, labels, to_plain(self.left_out.counts)]
         sums = ReadImages()
         for text in group.gather_bytes(json.dumps(fields).encode()):
             sums._add(json.loads(text))
         bad, total = sums.bad, sums.bad + sums.good
         if total == 0:
-            left_out = left_out_text(sums.left_out.found) or "nothing"
+            left_out = left_out_text(sums.left_out.counts) or "nothing"
             raise SpecError(f"{where}: has no images; left out: {left_out}. Check source.uri, format and pattern.")
         reasons = tuple(sums.reasons[:REASONS])
         if bad > limit * total or sums.bad_shards > limit * sums.shards:
@@ -199,7 +199,7 @@ class ReadImages:
                 f"than max_bad_fraction = {limit}. First: {'; '.join(reasons)}"
             )
         all_labels = tuple((label, value, count) for (label, value), count in sums.labels.items())
-        return ReadFacts(bad, reasons, all_labels, sums.left_out.found)
+        return ReadFacts(bad, reasons, all_labels, sums.left_out.counts)
 
     def _add(self, fields: list[Any]) -> None:
         (good, bad, shards, bad_shards), reasons, labels, left_out = fields
@@ -250,24 +250,24 @@ def read_images(
     Raises:
         BadMemberError: an image is bad and `on_bad_member` is `fail`.
     """
-    cache, found = ImageCache(preprocess), ReadImages()
-    for member, pixels in _decoded(_counted(chunks, found), source, preprocess, threads, on_progress):
+    cache, counts = ImageCache(preprocess), ReadImages()
+    for member, pixels in _decoded(_counted(chunks, counts), source, preprocess, threads, on_progress):
         refuse_bad_member(pixels.status, pixels.error, source)
         if pixels.image_HWC is not None and pixels.status == OK:
             cache.add(CachedImage(member.key, member.label, member.category), pixels.image_HWC)
-            found.note_good(member)
+            counts.note_good(member)
         else:
-            found.note_bad(pixels.error)
-    return cache, found
+            counts.note_bad(pixels.error)
+    return cache, counts
 
 
 def _stands_for_a_shard(member: Member) -> bool:
     return member.status in BAD_SHARD and member.key.startswith(f"{member.image_uri}#")
 
 
-def _counted(chunks: Iterable[Chunk], found: ReadImages) -> Iterator[Chunk]:
+def _counted(chunks: Iterable[Chunk], counts: ReadImages) -> Iterator[Chunk]:
     for chunk in chunks:
-        found.note_chunk(chunk)
+        counts.note_chunk(chunk)
         yield chunk
 
 

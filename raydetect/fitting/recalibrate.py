@@ -53,7 +53,7 @@ class _Images:
     """Images by category, each decoded by the rules of its detector."""
 
     caches: dict[str | None, ImageCache]
-    found: ReadImages = field(default_factory=ReadImages)
+    counts: ReadImages = field(default_factory=ReadImages)
 
 
 def recalibrate(
@@ -64,7 +64,7 @@ def recalibrate(
     Raises:
         SpecError: a category has no normal image, or the detector was fitted on this source.
         ArtifactError: the artifact is missing or damaged.
-        TooManyBadRows: too many images are bad; nothing is digests.
+        TooManyBadRows: too many images are bad; nothing is written.
         CalibrationError: a score is not finite.
     """
     torch.set_num_threads(spec.resources.cpus_per_worker)
@@ -75,7 +75,7 @@ def recalibrate(
     storage.require_writable(uri)
     storage.remove_leftovers(uri)
     images = _read(spec, index, records, chunks, on_progress)
-    bad = images.found.judge(Group(), spec.max_bad_fraction, ", ".join(spec.source.uris())).bad
+    bad = images.counts.checked_total(Group(), spec.max_bad_fraction, ", ".join(spec.source.uris())).bad
     calibrations = {
         name: _new_calibration(spec, record, images.caches[name], on_progress, device)
         for name, record in records.items()
@@ -118,30 +118,30 @@ def _read(
 ) -> _Images:
     images = _Images({name: ImageCache(record.preprocess) for name, record in records.items()})
     for chunk in chunks:
-        images.found.note_chunk(chunk)
+        images.counts.note_chunk(chunk)
         groups: dict[str | None, list[Member]] = {}
         for member in chunk.members:
             name = member.category if index.categories else None
             if name in images.caches:
                 groups.setdefault(name, []).append(member)
             else:
-                images.found.note_bad(f"{member.key}: the fleet has no detector for category {name!r}.")
+                images.counts.note_bad(f"{member.key}: the fleet has no detector for category {name!r}.")
         for name, members in groups.items():
-            _decode(spec, members, images.caches[name], images.found)
+            _decode(spec, members, images.caches[name], images.counts)
         on_progress("read", len(chunk.members), None)
     return images
 
 
-def _decode(spec: CalibrateSpec, members: list[Member], cache: ImageCache, found: ReadImages) -> None:
+def _decode(spec: CalibrateSpec, members: list[Member], cache: ImageCache, counts: ReadImages) -> None:
     rules, threads = DecodeRules.of(spec.source), spec.resources.cpus_per_worker
     decoded = decode_all(members, rules, cache.preprocess, threads)
     for member, pixels in zip(members, decoded, strict=True):
         refuse_bad_member(pixels.status, pixels.error, spec.source)
         if pixels.image_HWC is not None and pixels.status == OK:
             cache.add(CachedImage(member.key, member.label, member.category), pixels.image_HWC)
-            found.note_good(member)
+            counts.note_good(member)
         else:
-            found.note_bad(pixels.error)
+            counts.note_bad(pixels.error)
 
 
 def _new_calibration(

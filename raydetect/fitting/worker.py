@@ -31,7 +31,7 @@ def fit_worker(
         chunks: this worker's encoded images.
         calibration: this worker's encoded images of the separate calibration archive, if the job has one.
         group: the workers.
-        tick: progress callback.
+        on_progress: progress callback.
         device: torch device of this worker.
 
     Returns:
@@ -45,12 +45,16 @@ def fit_worker(
     phases = Phases()
     with phases.phase("read"):
         cache, read = _read(spec, spec.source, chunks, group, on_progress, "read")
-        judged = None
+        calibration_cache = None
         if calibration is not None:
             assert spec.calibration.source is not None
-            judged, _ = _read(spec, spec.calibration.source, calibration, group, on_progress, "read calibration")
+            calibration_cache, _ = _read(
+                spec, spec.calibration.source, calibration, group, on_progress, "read calibration"
+            )
     where = ", ".join(spec.source.uris()) + read.labels_text
-    work = FitRun(spec, normalise_uri(spec.artifact), group, cache, judged, on_progress, device, where, phases)
+    work = FitRun(
+        spec, normalise_uri(spec.artifact), group, cache, calibration_cache, on_progress, device, where, phases
+    )
     return fit_fleet(work, read) if spec.per_category else work.run(read)
 
 
@@ -60,7 +64,7 @@ def _read(
     threads = spec.resources.cpus_per_worker
     with shared_errors(group):
         preprocess = fit_preprocess(spec)
-        cache, found = read_images(chunks, source, preprocess, threads, lambda done: on_progress(phase, done, None))
-    read = found.judge(group, spec.max_bad_fraction, ", ".join(source.uris()))
+        cache, counts = read_images(chunks, source, preprocess, threads, lambda done: on_progress(phase, done, None))
+    read = counts.checked_total(group, spec.max_bad_fraction, ", ".join(source.uris()))
     drop_duplicates(cache, group)
     return cache, read

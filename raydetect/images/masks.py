@@ -13,7 +13,7 @@ from raydetect.errors import MemberError
 from raydetect.images.bit_depth import LEVELS, SIXTEEN_BIT
 from raydetect.images.decode import Pixels
 from raydetect.images.opening import JPEGS, DecodeRules, Loaded, loaded_image
-from raydetect.images.orientation import SIDEWAYS, turned
+from raydetect.images.orientation import SIDEWAYS, apply_orientation
 
 MAX_IDS = 16
 COLOURS = {"RGB": 3, "RGBA": 3, "RGBX": 3, "L": 1, "LA": 1, "P": 1, "PA": 1, "1": 1}  # number of channels without alpha
@@ -37,7 +37,7 @@ def decode_mask(data: bytes, image: Pixels, rules: DecodeRules) -> np.ndarray:
     orientation, size = loaded.orientation, defects_HW.shape[::-1]
     if orientation == 1 and image.orientation in SIDEWAYS and size == image.stored_size != (image.width, image.height):
         orientation = image.orientation
-    return np.asarray(turned(Image.fromarray(defects_HW), orientation))
+    return np.asarray(apply_orientation(Image.fromarray(defects_HW), orientation))
 
 
 def _defects(loaded: Loaded, data: bytes) -> np.ndarray:

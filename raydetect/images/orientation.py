@@ -39,7 +39,7 @@ def orientation_of(picture: Image.Image) -> tuple[int, bool]:
     return (value if value in TURNS else 1), False
 
 
-def turned(picture: Image.Image, orientation: int) -> Image.Image:
+def apply_orientation(picture: Image.Image, orientation: int) -> Image.Image:
     """Applies an orientation to a picture."""
     return picture.transpose(TURNS[orientation]) if orientation in TURNS else picture
 
@@ -47,7 +47,7 @@ def turned(picture: Image.Image, orientation: int) -> Image.Image:
 def upright(picture: Image.Image) -> Image.Image:
     """Applies the orientation of a picture from the Python API; Pillow already rotates TIFFs on loading."""
     picture.load()
-    return turned(picture, orientation_of(picture)[0])
+    return apply_orientation(picture, orientation_of(picture)[0])
 
 
 def _stored(picture: Image.Image) -> int | None:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from raydetect.errors import MemberError
 from raydetect.images.bit_depth import SIXTEEN_BIT, GreyDepth, eight_bits, resolved_depth
-from raydetect.images.orientation import SIDEWAYS, turned
+from raydetect.images.orientation import SIDEWAYS, apply_orientation
 
 BAND_PIXELS = 1 << 18
 CONVERTED = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
@@ -85,7 +85,7 @@ def _upright(picture: Image.Image, depth: GreyDepth, orientation: int, mode: str
     depth = resolved_depth(picture, depth)
     upright = Image.new(mode, upright_size(picture.size, orientation))
     for top, box in _bands(picture.size, orientation):
-        upright.paste(turned(_converted(picture.crop(box), depth, mode), orientation), (0, top))
+        upright.paste(apply_orientation(_converted(picture.crop(box), depth, mode), orientation), (0, top))
     return upright
 
 

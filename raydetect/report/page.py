@@ -99,7 +99,7 @@ def render(
         statuses=[(status, count) for status, count in sorted(found.totals.statuses.items()) if status != "ok"],
         bad=found.bad,
         most_bad=MAX_BAD_PER_STATUS,
-        left_out=[(REASONS.get(why, why), entry) for why, entry in sorted(found.totals.left_out.found.items())],
+        left_out=[(REASONS.get(why, why), entry) for why, entry in sorted(found.totals.left_out.counts.items())],
         notes=notes_text(found.totals.notes),
         box=_box(ledger, run, found, manifest),
         spec=yaml.safe_dump(run["spec"], sort_keys=False, allow_unicode=True)[:MAX_SPEC_LENGTH],

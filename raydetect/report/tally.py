@@ -92,13 +92,13 @@ class Tally:
             sums.images += int(mine_N.sum())
             sums.bad += int((mine_N & ~ok_N).sum())
             sums.flagged += int((mine_N & flagged_N).sum())
-            judged_N = mine_N & ok_N
-            sums.labelled += int((judged_N & ~np.isnan(labels_N)).sum())
-            sums.anomalous += int((judged_N & (labels_N == 1)).sum())
-            sums.missed += int((judged_N & (labels_N == 1) & ~flagged_N).sum())
-            sums.false_alarms += int((judged_N & (labels_N == 0) & flagged_N).sum())
-            if judged_N.any():
-                sums.highest = max(sums.highest, float(scores_N[judged_N].max()))
+            counted_N = mine_N & ok_N
+            sums.labelled += int((counted_N & ~np.isnan(labels_N)).sum())
+            sums.anomalous += int((counted_N & (labels_N == 1)).sum())
+            sums.missed += int((counted_N & (labels_N == 1) & ~flagged_N).sum())
+            sums.false_alarms += int((counted_N & (labels_N == 0) & flagged_N).sum())
+            if counted_N.any():
+                sums.highest = max(sums.highest, float(scores_N[counted_N].max()))
 
     def _sums(self, name: str) -> CategorySums:
         if name not in self.categories and len(self.categories) >= MAX_CATEGORIES:

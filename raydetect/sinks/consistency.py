@@ -63,9 +63,9 @@ def refuse_without_images(totals: Totals, where: str) -> None:
     Raises:
         SpecError: no shard has a row.
     """
-    withdrawn = totals.left_out.found.get(WITHDRAWN, LeftOut(0)).count
+    withdrawn = totals.left_out.counts.get(WITHDRAWN, LeftOut(0)).count
     if totals.shards > withdrawn and not totals.rows:
-        text = left_out_text(totals.left_out.found) or "nothing"
+        text = left_out_text(totals.left_out.counts) or "nothing"
         raise SpecError(f"{where}: has no images; left out: {text}. Check source.uri, format and pattern.")
 
 

@@ -342,6 +342,6 @@ class Totals:
             "parts": self.parts,
             "clipped_pixels": self.clipped_pixels,
             "statuses": dict(sorted(self.statuses.items())),
-            "left_out": to_plain(dict(sorted(self.left_out.found.items()))),
+            "left_out": to_plain(dict(sorted(self.left_out.counts.items()))),
             "notes": dict(sorted(self.notes.items())),
         }

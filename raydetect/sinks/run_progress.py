@@ -73,8 +73,8 @@ class RunProgress:
             f"Flagged    {'when all shards are committed (flag.fdr)' if self.flagged is None else f'{self.flagged:,}'}",
             f"Heatmaps   {totals.heatmaps:,}",
         ]
-        if totals.left_out.found:
-            lines.append(f"Left out   {left_out_text(totals.left_out.found)}")
+        if totals.left_out.counts:
+            lines.append(f"Left out   {left_out_text(totals.left_out.counts)}")
         if self.num_categories:
             lines.insert(1, f"Fleet      of {self.num_categories:,} categories")
         if self.fdr is not None:

@@ -47,7 +47,7 @@ def read_all(source: SourceSpec) -> tuple[list[Member], int]:
     for shard in archive.shards():
         left_out.add_all(shard.left_out)
         members += archive.read(shard, left_out)
-    return members, sum(entry.count for entry in left_out.found.values())
+    return members, sum(entry.count for entry in left_out.counts.values())
 
 
 def check_laws(source: SourceSpec, count: int) -> list[Member]:

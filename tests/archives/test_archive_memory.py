@@ -153,10 +153,10 @@ def test_what_an_archive_claims_takes_no_memory(tmp_path: Path) -> None:
         table(tmp_path, "words.parquet", {"image": tiny, "label": text}): (["ok"] * 12, 6 * 8 * MiB),
         table(tmp_path, "masks.parquet", {"image": tiny, "mask": cell}): (["ok"] * 12, 6 * 8 * MiB),
     }
-    begun = written(tmp_path / "begun.tar.gz", tar_bytes([("a.png", IMAGE)]))
+    warm_up = written(tmp_path / "begun.tar.gz", tar_bytes([("a.png", IMAGE)]))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, begun, *cases],
+        [sys.executable, "-c", MEASURE, warm_up, *cases],
         capture_output=True,
         text=True,
         env={**env, "ARROW_DEFAULT_MEMORY_POOL": "system"},
@@ -172,7 +172,7 @@ def test_a_member_whose_header_is_too_long_is_a_row_that_says_so(tmp_path: Path)
     path = written(tmp_path / "a.tar", with_header(tarfile.GNUTYPE_LONGNAME, names.MAX_NAME_BYTES + 1))
     found = members_of(path)
     assert [row.key.partition("#")[2] for row in found] == ["a.png", "b.png...@1536", "c.png"]
-    assert found[1].status == "unsafe_name" and "its header is of 65,537 bytes, more than 65,536" in found[1].error
+    assert found[1].status == "unsafe_name" and "its header has 65,537 bytes, more than 65,536" in found[1].error
     path = written(tmp_path / "b.tar", with_header(tarfile.GNUTYPE_LONGNAME, 300))
     assert [row.key.partition("#")[2] for row in members_of(path)] == ["a.png", "a" * 300, "c.png"]
 
@@ -231,7 +231,7 @@ def test_an_index_that_is_too_large_is_not_used_and_said(tmp_path: Path, monkeyp
     (tmp_path / "a.idx").write_bytes(index_bytes(packed))
     archive = open_archive(SourceSpec(uri=str(tmp_path), split_bytes=4000), Storage())
     listing = archive.listing()
-    assert len(listing.shards) == 1 and "is of more than 50 bytes" in listing.notes[0]
+    assert len(listing.shards) == 1 and "has more than 50 bytes" in listing.notes[0]
     assert [row.status for row in archive.read(listing.shards[0])] == ["ok"] * 9
 
 
@@ -305,7 +305,7 @@ def test_a_footer_and_class_names_that_are_too_long_are_refused(
     path = table(tmp_path, "a.parquet", {"image": pa.array([IMAGE])})
     data = path.read_bytes()
     (found,) = members_of(written(tmp_path / "b.parquet", data[:-8] + struct.pack("<I", 65 * MiB) + b"PAR1"))
-    assert found.status == "bad_shard" and "its footer says that it has 68,157,440 bytes" in found.error
+    assert found.status == "bad_shard" and "its footer has 68,157,440 bytes" in found.error
     monkeypatch.setattr(parquet, "MAX_CLASSES_BYTES", 1)
     (found,) = members_of(path)
-    assert found.status == "bad_shard" and "names of classes in its schema are too long" in found.error
+    assert found.status == "bad_shard" and "class names in its schema are too long" in found.error

@@ -84,7 +84,7 @@ def test_a_tar_without_an_index_is_one_shard() -> None:
 def test_an_index_of_another_tar_is_refused() -> None:
     Storage().write("memory://b/a.tar", tar_bytes(FILES))
     Storage().write("memory://b/a.idx", index_bytes(tar_bytes([("x.png", b"1" * 700), *FILES])))
-    with pytest.raises(ArchiveError, match="does not fit this tar"):
+    with pytest.raises(ArchiveError, match="does not match this tar"):
         members_of(SourceSpec(uri="memory://b", split_bytes=2000))
 
 
@@ -106,12 +106,12 @@ def test_globs_lists_and_single_files(tmp_path: Path) -> None:
     assert names(listed) == ["03.png", "01.png"]
     with pytest.raises(SpecError, match="the same file twice"):
         members_of(SourceSpec(uri=(f"{root}/01", f"{root}/01/part-0.tar")))
-    with pytest.raises(SpecError, match="holds nothing of format zip"):
+    with pytest.raises(SpecError, match="contains nothing of format zip"):
         members_of(SourceSpec(uri=root, format="zip"))
     with pytest.raises(StorageError, match="nothing is there"):
         members_of(SourceSpec(uri=f"{root}/04"))
     (tmp_path / "a.xyz").write_bytes(b"x")
-    with pytest.raises(SpecError, match="no archive or image by its name"):
+    with pytest.raises(SpecError, match="the suffix of an archive or image"):
         members_of(SourceSpec(uri=f"{root}/a.xyz"))
 
 
@@ -181,7 +181,7 @@ def test_parquet_columns_and_the_layout_of_hugging_face() -> None:
             assert handle.read() == expected
     with pytest.raises(FileNotFoundError):
         fsspec.open("parquetrow://image/7::memory:///q/a.parquet").open()
-    with pytest.raises(SpecError, match="no column of encoded images"):
+    with pytest.raises(SpecError, match="not a column of encoded images"):
         members_of(SourceSpec(uri="memory://q", image_column="label"))
 
 

@@ -77,7 +77,7 @@ def test_no_name_takes_long(pattern: str, name: str) -> None:
 
 
 def test_a_pattern_without_end_is_refused() -> None:
-    with pytest.raises(SpecError, match=r"source.pattern: has 1,006 letters, at most 1,000 are read"):
+    with pytest.raises(SpecError, match=r"source.pattern: has 1,006 characters; at most 1,000 are allowed"):
         Naming.of(SourceSpec(uri="a", pattern="{name}" + "a" * 1000))
 
 

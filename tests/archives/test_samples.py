@@ -41,7 +41,7 @@ def read(uri: str, **words: object) -> tuple[list[Member], dict[str, int]]:
     for shard in archive.shards():
         left_out.add_all(shard.left_out)
         members += archive.read(shard, left_out)
-    return members, {reason: entry.count for reason, entry in left_out.found.items()}
+    return members, {reason: entry.count for reason, entry in left_out.counts.items()}
 
 
 def names(members: list[Member]) -> list[str]:
@@ -95,7 +95,9 @@ def test_other_suffixes_are_images_or_counted(tmp_path: Path) -> None:
 def test_a_source_without_an_image_says_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / ".hidden.png").write_bytes(PNG)
-    with pytest.raises(SpecError, match=r"holds nothing of format auto; left out: 1 hidden \(.hidden.png\), 1 other_s"):
+    with pytest.raises(
+        SpecError, match=r"contains nothing of format auto; left out: 1 hidden \(.hidden.png\), 1 other_s"
+    ):
         read(str(tmp_path))
 
 
@@ -266,7 +268,7 @@ def test_a_container_beside_a_folder_of_its_name_is_noted(tmp_path: Path) -> Non
     (tmp_path / "day.tar").write_bytes(tar_bytes([("x.png", PNG)]))
     pack(f"file://{tmp_path}/day", "", [("x.png", PNG)], 1)
     notes = open_archive(SourceSpec(uri=str(tmp_path)), Storage()).listing().notes
-    assert len(notes) == 1 and "stands beside a folder of its name" in notes[0]
+    assert len(notes) == 1 and "is beside a folder of the same name" in notes[0]
 
 
 def test_what_was_left_out_is_told_with_the_first_names() -> None:
@@ -274,7 +276,7 @@ def test_what_was_left_out_is_told_with_the_first_names() -> None:
     for i in range(7):
         count.add("hidden", f"._{i}.png")
     count.add("other_suffix", "notes.txt")
-    text = left_out_text(count.found)
+    text = left_out_text(count.counts)
     assert text == "7 hidden (._0.png, ._1.png, ._2.png, ._3.png, ._4.png, ...), 1 other_suffix (notes.txt)"
 
 
@@ -294,7 +296,7 @@ def test_links_to_folders_are_counted_and_noted(tmp_path: Path) -> None:
     members, left_out = read(f"{tmp_path}/in")
     assert names(members) == ["1.png"] and left_out == {"linked_folder": 3}
     notes = open_archive(SourceSpec(uri=f"{tmp_path}/in"), Storage()).listing().notes
-    assert len(notes) == 3 and "is a link to a folder, which is not followed" in notes[0]
+    assert len(notes) == 3 and "is a link to a folder and is not followed" in notes[0]
     assert names(read(f"{tmp_path}/in/line4")[0]) == ["0.png"]
 
 
@@ -351,7 +353,7 @@ def test_what_comes_before_the_cut_of_a_tar_can_be_opened(suffix: str, tmp_path:
 
 def test_a_file_that_is_no_tar_is_told_what_it_is() -> None:
     Storage().write("memory://kind/a.tar", bz2.compress(b"x"))
-    with pytest.raises(ArchiveError, match="is no tar but bzip2"):
+    with pytest.raises(ArchiveError, match="is not a tar but bzip2"):
         read("memory://kind")
 
 

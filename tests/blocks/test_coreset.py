@@ -172,16 +172,16 @@ def test_a_key_counts_once_and_padding_never() -> None:
 
 def test_everything_is_the_same_on_every_worker_and_in_one_order_for_all_names() -> None:
     images = images_of(torch.randn(40, 3), 4)
-    whole = piece(images, list(images), Group(), 3).everything()
+    whole = piece(images, list(images), Group(), 3).all_rows()
     assert torch.equal(whole.sort(0).values, torch.cat(list(images.values())).sort(0).values)
-    keys = piece(images, list(images), Group(), 3).everyone()
+    keys = piece(images, list(images), Group(), 3).all_keys()
     assert torch.equal(whole, torch.cat([images[key] for key in keys]))
     shares = dealt(list(images), 3, 1)
-    for found in together(3, lambda group: piece(images, shares[group.rank], group, 3).everything()):
+    for found in together(3, lambda group: piece(images, shares[group.rank], group, 3).all_rows()):
         assert torch.equal(found, whole)
-    assert together(3, lambda group: piece(images, shares[group.rank], group, 3).everyone()) == [keys] * 3
+    assert together(3, lambda group: piece(images, shares[group.rank], group, 3).all_keys()) == [keys] * 3
     firsts = {key: rows[:1] for key, rows in images.items()}
-    assert torch.equal(piece(firsts, list(firsts)[::-1], Group(), 3).everything(), whole[::4])
+    assert torch.equal(piece(firsts, list(firsts)[::-1], Group(), 3).all_rows(), whole[::4])
 
 
 def test_workers_without_images_take_part() -> None:

@@ -51,11 +51,11 @@ def test_cutpaste_moves_a_rectangle_of_the_stated_sizes_and_leaves_the_rest() ->
 
 @pytest.mark.parametrize(("height", "width", "degrees"), [(20, 5, 33.0), (7, 16, -45.0), (1, 9, 10.0), (24, 2, -71.5)])
 def test_a_turned_patch_shows_at_every_pixel_what_turns_there(height: int, width: int, degrees: float) -> None:
-    turned, mask = cut_and_paste.turned(addresses(height, width), degrees)
+    rotated, mask = cut_and_paste.rotated(addresses(height, width), degrees)
     tall, wide = mask.shape
     cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     for row, column in np.argwhere(mask.numpy()):
-        from_row, from_column = (turned[:2, row, column] * 128).round().tolist()
+        from_row, from_column = (rotated[:2, row, column] * 128).round().tolist()
         down, across = from_row - (height - 1) / 2, from_column - (width - 1) / 2
         # counter-clockwise, rows growing downwards: a point to the right goes up
         lands = cosine * down - sine * across + (tall - 1) / 2, sine * down + cosine * across + (wide - 1) / 2
@@ -66,8 +66,8 @@ def test_a_turned_patch_shows_at_every_pixel_what_turns_there(height: int, width
 def test_quarter_turns_are_exact() -> None:
     patch = addresses(4, 7)
     for quarters, degrees in enumerate([0.0, 90.0, 180.0]):
-        turned, mask = cut_and_paste.turned(patch, degrees)
-        assert mask.all() and torch.equal(turned, torch.rot90(patch, quarters, (1, 2)))
+        rotated, mask = cut_and_paste.rotated(patch, degrees)
+        assert mask.all() and torch.equal(rotated, torch.rot90(patch, quarters, (1, 2)))
 
 
 def test_a_scar_is_long_thin_turned_and_from_one_place() -> None:

@@ -123,9 +123,9 @@ def test_a_step_scores_turned_images_against_its_own_prior() -> None:
     plan.module.eval()
     draws = range(24, 32)  # of the third batch
     loss = float(detector.training_loss(Batch(IMAGES, KEYS, LABELS, epoch=3, draws=draws)).detach())
-    turned = torch.stack([detector._turned(IMAGES[i], KEYS[i], 3, draws[i]) for i in range(8)])
+    rotated = torch.stack([detector._rotated(IMAGES[i], KEYS[i], 3, draws[i]) for i in range(8)])
     prior = torch.randn(50, generator=keyed_generator(0, "prior", 3, 2)).double().numpy()
-    deviation = (by_hand(detector, normalised(turned), 2).detach().numpy() - prior.mean()) / prior.std(ddof=1)
+    deviation = (by_hand(detector, normalised(rotated), 2).detach().numpy() - prior.mean()) / prior.std(ddof=1)
     want = np.where(np.array(LABELS) == 0, np.abs(deviation), np.maximum(0, 5 - deviation)).mean()
     assert loss == pytest.approx(want, rel=1e-4)
     half = detector.training_loss(Batch(IMAGES[1::2], KEYS[1::2], LABELS[1::2], epoch=3, draws=draws[1::2]))
@@ -139,9 +139,9 @@ def test_images_are_turned_as_pillow_turns_them_by_angles_of_their_draw() -> Non
     for draw in range(5):
         degrees = 120 * (2 * keyed_unit(0, "turn", "a", 1, draw) - 1)
         theirs = Image.fromarray(image.permute(1, 2, 0).numpy()).rotate(degrees)
-        same = np.asarray(theirs) == detector._turned(image, "a", 1, draw).permute(1, 2, 0).numpy()
+        same = np.asarray(theirs) == detector._rotated(image, "a", 1, draw).permute(1, 2, 0).numpy()
         assert same.mean() > 0.97
-    assert torch.equal(build(turn_degrees=0)._turned(image, "a", 0, 0), image)
+    assert torch.equal(build(turn_degrees=0)._rotated(image, "a", 0, 0), image)
 
 
 def test_batches_are_half_labelled_and_in_rounds() -> None:

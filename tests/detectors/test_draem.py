@@ -95,10 +95,10 @@ def test_the_stated_shares_are_damaged_and_turned(ratio: float) -> None:
     detector = started(anomalous_ratio=ratio, turned_ratio=1 - ratio)
     image = torch.rand(3, 32, 32, generator=keyed_generator(0, "i"))
     made = [detector._simulated(image, keyed_generator(0, "share", i)) for i in range(200)]
-    turned = np.mean([not torch.equal(truth, image) for truth, _, _ in made])
+    rotated = np.mean([not torch.equal(truth, image) for truth, _, _ in made])
     damaged = np.mean([not torch.equal(bad, truth) for truth, bad, _ in made])
     shown = np.mean([bool(perlin_mask((32, 32), keyed_generator(0, "shown", i)).any()) for i in range(200)])
-    assert turned == pytest.approx(1 - ratio, abs=0.1)
+    assert rotated == pytest.approx(1 - ratio, abs=0.1)
     assert damaged == pytest.approx(ratio * shown, abs=0.1)  # a mask may be empty
 
 

@@ -115,7 +115,7 @@ def test_scale_and_mean_are_those_of_numpy() -> None:
     both = ensemble(BANK, STUDENT, weights=[3, 1]).fit(images(), holdout_ratio=0.5)
     keys = [f"array#{i:06d}" for i in range(24)]
     held_out = sorted(choose_holdout(keys, 0.5, 0, Group(), "x"))
-    scaling, judged = choose_scaling(held_out, 0, Group())
+    scaling, calibration = choose_scaling(held_out, 0, Group())
     mean, mean_map = np.zeros(12), np.zeros((12, 48, 48))
     for share, word in ((0.75, BANK), (0.25, STUDENT)):
         alone = model(word).fit(images(), holdout_ratio=0.5)
@@ -130,7 +130,7 @@ def test_scale_and_mean_are_those_of_numpy() -> None:
     scores, found_maps = scores_of(both)
     np.testing.assert_allclose(scores, mean, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(found_maps, mean_map, rtol=1e-4, atol=1e-5)
-    own = both.predict_proba(images()[[keys.index(key) for key in judged]]).astype(np.float64)
+    own = both.predict_proba(images()[[keys.index(key) for key in calibration]]).astype(np.float64)
     assert sorted(own.tolist()) == list(both._require_fitted().calibration.scores)
 
 
@@ -282,9 +282,9 @@ def filled(count: int, seed: int) -> ImageCache:
 def calibrated(cache: ImageCache, keys: list[str], seed: int = 0, group: Group | None = None) -> tuple[Ensemble, Any]:
     group = group or Group()
     found = of(Brightness(0, SMALL), Brightness(1, SMALL), Brightness(2, SMALL))
-    scaling, judged = choose_scaling(keys, seed, group)
+    scaling, calibration = choose_scaling(keys, seed, group)
     set_scales(found, cache, scaling, 8, group, lambda _: None)
-    return found, calibrate(found, cache, judged, 8, group, lambda _: None)
+    return found, calibrate(found, cache, calibration, 8, group, lambda _: None)
 
 
 def test_normal_images_are_flagged_as_rarely_as_promised() -> None:
@@ -303,8 +303,8 @@ def test_normal_images_are_flagged_as_rarely_as_promised() -> None:
 
 def test_scale_and_threshold_have_images_of_their_own_chosen_by_key() -> None:
     keys = [f"{i:04d}" for i in range(41)]
-    scaling, judged = choose_scaling(keys, 0, Group())
-    assert len(scaling) == 20 and sorted(scaling + judged) == keys
+    scaling, calibration = choose_scaling(keys, 0, Group())
+    assert len(scaling) == 20 and sorted(scaling + calibration) == keys
     assert choose_scaling(keys[::-1], 0, Group())[0] == scaling
     assert choose_scaling(keys, 1, Group())[0] != scaling
     many = [f"{i:04d}" for i in range(500)]

@@ -172,13 +172,13 @@ def test_an_error_of_one_worker_is_that_of_all() -> None:
         try:
             with shared_errors(group):
                 if group.rank == 1:
-                    raise BadMemberError("a.tar#b.png: corrupt. Mend it.")
+                    raise BadMemberError("a.tar#b.png: corrupt. Repair it.")
                 if group.rank == 2:
                     raise SpecError("later")
         except ArchiveError as error:
             return f"{type(error).__name__}: {error}"
         return "none"
 
-    assert together(3, work) == ["BadMemberError: a.tar#b.png: corrupt. Mend it."] * 3
+    assert together(3, work) == ["BadMemberError: a.tar#b.png: corrupt. Repair it."] * 3
     with shared_errors(Group()):
         pass

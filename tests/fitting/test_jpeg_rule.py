@@ -18,14 +18,14 @@ from raydetect.cli.main import main
 from raydetect.config import CalibrateSpec, EvaluateSpec, parse_job
 from raydetect.config.validation import apply_overrides
 from raydetect.errors import ArtifactError, SpecError
-from raydetect.evaluation import labelled_images
 from raydetect.evaluation.cells import plan_evaluation
 from raydetect.evaluation.run import run_cell
-from raydetect.fitting import image_cache, recalibrate
-from raydetect.images.decode import decode_all
+from raydetect.images import decode
+from raydetect.images.decode import Pixels, decode_member
+from raydetect.images.opening import DecodeRules
 from raydetect.images.preprocess import Preprocess
 from raydetect.local import jobs
-from raydetect.scoring import scorer
+from raydetect.records import Member
 from raydetect.storage import Storage, join_uri
 from tests.builders.archives import pack
 from tests.builders.images import defect_image, normal_image
@@ -78,14 +78,13 @@ def _archives(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 class Decoded:
     """Notes the rules with which images are decoded."""
 
-    def __init__(self, patch: pytest.MonkeyPatch, *modules: Any) -> None:
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.rules: set[Preprocess] = set()
-        for module in modules:
-            patch.setattr(module, "decode_all", self._decode_all)
+        patch.setattr(decode, "decode_member", self._decode_member)
 
-    def _decode_all(self, members: Any, rules: Any, preprocess: Preprocess, threads: int) -> Any:
+    def _decode_member(self, member: Member, rules: DecodeRules, preprocess: Preprocess) -> Pixels:
         self.rules.add(preprocess)
-        return decode_all(members, rules, preprocess, threads)
+        return decode_member(member, rules, preprocess)
 
 
 def test_new_fits_reduce_and_record_it_and_full_turns_it_off() -> None:
@@ -101,7 +100,7 @@ def test_new_fits_reduce_and_record_it_and_full_turns_it_off() -> None:
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_a_fit_and_its_scores_decode_alike(scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = Decoded(monkeypatch, scorer)
+    seen = Decoded(monkeypatch)
     found = scored(scale, f"source.uri={PLACE}/normal", "batch_size=16")
     assert {row["status"] for row in found} == {"ok"} and seen.rules == {Preprocess((64, 64), scale)}  # type: ignore[arg-type]
     assert {(row["width"], row["height"]) for row in found} == {SIZE}
@@ -204,7 +203,7 @@ def test_every_detector_of_a_fleet_has_its_own_rule(monkeypatch: pytest.MonkeyPa
         members[category] = read_record(uri, Storage()).digest
     write_fleet(f"{PLACE}/fleet", Storage(), members, {})
     pack(f"{PLACE}/both", ".tar", pictures(100, 4, "caps") + pictures(100, 4, "lids"), 1)
-    seen = Decoded(monkeypatch, scorer)
+    seen = Decoded(monkeypatch)
     found = scored("fleet", f"source.uri={PLACE}/both")
     assert seen.rules == {Preprocess((64, 64), scale) for scale in SCALES}  # type: ignore[arg-type]
     for scale in SCALES:
@@ -216,7 +215,7 @@ def test_every_detector_of_a_fleet_has_its_own_rule(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_a_new_calibration_keeps_the_rule(scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = Decoded(monkeypatch, recalibrate)
+    seen = Decoded(monkeypatch)
     values = {"source": {"uri": f"{PLACE}/more"}, "artifact": f"{PLACE}/{scale}", "output": f"{PLACE}/new-{scale}"}
     spec = parse_job({"kind": "calibrate", **values}, "job")
     assert isinstance(spec, CalibrateSpec)
@@ -229,7 +228,7 @@ def test_a_new_calibration_keeps_the_rule(scale: str, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_an_extension_decodes_as_its_artifact(scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, more = Decoded(monkeypatch, image_cache), [f"source.uri={PLACE}/more", f"extend={PLACE}/{scale}"]
+    seen, more = Decoded(monkeypatch), [f"source.uri={PLACE}/more", f"extend={PLACE}/{scale}"]
     body = fit_with(f"extended-{scale}", *more)
     assert seen.rules == {Preprocess((64, 64), scale)} and body["preprocess"] == {"jpeg_scale": scale}  # type: ignore[arg-type]
     other = SCALES[1 - SCALES.index(scale)]
@@ -271,6 +270,6 @@ def test_an_evaluation_fits_and_scores_by_its_rule(scale: str, monkeypatch: pyte
     spec = parse_job(values, "job")
     assert isinstance(spec, EvaluateSpec)
     plan = plan_evaluation(spec)
-    seen = Decoded(monkeypatch, image_cache, labelled_images)
+    seen = Decoded(monkeypatch)
     run_cell(plan, plan.cells[0], lambda *_: None)
     assert seen.rules == {Preprocess((64, 64), scale)}  # type: ignore[arg-type]

@@ -166,7 +166,7 @@ def test_an_adjusted_image_is_mirrored_rotated_and_recoloured(
     assert all(one.shape == image.shape and one.min() >= 0 and one.max() <= 1 for one in found)
     again = textures.adjusted(image, keyed_generator(0, 3))
     assert torch.equal(found[3], again) and not torch.equal(found[3], found[4])
-    for name in ("_turned", "_brightness", "_hue_and_saturation"):
+    for name in ("_rotated", "_brightness", "_hue_and_saturation"):
         monkeypatch.setattr(textures, name, lambda picture, _: picture)
     plain_or_mirrored = [textures.adjusted(image, keyed_generator(0, i)) for i in range(200)]
     mirrored = [torch.equal(one, image.flip(2)) for one in plain_or_mirrored]

@@ -156,7 +156,7 @@ def test_histograms_that_do_not_belong_together_are_refused() -> None:
         aupro_of([ScoreBins.empty(8, COLUMNS)], 0.0)
 
 
-def judged(seed: int, count: int) -> Quality:
+def random_quality(seed: int, count: int) -> Quality:
     random, quality = np.random.default_rng(seed), Quality()
     for number, (map_HW, mask_HW) in enumerate(maps_of(seed, count, None)):
         label = int(mask_HW.any())
@@ -165,7 +165,7 @@ def judged(seed: int, count: int) -> Quality:
 
 
 def test_a_merged_archive_gives_the_figures_of_a_whole_one() -> None:
-    parts, whole = [judged(seed, 12) for seed in range(3)], Quality()
+    parts, whole = [random_quality(seed, 12) for seed in range(3)], Quality()
     for seed in range(3):
         random = np.random.default_rng(seed)
         for number, (map_HW, mask_HW) in enumerate(maps_of(seed, 12, None)):
@@ -178,7 +178,7 @@ def test_a_merged_archive_gives_the_figures_of_a_whole_one() -> None:
 
 
 def test_defects_are_judged_with_all_normal_images_and_masks_that_lack_are_counted() -> None:
-    quality, map_HW = judged(0, 20), np.zeros((2, 2), np.float32)
+    quality, map_HW = random_quality(0, 20), np.zeros((2, 2), np.float32)
     quality.add(Group("bottle", 1, "hole"), "x", 9.0, map_HW, None)
     quality.add(Group("cable", 0, "good"), "y", 9.0, map_HW, map_HW)
     assert quality.categories == ["bottle", "cable"] and quality.of("bottle").defects("bottle") == ["crack", "hole"]
@@ -202,7 +202,7 @@ def test_intervals_are_repeatable_and_hold_the_true_auroc_as_often_as_they_say()
 
 
 def test_pixel_intervals_surround_the_figure_and_narrow_with_more_images() -> None:
-    few, many = (pixel_figures(judged(5, count), 0) for count in (24, 240))
+    few, many = (pixel_figures(random_quality(5, count), 0) for count in (24, 240))
     for name in ("pixel_auroc", "aupro_0.3"):
         widths = []
         for measured in (few[name], many[name]):

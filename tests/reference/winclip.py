@@ -51,11 +51,11 @@ class Reference:
         whole, tokens, windows = self.embedded(image)
         score = anomalous(whole, words, temperature)
         grid = np.empty((self.height, self.width))
-        judged = {
+        scored = {
             s: [(inside, anomalous(e, words, temperature)) for inside, e in found] for s, found in windows.items()
         }
         for patch in range(self.height * self.width):
-            levels = [score, *(mean_of_windows(judged[side], patch) for side in self.scales)]
+            levels = [score, *(mean_of_windows(scored[side], patch) for side in self.scales)]
             grid.flat[patch] = harmonic(levels)
         if not references:
             return score, grid
@@ -96,6 +96,6 @@ def harmonic(values: list[float]) -> float:
     return 0.0 if min(values) <= 0 else len(values) / sum(1 / value for value in values)
 
 
-def mean_of_windows(judged: list[tuple[list[int], float]], patch: int) -> float:
+def mean_of_windows(scored: list[tuple[list[int], float]], patch: int) -> float:
     """Harmonic mean over the windows that contain a patch."""
-    return harmonic([value for inside, value in judged if patch in inside])
+    return harmonic([value for inside, value in scored if patch in inside])

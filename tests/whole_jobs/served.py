@@ -98,6 +98,6 @@ def asking(endpoints: Endpoints) -> Iterator[list[tuple[int, str]]]:
         future.result()
 
 
-def told_by(seen: list[tuple[int, str]]) -> list[tuple[int, str]]:
+def without_repeats(seen: list[tuple[int, str]]) -> list[tuple[int, str]]:
     """The responses without consecutive duplicates."""
     return [current for current, previous in zip(seen, [None, *seen], strict=False) if current != previous]

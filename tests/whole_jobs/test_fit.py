@@ -111,8 +111,8 @@ def test_extending_a_bank_and_interrupting_it_leaves_no_artifact(
     line: Line, alone: ArtifactRecord, cluster: str, tmp_path: Path
 ) -> None:
     """Its CPUs must be freed at once: the fit with four workers below uses the same cluster."""
-    pack(line.store.uri("judges"), ".tar", normal_files(15, start=700), 2, line.store.storage)
-    job = fit_job(line, "more", 2, calibration={"source": {"uri": line.store.uri("judges")}})
+    pack(line.store.uri("calibration"), ".tar", normal_files(15, start=700), 2, line.store.storage)
+    job = fit_job(line, "more", 2, calibration={"source": {"uri": line.store.uri("calibration")}})
     words = ("--extend", line.store.uri("alone"))
     running = start(tmp_path, "fit", job, *words, "--address", cluster)
     started(running, "read")

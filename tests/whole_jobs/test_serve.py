@@ -20,7 +20,7 @@ from raydetect.records import OK
 from raydetect.sinks.ledger import Ledger
 from tests.whole_jobs.conftest import Line, Whole
 from tests.whole_jobs.runs import PATIENCE, QUIET_NODE, processes_of, rows_of, run, run_here, start, wait_until
-from tests.whole_jobs.served import PICTURES, Endpoints, asking, free_port, metrics_of, replicas, told_by
+from tests.whole_jobs.served import PICTURES, Endpoints, asking, free_port, metrics_of, replicas, without_repeats
 
 
 @pytest.fixture(scope="module")
@@ -179,9 +179,9 @@ def test_new_versions_roll_out_without_dropped_requests(endpoints: Endpoints, tm
         assert changed.status_code == 200, changed.text
         new = changed.json()["artifact"]
         wait_until(lambda: seen[-1][1] == new, PATIENCE, "answers of the new version")
-    assert told_by(seen) == [(200, old), (200, new)]
-    # running the command again deploys the first version with new replicas and a new door
+    assert without_repeats(seen) == [(200, old), (200, new)]
+    # running the command again deploys the first version with new replicas and a new ingress
     with asking(endpoints) as seen:
         run(tmp_path, "serve", str(endpoints.job), "--set", "batch_wait_seconds=0.01", "--address", endpoints.address)
         wait_until(lambda: seen[-1][1] == old, PATIENCE, "answers of the first version")
-    assert told_by(seen) == [(200, new), (200, old)]
+    assert without_repeats(seen) == [(200, new), (200, old)]

@@ -1,4 +1,4 @@
-"""What gzip and zstd streams hold; a stream that ends early is an error."""
+"""Decompresses gzip and zstd streams; a truncated stream is an error."""
 
 import gzip
 import io
@@ -8,19 +8,19 @@ import zstandard
 
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 BUFFER_BYTES = 1 << 20
-FEED_BYTES = 2048  # of a zstd frame at a time; they become 64 MB at most
+FEED_BYTES = 2048  # compressed bytes of zstd at a time, which decompress to at most 64 MB
 
 
 def is_compressed(start: bytes) -> bool:
-    """Whether a file that begins with these four bytes is compressed."""
+    """Whether a file that starts with these four bytes is compressed."""
     return start.startswith(GZIP) or start == ZSTD
 
 
 def unpacked(raw: IO[bytes], start: bytes) -> Any:
-    """What a compressed file holds, as a stream that is read from front to back.
+    """Returns the decompressed content of a file as a stream that is read sequentially.
 
     Args:
-        raw: at its first byte.
+        raw: the file, positioned at its first byte.
         start: its first four bytes.
     """
     if start == ZSTD:
@@ -29,7 +29,7 @@ def unpacked(raw: IO[bytes], start: bytes) -> Any:
 
 
 class _ZstdFrames(io.RawIOBase):
-    """What zstd frames hold; a frame that ends early is an error, which zstandard's own reader takes for the end."""
+    """Decompresses zstd frames; raises on a truncated frame, which zstandard's reader treats as the end."""
 
     def __init__(self, raw: IO[bytes]) -> None:
         self._raw, self._packed, self._plain = raw, b"", memoryview(b"")

@@ -1,4 +1,4 @@
-"""Loose images below a folder: consecutive files of the sorted listing make a shard, with the sidecars beside them."""
+"""Loose images in a folder: consecutive files of the sorted listing form a shard, together with their sidecars."""
 
 import hashlib
 import json
@@ -17,33 +17,33 @@ from raydetect.left_out import LeftOutCount
 from raydetect.records import Member, Shard
 from raydetect.storage import FileInfo, Storage, join_uri, relative_to
 
-KINDS = {"link": "linked_folder", "other": "not_a_file"}  # why what is no file is left out
+KINDS = {"link": "linked_folder", "other": "not_a_file"}  # reasons to leave out what is not a file
 
 
 def group_files(
     root: str, files: Iterable[FileInfo], source: SourceSpec, left_out: LeftOutCount | None = None
 ) -> Iterator[Shard]:
-    """Shards (index 0, to be numbered) of the images among `files`, which come sorted.
+    """Yields the shards of the images among `files`; all have index 0 and are numbered by the caller.
 
     Args:
-        root: the folder that names are relative to.
-        files: of it.
-        source: the job file's words.
-        left_out: counts every file that is in no shard.
+        root: folder that names are relative to.
+        files: files of the folder, sorted.
+        source: settings of the source.
+        left_out: counts the files that are not in any shard.
     """
     left_out = LeftOutCount() if left_out is None else left_out
-    found: list[FileInfo] = []
+    regular: list[FileInfo] = []
     for file in files:
         reason = KINDS.get(file.kind)
         if reason is None:
-            found.append(file)
+            regular.append(file)
         else:
             left_out.add(reason, readable(relative_to(file.uri, root)))
-    entries = [_entry(root, file, place) for place, file in enumerate(found)]
+    entries = [_entry(root, file, place) for place, file in enumerate(regular)]
     arranged = arrange(entries)
     for entry, reason in arranged.left_out:
         left_out.add(reason, readable(entry.name))
-    yield from _cut(root, arranged.samples, found, source)
+    yield from _cut(root, arranged.samples, regular, source)
 
 
 def _entry(root: str, file: FileInfo, place: int) -> Entry:
@@ -53,14 +53,14 @@ def _entry(root: str, file: FileInfo, place: int) -> Entry:
 
 def _cut(root: str, samples: list[Sample], files: list[FileInfo], source: SourceSpec) -> Iterator[Shard]:
     group: list[Sample] = []
-    held = 0
+    group_bytes = 0
     for sample in samples:
         size = sample.entry.size
-        if group and (len(group) == source.shard_images or held + size > source.split_bytes):
+        if group and (len(group) == source.shard_images or group_bytes + size > source.split_bytes):
             yield _shard(root, group, files)
-            group, held = [], 0
+            group, group_bytes = [], 0
         group.append(sample)
-        held += size
+        group_bytes += size
     if group:
         yield _shard(root, group, files)
 
@@ -68,8 +68,8 @@ def _cut(root: str, samples: list[Sample], files: list[FileInfo], source: Source
 def _shard(root: str, samples: Sequence[Sample], files: list[FileInfo]) -> Shard:
     listed, marks = [], []
     for sample in samples:
-        beside_it = {suffix: _line(entry, files) for suffix, entry in sample.sidecars.items()}
-        listed.append([*_line(sample.entry, files), *([beside_it] if beside_it else [])])
+        sidecars = {suffix: _line(entry, files) for suffix, entry in sample.sidecars.items()}
+        listed.append([*_line(sample.entry, files), *([sidecars] if sidecars else [])])
         marks += [_mark(entry, files) for entry in (sample.entry, *sample.sidecars.values())]
     return Shard(
         index=0,
@@ -90,29 +90,29 @@ def _mark(entry: Entry, files: list[FileInfo]) -> list[Any]:
 
 
 def loose_names(shard: Shard) -> list[str]:
-    """Names of the images of a prefix shard, below its URI."""
+    """Returns the names of the images of a prefix shard, relative to its URI."""
     return [str(line[0]) for line in _lines(shard)]
 
 
 def _lines(shard: Shard) -> list[list[Any]]:
-    """[name, bytes, fingerprint, sidecars by suffix] of every image; listings of older versions end after the bytes."""
-    found: list[list[Any]] = json.loads(zlib.decompress(shard.listing))
-    return found
+    """Returns [name, bytes, fingerprint, sidecars by suffix] of every image; older versions wrote the first two."""
+    lines: list[list[Any]] = json.loads(zlib.decompress(shard.listing))
+    return lines
 
 
 def read_prefix(
     shard: Shard, source: SourceSpec, storage: Storage, naming: Naming, left_out: LeftOutCount
 ) -> Iterator[Member]:
-    """Members of a prefix shard, one request for each image and sidecar.
+    """Yields the members of a prefix shard, with one request for each image and sidecar.
 
     Raises:
-        ChangedError: a file was changed since it was listed.
-        StorageError: the storage failed, or refuses all files.
+        ChangedError: a file has changed since it was listed.
+        StorageError: the storage failed, or denies access to all files.
     """
     folder = Folder(shard, storage)
-    reader, nothing = MemberReader(folder, source, naming, left_out), Arrangement()
+    reader, empty = MemberReader(folder, source, naming, left_out), Arrangement()
     for sample in folder.samples:
-        member = reader.member(sample, nothing)
+        member = reader.member(sample, empty)
         if member is not None:
             yield member
 
@@ -125,27 +125,27 @@ class Folder(Directory):
     def __init__(self, shard: Shard, storage: Storage) -> None:
         """Unpacks the listing; reads nothing."""
         self.uri, self._storage = shard.uri, storage
-        self._prints: dict[str, str | None] = {}
+        self._fingerprints: dict[str, str | None] = {}
         self.samples: list[Sample] = []
         for place, line in enumerate(_lines(shard)):
-            sidecars = {suffix: self._listed(words, place) for suffix, words in (line[3] if line[3:] else {}).items()}
+            sidecars = {suffix: self._listed(fields, place) for suffix, fields in (line[3] if line[3:] else {}).items()}
             self.samples.append(Sample(self._listed(line, place), sidecars))
         self.entries = [sample.entry for sample in self.samples]
 
     def _listed(self, line: Sequence[Any], place: int) -> Entry:
         name = str(line[0])
-        self._prints[name] = line[2] if line[2:] else None
+        self._fingerprints[name] = line[2] if line[2:] else None
         return Entry(name, place, int(line[1]), name)
 
     def read(self, entry: Entry) -> bytes:
-        """The bytes of a file.
+        """Reads a file.
 
         Raises:
-            MemberError: unreadable; others can be read.
-            ChangedError: it was changed since it was listed.
-            StorageError: the storage failed, or refuses all files.
+            MemberError: unreadable: this file cannot be read, but others can.
+            ChangedError: the file has changed since it was listed.
+            StorageError: the storage failed, or denies access to all files.
         """
-        uri, fingerprint = join_uri(self.uri, entry.name), self._prints[entry.name]
+        uri, fingerprint = join_uri(self.uri, entry.name), self._fingerprints[entry.name]
         listed = None if fingerprint is None else FileInfo(uri, entry.size, fingerprint)
         try:
             return self._storage.read(uri, listed)
@@ -155,32 +155,32 @@ class Folder(Directory):
             raise StorageError(str(error)) from error
 
     def finish(self, left_out: LeftOutCount) -> None:
-        """A folder ends with its last file."""
+        """Does nothing: a folder has no data after its last file."""
 
     def key_of(self, entry: Entry) -> str:
-        """The key of a file."""
+        """Returns the key of a file."""
         name = readable(entry.name)
         return f"{readable(self.uri)}#{name.encode('unicode_escape').decode() if is_unsafe(name) else name}"
 
     def safe_name(self, entry: Entry) -> str:
-        """The name of a file as patterns see it; object stores have names with `//` or a `/` in front.
+        """Returns the name of a file; unlike in containers it may have `//` or a leading `/`, as in object stores.
 
         Raises:
-            MemberError: unsafe_name.
+            MemberError: unsafe_name: the name cannot be used.
         """
         if is_unsafe(entry.name) or "." in entry.name.split("/"):
             raise unsafe_name(entry.name)
         return entry.name
 
     def uri_of(self, entry: Entry) -> str:
-        """The file's own URL, or ours where its name is no UTF-8."""
+        """Returns the file's URL, or a `member` URL if its name is not UTF-8."""
         if readable(entry.raw) != entry.raw:
             return f"{ESCAPED}://{escaped(entry.raw)}::{self.uri}"
         return join_uri(self.uri, entry.raw)
 
     def _others(self, entry: Entry) -> Iterator[str]:
-        """Files that are not empty: of this shard, else of the folder."""
-        mine = [other.name for other in self.entries if other.name != entry.name and other.size]
-        yield from (join_uri(self.uri, name) for name in mine)
-        if not mine:
+        """Yields the URIs of other non-empty files of this shard; of the whole folder if the shard has none."""
+        names = [other.name for other in self.entries if other.name != entry.name and other.size]
+        yield from (join_uri(self.uri, name) for name in names)
+        if not names:
             yield from others_of(join_uri(self.uri, entry.name), self._storage.list(self.uri))

@@ -1,8 +1,7 @@
-"""Parquet with a column of encoded images; row groups are the parts a large file is split into.
+"""Parquet files with a column of encoded images; large files are split by row groups.
 
-`parquetrow://COLUMN/ROW::URL` is the fsspec URL of one cell; the small filesystem below opens it.
-
-`parquet_names.py` says how rows are named, `parquet_cells.py` what bounds the memory.
+`parquetrow://COLUMN/ROW::URL` is the fsspec URL of one cell; `ParquetRowFileSystem` opens it. See `parquet_names.py`
+for the names of rows and `parquet_cells.py` for the limits of memory.
 """
 
 import io
@@ -17,16 +16,16 @@ import pyarrow.parquet as pq
 from fsspec.archive import AbstractArchiveFileSystem
 
 from raydetect.archives.base import composed, key_of, listed_file, readable
-from raydetect.archives.directory import too_many_bytes, with_facts, with_words
+from raydetect.archives.directory import too_many_bytes, with_facts, with_fields
 from raydetect.archives.formats.parquet_cells import (
-    WORDS,
+    FIELDS,
     TooManyBytes,
     bytes_of,
     cell_bytes,
     columns_to_read,
+    field_value,
     refuse_long_footer,
     unpacked_too_far,
-    word,
 )
 from raydetect.archives.formats.parquet_names import RowNames, row_names
 from raydetect.archives.formats.zip import REPAIR
@@ -38,18 +37,18 @@ from raydetect.records import Member, Shard
 from raydetect.storage import Storage
 
 SUFFIXES = (".parquet", ".pq")
-MAX_CLASSES_BYTES = 4 << 20  # of the JSON that names classes
-BUFFER_BYTES = 8 << 20  # that are read ahead of each column
+MAX_CLASSES_BYTES = 4 << 20  # size of the JSON with the class names
+BUFFER_BYTES = 8 << 20  # read-ahead per column
 
 
 def read_parquet(
     shard: Shard, source: SourceSpec, storage: Storage, naming: Naming, left_out: LeftOutCount
 ) -> Iterator[Member]:
-    """Members of a Parquet shard, row by row.
+    """Yields the members of a Parquet shard, row by row.
 
     Raises:
-        ArchiveError: not a Parquet file, or damaged.
-        SpecError: no column, or several, could hold the images.
+        ArchiveError: the file is not Parquet, or is damaged.
+        SpecError: no column, or more than one, may be that of the images.
         StorageError: the storage failed.
     """
     with storage.open(shard.uri, listed_file(shard)) as handle:
@@ -62,16 +61,16 @@ def read_parquet(
             yield from _members(file, shard, rows)
         except RaydetectError:
             raise
-        except Exception as error:  # whatever hostile bytes make the library raise
+        except Exception as error:  # the library raises anything on invalid bytes
             reason = " ".join(str(error).split())[:200]
             raise ArchiveError(f"{shard.uri}: not a readable Parquet file ({reason}). {REPAIR}") from None
 
 
 def image_column(schema: pa.Schema, source: SourceSpec, uri: str) -> str:
-    """The column with encoded images: the stated one, or the only one of a fitting type.
+    """Returns the column of encoded images: `source.image_column`, or the only one with a binary type.
 
     Raises:
-        SpecError: it is not there, or several fit.
+        SpecError: the column does not exist, or several have a binary type.
     """
     fitting = [
         field.name for field in schema if _holds_images(field.type) and field.name != "mask" and "::" not in field.name
@@ -79,14 +78,14 @@ def image_column(schema: pa.Schema, source: SourceSpec, uri: str) -> str:
     if source.image_column is not None:
         if source.image_column not in fitting:
             raise SpecError(
-                f"{uri}: source.image_column {source.image_column!r} is no column of encoded images. "
+                f"{uri}: source.image_column {source.image_column!r} is not a column of encoded images. "
                 f"Columns: {', '.join(schema.names)}."
             )
         return source.image_column
     if len(fitting) != 1:
         raise SpecError(
-            f"{uri}: {len(fitting)} columns could hold encoded images ({', '.join(fitting) or 'none'}). "
-            "State source.image_column."
+            f"{uri}: {len(fitting)} columns may have encoded images ({', '.join(fitting) or 'none'}). "
+            "Set source.image_column."
         )
     return str(fitting[0])
 
@@ -101,29 +100,28 @@ def _holds_images(kind: pa.DataType) -> bool:
 
 
 def _classes(file: pq.ParquetFile, uri: str) -> dict[str, list[str]]:
-    """Names of the classes that numbers of a column stand for, as Hugging Face writes them into the schema."""
+    """Returns the class names of columns, as Hugging Face writes them into the schema."""
     text = (file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
     if len(text) > MAX_CLASSES_BYTES:
-        message = f"{len(text):,} bytes are more than {MAX_CLASSES_BYTES:,}. Write the file without them."
-        raise ArchiveError(f"{uri}: the names of classes in its schema are too long: {message}")
+        message = f"{len(text):,} bytes, more than {MAX_CLASSES_BYTES:,}. Write the file without them."
+        raise ArchiveError(f"{uri}: the class names in its schema are too long: {message}")
     try:
-        told = json.loads(text)
-        features = told["info"]["features"]
-        found = {name: feature.get("names") for name, feature in features.items() if isinstance(feature, dict)}
-        return {name: _in_order(names) for name, names in found.items() if isinstance(names, list | dict)}
+        features = json.loads(text)["info"]["features"]
+        classes = {name: feature.get("names") for name, feature in features.items() if isinstance(feature, dict)}
+        return {name: _in_order(names) for name, names in classes.items() if isinstance(names, list | dict)}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return {}  # written by something else under the same key
+        return {}  # another program uses the same key
 
 
 def _in_order(names: "list[Any] | dict[str, Any]") -> list[str]:
-    """Names of classes 0, 1, ...; older versions of the library wrote them under their numbers."""
+    """Returns the names of classes 0, 1, ...; older versions of the library wrote a dict by number."""
     if isinstance(names, dict):
         names = [names[str(number)] for number in range(len(names))]
     return [str(name) for name in names]
 
 
 def _groups(file: pq.ParquetFile, shard: Shard) -> Iterator[tuple[int, int]]:
-    """(absolute first row, row group) of the row groups whose data begins inside the shard's span."""
+    """Yields (index of the first row in the file, row group) of the row groups that start inside the shard's span."""
     start, stop = shard.span or (0, shard.size_bytes)
     row = 0
     for group in range(file.metadata.num_row_groups):
@@ -136,36 +134,36 @@ def _groups(file: pq.ParquetFile, shard: Shard) -> Iterator[tuple[int, int]]:
 
 
 def _members(file: pq.ParquetFile, shard: Shard, rows: "RowReader") -> Iterator[Member]:
-    """Members of the row groups that can be read.
+    """Yields the members of the row groups that can be read.
 
     Raises:
-        ArchiveError: after them, when there are others.
+        ArchiveError: raised at the end if a row group was skipped.
     """
-    not_read = ""
+    skipped = ""
     for first_row, group in _groups(file, shard):
         columns = columns_to_read(file, group, rows.image)
-        why_not = unpacked_too_far(file, group, columns)
-        not_read = not_read or why_not
-        if not why_not:
+        reason = unpacked_too_far(file, group, columns)
+        skipped = skipped or reason
+        if not reason:
             yield from _group_members(file, group, first_row, columns, rows)
-    if not_read:
-        raise ArchiveError(f"{shard.uri}: {not_read}, so its rows were not read. Write it without such a column.")
+    if skipped:
+        raise ArchiveError(f"{shard.uri}: {skipped}, so its rows were not read. Write it without such a column.")
 
 
 def _group_members(
     file: pq.ParquetFile, group: int, first_row: int, columns: list[str], rows: "RowReader"
 ) -> Iterator[Member]:
-    endless = {name: TooManyBytes() for name in WORDS if name in file.schema_arrow.names and name not in columns}
+    too_long = {name: TooManyBytes() for name in FIELDS if name in file.schema_arrow.names and name not in columns}
     for row, batch in enumerate(file.iter_batches(1, row_groups=[group], columns=columns), first_row):
-        words = {name: word(batch.column(name)) for name in WORDS if name in columns}
-        member = rows.member({name: batch.column(name)[0] for name in batch.schema.names}, {**words, **endless}, row)
+        values = {name: field_value(batch.column(name)) for name in FIELDS if name in columns}
+        member = rows.member({name: batch.column(name)[0] for name in batch.schema.names}, {**values, **too_long}, row)
         if member is not None:
             yield member
 
 
 @dataclass(frozen=True, slots=True)
 class RowReader:
-    """Turns the rows of one file into members."""
+    """Returns the members of the rows of one file."""
 
     uri: str
     image: str
@@ -175,13 +173,13 @@ class RowReader:
     names: RowNames
     classes: Mapping[str, Sequence[str]]
 
-    def member(self, cells: Mapping[str, pa.Scalar], words: Mapping[str, Any], row: int) -> Member | None:
-        """One row as a member; None when the pattern leaves it out.
+    def member(self, cells: Mapping[str, pa.Scalar], values: Mapping[str, Any], row: int) -> Member | None:
+        """Returns the member of a row; None if the pattern leaves it out.
 
         Args:
-            cells: by column.
-            words: of them, the values of `WORDS`.
-            row: its number in the file.
+            cells: cells by column.
+            values: values of the columns `FIELDS`.
+            row: index of the row in the file.
         """
         name, key_name = self.names.name(row), self.names.key(row)
         facts = self.naming.read(_path(name or key_name))
@@ -189,31 +187,33 @@ class RowReader:
             is_mask = self.naming.is_mask(_path(name or key_name))
             self.left_out.add("mask" if is_mask else "pattern", readable(name or key_name))
             return None
-        beside = {} if name is None or name == key_name else {"name": readable(name)}
+        original = {} if name is None or name == key_name else {"name": readable(name)}
         member = Member(
             key_of(self.uri, key_name),
             f"parquetrow://{self.image}/{row}::{self.uri}",
             mask_uri=f"parquetrow://mask/{row}::{self.uri}" if "mask" in cells and cells["mask"].is_valid else None,
-            meta=json.dumps({"row": row, **beside}),
+            meta=json.dumps({"row": row, **original}),
         )
-        member = with_words(with_facts(member, facts), self._words(words), self.naming, self.classes.get("label", ()))
+        member = with_fields(
+            with_facts(member, facts), self._fields(values), self.naming, self.classes.get("label", ())
+        )
         data = cell_bytes(cells[self.image])
         if data.size > self.source.max_image_bytes:
             return too_many_bytes(member, data.size, self.source.max_image_bytes)
         return replace(member, data=data.to_pybytes())
 
-    def _words(self, words: Mapping[str, Any]) -> dict[str, Any]:
-        """What columns say, with names in place of the numbers of classes."""
-        found = {name: words.get(name) for name in WORDS}
+    def _fields(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the values of `FIELDS`, with class names instead of class numbers."""
+        fields = {name: values.get(name) for name in FIELDS}
         for name in ("category", "defect"):
-            number, classes = found[name], self.classes.get(name, ())
+            number, classes = fields[name], self.classes.get(name, ())
             if isinstance(number, int) and 0 <= number < len(classes):
-                found[name] = classes[number]
-        return found
+                fields[name] = classes[number]
+        return fields
 
 
 def _path(name: str) -> str:
-    """A name as patterns see it: with `/` between folders, whatever wrote it."""
+    """Returns a name for matching with patterns: in NFC, with `/` between folders."""
     return composed(name.replace("\\", "/"))
 
 
@@ -240,10 +240,10 @@ class ParquetRowFileSystem(AbstractArchiveFileSystem):  # type: ignore[misc]
         self._file = pq.ParquetFile(fo, buffer_size=BUFFER_BYTES)
 
     def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> io.BytesIO:
-        """The cell's bytes.
+        """Opens a cell.
 
         Raises:
-            FileNotFoundError: no such column or row, or the cell is null.
+            FileNotFoundError: the column or row does not exist, or the cell is null.
         """
         column, _, number = str(self._strip_protocol(path)).strip("/").rpartition("/")
         if mode != "rb" or not number.isdigit() or column not in self._file.schema_arrow.names:
@@ -268,5 +268,5 @@ class ParquetRowFileSystem(AbstractArchiveFileSystem):  # type: ignore[misc]
         return data
 
     def _get_dirs(self) -> None:
-        """Rows are opened by number and never listed."""
+        """Sets an empty listing: rows are opened by number only."""
         self.dir_cache: dict[str, Any] = {}

@@ -1,8 +1,8 @@
-"""Names of the rows of a Parquet file. They must be known of all rows before the first row is read.
+"""Names of the rows of a Parquet file, all of which are read before the first row.
 
 Names come from the first column of NAME_COLUMNS, or the `path` beside the bytes, in which every name is usable and
-stands once. Where there is no such column, a row whose name is unusable, or stands twice, is named by its number
-(`row-17`), and its own name stands in `meta`. `./a` and `a` are one name. A name of more than MAX_NAME_BYTES is none.
+unique. If there is no such column, rows with an unusable or repeated name are named by number (`row-17`), and `meta`
+has the original name. `./a` and `a` are the same name. Names longer than MAX_NAME_BYTES count as null.
 """
 
 from collections import Counter
@@ -25,38 +25,38 @@ NAMES_AT_ONCE, MAX_BATCH_BYTES = 1024, 256 << 20
 
 @dataclass(frozen=True, slots=True)
 class RowNames:
-    """Names of all rows of a file, also of those that other shards read.
+    """Names of all rows of a file, including those of other shards.
 
     Attributes:
-        names: as the column has them, None where there is none; empty without such a column.
-        often: how often each tidy name stands there, None when every name is usable and stands once.
+        names: values of the column, None for null; empty if there is no column.
+        counts: number of rows with each `tidy` name; None if every name is usable and unique.
     """
 
     names: Sequence[str | None] = ()
-    often: Counter[str] | None = None
+    counts: Counter[str] | None = None
 
     def name(self, row: int) -> str | None:
-        """The name of a row as its column has it."""
+        """Returns the name of a row in its column."""
         return self.names[row] if self.names else None
 
     def key(self, row: int) -> str:
-        """The name of a row in its key."""
+        """Returns the name of a row for its key."""
         name = self.name(row)
-        if name is None or (self.often is not None and not (self.often[tidy(name)] == 1 and _is_usable(name, row))):
+        if name is None or (self.counts is not None and not (self.counts[tidy(name)] == 1 and _is_usable(name, row))):
             return f"row-{row}"
         return name
 
 
 def row_names(file: pq.ParquetFile, image: str, uri: str) -> RowNames:
-    """Names of the rows, from one pass over the columns that may hold them.
+    """Reads the names of all rows from the columns that may have them.
 
     Args:
-        file: opened.
+        file: the opened file.
         image: the column of images.
-        uri: of the file, for messages.
+        uri: URI of the file, for messages.
 
     Raises:
-        ArchiveError: there are more names than one shard may have.
+        ArchiveError: the names need too much memory.
     """
     first: list[str | None] | None = None
     for column, is_text in _name_columns(file.schema_arrow, image):
@@ -69,7 +69,7 @@ def row_names(file: pq.ParquetFile, image: str, uri: str) -> RowNames:
 
 
 def _name_columns(schema: pa.Schema, image: str) -> Iterator[tuple[str, bool]]:
-    """The columns that may hold names, and whether they are text; a column that is not has no name in any row."""
+    """Yields (column, whether it is text) for the columns that may have names; other types count as null."""
     for name in NAME_COLUMNS:
         if name in schema.names and name != image:
             yield name, _is_text(schema.field(name).type)
@@ -88,10 +88,10 @@ def _names(file: pq.ParquetFile, column: str, uri: str) -> list[str | None]:
     names: list[str | None] = []
     count = NameCount(uri)
     for group in range(file.metadata.num_row_groups):
-        why_not = unpacked_too_far(file, group, [column])
-        if why_not:
-            raise ArchiveError(f"{uri}: {why_not}, so its names were not read. Write it without such a column.")
-        # no text is longer than all that is stored, and many rows may have the same one
+        reason = unpacked_too_far(file, group, [column])
+        if reason:
+            raise ArchiveError(f"{uri}: {reason}, so its names were not read. Write it without such a column.")
+        # assumes the worst case of a dictionary: every row has the same value, as long as the whole column chunk
         rows = MAX_BATCH_BYTES // max(1, unpacked_bytes(file, group, column))
         for batch in file.iter_batches(max(1, min(rows, NAMES_AT_ONCE)), row_groups=[group], columns=[column]):
             for name in _short_texts(batch.column(0)):
@@ -102,12 +102,12 @@ def _names(file: pq.ParquetFile, column: str, uri: str) -> list[str | None]:
 
 def _short_texts(texts: pa.Array) -> list[str | None]:
     if pa.types.is_struct(texts.type):
-        texts = texts.flatten()[0]  # of a null struct a null
+        texts = texts.flatten()[0]  # null for a null struct
     if pa.types.is_dictionary(texts.type):
         short = _without_long(texts.dictionary)
         texts = short.take(texts.indices)
-    found: list[str | None] = _without_long(texts).to_pylist()
-    return found
+    names: list[str | None] = _without_long(texts).to_pylist()
+    return names
 
 
 def _without_long(texts: pa.Array) -> pa.Array:

@@ -1,9 +1,9 @@
-"""tar, tar.gz and tar.zst: one pass over the headers tells what is there, a second one reads the images.
+"""tar, tar.gz and tar.zst: the first pass reads the headers, the second the images.
 
-Of several members of one name the last is the file, and a sidecar may stand anywhere, so all names are needed before
-the first image. A local tar is sought through, which reads its headers alone. One on another storage is first copied to
-a temporary file of at most SPOOL_BYTES, so that it crosses the network once; a larger one, and the parts of one with an
-index, cross it twice.
+All names are needed before the first image, because the last of several members with the same name is used, and
+sidecars may be anywhere. In a local tar the first pass seeks from header to header. A remote tar of at most SPOOL_BYTES
+is first copied to a temporary file, so that it is downloaded once; larger ones, and parts of a tar with an index, are
+downloaded twice.
 """
 
 import io
@@ -40,10 +40,10 @@ SEEKABLE = ("file://", "memory://")
 def read_tar(
     shard: Shard, source: SourceSpec, storage: Storage, naming: Naming, left_out: LeftOutCount
 ) -> Iterator[Member]:
-    """Members of a tar shard.
+    """Yields the members of a tar shard.
 
     Raises:
-        ArchiveError: the tar is broken, or its index does not fit it.
+        ArchiveError: the tar is damaged, or its index does not match.
         StorageError: the storage failed.
     """
     with storage.open(shard.uri, listed_file(shard)) as stored:
@@ -51,29 +51,34 @@ def read_tar(
             directory = _part(shard, shard.span, stored, storage)
             yield from MemberReader(directory, source, naming, left_out).members(shard.span)
             return
-        with _at_hand(stored) as handle:
+        with _seekable(stored) as handle:
             directory = tar_directory(handle, shard.uri)
             yield from MemberReader(directory, source, naming, left_out).members(None)
 
 
 def tar_directory(handle: IO[bytes], uri: str) -> Directory:
-    """The files of a tar, compressed or not as its first bytes say.
+    """Returns the directory of a tar; its first bytes show the compression.
 
     Args:
-        handle: at its first byte, seekable.
-        uri: of the tar.
+        handle: the seekable file, positioned at its first byte.
+        uri: URI of the tar.
+
+    Raises:
+        ArchiveError: the file is not a tar or has an unsupported compression.
     """
     start = handle.read(4)
     handle.seek(0)
     other = next((name for magic, name in OTHERS.items() if start.startswith(magic)), None)
     if other is not None:
-        raise ArchiveError(f"{uri}: is no tar but {other} by its first bytes. Pack it as tar, tar.gz, tar.zst or zip.")
+        raise ArchiveError(
+            f"{uri}: is not a tar but {other}, according to its first bytes. Pack it as tar, tar.gz, tar.zst or zip."
+        )
     return CompressedTar(handle, uri, start) if is_compressed(start) else PlainTar(handle, uri)
 
 
 @contextmanager
-def _at_hand(stored: StoredFile) -> Iterator[IO[bytes]]:
-    """The file itself where seeking in it is cheap, or when it is very large; else a copy on this machine's disk."""
+def _seekable(stored: StoredFile) -> Iterator[IO[bytes]]:
+    """Yields the file itself if seeking is cheap or the file is very large, else a temporary copy on the local disk."""
     size = stored.size_bytes
     if stored.uri.startswith(SEEKABLE) or (size is not None and size > SPOOL_BYTES):
         yield stored  # type: ignore[misc]
@@ -81,29 +86,31 @@ def _at_hand(stored: StoredFile) -> Iterator[IO[bytes]]:
     with tempfile.TemporaryFile(prefix="raydetect-tar-") as copy:
         try:
             shutil.copyfileobj(stored, copy, COPY_BYTES)
-        except OSError as error:  # of the disk: those of the storage are none
-            place = tempfile.gettempdir()
-            message = f"{place}: cannot hold a copy of {stored.uri} ({error.strerror}). Free some space, or set TMPDIR."
+        except OSError as error:  # from the disk; errors of the storage are StorageErrors
+            folder = tempfile.gettempdir()
+            message = (
+                f"{folder}: cannot hold a copy of {stored.uri} ({error.strerror}). Free some space, or set TMPDIR."
+            )
             raise StorageError(message) from None
         copy.seek(0)
         yield copy
 
 
 class PlainTar(Directory):
-    """A tar whose members lie in the file as they are."""
+    """An uncompressed tar."""
 
     def __init__(self, handle: IO[bytes], uri: str, headers: TarHeaders | None = None) -> None:
-        """Reads the headers, unless they were read already."""
+        """Reads the headers unless they are given."""
         headers = headers or read_headers(handle, uri, "r:")
         self.uri, self.entries = uri, headers.entries
         self.scheme = "tar" if uri.endswith(".tar") and headers.is_plain else ""
         self._handle, self._headers, self._good = handle, headers, ITS_START
 
     def read(self, entry: Entry) -> bytes:
-        """The bytes of a member.
+        """Reads a member.
 
         Raises:
-            ArchiveError: the tar was cut inside it.
+            ArchiveError: the tar is truncated inside the member.
             StorageError: the storage failed.
         """
         self._handle.seek(entry.place)
@@ -114,18 +121,18 @@ class PlainTar(Directory):
         return data
 
     def finish(self, left_out: LeftOutCount) -> None:
-        """Counts what follows the tar.
+        """Counts bytes after the tar.
 
         Raises:
-            ArchiveError: it breaks after its last member.
+            ArchiveError: the tar is damaged after its last member.
         """
         self._headers.finish(left_out)
 
 
 class CompressedTar(Directory):
-    """A compressed tar: unpacked once for its headers, and once more for the images, in bounded memory.
+    """A compressed tar, decompressed once for the headers and again for the images, in bounded memory.
 
-    Sidecars are kept from the first pass, up to KEPT_SIDECAR_BYTES in all, because they may stand behind their image.
+    The first pass keeps up to KEPT_SIDECAR_BYTES of sidecars, because they may come after their image.
     """
 
     def __init__(self, handle: IO[bytes], uri: str, start: bytes) -> None:
@@ -140,11 +147,11 @@ class CompressedTar(Directory):
         self._last_data, self._good = b"", ITS_START
 
     def read(self, entry: Entry) -> bytes:
-        """The bytes of a member.
+        """Reads a member.
 
         Raises:
-            MemberError: a sidecar that was not kept.
-            ArchiveError: the tar is broken here.
+            MemberError: the member is a sidecar that was not kept.
+            ArchiveError: the tar is damaged at the member.
             StorageError: the storage failed.
         """
         if entry.place in self._kept:
@@ -152,14 +159,14 @@ class CompressedTar(Directory):
         if entry.place == self._last:
             return self._last_data
         if entry.place < self._at or is_sidecar(entry.name):
-            message = f"the sidecars of this tar are more than {KEPT_SIDECAR_BYTES >> 20} MiB, so not all could be kept"
+            message = f"the sidecars of this tar exceed {KEPT_SIDECAR_BYTES >> 20} MiB, so not all were kept"
             raise MemberError("too_many_bytes", message)
         try:
             self._skip(entry.place - self._at)
             self._last_data, self._last = self._plain.read(entry.size), entry.place
         except RaydetectError:
             raise
-        except Exception as error:  # whatever hostile bytes make a decompressor raise
+        except Exception as error:  # decompressors raise anything on invalid bytes
             reason = " ".join(str(error).split()) or type(error).__name__
             raise _broken(self.uri, self._good, reason) from None
         self._at = entry.place + len(self._last_data)
@@ -169,19 +176,19 @@ class CompressedTar(Directory):
         return self._last_data
 
     def finish(self, left_out: LeftOutCount) -> None:
-        """Counts what follows the tar.
+        """Counts bytes after the tar.
 
         Raises:
-            ArchiveError: it breaks after its last member.
+            ArchiveError: the tar is damaged after its last member.
         """
         self._headers.finish(left_out)
 
     def _skip(self, count: int) -> None:
         while count:
-            passed = len(self._plain.read(min(count, COPY_BYTES)))
-            if not passed:
+            skipped = len(self._plain.read(min(count, COPY_BYTES)))
+            if not skipped:
                 raise EOFError("it ends early")
-            count -= passed
+            count -= skipped
 
     def _keep(self, tar: tarfile.TarFile, info: tarfile.TarInfo) -> None:
         room = KEPT_SIDECAR_BYTES - self._kept_bytes
@@ -195,7 +202,7 @@ def _broken(uri: str, good: str, reason: str) -> ArchiveError:
 
 
 def _part(shard: Shard, span: tuple[int, int], handle: StoredFile, storage: Storage) -> Directory:
-    """All files of a tar by its index, proven for the stretch of this part."""
+    """Returns the files of a tar from its index, checked against the headers in the region of this part."""
     components = read_index(shard.index_uri, storage)
     region = region_of(components, span)
     headers = TarHeaders()

@@ -1,6 +1,7 @@
-"""The index of a tar by which it is read in parts: a text file `day.idx` beside `day.tar`, as NVIDIA DALI's wds2idx
-writes it. It is never trusted: the driver looks whether it covers the tar, and every part reads the headers of its own
-stretch and compares.
+"""The index for reading a tar in parts: a text file `day.idx` beside `day.tar`, in the format of NVIDIA DALI's wds2idx.
+
+It is never trusted: the driver checks that it covers the tar, and every part compares it with the headers of its own
+region.
 """
 
 import re
@@ -21,7 +22,7 @@ ITEM = re.compile(r"(\S+) (\d+) (\d+) ")
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """One line item of an index: where a member's data lies."""
+    """One item of an index: a member with the byte offset and size of its data."""
 
     name: str
     offset: int
@@ -29,44 +30,44 @@ class Component:
 
     @property
     def end(self) -> int:
-        """Where the next header begins."""
+        """Byte offset of the next header."""
         return self.offset + -(-self.size // BLOCK) * BLOCK
 
     def entry(self) -> Entry:
-        """As a file of the tar."""
+        """Returns the item as a file of the tar."""
         return Entry(self.name, self.offset, self.size, self.name)
 
 
 def index_uri(tar_uri: str) -> str:
-    """The index that belongs to a tar."""
+    """Returns the URI of the index of a tar."""
     return tar_uri[: -len(".tar")] + INDEX_SUFFIX
 
 
-def read_index(place: str, storage: Storage) -> list[Component]:
-    """Components of an index in order of offset.
+def read_index(uri: str, storage: Storage) -> list[Component]:
+    """Reads the components of an index, sorted by offset.
 
     Raises:
-        ArchiveError: it is not such an index.
-        StorageError: it cannot be read.
+        ArchiveError: the file is not an index, or is too large.
+        StorageError: the file cannot be read.
     """
-    with storage.open(place) as handle:  # it knows the size, so an answer that was cut is no damage
+    with storage.open(uri) as handle:  # raises StorageError if the response is truncated
         data = handle.read(MAX_INDEX_BYTES + 1)
     if len(data) > MAX_INDEX_BYTES:
-        message = f"is of more than {MAX_INDEX_BYTES:,} bytes. Pack fewer files into one tar, or remove the index."
-        raise ArchiveError(f"{place}: {message}")
+        message = f"has more than {MAX_INDEX_BYTES:,} bytes. Pack fewer files into one tar, or remove the index."
+        raise ArchiveError(f"{uri}: {message}")
     try:
         lines = data.decode("utf-8", "surrogateescape").splitlines()
         version, count = lines[0].split()
         if version != VERSION or int(count) != len(lines) - 1:
-            raise ValueError(f"first line {lines[0][:80]!r} does not fit {len(lines) - 1} samples of {VERSION}")
-        found = [component for line in lines[1:] for component in _components(line)]
+            raise ValueError(f"first line {lines[0][:80]!r} does not match {len(lines) - 1} samples of {VERSION}")
+        components = [component for line in lines[1:] for component in _components(line)]
     except (ValueError, IndexError) as error:
-        raise ArchiveError(f"{place}: not a wds2idx index ({error}). Build it again or remove it.") from None
-    return sorted(found, key=lambda component: component.offset)
+        raise ArchiveError(f"{uri}: not a wds2idx index ({error}). Rebuild or remove it.") from None
+    return sorted(components, key=lambda component: component.offset)
 
 
 def _components(line: str) -> Iterator[Component]:
-    """Items `ext offset size name`; a name, which may hold blanks, ends with its `.ext`."""
+    """Parses items `ext offset size name`; a name may contain spaces and ends with its `.ext`."""
     at = 0
     while at < len(line):
         item = ITEM.match(line, at)
@@ -79,21 +80,21 @@ def _components(line: str) -> Iterator[Component]:
 
 def _end_of_name(line: str, start: int, suffix: str) -> int:
     at = start
-    while (found := line.find(suffix, at)) >= 0:
-        end = found + len(suffix)
+    while (position := line.find(suffix, at)) >= 0:
+        end = position + len(suffix)
         if end == len(line) or (line[end] == " " and ITEM.match(line, end + 1)):
             return end
-        at = found + 1
+        at = position + 1
     raise ValueError(f"line {line[:80]!r} has a name that does not end with {suffix!r}")
 
 
 def why_not_used(tar: FileInfo, index: FileInfo, storage: Storage) -> str:
-    """Why an index cannot part a tar, as a sentence; "" when it can.
+    """Returns the reason why an index cannot be used to split a tar, as a sentence; "" if it can.
 
     Raises:
         StorageError: the storage failed.
     """
-    not_used = "so it is not used, and the tar is read as one shard. Build it again."
+    not_used = "so it is not used, and the tar is read as one shard. Rebuild it."
     if tar.modified is not None and index.modified is not None and index.modified < tar.modified:
         return f"{index.uri}: is older than its tar, {not_used}"
     try:
@@ -106,7 +107,7 @@ def why_not_used(tar: FileInfo, index: FileInfo, storage: Storage) -> str:
 
 
 def _covers(components: list[Component], tar: FileInfo, storage: Storage) -> bool:
-    """Whether nothing but zeros follows the last member that an index names."""
+    """Whether only zeros follow the last member of an index."""
     end = components[-1].end
     if not BLOCK <= tar.size_bytes - end <= MAX_TAIL_BYTES:
         return False
@@ -115,33 +116,33 @@ def _covers(components: list[Component], tar: FileInfo, storage: Storage) -> boo
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """The stretch of a tar whose headers one part reads: from byte `begin` up to `stop`."""
+    """The bytes [begin, stop) of a tar, whose headers one part reads."""
 
     begin: float
     stop: float
 
 
 def region_of(components: list[Component], span: tuple[int, int]) -> Region:
-    """The stretch of a span: members whose data begins in it, with the headers before them. Stretches leave no gap."""
+    """Returns the region of a span: members whose data starts in it, with their headers. Regions have no gaps."""
     return Region(_begin(components, span[0]), _begin(components, span[1]))
 
 
-def _begin(components: list[Component], place: int) -> float:
-    before = sum(component.offset < place for component in components)
+def _begin(components: list[Component], offset: int) -> float:
+    before = sum(component.offset < offset for component in components)
     if before == len(components):
         return float("inf")
     return components[before - 1].end if before else 0
 
 
 def compare(region: Region, components: list[Component], scanned: list[Entry], uri: str, index: str) -> list[Entry]:
-    """All files of a tar: those of a stretch as its headers have them, and the others as the index has them.
+    """Returns all files of a tar: those in the region from its headers, the others from the index.
 
     Raises:
-        ArchiveError: the index has other files in the stretch.
+        ArchiveError: index and headers differ in the region.
     """
     inside = [component.entry() for component in components if region.begin <= component.offset < region.stop]
-    told = [entry for entry in scanned if entry.status != "unsafe_name"]
-    if [(e.name, e.place, e.size) for e in inside] != [(e.name, e.place, e.size) for e in told]:
-        raise ArchiveError(f"{uri}: {index} does not fit this tar. Build the index again, or remove it.")
+    indexable = [entry for entry in scanned if entry.status != "unsafe_name"]
+    if [(e.name, e.place, e.size) for e in inside] != [(e.name, e.place, e.size) for e in indexable]:
+        raise ArchiveError(f"{uri}: {index} does not match this tar. Rebuild or remove the index.")
     others = [c.entry() for c in components if not region.begin <= c.offset < region.stop]
     return sorted([*others, *scanned], key=lambda entry: entry.place)

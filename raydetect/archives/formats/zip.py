@@ -1,4 +1,4 @@
-"""zip: the directory at the end names every member, so a large one can be read in parts."""
+"""zip files; large ones are read in parts, since the directory at the end lists all members."""
 
 import bz2
 import copy
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from raydetect.archives.base import listed_file
 from raydetect.archives.directory import Directory, MemberReader
-from raydetect.archives.formats.zip_names import LookedAt
+from raydetect.archives.formats.zip_names import CheckedZip
 from raydetect.archives.path_patterns import Naming
 from raydetect.archives.samples import Entry
 from raydetect.config import SourceSpec
@@ -22,13 +22,13 @@ SUFFIXES = (".zip",)
 REPAIR = "Upload it again."
 ENCRYPTED = 0x1
 PIECE_BYTES, UNPACKED_BYTES = 4096, 1 << 20
-WINDOWS = (0, 10)  # DOS and NTFS: packers that write backslashes between folders
+WINDOWS = (0, 10)  # DOS and NTFS: some programs write backslashes between folders
 
 
 def read_zip(
     shard: Shard, source: SourceSpec, storage: Storage, naming: Naming, left_out: LeftOutCount
 ) -> Iterator[Member]:
-    """Members of a zip shard, in order of their place in the file.
+    """Yields the members of a zip shard, in order of their position in the file.
 
     Raises:
         ArchiveError: the directory cannot be read.
@@ -48,59 +48,61 @@ class ZipDirectory(Directory):
         """Reads the directory at the end.
 
         Raises:
-            ArchiveError: it is damaged, or not there.
+            ArchiveError: the directory is damaged, missing or too large.
         """
         self.uri = uri
-        looked_at = LookedAt(handle, uri)
+        checked = CheckedZip(handle, uri)
         try:
-            self._opened = zipfile.ZipFile(looked_at)
+            self._opened = zipfile.ZipFile(checked)
         except RaydetectError:
             raise
-        except Exception as error:  # whatever hostile bytes make the library raise
+        except Exception as error:  # the library raises anything on invalid bytes
             raise ArchiveError(f"{uri}: not a zip with a readable directory ({error}). {REPAIR}") from None
-        looked_at.reads_directory = False
-        if looked_at.has_false_flags:
-            self.scheme = ""  # fsspec's filesystem refuses it
+        checked.reads_directory = False
+        if checked.has_false_flags:
+            self.scheme = ""  # fsspec's filesystem cannot read it
         infos = sorted(self._opened.infolist(), key=lambda info: info.header_offset)
         self._infos = {info.header_offset: info for info in infos}
         self.entries = [_entry(info) for info in infos if not _is_folder(info)]
 
     def read(self, entry: Entry) -> bytes:
-        """The bytes of a member.
+        """Reads a member.
 
         Raises:
-            MemberError: it is damaged, or larger than its directory says.
+            MemberError: the member is damaged, or its size differs from the directory's entry.
             StorageError: the storage failed.
         """
         try:
             data = _read(self._opened, self._infos[entry.place], entry.size + 1)
         except RaydetectError:
             raise
-        except Exception as error:  # whatever hostile bytes make the library raise
+        except Exception as error:  # the library raises anything on invalid bytes
             raise MemberError("corrupt", f"cannot be unpacked ({error}). Pack it again.") from None
         if len(data) != entry.size:
-            raise MemberError("corrupt", f"is not of the {entry.size:,} bytes that its directory says. Pack it again.")
+            raise MemberError(
+                "corrupt", f"does not have the {entry.size:,} bytes stated in the directory. Pack it again."
+            )
         return data
 
     def finish(self, left_out: LeftOutCount) -> None:
-        """A zip ends with its directory."""
+        """Does nothing: a zip ends with its directory."""
 
 
 def _read(opened: zipfile.ZipFile, info: zipfile.ZipInfo, size: int) -> bytes:
-    """At most `size` bytes of a member, in no more memory whatever it unpacks to."""
+    """Reads at most `size` bytes of a member, in memory limited by `size`."""
     if info.compress_type == zipfile.ZIP_BZIP2:
         return _read_bzip2(opened, info, size)
     with opened.open(info) as member:
         if info.compress_type != zipfile.ZIP_LZMA:
             return member.read(size)
-        data = io.BytesIO()  # the library unpacks all that it reads, so that is little
+        data = io.BytesIO()  # the library decompresses all that it reads, so read little at a time
         while data.tell() < size and (piece := member.read(min(PIECE_BYTES, size - data.tell()))):
             data.write(piece)
         return data.getvalue()
 
 
 def _read_bzip2(opened: zipfile.ZipFile, info: zipfile.ZipInfo, size: int) -> bytes:
-    """As `_read`: a few bytes may become any number, so the library reads them as they are and does not unpack them."""
+    """Reads like `_read`, but decompresses here with a limit, as the library has none for bzip2."""
     packed = copy.copy(info)
     packed.compress_type, packed.file_size = zipfile.ZIP_STORED, info.compress_size
     del packed.CRC

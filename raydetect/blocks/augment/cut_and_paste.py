@@ -98,11 +98,11 @@ def paste_scar(
     wide = min(max(1, round(uniform(random, *width_px))), width)
     tall = min(max(1, round(uniform(random, *length_px))), height)
     patch_Chw = jittered(cropped(image_CHW, (tall, wide), random), jitter, random)
-    patch_Chw, mask_hw = turned(patch_Chw, uniform(random, -degrees, degrees))
+    patch_Chw, mask_hw = rotated(patch_Chw, uniform(random, -degrees, degrees))
     return pasted(image_CHW, patch_Chw[:, :height, :width], mask_hw[:height, :width], random)
 
 
-def turned(patch_Chw: Tensor, degrees: float) -> tuple[Tensor, Tensor]:
+def rotated(patch_Chw: Tensor, degrees: float) -> tuple[Tensor, Tensor]:
     """A patch rotated counterclockwise about its centre (nearest) in its bounding box, and its mask."""
     height, width = patch_Chw.shape[1:]
     cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))

@@ -61,10 +61,10 @@ def perlin_mask(size_px: tuple[int, int], generator: Generator) -> Tensor:
     """
     rows, columns = (2 ** int(torch.randint(PERLIN_OCTAVES, (), generator=generator)) for _ in range(2))
     noise = perlin_noise(size_px, (rows, columns), generator)
-    return turned(noise[None], uniform(-90, 90, generator))[0] > PERLIN_THRESHOLD
+    return rotated(noise[None], uniform(-90, 90, generator))[0] > PERLIN_THRESHOLD
 
 
-def turned(image_CHW: Tensor, degrees: float) -> Tensor:
+def rotated(image_CHW: Tensor, degrees: float) -> Tensor:
     """The image rotated about its centre, bilinear, with zero padding."""
     return transforms.rotate(image_CHW, degrees, interpolation=InterpolationMode.BILINEAR)
 

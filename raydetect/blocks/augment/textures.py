@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from raydetect.blocks.augment.synthesis import perlin_noise, turned, uniform
+from raydetect.blocks.augment.synthesis import perlin_noise, rotated, uniform
 from raydetect.blocks.backbones.vision import transforms
 
 CHANGES = 3
@@ -118,7 +118,7 @@ def adjusted(image_3HW: Tensor, generator: Generator) -> Tensor:
     """
     if uniform(0, 1, generator) < 0.5:
         image_3HW = image_3HW.flip(2)
-    for change in (_turned, _brightness, _hue_and_saturation):
+    for change in (_rotated, _brightness, _hue_and_saturation):
         image_3HW = change(image_3HW, generator).clamp(0, 1)
     return image_3HW
 
@@ -163,8 +163,8 @@ def _equalised(texture: Tensor, generator: Generator) -> Tensor:
     return transforms.equalize((texture * 255).round().to(torch.uint8)).float() / 255
 
 
-def _turned(texture: Tensor, generator: Generator) -> Tensor:
-    return turned(texture, uniform(-45, 45, generator))
+def _rotated(texture: Tensor, generator: Generator) -> Tensor:
+    return rotated(texture, uniform(-45, 45, generator))
 
 
 VARIATIONS: tuple[Change, ...] = (
@@ -177,5 +177,5 @@ VARIATIONS: tuple[Change, ...] = (
     _inverted,
     _autocontrast,
     _equalised,
-    _turned,
+    _rotated,
 )

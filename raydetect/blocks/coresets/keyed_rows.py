@@ -162,14 +162,14 @@ class KeyedRows:
         rows_ND = torch.cat(self.group.gather(self.store.take(first)))
         return rows_ND[mixed_hash(order, hash_seed).argsort()[:count]]
 
-    def everything(self) -> Tensor:
+    def all_rows(self) -> Tensor:
         """The rows of all workers, gathered on each, (N, D); the image order is the same for all names of a state."""
         order_N = torch.cat(self.group.gather(self.order()))
         rows_ND = torch.cat(self.group.gather(self.store.take(torch.arange(len(self)))))
         return rows_ND[order_N.argsort()]
 
-    def everyone(self) -> list[str]:
-        """Image keys of all workers, in the order of `everything`."""
+    def all_keys(self) -> list[str]:
+        """Image keys of all workers, in the order of `all_rows`."""
         texts = self.group.gather_bytes(json.dumps(self._keys).encode())
         keys = [key for text in texts for key in json.loads(text)]
         return sorted(keys, key=_head)

@@ -71,7 +71,7 @@ def mean_features(backbone: Backbone, normal_BCHW: Tensor, num_scales: int) -> T
     return torch.cat(found, 1)
 
 
-def turned_features(backbone: Backbone, images_BCHW: Tensor, degrees_B: Sequence[float], num_scales: int) -> Tensor:
+def rotated_features(backbone: Backbone, images_BCHW: Tensor, degrees_B: Sequence[float], num_scales: int) -> Tensor:
     """Mean features of uint8 images, each rotated counterclockwise by its own angle (nearest, black corners)."""
     rotated = [transforms.rotate(image_CHW, degrees) for image_CHW, degrees in zip(images_BCHW, degrees_B, strict=True)]
     return mean_features(backbone, backbone.normalised(torch.stack(rotated)), num_scales)

@@ -129,7 +129,7 @@ class NormalPatches:
         """Mean absolute difference per dim from the K nearest, (N, D)."""
         return mean_difference(patches_ND, self.bank, self.search.nearest(patches_ND, self.num_neighbors)[1])
 
-    def taught(
+    def training_differences(
         self, embeddings_BhwD: Tensor, masks: Sequence[Tensor], keys: Sequence[str], generators: Sequence[Generator]
     ) -> Differences:
         """Training differences of images with planted defects, see `labelled_differences`."""

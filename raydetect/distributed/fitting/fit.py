@@ -37,7 +37,7 @@ from raydetect.storage import Storage, join_uri, normalise_uri
 if TYPE_CHECKING:
     from raydetect.fitting.fit_run import ProgressCallback
 
-IMAGES, CALIBRATION, BEGUN = "images", "calibration", "begun"
+IMAGES, CALIBRATION, STARTED = "images", "calibration", "started"
 POLL_SECONDS = 0.3
 PROGRESS_SECONDS = 0.2
 GIVE_UP_SECONDS = 10.0
@@ -50,7 +50,7 @@ def fit(spec: FitSpec, address: str | None, on_progress: "ProgressCallback") -> 
     Args:
         spec: the fit job.
         address: cluster address, or None (see `session`).
-        tick: called with the combined progress of all workers.
+        on_progress: called with the combined progress of all workers.
 
     Raises:
         SpecError: the job cannot run with these settings.
@@ -63,13 +63,13 @@ def fit(spec: FitSpec, address: str | None, on_progress: "ProgressCallback") -> 
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # workers resolve relative paths, e.g. of weights, like the driver
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a finished or lost worker is noticed
     folder, storage = _ray_folder(spec), Storage(spec.storage)
-    storage.write(join_uri(folder, BEGUN), b"")  # a place that cannot be written is told of now, and by us
+    storage.write(join_uri(folder, STARTED), b"")  # fails early, with our message, if the folder is read-only
     try:
         report = _fit(spec, address, on_progress)
     except BaseException as error:
-        if isinstance(error, ClusterError):  # Ray Train writes there too, and says little of it where that is refused
-            storage.write(join_uri(folder, BEGUN), b"")
-        with suppress(RaydetectError):  # what ended the fit counts
+        if isinstance(error, ClusterError):  # Ray Train writes there too; its error says little if that fails
+            storage.write(join_uri(folder, STARTED), b"")
+        with suppress(RaydetectError):  # the error of the fit takes precedence
             storage.delete_folder(folder)
         raise
     storage.delete_folder(folder)

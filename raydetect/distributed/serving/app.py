@@ -1,6 +1,7 @@
-"""The endpoints on Ray Serve: replicas keep detectors loaded, one desk manages versions and runs, doors serve HTTP.
+"""The endpoints on Ray Serve: replicas keep detectors loaded, a controller manages versions, an ingress serves HTTP.
 
-door (HTTP) ──> scorer (replicas, multiplexed detectors) <── desk (one): archive runs, served versions
+ingress (HTTP) ──> scorer (replicas, multiplexed detectors)
+controller (one: archive runs, served versions) ──> scorer
 """
 
 from collections.abc import Mapping
@@ -39,7 +40,7 @@ def application(values: Mapping[str, Any]) -> Application:
 def bound(spec: ServeSpec, tokens: Tokens) -> Application:
     """Builds the Serve application of a validated job."""
 
-    def door() -> Guard:
+    def guarded_app() -> Guard:
         return build_app(spec, tokens, ServeBackend(spec))
 
     resources = spec.resources
@@ -50,13 +51,13 @@ def bound(spec: ServeSpec, tokens: Tokens) -> Application:
         **_replicas(spec),
     )
     options: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0}, "max_ongoing_requests": UNBOUNDED}
-    backend = serve.deployment(Controller, name=CONTROLLER).options(num_replicas=1, **options)
-    doors = serve.deployment(serve.ingress(door)(_Ingress), name=INGRESS).options(num_replicas=1, **options)
-    return doors.bind(backend.bind(spec, scorer.bind(spec)))
+    controller = serve.deployment(Controller, name=CONTROLLER).options(num_replicas=1, **options)
+    ingress = serve.deployment(serve.ingress(guarded_app)(_Ingress), name=INGRESS).options(num_replicas=1, **options)
+    return ingress.bind(controller.bind(spec, scorer.bind(spec)))
 
 
 class _Ingress:
-    """Wraps the door; its argument makes Serve deploy the desk."""
+    """Wraps the HTTP app; its argument makes Serve deploy the controller."""
 
     def __init__(self, backend: DeploymentHandle) -> None:
         """Does nothing: the endpoints find the deployments by name."""

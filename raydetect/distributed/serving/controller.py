@@ -18,7 +18,7 @@ from raydetect.distributed.serving.replica_calls import (
     chunks_in_flight,
     model_id,
     send_chunk,
-    tried,
+    with_retries,
 )
 from raydetect.gateway.allowed_uris import Prefixes
 from raydetect.gateway.backend import RunState, Served, load_served
@@ -90,7 +90,7 @@ class ServeBackend:
     async def served(self) -> Mapping[str, Served]:
         """See `Controller.served`; at most VERSIONS_SECONDS old."""
         if time.monotonic() - self._fetched_at >= VERSIONS_SECONDS:
-            self._served = await tried(lambda: self._controller.served.remote())
+            self._served = await with_retries(lambda: self._controller.served.remote())
             self._fetched_at = time.monotonic()
         return self._served
 
@@ -98,28 +98,28 @@ class ServeBackend:
         """See `Controller.answer`."""
         job, model = online_spec(self._spec, served.index.uri, served.flag), model_id(served.index)
         replica = self._router.handle_for(served)
-        answers: Sequence[Answer] = await tried(lambda: replica.answer.remote(model, members, heatmaps, job))
+        answers: Sequence[Answer] = await with_retries(lambda: replica.answer.remote(model, members, heatmaps, job))
         return answers
 
     async def replace(self, name: str, artifact: str) -> Served:
         """See `Controller.replace`."""
-        served: Served = await tried(lambda: self._controller.replace.remote(name, artifact))
+        served: Served = await with_retries(lambda: self._controller.replace.remote(name, artifact))
         self._fetched_at = -VERSIONS_SECONDS
         return served
 
     async def start(self, spec: ScoreSpec) -> RunState:
         """See `Controller.start`."""
-        state: RunState = await tried(lambda: self._controller.start.remote(spec))
+        state: RunState = await with_retries(lambda: self._controller.start.remote(spec))
         return state
 
     async def runs(self) -> Mapping[str, RunState]:
         """See `Controller.runs`."""
-        runs: Mapping[str, RunState] = await tried(lambda: self._controller.runs.remote())
+        runs: Mapping[str, RunState] = await with_retries(lambda: self._controller.runs.remote())
         return runs
 
     async def cancel(self, uri: str) -> bool:
         """See `Controller.cancel`."""
-        return bool(await tried(lambda: self._controller.cancel.remote(uri)))
+        return bool(await with_retries(lambda: self._controller.cancel.remote(uri)))
 
     async def ready(self) -> bool:
         """Whether every served detector is loaded; the first caller waits for loading, others get False meanwhile."""

@@ -20,7 +20,7 @@ from raydetect.planning.plan import ScorePlan
 from raydetect.records import Chunk
 from raydetect.sinks.scored_chunk import ScoredChunk
 
-APP, SCORER, CONTROLLER, INGRESS = "raydetect", "Scorer", "Desk", "Door"
+APP, SCORER, CONTROLLER, INGRESS = "raydetect", "Scorer", "Controller", "Ingress"
 CHUNKS_PER_REPLICA = 2  # archive chunks in flight per replica; also the target load for autoscaling
 TRIES, PAUSE_SECONDS = 4, 0.5
 LOST = (RayActorError, BackPressureError, DeploymentUnavailableError)
@@ -60,9 +60,9 @@ class ReplicaRouter:
         """
         name, job = model_id(served.index), online_spec(self.spec, served.index.uri, served.flag)
         if self._spread:
-            await tried(lambda: self.scorer.broadcast("warm_up", name, job).results_async())
+            await with_retries(lambda: self.scorer.broadcast("warm_up", name, job).results_async())
         else:
-            await tried(lambda: self.handle_for(served).warm_up.remote(name, job))
+            await with_retries(lambda: self.handle_for(served).warm_up.remote(name, job))
 
     @property
     def _spread(self) -> bool:
@@ -74,7 +74,7 @@ def chunks_in_flight(spec: ServeSpec) -> int:
     return CHUNKS_PER_REPLICA * (spec.max_workers or spec.resources.num_workers)
 
 
-async def tried(call: Callable[[], Awaitable[Any]]) -> Any:
+async def with_retries(call: Callable[[], Awaitable[Any]]) -> Any:
     """Calls a deployment and retries if the replica that handled the call was lost.
 
     Raises:
