@@ -22,8 +22,16 @@ def machine() -> dict[str, Any]:
     ]
     return {
         "machine": {"cpu": models[0] if models else platform.machine(), "cores": os.cpu_count()},
-        "packages": {p: metadata.version(p) for p in ("raydetect", "torch", "torchvision", "ray")},
+        "packages": {p: found for p in ("raydetect", "torch", "torchvision", "ray") if (found := _version(p))},
     }
+
+
+def _version(package: str) -> str | None:
+    """The version of a package; None if it is not installed, as Ray for the check of a GPU."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def write(name: str, command: str, figures: dict[str, Any]) -> None:

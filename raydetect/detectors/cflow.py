@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from raydetect.blocks.backbones.backbone import Backbone
 from raydetect.blocks.coresets.keyed_rows import FitState
+from raydetect.blocks.device_constants import kept_on_device
 from raydetect.blocks.maps.anomaly_map import negative_log_mean_likelihood
 from raydetect.blocks.networks.flows import (
     Chain,
@@ -229,7 +230,7 @@ class CFlow(NetworkDetector):
         """All positions of every level, in row-major order."""
         found = []
         for level, features_BChw in enumerate(levels):
-            codes_SP = position_codes(self.params.position_dims, *features_BChw.shape[2:]).to(self.device)
+            codes_SP = _position_codes(features_BChw.device, self.params.position_dims, *features_BChw.shape[2:])
             features_BSC = features_BChw.float().flatten(2).transpose(1, 2)
             found.append(Fibres(level, features_BSC, codes_SP.expand(len(features_BSC), -1, -1)))
         return found
@@ -281,3 +282,6 @@ def position_codes(dims: int, height: int, width: int) -> Tensor:
         for angles in (torch.arange(size)[:, None] * rates for size in (width, height))
     )
     return torch.cat([columns.repeat(height, 1), rows.repeat_interleave(width, 0)], 1)
+
+
+_position_codes = kept_on_device(position_codes)

@@ -24,6 +24,7 @@ from pydantic import Field
 from torch import Generator, Tensor, nn
 
 from raydetect.blocks.backbones.backbone import Backbone
+from raydetect.blocks.device_constants import kept_on_device
 from raydetect.blocks.maps.anomaly_map import upsample
 from raydetect.blocks.networks.losses import msgms_loss, msgms_maps, ssim_loss
 from raydetect.blocks.networks.unet import convolutions, cropped, keyed_init, padded
@@ -175,8 +176,7 @@ class RIAD(NetworkDetector):
         images = images_BCHW.float() / 255
         maps = []
         for cell_px in self.params.cell_sizes():
-            generator = keyed_generator(self.seed, "riad", "score", cell_px)
-            masks = disjoint_masks(size_px, cell_px, self.params.num_sets, generator).to(images.device)
+            masks = _scoring_masks(images.device, size_px, cell_px, self.params.num_sets, self.seed)
             inpainted = self._painted(images, masks.expand(len(images), -1, -1, -1))
             similarity = [upsample(scale, size_px) for scale in msgms_maps(inpainted, images)]
             maps.append(1 - torch.stack(similarity).mean(0))
@@ -211,6 +211,12 @@ def disjoint_masks(size_px: tuple[int, int], cell_px: int, num_sets: int, genera
     set_hw = (torch.randperm(rows * columns, generator=generator) % num_sets).view(rows, columns)
     set_HW = set_hw.repeat_interleave(cell_px, 0).repeat_interleave(cell_px, 1)
     return cropped(set_HW, size_px) == torch.arange(num_sets)[:, None, None]
+
+
+@kept_on_device
+def _scoring_masks(size_px: tuple[int, int], cell_px: int, num_sets: int, seed: int) -> Tensor:
+    """The sets that all images are scored with."""
+    return disjoint_masks(size_px, cell_px, num_sets, keyed_generator(seed, "riad", "score", cell_px))
 
 
 class InpaintingNet(nn.Module):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from raydetect.blocks.backbones.backbone import Backbone
 from raydetect.blocks.backbones.patch_embeddings import patch_embeddings, pooled_patch_embeddings
+from raydetect.blocks.device_constants import sent_ahead
 from raydetect.blocks.maps.anomaly_map import smooth_upsampled
 from raydetect.blocks.search.matrix_product import product
 from raydetect.blocks.seeding import keyed_generator, keyed_seed
@@ -128,9 +129,8 @@ class SimpleNet(NetworkDetector):
         """Loss of eqs. 5-7, with normal and noisy features in one discriminator batch."""
         with torch.no_grad():
             embeddings_BhwD = self._embed(piece.images_BCHW)
-            noise_BhwD = torch.stack(
-                [self._noise(key, piece.epoch, embeddings_BhwD.shape[1:]) for key in piece.keys]
-            ).to(embeddings_BhwD)
+            noise = [self._noise(key, piece.epoch, embeddings_BhwD.shape[1:]) for key in piece.keys]
+            noise_BhwD = sent_ahead(torch.stack(noise), embeddings_BhwD.device)
         adapted_ND = self.networks[ADAPTOR](embeddings_BhwD.flatten(0, 2))
         noisy_ND = adapted_ND + noise_BhwD.flatten(0, 2)
         normality_2N = self.networks[DISCRIMINATOR](torch.cat([adapted_ND, noisy_ND]))[:, 0]

@@ -126,7 +126,8 @@ class SPADE(Detector):
     def _groups(self, levels: Sequence[Tensor]) -> list[tuple[PyramidLayout, Sequence[Tensor]]]:
         """The levels grouped for matching: all together, or one by one."""
         parts = [levels] if self.params.level_fusion == "concatenate" else [[level] for level in levels]
-        return [(PyramidLayout.of(tuple((x.shape[-2], x.shape[-1]) for x in part)), part) for part in parts]
+        sizes = [tuple((level.shape[-2], level.shape[-1]) for level in part) for part in parts]
+        return [(PyramidLayout.of(grids, levels[0].device), part) for grids, part in zip(sizes, parts, strict=True)]
 
     def finish(self, state: FitState, on_progress: ProgressCallback) -> None:
         """Gathers the images of all workers."""
@@ -144,10 +145,10 @@ class SPADE(Detector):
         grids = [(int(height), int(width)) for height, width in tensors[GRIDS]]
         levels = [tensors[LEVEL + name].to(self.device) for name in self.params.feature_levels]
         if self.params.level_fusion == "concatenate":
-            self.galleries = (PyramidGallery(levels, PyramidLayout.of(tuple(grids))),)
+            self.galleries = (PyramidGallery(levels, PyramidLayout.of(tuple(grids), levels[0].device)),)
         else:
             pairs = zip(levels, grids, strict=True)
-            self.galleries = tuple(PyramidGallery([level], PyramidLayout.of((grid,))) for level, grid in pairs)
+            self.galleries = tuple(PyramidGallery([x], PyramidLayout.of((grid,), x.device)) for x, grid in pairs)
         self.images = BankSearch(tensors[POOLED].to(self.device))
 
     def extend(self, state: FitState) -> None:
@@ -176,7 +177,7 @@ class SPADE(Detector):
         maps = []
         for gallery, (layout, part) in zip(self.galleries, self._groups(levels), strict=True):
             reach = self._reach(layout, gallery.layout, size_px)
-            queries = zip(image_BK.tolist(), *layout.rows(part), strict=True)
+            queries = zip(image_BK, *layout.rows(part), strict=True)
             square_Bhw = torch.stack([gallery.nearest(rows, layout, images, reach) for images, *rows in queries])
             distance_Bhw = square_Bhw if self.params.level_fusion == "concatenate" else square_Bhw.sqrt()
             maps.append(smooth_upsampled(distance_Bhw, size_px, self.params.smoothing_sigma))

@@ -33,6 +33,7 @@ from raydetect.blocks.backbones.clip import (
 )
 from raydetect.blocks.backbones.prompts import ANOMALOUS_STATES, NORMAL_STATES, compose
 from raydetect.blocks.coresets.keyed_rows import FitState
+from raydetect.blocks.device_constants import kept_on_device
 from raydetect.blocks.maps.anomaly_map import upsample
 from raydetect.blocks.maps.windows import harmonic_mean, spread_harmonic, window_patches
 from raydetect.blocks.search.neighbors import BankSearch
@@ -213,25 +214,34 @@ class WinCLIP(NetworkDetector):
 
     @torch.inference_mode()
     def score(self, images_BCHW: Tensor) -> Scores:
-        """Image scores (eqs. 1, 7) and maps (eqs. 4-6), one image at a time, since its windows already form a batch."""
-        self.require_fitted()
-        found = [self._score_image(image) for image in images_BCHW.split(1)]
-        map_Bhw = torch.cat([part for _, part in found])
-        return Scores(torch.cat([part for part, _ in found]), upsample(map_Bhw, self.params.image_size))
+        """Image scores (eqs. 1, 7) and maps (eqs. 4-6).
 
-    def _score_image(self, image_1CHW: Tensor) -> tuple[Tensor, Tensor]:
-        """(image score, map on the grid of patches) of one image."""
-        whole_1D, patches_1PC, windows = self._embed(image_1CHW)
-        grid = self._tower().grid
-        score_1 = self._anomaly_probability(whole_1D)
+        Embeds one image at a time, since its windows already form a batch, and searches the memory for all at once.
+        """
+        self.require_fitted()
+        found = [self._embed(image) for image in images_BCHW.split(1)]
+        by_text = [self._by_text(whole_1D, windows) for whole_1D, _, windows in found]
+        score_B, map_Bhw = (torch.cat(parts) for parts in zip(*by_text, strict=True))
+        if self.memory:
+            near_Bhw = self._by_memory(
+                torch.cat([patches_1PC for _, patches_1PC, _ in found]),
+                {side: torch.cat([windows[side] for *_, windows in found]) for side in self.params.scales},
+            )
+            score_B, map_Bhw = (score_B + near_Bhw.amax((1, 2))) / 2, (map_Bhw + near_Bhw) / 2
+        return Scores(score_B, upsample(map_Bhw, self.params.image_size))
+
+    def _by_text(self, whole_1D: Tensor, windows: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
+        """(image score, map on the grid of patches) of one image, from the prompts (eqs. 1-4)."""
+        grid, score_1 = self._tower().grid, self._anomaly_probability(whole_1D)
         spread = [spread_harmonic(self._anomaly_probability(found), grid, side) for side, found in windows.items()]
-        map_1hw = harmonic_mean([score_1[:, None, None], *spread])
-        if not self.memory:
-            return score_1, map_1hw
-        near = [self._distance(PATCHES, patches_1PC).view(1, *grid)]
+        return score_1, harmonic_mean([score_1[:, None, None], *spread])
+
+    def _by_memory(self, patches_BPC: Tensor, windows: Mapping[int, Tensor]) -> Tensor:
+        """Mean distance of patches and windows to the normal images (eqs. 5-6), (B, h, w)."""
+        grid = self._tower().grid
+        near = [self._distance(PATCHES, patches_BPC).view(-1, *grid)]
         near += [spread_harmonic(self._distance(f"{MEMORY}{s}", found), grid, s) for s, found in windows.items()]
-        near_1hw = torch.stack(near).mean(0)
-        return (score_1 + near_1hw.amax((1, 2))) / 2, (map_1hw + near_1hw) / 2
+        return torch.stack(near).mean(0)
 
     def _embed(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
         """Embeddings of whole images, their patches, and their windows at every scale."""
@@ -243,7 +253,10 @@ class WinCLIP(NetworkDetector):
             )
         tokens_BTC = tower.tokens(images_BCHW)
         sides = self.params.scales
-        windows = {side: tower.embed_windows(tokens_BTC, window_patches(tower.grid, side)) for side in sides}
+        windows = {
+            side: tower.embed_windows(tokens_BTC, _window_patches(tokens_BTC.device, tower.grid, side))
+            for side in sides
+        }
         return *tower.embed(tokens_BTC), windows
 
     def _tower(self) -> ImageTower:
@@ -300,3 +313,6 @@ def require_named(*prompts: Sequence[str] | None) -> None:
         raise SpecError(
             "winclip: the class name would change nothing. Put {} into prompts_normal or prompts_anomalous."
         )
+
+
+_window_patches = kept_on_device(window_patches)

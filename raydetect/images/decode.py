@@ -26,10 +26,10 @@ as its decoder holds all frequencies.
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,8 @@ from raydetect.images.opening import DecodeRules, loaded_image, short
 from raydetect.images.orientation import SIDEWAYS
 from raydetect.images.preprocess import Preprocess
 from raydetect.records import OK, Member
+
+GROUP = 4  # images in a task of a pool: small images are decoded faster than threads take turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,11 +160,16 @@ def decode_all(members: Iterable[Member], rules: DecodeRules, preprocess: Prepro
         yield from (decode_member(member, rules, preprocess) for member in members)
         return
     with ThreadPoolExecutor(threads) as pool:
-        yield from decode_on(pool, members, rules, preprocess)
+        yield from decode_on(pool, list(members), rules, preprocess)
 
 
 def decode_on(
-    pool: Executor, members: Iterable[Member], rules: DecodeRules, preprocess: Preprocess
+    pool: Executor, members: Sequence[Member], rules: DecodeRules, preprocess: Preprocess
 ) -> Iterator[Pixels]:
-    """Decodes members in order on a pool, all of them at once."""
-    return pool.map(partial(decode_member, rules=rules, preprocess=preprocess), members)
+    """Decodes members in order on a pool, all of them at once, a few per task."""
+
+    def decode(group: Sequence[Member]) -> list[Pixels]:
+        return [decode_member(member, rules, preprocess) for member in group]
+
+    groups = [members[i : i + GROUP] for i in range(0, len(members), GROUP)]
+    return chain.from_iterable(pool.map(decode, groups))

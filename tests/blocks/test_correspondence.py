@@ -39,7 +39,7 @@ def test_the_nested_minimum_is_the_minimum_over_all_positions(
     gallery = PyramidGallery(its.rows(stored), its)
     rows = layout.rows(queries)
     for number, images in enumerate(([0], [3, 1, 2])):
-        found = gallery.nearest([level[number] for level in rows], layout, images)
+        found = gallery.nearest([level[number] for level in rows], layout, torch.tensor(images))
         expected = nearest_squares(split(queries, number), [split(stored, image) for image in images])
         np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-4)
 
@@ -50,7 +50,7 @@ def test_within_reach_only_near_positions_count(grids: Grids, reach: float) -> N
     levels = pyramids(3, grids, 2)
     layout = PyramidLayout.of(grids)
     rows = layout.rows(levels)
-    found = PyramidGallery(rows, layout).nearest([level[0] for level in rows], layout, [1, 2], reach)
+    found = PyramidGallery(rows, layout).nearest([level[0] for level in rows], layout, torch.tensor([1, 2]), reach)
     expected = nearest_squares(split(levels, 0), [split(levels, 1), split(levels, 2)], reach)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-4)
 
@@ -59,7 +59,7 @@ def test_within_reach_only_near_positions_count(grids: Grids, reach: float) -> N
 def test_an_image_in_the_gallery_finds_itself(grids: Grids) -> None:
     layout = PyramidLayout.of(grids)
     rows = layout.rows(pyramids(3, grids, 4))
-    found = PyramidGallery(rows, layout).nearest([level[1] for level in rows], layout, [0, 1])
+    found = PyramidGallery(rows, layout).nearest([level[1] for level in rows], layout, torch.tensor([0, 1]))
     assert found.shape == grids[0] and float(found.min()) >= 0 and float(found.max()) < 1e-4
 
 

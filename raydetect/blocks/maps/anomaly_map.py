@@ -1,12 +1,12 @@
 """Anomaly maps from grids of patch scores: upsampling and Gaussian smoothing."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raydetect.blocks.device_constants import kept_on_device
 from raydetect.blocks.search.matrix_product import product
 
 LEAST_LIKELIHOOD = 1e-300
@@ -43,10 +43,10 @@ def smooth(map_BHW: Tensor, sigma_px: float) -> Tensor:
     """Gaussian smoothing with scipy's `reflect` boundary mode; sigma 0 is the identity."""
     if sigma_px == 0.0:
         return map_BHW
-    kernel = gaussian_kernel(sigma_px).to(map_BHW.device)
+    kernel = _kernel(map_BHW.device, sigma_px)
     radius = len(kernel) // 2
     for dim in (1, 2):
-        index = _reflected(map_BHW.shape[dim], radius).to(map_BHW.device)
+        index = _reflected_on(map_BHW.device, map_BHW.shape[dim], radius)
         padded = map_BHW.index_select(dim, index)[:, None]
         shape = (1, 1, -1, 1) if dim == 1 else (1, 1, 1, -1)
         map_BHW = F.conv2d(padded, kernel.view(shape))[:, 0]
@@ -62,7 +62,7 @@ def smooth_upsampled(grid_Bhw: Tensor, size_px: tuple[int, int], sigma_px: float
         return upsample(grid_Bhw, size_px)
     batch, height, width = grid_Bhw.shape
     rows_Hh, columns_Ww = (
-        _axis_matrix(length, size, sigma_px).to(grid_Bhw.device)
+        _axis_matrix(grid_Bhw.device, length, size, sigma_px)
         for length, size in ((height, size_px[0]), (width, size_px[1]))
     )
     wide_BhW = product(grid_Bhw.float().reshape(batch * height, width), columns_Ww).view(batch, height, -1)
@@ -70,17 +70,19 @@ def smooth_upsampled(grid_Bhw: Tensor, size_px: tuple[int, int], sigma_px: float
     return product(transposed_BWh, rows_Hh).view(batch, -1, size_px[0]).transpose(1, 2).contiguous()
 
 
-@lru_cache(maxsize=64)
+@kept_on_device
 def _axis_matrix(length: int, size_px: int, sigma_px: float) -> Tensor:
     """Matrix (size, length) of upsampling from `length` to `size_px` and smoothing along one axis, via float64."""
-    with torch.inference_mode(False):
-        wide = F.interpolate(torch.eye(length, dtype=torch.float64)[:, None], size=size_px, mode="linear")[:, 0]
-        kernel = gaussian_kernel(sigma_px).double()
-        padded = wide[:, _reflected(size_px, len(kernel) // 2)]
-        return (padded.unfold(1, len(kernel), 1) @ kernel).T.float().contiguous()
+    wide = F.interpolate(torch.eye(length, dtype=torch.float64)[:, None], size=size_px, mode="linear")[:, 0]
+    kernel = gaussian_kernel(sigma_px).double()
+    padded = wide[:, _reflected(size_px, len(kernel) // 2)]
+    return (padded.unfold(1, len(kernel), 1) @ kernel).T.float().contiguous()
 
 
 def _reflected(size: int, radius: int) -> Tensor:
     """Indices that extend an axis of `size` by `radius` on both sides: d c b a | a b c d | d c b a, periodically."""
     indices = torch.arange(-radius, size + radius) % (2 * size)
     return torch.where(indices < size, indices, 2 * size - 1 - indices)
+
+
+_kernel, _reflected_on = kept_on_device(gaussian_kernel), kept_on_device(_reflected)

@@ -3,12 +3,11 @@
 Shapes: B images, C channels, h w grid of windows, R windows of one image, H W pixels, D feature dim.
 """
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from raydetect.blocks.backbones.backbone import Backbone
+from raydetect.blocks.device_constants import kept_on_device
 
 WINDOWS_AT_ONCE = 512
 
@@ -46,16 +45,15 @@ def spread(grid_Bhw: Tensor, size_px: tuple[int, int], field_px: int, stride_px:
     """
     height, width = grid_Bhw.shape[1:]
     rows_Hh, columns_Ww = (
-        _window_matrix(length, size, field_px, stride_px, sigma_px).to(grid_Bhw.device)
+        _window_matrix(grid_Bhw.device, length, size, field_px, stride_px, sigma_px)
         for length, size in ((height, size_px[0]), (width, size_px[1]))
     )
     return rows_Hh @ grid_Bhw.float() @ columns_Ww.T
 
 
-@lru_cache(maxsize=64)
+@kept_on_device
 def _window_matrix(length: int, size_px: int, field_px: int, stride_px: int, sigma_px: float) -> Tensor:
     """Weights of `length` windows for every pixel of an axis, (size, length), via float64; rows sum to one."""
-    with torch.inference_mode(False):
-        centres = torch.arange(length, dtype=torch.float64) * stride_px + (field_px - 1) / 2
-        distance = torch.arange(size_px, dtype=torch.float64)[:, None] - centres
-        return torch.softmax(-0.5 * (distance / sigma_px) ** 2, 1).float()
+    centres = torch.arange(length, dtype=torch.float64) * stride_px + (field_px - 1) / 2
+    distance = torch.arange(size_px, dtype=torch.float64)[:, None] - centres
+    return torch.softmax(-0.5 * (distance / sigma_px) ** 2, 1).float()

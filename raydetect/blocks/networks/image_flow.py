@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raydetect.blocks.backbones.backbone import Backbone
-from raydetect.blocks.backbones.vision import InterpolationMode, transforms
+from raydetect.blocks.backbones.vision import transforms
 from raydetect.blocks.maps.anomaly_map import smooth
+from raydetect.blocks.maps.rotation import rotated
 from raydetect.blocks.networks.flows import BothCoupling, Chain, Invertible, log_likelihood, random_permutation
 from raydetect.blocks.seeding import keyed_generator
 from raydetect.errors import SpecError
@@ -73,8 +74,8 @@ def mean_features(backbone: Backbone, normal_BCHW: Tensor, num_scales: int) -> T
 
 def rotated_features(backbone: Backbone, images_BCHW: Tensor, degrees_B: Sequence[float], num_scales: int) -> Tensor:
     """Mean features of uint8 images, each rotated counterclockwise by its own angle (nearest, black corners)."""
-    rotated = [transforms.rotate(image_CHW, degrees) for image_CHW, degrees in zip(images_BCHW, degrees_B, strict=True)]
-    return mean_features(backbone, backbone.normalised(torch.stack(rotated)), num_scales)
+    turned = [transforms.rotate(image_CHW, degrees) for image_CHW, degrees in zip(images_BCHW, degrees_B, strict=True)]
+    return mean_features(backbone, backbone.normalised(torch.stack(turned)), num_scales)
 
 
 def negative_log_likelihood(z_BD: Tensor, log_det_B: Tensor) -> Tensor:
@@ -105,11 +106,11 @@ def unlikeliness(
         score_B = torch.zeros(len(images_BCHW), device=images_BCHW.device)
         map_BHW = torch.zeros_like(images_BCHW[:, 0], dtype=torch.float32)
         for angle in degrees:
-            normal_BCHW = backbone.normalised(transforms.rotate(images_BCHW, angle)).requires_grad_(True)
+            normal_BCHW = backbone.normalised(rotated(images_BCHW, angle)).requires_grad_(True)
             z_BD, log_det_B = flow(mean_features(backbone, normal_BCHW, num_scales))
             (slope_BCHW,) = torch.autograd.grad(log_likelihood(z_BD, log_det_B).sum(), normal_BCHW)
             score_B += 0.5 * (z_BD.detach().square().mean(1) + math.log(2 * math.pi)) / len(degrees)
-            back_BCHW = transforms.rotate(slope_BCHW, -angle, InterpolationMode.BILINEAR)
+            back_BCHW = rotated(slope_BCHW, -angle, "bilinear")
             smooth_BCHW = smooth(back_BCHW.flatten(0, 1), sigma_px).view(back_BCHW.shape)
             map_BHW += smooth_BCHW.abs().mean(1) / len(degrees)
     return score_B, map_BHW.square()

@@ -6,11 +6,12 @@ Shapes: B images, C channels, H W pixels.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from raydetect.blocks.device_constants import kept_on_device
 
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2
@@ -44,18 +45,17 @@ def _window_means(images: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Local Gaussian means of several (B, C, H, W) tensors, in one channels-last pass for speed."""
     together = torch.cat(list(images), 1).contiguous(memory_format=torch.channels_last)
     channels = together.shape[1]
-    kernel = _window().to(together.device).expand(channels, 1, SSIM_WINDOW, SSIM_WINDOW)
+    kernel = _window(together.device).expand(channels, 1, SSIM_WINDOW, SSIM_WINDOW)
     return F.conv2d(together, kernel, padding=SSIM_WINDOW // 2, groups=channels).chunk(len(images), 1)
 
 
-@lru_cache(maxsize=1)
+@kept_on_device
 def _window() -> Tensor:
     """The Gaussian window, (11, 11), with sum 1."""
-    with torch.inference_mode(False):
-        offsets = torch.arange(SSIM_WINDOW, dtype=torch.float64) - SSIM_WINDOW // 2
-        weights = torch.exp(-offsets.square() / (2 * SSIM_SIGMA**2))
-        weights = weights / weights.sum()
-        return torch.outer(weights, weights).float()
+    offsets = torch.arange(SSIM_WINDOW, dtype=torch.float64) - SSIM_WINDOW // 2
+    weights = torch.exp(-offsets.square() / (2 * SSIM_SIGMA**2))
+    weights = weights / weights.sum()
+    return torch.outer(weights, weights).float()
 
 
 def gms_map(first_BCHW: Tensor, second_BCHW: Tensor) -> Tensor:

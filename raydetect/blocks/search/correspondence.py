@@ -14,15 +14,17 @@ and each level is multiplied only at its own resolution.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from raydetect.blocks.device_constants import kept_on_device
 from raydetect.blocks.search.matrix_product import product
 
 BLOCK_ROWS = 256  # finest query rows per block
 GALLERY_ROWS = 4096  # finest gallery rows per block, from one or more images: 4 MB
+
+CPU = torch.device("cpu")
 
 Grid = tuple[int, int]
 
@@ -47,28 +49,32 @@ class PyramidLayout:
     row_P: Tensor
 
     @staticmethod
-    @lru_cache(maxsize=64)
-    def of(grids: tuple[Grid, ...]) -> "PyramidLayout":
-        """The layout of a pyramid with these grids, finest first.
+    def of(grids: tuple[Grid, ...], device: torch.device = CPU) -> "PyramidLayout":
+        """The layout of a pyramid with these grids, finest first, on the device of the features.
 
         A level whose grid does not divide the finer one evenly is repeated on the finer grid, by cell centres.
         """
-        with torch.inference_mode(False):
-            return _layout(grids)
+        return _layout(device, grids)
+
+    def to(self, device: torch.device) -> "PyramidLayout":
+        """This layout on a device."""
+        order_R = tuple(order.to(device) for order in self.order_R)
+        return PyramidLayout(self.grids, order_R, self.children, self.row_P.to(device))
 
     def rows(self, levels: Sequence[Tensor]) -> list[Tensor]:
         """Feature maps (B, C, h, w), finest first, as rows (B, R, C) in search order, float32."""
         found = []
         for level, order_R in zip(levels, self.order_R, strict=True):
             rows_BPC = level.float().flatten(2).transpose(1, 2)
-            found.append(rows_BPC[:, order_R.to(level.device)].contiguous())
+            found.append(rows_BPC[:, order_R].contiguous())
         return found
 
     def to_grid(self, values_R: Tensor) -> Tensor:
         """Values of the finest level's rows, arranged on its grid (h, w)."""
-        return values_R[self.row_P.to(values_R.device)].view(self.grids[0])
+        return values_R[self.row_P].view(self.grids[0])
 
 
+@kept_on_device
 def _layout(grids: tuple[Grid, ...]) -> PyramidLayout:
     used, cells, ratios = [grids[0]], [_cells(grids[0], grids[0])], []
     for grid in grids[1:]:
@@ -128,10 +134,11 @@ class PyramidGallery:
         """This gallery on a device; returns itself if already there."""
         if self.levels_NRC[0].device == device:
             return self
-        return PyramidGallery([level.to(device) for level in self.levels_NRC], self.layout)
+        levels = [level.to(device) for level in self.levels_NRC]
+        return PyramidGallery(levels, PyramidLayout.of(self.layout.grids, device))
 
     def nearest(
-        self, query_RC: Sequence[Tensor], layout: PyramidLayout, images_K: Sequence[int], reach: float | None = None
+        self, query_RC: Sequence[Tensor], layout: PyramidLayout, images_K: Tensor, reach: float | None = None
     ) -> Tensor:
         """Squared distance of every position of an image to its nearest position in some gallery images.
 
@@ -140,7 +147,7 @@ class PyramidGallery:
         Args:
             query_RC: the image's rows of every level, finest first.
             layout: layout of the image.
-            images_K: indices of the gallery images to search.
+            images_K: indices of the gallery images to search, int64.
             reach: restrict to positions at most this many cells away along rows and columns; None = all. Requires
                 equal grids of image and gallery.
 
@@ -155,18 +162,17 @@ class PyramidGallery:
             block = [_cut(rows, num_coarse, cells) for rows in query_RC]
             far_PQ = None
             if reach is not None:
-                far_PQ = _far(_cut(layout.order_R[0], num_coarse, cells), self.layout, reach).to(query_RC[0].device)
+                far_PQ = _far(_cut(layout.order_R[0], num_coarse, cells), self.layout, reach)
             found.append(self._nearest_of_block(block, layout, images_K, far_PQ).view(-1, cells.stop - cells.start))
         return layout.to_grid(torch.cat(found, 1).flatten())
 
     def _nearest_of_block(
-        self, block: Sequence[Tensor], layout: PyramidLayout, images_K: Sequence[int], far_PQ: Tensor | None
+        self, block: Sequence[Tensor], layout: PyramidLayout, images_K: Tensor, far_PQ: Tensor | None
     ) -> Tensor:
         doubled = [-2.0 * rows for rows in block]
         best_P = torch.full((len(block[0]),), torch.inf, device=block[0].device)
         step = max(1, GALLERY_ROWS // self.levels_NRC[0].shape[1])
-        for start in range(0, len(images_K), step):
-            images = list(images_K[start : start + step])
+        for images in images_K.split(step):
             parts = [
                 product(rows, level[images].flatten(0, 1), squares[images].flatten())
                 for rows, level, squares in zip(doubled, self.levels_NRC, self._squares_NR, strict=True)

@@ -67,6 +67,15 @@ def largest_approx(distance_N: Tensor, norm_N: Tensor, share: float | Tensor) ->
     return d_N.square() * (1 + share) + 2 * share * a_N * (a_N + d_N)
 
 
+def rows_where(mask_N: Tensor) -> Tensor:
+    """The indices of all True, ascending, int64. Waits for the device, since only it knows how many there are.
+
+    An exact search calls this once, to learn whether all patches are proven: almost always they are, and to compute
+    the rescue of none is much slower than to wait. Each step of a rescue calls it again.
+    """
+    return mask_N.nonzero()[:, 0]
+
+
 class ExactSearch(Search):
     """A search with proven answers; subclasses propose candidates.
 
@@ -111,26 +120,32 @@ class ExactSearch(Search):
         Source: PatchCore (arXiv 2106.08265), eq. 6 for K = 1.
         """
         self.check(patches_ND, num_neighbors)
-        found = [self._block(block, num_neighbors) for block in patches_ND.float().split(CALL_ROWS)]
-        return torch.cat([d for d, _ in found]), torch.cat([i for _, i in found])
-
-    def _block(self, patches_ND: Tensor, num_neighbors: int) -> tuple[Tensor, Tensor]:
-        distance_NK = patches_ND.new_full((len(patches_ND), num_neighbors), torch.inf)
-        index_NK = torch.zeros_like(distance_NK, dtype=torch.int64)
-        pending_N = torch.arange(len(patches_ND), device=patches_ND.device)
-        for propose in self.proposers(num_neighbors):
-            part_ND = patches_ND if len(pending_N) == len(patches_ND) else patches_ND[pending_N]
-            found = propose(part_ND - self.mean_D, num_neighbors)
-            settled_NK, rows_NK = settle(self.bank_MD, part_ND, found.index_NC, num_neighbors)
-            distance_NK[pending_N], index_NK[pending_N] = settled_NK, rows_NK
-            proven_N = settled_NK[:, -1].double() * (1 + SETTLED) < found.least_N * (1 - SETTLED)
-            pending_N = pending_N[~proven_N]
+        patches_ND = patches_ND.float()
+        first, *slower = self.proposers(num_neighbors)
+        distance_NK, index_NK, proven_N = self._proposed(patches_ND, first, num_neighbors)
+        pending_N = rows_where(~proven_N)
+        for propose in slower:
             if not len(pending_N):
-                return distance_NK, index_NK
-        for rows_N in pending_N.split(TIE_PATCHES):
+                break
+            distance_PK, index_PK, proven_P = self._proposed(patches_ND[pending_N], propose, num_neighbors)
+            distance_NK[pending_N], index_NK[pending_N] = distance_PK, index_PK
+            pending_N = pending_N[rows_where(~proven_P)]
+        for rows_N in pending_N.split(TIE_PATCHES) if len(pending_N) else ():
             answer = self._settle_ties(patches_ND[rows_N], distance_NK[rows_N, -1])
             distance_NK[rows_N], index_NK[rows_N] = _first_of_each(*answer, len(rows_N), num_neighbors)
         return distance_NK, index_NK
+
+    def _proposed(self, patches_ND: Tensor, propose: Proposer, num_neighbors: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Settled distances and indices of the best candidates, and which of the patches they are proven for."""
+        found = [self._settled(block_ND, propose, num_neighbors) for block_ND in patches_ND.split(CALL_ROWS)]
+        distance_NK, index_NK, proven_N = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return distance_NK, index_NK, proven_N
+
+    def _settled(self, patches_ND: Tensor, propose: Proposer, num_neighbors: int) -> tuple[Tensor, Tensor, Tensor]:
+        found = propose(patches_ND - self.mean_D, num_neighbors)
+        distance_NK, index_NK = settle(self.bank_MD, patches_ND, found.index_NC, num_neighbors)
+        proven_N = distance_NK[:, -1].double() * (1 + SETTLED) < found.least_N * (1 - SETTLED)
+        return distance_NK, index_NK, proven_N
 
     def _settle_ties(self, patches_ND: Tensor, limit_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(patch, row, settled distance) of all pairs possibly within `limit_N`; rows ascending."""
@@ -141,9 +156,9 @@ class ExactSearch(Search):
         for start in range(0, self.num_rows, BLOCK_ROWS):
             block_MD = self.bank_MD[start : start + BLOCK_ROWS] - self.mean_D
             approx_NM = torch.addmm(block_MD.square().sum(1), centred_ND, block_MD.T, alpha=-2) + square_N[:, None]
-            patch, row = (approx_NM <= allowed_N[:, None]).nonzero(as_tuple=True)
-            patch_P.append(patch)
-            row_P.append(row + start)
+            pair_P = rows_where((approx_NM <= allowed_N[:, None]).flatten())
+            patch_P.append(pair_P // len(block_MD))
+            row_P.append(pair_P % len(block_MD) + start)
         patches, rows = torch.cat(patch_P), torch.cat(row_P)
         pairs = zip(patches.split(TIE_PAIRS), rows.split(TIE_PAIRS), strict=True)
         return patches, rows, torch.cat([settled_distance(self.bank_MD[r], patches_ND[p]) for p, r in pairs])
@@ -155,7 +170,7 @@ def _first_of_each(
     """The K nearest rows per patch among the pairs; inf and row 0 if there are fewer (non-finite features)."""
     order_P = distance_P.argsort(stable=True)
     order_P = order_P[patch_P[order_P].argsort(stable=True)]
-    counts_N = torch.bincount(patch_P, minlength=num_patches)
+    counts_N = patch_P.new_zeros(num_patches).scatter_add_(0, patch_P, torch.ones_like(patch_P))
     wanted_K = torch.arange(num_neighbors, device=patch_P.device)
     position_NK = (counts_N.cumsum(0) - counts_N)[:, None] + wanted_K
     position_NK = torch.where(wanted_K < counts_N[:, None], position_NK, len(patch_P))

@@ -147,7 +147,7 @@ class HalfProduct(Product):
         """Rounds the bank."""
         super().__init__(centred_MD)
         self.scaled_MD, lost_M = _halved(self.scaled_MD)
-        self.lost = float(lost_M.max())
+        self.lost = lost_M.max()  # on the device: reading it would wait
         self.rounds_result = centred_MD.device.type != "cuda"
 
     def propose(self, centred_ND: Tensor, num_neighbors: int) -> Candidates:
