@@ -141,7 +141,8 @@ class Histogram:
 
 def _bin_indices(values_N: np.ndarray, exponent: int) -> np.ndarray:
     indices_N: np.ndarray = np.floor(np.ldexp(values_N, -exponent)).astype(np.int64)
-    return indices_N
+    # the quotient of a tiny negative number underflows to 0
+    return np.where(values_N < 0, np.minimum(indices_N, -1), indices_N)
 
 
 def _exponent(low: float, high: float) -> int:

@@ -106,7 +106,7 @@ def test_every_key_has_a_type_and_a_description() -> None:
         for field in describe_fields(kind):
             assert field.type and field.default
     docs = {field.name: field.doc for field in describe_fields(ScoreSpec)}
-    assert docs["chunk_images"] == "images per Parquet part, at most"
+    assert docs["chunk_images"] == "images that a worker scores at a time, at most"
 
 
 def test_overrides_copy_and_differences_name_paths() -> None:

