@@ -45,6 +45,8 @@ bench: $(STAMP) ## every benchmark of jobs/bench (long)
 	$(BIN)/python -m jobs.bench.training
 	$(BIN)/python -m jobs.bench.serve
 	$(BIN)/python -m jobs.bench.jpeg
+	$(BIN)/python -m jobs.bench.pipeline
+	$(BIN)/python -m jobs.bench.driver
 
 reproduce: $(STAMP) ## fit every detector on real images and compare (long)
 	$(BIN)/python -m jobs.reproduce.run

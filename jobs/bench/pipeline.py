@@ -39,7 +39,7 @@ from tests.builders.images import normal_image
 BATCH, BATCH_SECONDS = 16, 0.006
 SIZE_PX, SHARDS, IMAGES_EACH = 64, 16, 1024
 SHARDS_BEFORE = 2
-DELAYS_MS = (0,)
+DELAYS_MS = (0, 100, 300)
 BUCKET = "bench"
 
 
