@@ -19,7 +19,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from jobs.bench.pipeline import fit
 from jobs.bench.record import write
 from raydetect.config import ScoreSpec, parse_job
 from raydetect.planning.committer import commit_all
@@ -159,6 +158,8 @@ def read(words: list[str]) -> None:
 
 def main() -> None:
     """Measures each part in a process of its own and writes the results."""
+    from jobs.bench.pipeline import fit  # imports torch, which a driver does not
+
     figures: dict[str, Any] = {}
     for name in MEASURED:
         with TemporaryDirectory() as folder:

@@ -6,7 +6,6 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -16,6 +15,7 @@ from raydetect.left_out import LeftOutCount
 from raydetect.records import Receipt
 from raydetect.sinks.schemas import Manifest, Run
 from raydetect.storage import Storage, join_uri
+from raydetect.storage.read_ahead import read_ahead
 
 log = logging.getLogger("raydetect.sinks")
 FORMAT_VERSION = 1
@@ -162,8 +162,7 @@ class Ledger:
         Raises:
             StorageError: a record is damaged.
         """
-        with ThreadPoolExecutor(READERS) as pool:
-            yield from pool.map(self.receipt, sorted(self.committed() if shards is None else shards))
+        yield from read_ahead(self.receipt, sorted(self.committed() if shards is None else shards), READERS)
 
     def receipt(self, shard: int) -> Receipt:
         """Reads the receipt of one committed shard.

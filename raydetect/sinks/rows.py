@@ -1,8 +1,6 @@
 """Reads the rows of a results directory part by part in bounded memory."""
 
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,8 +10,9 @@ from raydetect.records import Part, Receipt
 from raydetect.sinks.archive_flags import NEEDED, ArchiveFlags, archive_flags
 from raydetect.sinks.ledger import Ledger
 from raydetect.storage import join_uri
+from raydetect.storage.read_ahead import read_ahead
 
-READERS, AHEAD = 8, 16
+READERS = 4
 NEW_COLUMNS = ("note", "sha256")  # missing in parts of older versions
 
 
@@ -31,21 +30,16 @@ def read_rows(ledger: Ledger, columns: Sequence[str] | None = None) -> Iterator[
         StorageError: a record or part is missing or damaged.
     """
     flags = archive_flags(ledger.manifest())
-    with ThreadPoolExecutor(READERS) as pool:
-        ahead: deque[tuple[Receipt, Part, Future[pa.Table]]] = deque()
+
+    def parts() -> Iterator[tuple[Receipt, Part]]:
         for written in ledger.receipts():
             receipt = written if flags is None else flags.apply_to_receipt(written)
-            for part in receipt.parts:
-                ahead.append((receipt, part, pool.submit(_read, ledger, part, columns, flags)))
-                if len(ahead) == AHEAD:
-                    yield _next(ahead)
-        while ahead:
-            yield _next(ahead)
+            yield from ((receipt, part) for part in receipt.parts)
 
+    def read(one: tuple[Receipt, Part]) -> tuple[Receipt, Part, pa.Table]:
+        return (*one, _read(ledger, one[1], columns, flags))
 
-def _next(ahead: deque[tuple[Receipt, Part, "Future[pa.Table]"]]) -> tuple[Receipt, Part, pa.Table]:
-    receipt, part, future = ahead.popleft()
-    return receipt, part, future.result()
+    yield from read_ahead(read, parts(), READERS)
 
 
 def _read(ledger: Ledger, part: Part, columns: Sequence[str] | None, flags: ArchiveFlags | None) -> pa.Table:

@@ -7,10 +7,10 @@ Memory: 16 bytes for every row with a score (a digest of its key), the names of 
 import hashlib
 import io
 import zipfile
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,9 @@ from raydetect.sinks.archive_flags import archive_flags
 from raydetect.sinks.consistency import NAMED, listed_files, named_files, names_text, rows_digest
 from raydetect.sinks.ledger import Ledger, Totals, repair_hint
 from raydetect.storage import join_uri
+from raydetect.storage.read_ahead import read_ahead
 
-READERS, AHEAD = 8, 16
+READERS = 8
 DIGEST_BYTES = 16
 COLUMNS = ["key", "status", "flagged"]
 KINDS = {
@@ -152,7 +153,7 @@ def verify(ledger: Ledger, on_progress: ProgressCallback) -> Verification:
     _check_run(run, committed, found)
     files, keys, totals = listed_files(ledger), bytearray(), Totals()
     flags = archive_flags(manifest)
-    for shard in _read_ahead(ledger, committed):
+    for shard in read_ahead(partial(_read_shard, ledger), committed, READERS):
         on_progress("verified shards", 1, len(committed))
         for kind, name in shard.damage:
             found.add(kind, name, shard.index)
@@ -248,22 +249,6 @@ class _Shard:
     receipt: Receipt | None = None
     keys: bytearray = field(default_factory=bytearray)
     damage: list[Damage] = field(default_factory=list)
-
-
-def _read_ahead(ledger: Ledger, committed: Iterable[int]) -> Iterator[_Shard]:
-    """Reads committed shards in order, by threads that are at most `AHEAD` shards ahead."""
-    with ThreadPoolExecutor(READERS) as pool:
-        coming: deque[Future[_Shard]] = deque()
-        try:
-            for index in committed:
-                coming.append(pool.submit(_read_shard, ledger, index))
-                if len(coming) == AHEAD:
-                    yield coming.popleft().result()
-            while coming:
-                yield coming.popleft().result()
-        finally:
-            for future in coming:
-                future.cancel()
 
 
 def _read_shard(ledger: Ledger, index: int) -> _Shard:
