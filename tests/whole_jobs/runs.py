@@ -29,7 +29,7 @@ PATIENCE = 240  # timeout in seconds for a step of a job
 QUIET_NODE = {
     "include_dashboard": False,  # neither it nor the log is read
     "include_log_monitor": False,
-    "setup_worker_path": str(Path(fork_worker.__file__)),  # see nursery.py
+    "setup_worker_path": str(Path(fork_worker.__file__)),  # see fork_server.py
 }
 POLL_SECONDS = 0.25  # listing a bucket costs the store about 20 ms of CPU time
 
