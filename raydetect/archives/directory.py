@@ -22,7 +22,7 @@ ESCAPED = "member"  # URL scheme of raydetect.archives.filesystem
 PLAIN_LETTERS = frozenset("/-_.,+=@() ")
 
 
-class Directory(abc.ABC):
+class ContainerDirectory(abc.ABC):
     """The files of one container.
 
     Attributes:
@@ -87,7 +87,7 @@ def escaped(name: str) -> str:
 class MemberReader:
     """Yields the members of one container."""
 
-    directory: Directory
+    directory: ContainerDirectory
     source: SourceSpec
     naming: Naming
     left_out: LeftOutCount

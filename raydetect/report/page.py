@@ -18,7 +18,7 @@ from raydetect import __version__
 from raydetect.left_out import REASONS
 from raydetect.report.gallery import cards
 from raydetect.report.pictures import Pictures
-from raydetect.report.run_charts import Figure, distribution_figure, p_limit, timeline_figure
+from raydetect.report.run_charts import Chart, distribution_chart, p_limit, timeline_chart
 from raydetect.report.tally import MAX_BAD_PER_STATUS, CategorySums, Tally
 from raydetect.sinks.ledger import Ledger
 from raydetect.sinks.run_progress import fdr_text, labelled_auroc, notes_text
@@ -48,7 +48,7 @@ class Extra:
         alarm: whether the verdict is an alarm.
         rules: (rule, outcome, values behind the outcome).
         measures: (measure, this night, baseline, difference).
-        figures: drift charts.
+        charts: drift charts.
         note: what the night is compared with.
     """
 
@@ -57,7 +57,7 @@ class Extra:
     alarm: bool
     rules: Sequence[tuple[str, str, str]]
     measures: Sequence[tuple[str, str, str, str]]
-    figures: Sequence[Figure]
+    charts: Sequence[Chart]
     note: str
 
 
@@ -80,7 +80,7 @@ def render(
     script, style = _part("report.js"), _part("report.css")
     gallery = cards(found.top_images.rows(), pictures)
     manifest = ledger.manifest()
-    figures = [distribution_figure(found, p_limit(run, manifest)), timeline_figure(found.timeline)]
+    charts = [distribution_chart(found, p_limit(run, manifest)), timeline_chart(found.timeline)]
     return environment.get_template("report.html").render(
         title=extra.title if extra else f"Report of {_short_name(ledger.uri)}",
         script=script,
@@ -90,7 +90,7 @@ def render(
         facts=facts(ledger, run, found, manifest),
         finished=found.totals.shards >= int(run["num_shards"]),
         shards_left=int(run["num_shards"]) - found.totals.shards,
-        figures=[figure for figure in figures if figure is not None],
+        charts=[chart for chart in charts if chart is not None],
         gallery=gallery,
         gallery_categories=sorted({card.category for card in gallery if card.category}),
         has_labels=any(card.label is not None for card in gallery),
@@ -113,7 +113,7 @@ def facts(ledger: Ledger, run: Mapping[str, Any], found: Tally, manifest: Mappin
     """Returns the key figures at the top of the page."""
     totals = found.totals
     bad = _percent(totals.bad_rows, totals.rows)
-    figures = [
+    key_figures = [
         Fact("images", f"{totals.rows:,}", f"in {totals.shards:,} of {int(run['num_shards']):,} shards"),
         _flagged(run, found, manifest),
         Fact("without a score", f"{totals.bad_rows:,}", bad, "bad" if totals.bad_rows else ""),
@@ -121,8 +121,8 @@ def facts(ledger: Ledger, run: Mapping[str, Any], found: Tally, manifest: Mappin
     ]
     quality = labelled_auroc(ledger) if 0 < totals.labelled <= MAX_LABELLED else None
     if quality is not None:
-        figures.append(Fact("image AUROC", f"{quality[0]:.4f}", f"over {quality[1]:,} labelled images"))
-    return figures
+        key_figures.append(Fact("image AUROC", f"{quality[0]:.4f}", f"over {quality[1]:,} labelled images"))
+    return key_figures
 
 
 def _flagged(run: Mapping[str, Any], found: Tally, manifest: Mapping[str, Any] | None) -> Fact:

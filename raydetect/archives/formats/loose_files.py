@@ -8,7 +8,7 @@ from typing import Any
 
 from raydetect.archives.access import is_alone, others_of
 from raydetect.archives.base import is_unsafe, readable, unsafe_name
-from raydetect.archives.directory import ESCAPED, Directory, MemberReader, escaped
+from raydetect.archives.directory import ESCAPED, ContainerDirectory, MemberReader, escaped
 from raydetect.archives.path_patterns import Naming
 from raydetect.archives.samples import Arrangement, Entry, Sample, arrange
 from raydetect.config import SourceSpec
@@ -117,7 +117,7 @@ def read_prefix(
             yield member
 
 
-class Folder(Directory):
+class Folder(ContainerDirectory):
     """The files of a prefix shard."""
 
     scheme = ""

@@ -51,7 +51,7 @@ class _Meters:
             self.images.inc(1, {"status": "ok" if status == OK else "bad", "kind": kind})
 
 
-class Scorer:
+class ScorerReplica:
     """Scores single images, batched across requests, alongside chunks of archives."""
 
     async def __init__(self, spec: ServeSpec) -> None:  # type: ignore[misc]
@@ -75,7 +75,7 @@ class Scorer:
                 log.warning("%s: not loaded at startup: %s", name, error)
 
     def _loader(self) -> Callable[[str], Any]:
-        from raydetect.scoring.model_cache import ScorerPool, SharedDetectors
+        from raydetect.scoring.scorer_pool import ScorerPool, SharedDetectors
 
         async def load(model: str) -> ScorerPool:
             index = await asyncio.to_thread(self._index, model)
