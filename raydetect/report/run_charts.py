@@ -29,12 +29,12 @@ class Chart:
 
 def distribution_chart(tally: Tally, p_limit: float | None) -> Chart | None:
     """Histogram of the scores by label, with the threshold; None if no image has a score."""
-    shown = {label: found for label, found in tally.distributions.items() if found.total}
+    shown = {label: histogram for label, histogram in tally.distributions.items() if histogram.total}
     if not shown:
         return None
     grid = _common_bins(list(shown.values()))
     first, stop = grid.first, grid.first + len(grid.counts)
-    counts = {label: _counts_on(grid, found) for label, found in shown.items()}
+    counts = {label: _counts_on(grid, histogram) for label, histogram in shown.items()}
     plot = Plot("Distribution of scores", first * grid.width, stop * grid.width, float(grid.counts.max()), root=True)
     for i in range(len(grid.counts)):
         low = 0.0
@@ -73,15 +73,15 @@ def _decision(tally: Tally, p_limit: float | None) -> tuple[float | None, str]:
     return tally.threshold, f"threshold {tally.threshold:.4g}"
 
 
-def _common_bins(found: Sequence[Histogram]) -> Histogram:
+def _common_bins(histograms: Sequence[Histogram]) -> Histogram:
     merged = Histogram()
-    for one in found:
-        merged.merge(one)
+    for histogram in histograms:
+        merged.merge(histogram)
     return merged.with_bins(BARS)
 
 
-def _counts_on(grid: Histogram, found: Histogram) -> np.ndarray:
-    coarse = found.coarsened(grid.exponent)
+def _counts_on(grid: Histogram, histogram: Histogram) -> np.ndarray:
+    coarse = histogram.coarsened(grid.exponent)
     counts = np.zeros(len(grid.counts), dtype=np.int64)
     start = coarse.first - grid.first
     counts[start : start + len(coarse.counts)] = coarse.counts

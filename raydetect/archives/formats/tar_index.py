@@ -88,7 +88,7 @@ def _end_of_name(line: str, start: int, suffix: str) -> int:
     raise ValueError(f"line {line[:80]!r} has a name that does not end with {suffix!r}")
 
 
-def why_not_used(tar: FileInfo, index: FileInfo, storage: Storage) -> str:
+def unusable_reason(tar: FileInfo, index: FileInfo, storage: Storage) -> str:
     """Returns the reason why an index cannot be used to split a tar, as a sentence; "" if it can.
 
     Raises:
