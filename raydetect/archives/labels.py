@@ -21,7 +21,7 @@ from typing import Any
 from raydetect.archives.base import escaped_text
 
 UNLABELLED = frozenset({"", "unknown", "unlabelled", "unlabeled", "none", "null", "nan", "na", "n/a", "?"})
-WORDS = {"true": 1, "false": 0}
+BOOLEANS = {"true": 1, "false": 0}
 SHOWN = 40
 
 
@@ -94,8 +94,8 @@ def _of_text(text: str, normal_names: Collection[str]) -> LabelReading:
         return LabelReading(0, raw)
     if folded_text in UNLABELLED:
         return LabelReading()
-    if folded_text in WORDS:
-        return LabelReading(WORDS[folded_text], raw)
+    if folded_text in BOOLEANS:
+        return LabelReading(BOOLEANS[folded_text], raw)
     number = _number(folded_text)
     if number is not None:
         return read_label(number, normal_names)

@@ -34,8 +34,8 @@ from tests.builders.nights import CATEGORY, EACH, RULES, add_night, audit_job, f
 KEY = "a secret of the webhook's own"
 
 
-def call(*words: str) -> Result:
-    result = CliRunner().invoke(main, list(words))
+def call(*arguments: str) -> Result:
+    result = CliRunner().invoke(main, list(arguments))
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
 
@@ -338,9 +338,9 @@ def test_a_webhook_that_fails_is_tried_again_and_then_said(place: Path, hook: st
     retold = call("audit", path, "--local")
     assert retold.exit_code == 0 and "Notified the webhook of night-00001." in retold.output
     Receiver.answers = [500]
-    words = ["--set", "alarm_when=['many: images > 1']", "--set", "night=next"]
+    options = ["--set", "alarm_when=['many: images > 1']", "--set", "night=next"]
     add_night(place, "b", "normal", 90, count=4)
-    both = call("audit", path, "--local", *words)
+    both = call("audit", path, "--local", *options)
     assert both.exit_code == 4 and "did not accept the summary" in both.output and "alarm: next: many" in both.output
 
 

@@ -126,9 +126,9 @@ def all_formats(seed: int) -> AllFormats:
 
 
 def _hostile_names(rng: random.Random) -> Iterator[str]:
-    words: list[Sequence[str]] = [rng.sample(kind, len(kind)) for kind in (FOLDERS, (*STEMS, "b.l"), SUFFIXES)]
+    name_parts: list[Sequence[str]] = [rng.sample(kind, len(kind)) for kind in (FOLDERS, (*STEMS, "b.l"), SUFFIXES)]
     for i in range(HOSTILE_NAMES):
-        folder, stem, suffix = (kind[i % len(kind)] for kind in words)
+        folder, stem, suffix = (kind[i % len(kind)] for kind in name_parts)
         yield folder + (BYTES_ONLY if i == 0 else stem) + suffix
 
 

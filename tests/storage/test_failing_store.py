@@ -40,7 +40,7 @@ def started(folder: Path, store: ObjectStore, artifact: str, results: str) -> Re
         "source": {"uri": store.uri("day"), "shard_images": 4, "split_bytes": 20_000},
         "artifact": artifact,
         "sink": {"uri": results, "heatmaps": "all"},
-        "storage": store.words,
+        "storage": store.settings,
         "flag": {"alpha": 0.1},
         "batch_size": 4,
         "chunk_images": 16,

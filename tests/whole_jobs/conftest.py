@@ -65,7 +65,7 @@ class Line:
             },
             "artifact": self.store.uri("artifact"),
             "sink": {"uri": self.store.uri(results), "heatmaps": "all"},
-            "storage": self.store.words,
+            "storage": self.store.settings,
             "flag": {"alpha": 0.1},
             "batch_size": 4,
             "chunk_images": 8,
@@ -97,7 +97,7 @@ def line(running_store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -
             },
         },
         "artifact": store.uri("artifact"),
-        "storage": store.words,
+        "storage": store.settings,
         "calibration": {"holdout_ratio": 0.25},
         "resources": {"cpus_per_worker": 1},
     }

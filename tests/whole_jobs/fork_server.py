@@ -98,7 +98,7 @@ def _become(request: dict[str, Any], files: list[int]) -> None:
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
     sys.path[:0] = [entry for entry in os.environ.get("PYTHONPATH", "").split(":") if entry and entry not in sys.path]
-    sys.argv = request["words"]
+    sys.argv = request["arguments"]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

@@ -16,13 +16,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--serialized-runtime-env-context", default="{}")
     parser.add_argument("--language")
-    known, words = parser.parse_known_args()
+    known, arguments = parser.parse_known_args()
     context = json.loads(known.serialized_runtime_env_context)
     if context.get("command_prefix") or context.get("override_worker_entrypoint") or known.language != "PYTHON":
         raise SystemExit(f"not supported by the fork server: {context}, {known.language}")
     for name, value in (context.get("env_vars") or {}).items():
         os.environ[name] = os.path.expandvars(value)
-    request = json.dumps({"words": words, "environment": dict(os.environ), "folder": os.getcwd()}).encode()
+    request = json.dumps({"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}).encode()
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(os.environ[FORK_SERVER])
         socket.send_fds(connection, [len(request).to_bytes(4, "big")], [0, 1, 2])
