@@ -87,9 +87,11 @@ def test_all_ties_and_perfect_and_wrong_orders(normal: list[float], anomalous: l
         assert found[name].value == pytest.approx(value, abs=1e-12)
 
 
-@pytest.mark.parametrize(("normal", "anomalous", "word"), [([], [1.0], "nothing normal"), ([1.0], [], "nothing anom")])
-def test_one_class_alone_is_refused_with_a_sentence(normal: list[float], anomalous: list[float], word: str) -> None:
-    with pytest.raises(ValueError, match=word):
+@pytest.mark.parametrize(
+    ("normal", "anomalous", "message"), [([], [1.0], "nothing normal"), ([1.0], [], "nothing anom")]
+)
+def test_one_class_alone_is_refused_with_a_sentence(normal: list[float], anomalous: list[float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         ranking_figures(histogram(normal), histogram(anomalous))
 
 
@@ -237,8 +239,8 @@ print(after - before, found["pixel_auroc"].estimate.error, found["aupro_0.3"].es
 
 
 def test_memory_does_not_grow_with_the_number_of_maps() -> None:
-    words = [sys.executable, "-c", MEMORY, "40000"]
-    ended = subprocess.run(words, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", MEMORY, "40000"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
     grown_kib, auroc_error, aupro_error = (float(word) for word in ended.stdout.split())
     print(f"40,000 maps: {grown_kib / 1024:.1f} MiB more than 2,000; bounds {auroc_error:.1e}, {aupro_error:.1e}")
     assert grown_kib < 16 * 1024  # the maps themselves are 39 MiB, their scores and masks not counted
