@@ -146,7 +146,7 @@ MOVED = {
     "worker.tensor_file": "artifacts.tensor_file",
     "worker.tiff": "images.tiff",
     "worker.train": "fitting.train",
-    "worker.warm": "scoring.model_cache",
+    "worker.warm": "scoring.scorer_pool",
 }
 
 

@@ -131,9 +131,9 @@ def ten_million_rows(folder: Path) -> dict[str, Any]:
     plan.begin()
     commit_all(plan, map(ScoredChunk.from_bytes, chunks(plan, READ_CHUNKS)), lambda _: None)
     found: dict[str, Any] = {"rows": finish(plan)["rows"]}
-    for name, words in READERS.items():
-        command = [sys.executable, "-m", "jobs.bench.driver", "read", str(folder), words[0], str(folder / "large")]
-        command += [word.format(folder=folder) for word in words[1:]]
+    for name, template in READERS.items():
+        command = [sys.executable, "-m", "jobs.bench.driver", "read", str(folder), template[0], str(folder / "large")]
+        command += [argument.format(folder=folder) for argument in template[1:]]
         started = time.perf_counter()
         ended = subprocess.run(command, check=True, capture_output=True, text=True)
         seconds = round(time.perf_counter() - started, 1)
@@ -145,13 +145,13 @@ def ten_million_rows(folder: Path) -> dict[str, Any]:
 MEASURED = {"rate": commit_rate, "many": many_shards, "large": ten_million_rows}
 
 
-def read(words: list[str]) -> None:
+def read(arguments: list[str]) -> None:
     """Runs a command in this process and prints its peak memory."""
     from click.testing import CliRunner
 
     from raydetect.cli.main import main as command
 
-    result = CliRunner().invoke(command, words, catch_exceptions=False)
+    result = CliRunner().invoke(command, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     print(peak_megabytes())
 

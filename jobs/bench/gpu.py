@@ -48,12 +48,12 @@ class Rates:
     bytes_per_second: float
 
 
-def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m jobs.bench.gpu", description="checks every detector on one GPU")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu = a rehearsal without a GPU")
     parser.add_argument("--detectors", nargs="+", metavar="NAME", help="only these; nothing is written then")
-    return parser.parse_args(words)
+    return parser.parse_args(argv)
 
 
 def chosen_params(name: str) -> dict[str, Any]:
@@ -75,9 +75,10 @@ def fitted(name: str, device: Any) -> Any:
     from raydetect.fitting.fit_run import FitRun
     from raydetect.fitting.image_cache import CachedImage, ImageCache, ReadFacts
     from raydetect.fitting.timings import Phases
+    from raydetect.images.preprocess import Preprocess
     from tests.builders.images import DEFECTS, defect_image, normal_image
 
-    cache = ImageCache((SIZE_PX, SIZE_PX))
+    cache = ImageCache(Preprocess((SIZE_PX, SIZE_PX)))
     for number in range(IMAGES):
         cache.add(CachedImage(f"normal-{number:03d}", 0, None), normal_image(number, SIZE_PX))
         if number % 4 == 0:
@@ -220,14 +221,14 @@ def seconds(work: Callable[[], Any], device: Any, of: Callable[[list[float]], fl
     """Median (or least) time of a call, with all of its work on the device."""
     import torch
 
-    settle = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     work()
     times = []
     for _ in range(ROUNDS):
-        settle()
+        synchronize()
         start = time.perf_counter()
         work()
-        settle()
+        synchronize()
         times.append(time.perf_counter() - start)
     return of(times)
 
@@ -356,9 +357,9 @@ def run(device_name: str, names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the check; see the module docstring."""
-    given = arguments(words)
+    given = arguments(argv)
     print(f"Packages: {', '.join(NEEDED)}; {', '.join(f'{p} for {n} alone' for n, p in ALSO.items())}", flush=True)
     import torch
 

@@ -100,7 +100,7 @@ def is_hidden(name: str) -> bool:
     return any(part.startswith(".") or part.lower() in LEFT_BY_SYSTEMS for part in parts)
 
 
-def readable(text: str) -> str:
+def escaped_text(text: str) -> str:
     """Escapes bytes, surrogates and control characters as `\\xfc`, `\\ud83d` and `\\n`: one line of valid UTF-8."""
     if any(ord(letter) < 32 for letter in text):
         text = "".join(letter if ord(letter) >= 32 else repr(letter)[1:-1] for letter in text)
@@ -156,9 +156,9 @@ def unsafe_name(name: str) -> MemberError:
 def key_of(container_uri: str, name: str) -> str:
     """Returns the key of a member; an unsafe name is included with escapes, so that users can identify it."""
     try:
-        return f"{readable(container_uri)}#{readable(safe_name(name))}"
+        return f"{escaped_text(container_uri)}#{escaped_text(safe_name(name))}"
     except MemberError:
-        return f"{readable(container_uri)}#{readable(name).encode('unicode_escape').decode('ascii')}"
+        return f"{escaped_text(container_uri)}#{escaped_text(name).encode('unicode_escape').decode('ascii')}"
 
 
 def split_key(key: str, image_uri: str) -> tuple[str, str]:

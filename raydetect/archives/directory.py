@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
 
-from raydetect.archives.base import begins_as_image, composed, has_suffix, is_unsafe, key_of, readable, safe_name
+from raydetect.archives.base import begins_as_image, composed, escaped_text, has_suffix, is_unsafe, key_of, safe_name
 from raydetect.archives.labels import read_label
 from raydetect.archives.path_patterns import Naming, PathFacts
 from raydetect.archives.samples import MAX_SIDECAR_BYTES, Arrangement, Entry, Sample, arrange
@@ -22,7 +22,7 @@ ESCAPED = "member"  # URL scheme of raydetect.archives.filesystem
 PLAIN_LETTERS = frozenset("/-_.,+=@() ")
 
 
-class Directory(abc.ABC):
+class ContainerDirectory(abc.ABC):
     """The files of one container.
 
     Attributes:
@@ -75,7 +75,7 @@ class Directory(abc.ABC):
 def is_plain(name: str) -> bool:
     """Whether fsspec's filesystems open a name without escaping."""
     doubled = "//" in name or name != name.strip()
-    return not doubled and readable(name) == name and all(c.isalnum() or c in PLAIN_LETTERS for c in name)
+    return not doubled and escaped_text(name) == name and all(c.isalnum() or c in PLAIN_LETTERS for c in name)
 
 
 def escaped(name: str) -> str:
@@ -87,7 +87,7 @@ def escaped(name: str) -> str:
 class MemberReader:
     """Yields the members of one container."""
 
-    directory: Directory
+    directory: ContainerDirectory
     source: SourceSpec
     naming: Naming
     left_out: LeftOutCount
@@ -98,7 +98,7 @@ class MemberReader:
         arranged = arrange(self.directory.entries)
         for entry, reason in arranged.left_out:
             if start <= entry.place < stop:
-                self.left_out.add(reason, readable(entry.name))
+                self.left_out.add(reason, escaped_text(entry.name))
         for sample in arranged.samples:
             if start <= sample.entry.place < stop:
                 member = self.member(sample, arranged)
@@ -113,13 +113,14 @@ class MemberReader:
         try:
             return self._described(sample, arranged, key)
         except MemberError as error:
-            uri = readable(self.directory.uri)
-            return Member(key, uri, status=error.status, error=f"{uri}#{readable(entry.name)}: {error}")
+            uri = escaped_text(self.directory.uri)
+            return Member(key, uri, status=error.status, error=f"{uri}#{escaped_text(entry.name)}: {error}")
         except RaydetectError:
             raise
         except Exception as error:  # parsers raise anything on invalid bytes
-            message = f"{key}: cannot be read ({type(error).__name__}: {readable(str(error))[:160]}). Pack it again."
-            return Member(key, readable(self.directory.uri), status="corrupt", error=message)
+            reason = f"{type(error).__name__}: {escaped_text(str(error))[:160]}"
+            message = f"{key}: cannot be read ({reason}). Pack it again."
+            return Member(key, escaped_text(self.directory.uri), status="corrupt", error=message)
 
     def _key(self, sample: Sample, arranged: Arrangement) -> str:
         key, copy = self.directory.key_of(sample.entry), sample.copy
@@ -132,12 +133,12 @@ class MemberReader:
     def _described(self, sample: Sample, arranged: Arrangement, key: str) -> Member | None:
         entry = sample.entry
         if entry.is_named and not has_suffix(entry.name) and not self._is_image(entry):
-            self.left_out.add("no_suffix", readable(entry.name))
+            self.left_out.add("no_suffix", escaped_text(entry.name))
             return None
         name = self.directory.safe_name(entry)
         facts = self.naming.read(name)
         if facts is None:
-            self.left_out.add("mask" if self.naming.is_mask(name) else "pattern", readable(entry.name))
+            self.left_out.add("mask" if self.naming.is_mask(name) else "pattern", escaped_text(entry.name))
             return None
         member = with_facts(Member(key, self.directory.uri_of(entry)), facts)
         member = replace(member, mask_uri=self._mask_uri(name, facts, entry, arranged))
@@ -188,7 +189,7 @@ class MemberReader:
                     raise MemberError(entry.status, entry.error)
                 member = apply(member, self.directory.read(entry), self.naming)
             except (MemberError, ValueError, RecursionError, OverflowError) as error:
-                message = f"sidecar_not_read: {readable(entry.name)} ({readable(str(error))[:80]})"
+                message = f"sidecar_not_read: {escaped_text(entry.name)} ({escaped_text(str(error))[:80]})"
                 member = replace(member, notes=(*member.notes, message))
         return member
 
@@ -206,8 +207,8 @@ def with_facts(member: Member, facts: PathFacts) -> Member:
         label=facts.label,
         raw_label=facts.raw_label,
         notes=(*member.notes, facts.note) if facts.note else member.notes,
-        category=None if facts.category is None else readable(facts.category),
-        defect=None if facts.defect is None else readable(facts.defect),
+        category=None if facts.category is None else escaped_text(facts.category),
+        defect=None if facts.defect is None else escaped_text(facts.defect),
     )
 
 
@@ -232,7 +233,7 @@ def with_fields(member: Member, fields: dict[str, Any], naming: Naming, class_na
     for name in ("category", "defect"):
         value = fields.get(name)
         if isinstance(value, str | int) and not isinstance(value, bool):
-            texts[name] = composed(readable(str(value)))
+            texts[name] = composed(escaped_text(str(value)))
         elif value is not None and value == value:  # NaN counts as null
             notes.append(f"{name}_not_read: of type {type(value).__name__}")
     has_label = reading.label is not None or bool(reading.note)
@@ -258,9 +259,9 @@ def with_cls(member: Member, data: bytes, naming: Naming) -> Member:
 def _plain(value: Any) -> Any:
     """Makes a value valid JSON: null for NaN and infinity, lone surrogates escaped."""
     if isinstance(value, dict):
-        return {readable(key): _plain(entry) for key, entry in value.items()}
+        return {escaped_text(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [_plain(entry) for entry in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return readable(value) if isinstance(value, str) else value
+    return escaped_text(value) if isinstance(value, str) else value

@@ -15,7 +15,7 @@ from urllib.parse import unquote_to_bytes
 import fsspec
 from fsspec.archive import AbstractArchiveFileSystem
 
-from raydetect.archives.directory import Directory
+from raydetect.archives.directory import ContainerDirectory
 from raydetect.archives.formats.decompression import is_compressed, unpacked
 from raydetect.archives.formats.tar import COPY_BYTES, PlainTar
 from raydetect.archives.formats.zip import ZipDirectory
@@ -46,7 +46,7 @@ class MemberFileSystem(AbstractArchiveFileSystem):  # type: ignore[misc]
         super().__init__(**kwargs)
         self._folder = fo if target_protocol in (None, "file") and isinstance(fo, str) and os.path.isdir(fo) else None
         self._entries: dict[str, Entry] = {}
-        self._directory: Directory | None = None
+        self._directory: ContainerDirectory | None = None
         if self._folder is None:
             self._file = fsspec.open(fo, protocol=target_protocol, **(target_options or {})).open()
             self._directory = _directory(self._file, str(fo))
@@ -85,7 +85,7 @@ class MemberFileSystem(AbstractArchiveFileSystem):  # type: ignore[misc]
         self.dir_cache: dict[str, Any] = {}
 
 
-def _directory(file: Any, uri: str) -> Directory:
+def _directory(file: Any, uri: str) -> ContainerDirectory:
     """Returns the directory of a container. A compressed tar is decompressed first, so that it can be sought."""
     start = file.read(4)
     file.seek(0)

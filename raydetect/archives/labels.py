@@ -18,10 +18,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raydetect.archives.base import readable
+from raydetect.archives.base import escaped_text
 
 UNLABELLED = frozenset({"", "unknown", "unlabelled", "unlabeled", "none", "null", "nan", "na", "n/a", "?"})
-WORDS = {"true": 1, "false": 0}
+BOOLEANS = {"true": 1, "false": 0}
 SHOWN = 40
 
 
@@ -88,32 +88,32 @@ def _of_class(value: int, normal_names: Collection[str], class_names: Sequence[s
 
 
 def _of_text(text: str, normal_names: Collection[str]) -> LabelReading:
-    word = folded(text)
+    folded_text = folded(text)
     raw = _shown(text.strip())
-    if word in normal_names:
+    if folded_text in normal_names:
         return LabelReading(0, raw)
-    if word in UNLABELLED:
+    if folded_text in UNLABELLED:
         return LabelReading()
-    if word in WORDS:
-        return LabelReading(WORDS[word], raw)
-    number = _number(word)
+    if folded_text in BOOLEANS:
+        return LabelReading(BOOLEANS[folded_text], raw)
+    number = _number(folded_text)
     if number is not None:
         return read_label(number, normal_names)
     return LabelReading(1, raw)
 
 
-def _number(word: str) -> float | int | None:
-    if len(word) > SHOWN or not any(letter.isdigit() for letter in word):
+def _number(text: str) -> float | int | None:
+    if len(text) > SHOWN or not any(letter.isdigit() for letter in text):
         return None
     try:
-        return float(word) if set(word) <= set("0123456789.-+e") else None
+        return float(text) if set(text) <= set("0123456789.-+e") else None
     except ValueError:
         return None
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, str):
-        text = readable(value)
+        text = escaped_text(value)
     else:
         is_plain = isinstance(value, float) or (isinstance(value, int) and value.bit_length() < 64)
         text = str(value) if is_plain else f"of type {type(value).__name__}"

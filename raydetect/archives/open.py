@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from raydetect.archives.access import is_alone, others_of
-from raydetect.archives.base import Archive, Listing, is_hidden, is_unsafe, readable
+from raydetect.archives.base import Archive, Listing, escaped_text, is_hidden, is_unsafe
 from raydetect.archives.formats import parquet, tar, tar_index
 from raydetect.archives.formats import zip as zip_format
 from raydetect.archives.formats.loose_files import KINDS, group_files, read_prefix
@@ -108,7 +108,7 @@ class MixedArchive(Archive):
         else:
             for file in loose:
                 name = relative_to(file.uri, root)
-                listed.left_out.add(KINDS.get(file.kind) or _reason_beside_containers(name), readable(name))
+                listed.left_out.add(KINDS.get(file.kind) or _reason_beside_containers(name), escaped_text(name))
         listed.notes += _twice(files, root, listed.shards)
         listed.notes += [
             f"{file.uri}: is a link to a folder and is not followed. Add it to source.uri to read it."
@@ -119,7 +119,7 @@ class MixedArchive(Archive):
     def _is_allowed(self, file: FileInfo, name: str, listed: _Collected) -> bool:
         allowed = self.allows(file.uri)
         if not allowed:
-            listed.left_out.add("linked_outside", readable(name))
+            listed.left_out.add("linked_outside", escaped_text(name))
         return allowed
 
     def _files(self) -> Iterator[FileInfo]:
@@ -162,7 +162,7 @@ class MixedArchive(Archive):
         """Adds a file if it is a container or the index of one; returns whether it is."""
         kind, name = self._kind(file.uri), relative_to(file.uri, root)
         if self._is_index(file, files):
-            listed.left_out.add("index", readable(name))
+            listed.left_out.add("index", escaped_text(name))
             return True
         if kind is None or is_hidden(name) or file.kind != "file":
             return False
@@ -178,13 +178,13 @@ class MixedArchive(Archive):
 
     def _split(self, file: FileInfo, kind: str, index: FileInfo | None, notes: list[str]) -> Iterator[Shard]:
         """Yields one shard, or the parts of a container that is larger than `split_bytes` and can be read in parts."""
-        if is_unsafe(file.uri.partition("://")[2]) or readable(file.uri) != file.uri:
-            yield Shard(0, readable(file.uri), "unnamable", file.size_bytes, file.fingerprint)
+        if is_unsafe(file.uri.partition("://")[2]) or escaped_text(file.uri) != file.uri:
+            yield Shard(0, escaped_text(file.uri), "unnamable", file.size_bytes, file.fingerprint)
             return
         whole = Shard(0, file.uri, kind, file.size_bytes, file.fingerprint)
         count = max(1, -(-file.size_bytes // self.source.split_bytes))
         if kind == "tar" and count > 1:
-            reason = "" if index is None else tar_index.why_not_used(file, index, self.storage)
+            reason = "" if index is None else tar_index.unusable_reason(file, index, self.storage)
             notes += [reason] if reason else []
             count = 1 if index is None or reason else count
             whole = replace(whole, index_uri=tar_index.index_uri(file.uri) if count > 1 else "")

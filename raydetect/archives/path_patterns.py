@@ -148,8 +148,8 @@ class Naming:
             return None
         fields = match.fields
         defect = fields.get("defect")
-        word = fields.get("label")
-        reading = self._of_defect(defect) if word is None else read_label(word, self.normal_names)
+        label_text = fields.get("label")
+        reading = self._of_defect(defect) if label_text is None else read_label(label_text, self.normal_names)
         label = reading.label
         mask = None
         if self.mask_template and label == 1:
@@ -160,10 +160,10 @@ class Naming:
         """Whether a path matches the mask pattern."""
         return self.mask_pattern is not None and self.mask_pattern.match(composed(name)) is not None
 
-    def _of_defect(self, word: str | None) -> LabelReading:
+    def _of_defect(self, defect: str | None) -> LabelReading:
         """Reads the label from the defect type: `unknown` is a defect type too; 0 and 1 are labels."""
-        if word is None:
+        if defect is None:
             return LabelReading()
-        if word in ("0", "1"):
-            return LabelReading(int(word), word)
-        return LabelReading(int(folded(word) not in self.normal_names), word)
+        if defect in ("0", "1"):
+            return LabelReading(int(defect), defect)
+        return LabelReading(int(folded(defect) not in self.normal_names), defect)

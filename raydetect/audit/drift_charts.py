@@ -9,7 +9,7 @@ import numpy as np
 from raydetect.audit.statistics import Statistics
 from raydetect.metrics.histogram import Histogram
 from raydetect.report.charts import Plot, Series, legend, nice_ticks, tick_texts
-from raydetect.report.run_charts import Figure
+from raydetect.report.run_charts import Chart
 
 BINS = 40
 TITLES = {
@@ -20,7 +20,7 @@ TITLES = {
 }
 
 
-def drift_figures(night: Statistics, baseline: Statistics | None, history: Sequence[Mapping[str, Any]]) -> list[Figure]:
+def drift_charts(night: Statistics, baseline: Statistics | None, history: Sequence[Mapping[str, Any]]) -> list[Chart]:
     """Returns the charts that have data to show.
 
     Args:
@@ -28,13 +28,13 @@ def drift_figures(night: Statistics, baseline: Statistics | None, history: Seque
         baseline: earlier nights merged; None = there are none.
         history: summaries of nights in order, the audited one last.
     """
-    figures = [_rates(history), _pictures(history)] if len(history) > 1 else []
+    charts = [_rates(history), _pictures(history)] if len(history) > 1 else []
     if baseline is not None:
-        figures += [_against(name, night.distributions[name], baseline.distributions[name]) for name in TITLES]
-    return [figure for figure in figures if figure is not None]
+        charts += [_against(name, night.distributions[name], baseline.distributions[name]) for name in TITLES]
+    return [chart for chart in charts if chart is not None]
 
 
-def _against(name: str, night: Histogram, baseline: Histogram) -> Figure | None:
+def _against(name: str, night: Histogram, baseline: Histogram) -> Chart | None:
     """Chart of the distribution of one value, for the night and the baseline."""
     if not night.total or not baseline.total:
         return None
@@ -51,7 +51,7 @@ def _against(name: str, night: Histogram, baseline: Histogram) -> Figure | None:
         plot.line(_steps(grid, share), tone)
     series = [Series("baseline", "quiet", ()), Series("this night", "one", ())]
     svg = plot.svg(tick_texts(nice_ticks(start, stop, 4)), name, percent=True)
-    return Figure(TITLES[name], svg, legend(series), f"{baseline.total:,} and {night.total:,} images.")
+    return Chart(TITLES[name], svg, legend(series), f"{baseline.total:,} and {night.total:,} images.")
 
 
 def _shares(grid: Histogram, found: Histogram) -> np.ndarray:
@@ -67,7 +67,7 @@ def _steps(grid: Histogram, shares: np.ndarray) -> list[tuple[float, float]]:
     return [(float(edges[0]), 0.0), *((float(x), y) for x, y in inner), (float(edges[-1]), 0.0)]
 
 
-def _rates(history: Sequence[Mapping[str, Any]]) -> Figure | None:
+def _rates(history: Sequence[Mapping[str, Any]]) -> Chart | None:
     return _nights(
         "Flagged and bad images, night by night",
         history,
@@ -76,7 +76,7 @@ def _rates(history: Sequence[Mapping[str, Any]]) -> Figure | None:
     )
 
 
-def _pictures(history: Sequence[Mapping[str, Any]]) -> Figure | None:
+def _pictures(history: Sequence[Mapping[str, Any]]) -> Chart | None:
     return _nights(
         "Brightness and sharpness, night by night",
         history,
@@ -87,7 +87,7 @@ def _pictures(history: Sequence[Mapping[str, Any]]) -> Figure | None:
 
 def _nights(
     title: str, history: Sequence[Mapping[str, Any]], lines: Sequence[tuple[str, str, str]], relative: bool
-) -> Figure | None:
+) -> Chart | None:
     """Chart of measures over nights; relative measures are divided by their first value."""
     curves = []
     for name, tone, measure in lines:
@@ -109,7 +109,7 @@ def _nights(
     ticks = [(float(index), str(history[index]["night"])[-10:]) for index in range(0, len(history), each)]
     svg = plot.svg(ticks, "night", percent=True)
     note = "Medians relative to the first night shown." if relative else "Dashed lines are nights with an alarm."
-    return Figure(title, svg, legend([Series(name, tone, ()) for name, tone, _ in curves]), note)
+    return Chart(title, svg, legend([Series(name, tone, ()) for name, tone, _ in curves]), note)
 
 
 def _number(value: float | None) -> float:

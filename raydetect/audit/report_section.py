@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from raydetect.audit.drift_charts import drift_figures
+from raydetect.audit.drift_charts import drift_charts
 from raydetect.audit.measures import RATES
 from raydetect.audit.statistics import DISTRIBUTIONS, Statistics
 from raydetect.report.page import Extra
@@ -21,7 +21,7 @@ def extra_of(
         alarm=summary["alarm"],
         rules=[(rule["rule"], rule["outcome"], values_text(rule["values"])) for rule in summary["rules"]],
         measures=_measure_rows(summary["measures"], baseline),
-        figures=drift_figures(night, baseline, history),
+        charts=drift_charts(night, baseline, history),
         note=_compared(summary),
     )
 

@@ -22,31 +22,31 @@ MAX_CHARS, MAX_COMPARISONS = 500, 16
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
-    """A comparison of a measure with a number."""
+class Condition:
+    """A condition of a rule: a comparison of a measure with a number."""
 
     measure: str
     sign: str
     number: float
 
     def holds(self, value: float) -> bool:
-        """Whether the comparison is true for a value."""
+        """Whether the condition is true for a value."""
         return OPERATORS[self.sign](value, self.number)
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A rule that raises an alarm if all of its comparisons hold.
+    """A rule that raises an alarm if all of its conditions hold.
 
     Attributes:
         name: the problem it detects; the rule's text if it has no name.
         text: as in the job file.
-        comparisons: at least one.
+        conditions: at least one.
     """
 
     name: str
     text: str
-    comparisons: tuple[Comparison, ...]
+    conditions: tuple[Condition, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +82,13 @@ def _parse(text: str, where: str, measures: Sequence[str]) -> Rule:
         raise SpecError(f"{where}: has {len(text)} characters, at most {MAX_CHARS}. Write several rules.")
     named = NAME.fullmatch(text)
     name, body = (named.group(1), named.group(2)) if named else (text.strip(), text)
-    comparisons = tuple(_comparison(part, text, where, measures) for part in AND.split(body))
-    if len(comparisons) > MAX_COMPARISONS:
-        raise SpecError(f"{where}: has {len(comparisons)} comparisons, at most {MAX_COMPARISONS}. Write several rules.")
-    return Rule(name, text.strip(), comparisons)
+    conditions = tuple(_condition(part, text, where, measures) for part in AND.split(body))
+    if len(conditions) > MAX_COMPARISONS:
+        raise SpecError(f"{where}: has {len(conditions)} comparisons, at most {MAX_COMPARISONS}. Write several rules.")
+    return Rule(name, text.strip(), conditions)
 
 
-def _comparison(part: str, text: str, where: str, measures: Sequence[str]) -> Comparison:
+def _condition(part: str, text: str, where: str, measures: Sequence[str]) -> Condition:
     found = COMPARISON.fullmatch(part)
     if found is None:
         raise SpecError(
@@ -104,16 +104,16 @@ def _comparison(part: str, text: str, where: str, measures: Sequence[str]) -> Co
         number = math.nan
     if not math.isfinite(number):
         raise SpecError(f"{where}: {digits!r} is not a valid number. Write one such as 0.02.")
-    return Comparison(measure, sign, number)
+    return Condition(measure, sign, number)
 
 
 def evaluate_rule(rule: Rule, values: Mapping[str, float | None]) -> Verdict:
-    """Applies a rule to a night's measures. A single comparison that does not hold makes the outcome `calm`."""
-    mine = {comparison.measure: values[comparison.measure] for comparison in rule.comparisons}
+    """Applies a rule to a night's measures. A single condition that does not hold makes the outcome `calm`."""
+    mine = {condition.measure: values[condition.measure] for condition in rule.conditions}
     held = []
-    for comparison in rule.comparisons:
-        value = mine[comparison.measure]
-        held.append(None if value is None else comparison.holds(value))
+    for condition in rule.conditions:
+        value = mine[condition.measure]
+        held.append(None if value is None else condition.holds(value))
     if False in held:
         return Verdict(rule, "calm", mine)
     return Verdict(rule, "not judged" if None in held else "alarm", mine)

@@ -101,12 +101,12 @@ class Audit:
         ledger = Ledger(results, self.nights.storage)
         run = started(ledger)
         night = Statistics(measure_of(run))
-        found = tally(ledger, run, self.spec.pictures, night.add)
+        row_tally = tally(ledger, run, self.spec.pictures, night.add)
         names, baseline = self._baseline(claim, str(run["result"]["artifact"]), night.measure)
-        summary = self._summary(claim, run, found, night, (names, baseline))
+        summary = self._summary(claim, run, row_tally, night, (names, baseline))
         history = [*self._history(claim.number), summary]
         reach = Reach(Storage(source_storage(self.spec, self.spec.source)), Storage(self.spec.storage))
-        page = page_of(ledger, run, found, extra_of(summary, night, baseline, history), reach)
+        page = page_of(ledger, run, row_tally, extra_of(summary, night, baseline, history), reach)
         self.nights.write("statistics", claim.number, night.plain())
         self.nights.storage.write(self.nights.report_uri(claim.number), page.encode())
         self.nights.write("summaries", claim.number, summary)
@@ -114,7 +114,7 @@ class Audit:
         assert stored is not None
         return stored
 
-    def tell(self, claim: Claim, summary: Mapping[str, Any], webhook: Webhook | None) -> bool:
+    def notify(self, claim: Claim, summary: Mapping[str, Any], webhook: Webhook | None) -> bool:
         """Sends the summary to the webhook, once for each night; returns whether it was sent now.
 
         Raises:
@@ -136,7 +136,7 @@ class Audit:
         self,
         claim: Claim,
         run: Mapping[str, Any],
-        found: Tally,
+        row_tally: Tally,
         night: Statistics,
         compared: tuple[list[str], Statistics | None],
     ) -> dict[str, Any]:
@@ -152,7 +152,7 @@ class Audit:
             "images": night.images,
             "flagged": night.flagged,
             "bad": night.bad,
-            "statuses": dict(sorted(found.totals.statuses.items())),
+            "statuses": dict(sorted(row_tally.totals.statuses.items())),
             "shards": len(claim.shards),
             "artifact": str(run["result"]["artifact"]),
             "archive": str(run["result"]["archive"]),
@@ -194,8 +194,8 @@ class Audit:
                     yield summary
 
     def _history(self, number: int) -> list[dict[str, Any]]:
-        found = [summary for summary, _ in zip(self._earlier(number), range(HISTORY - 1), strict=False)]
-        return found[::-1]
+        earlier = [summary for summary, _ in zip(self._earlier(number), range(HISTORY - 1), strict=False)]
+        return earlier[::-1]
 
     def _statistics(self, number: int) -> Statistics:
         try:

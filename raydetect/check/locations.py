@@ -19,7 +19,7 @@ def first_shard(source: SourceSpec, options: StorageOptions) -> None:
     next(iter(open_archive(source, Storage(options)).shards()))
 
 
-def reachable(uri: str, options: StorageOptions, word: str) -> None:
+def reachable(uri: str, options: StorageOptions, setting: str) -> None:
     """Checks that the bucket of a URI exists; folders are created on write.
 
     Raises:
@@ -30,4 +30,4 @@ def reachable(uri: str, options: StorageOptions, word: str) -> None:
     scheme, _, rest = uri.partition("://")
     bucket = f"{scheme}://{rest.partition('/')[0]}"
     if scheme == "s3" and not storage.exists(bucket):
-        raise SpecError(f"{word}: the bucket {bucket} does not exist. Create it or correct the URI.")
+        raise SpecError(f"{setting}: the bucket {bucket} does not exist. Create it or correct the URI.")

@@ -60,7 +60,7 @@ def _finish(audit_job: "Audit", webhook: "Webhook | None", results: list[tuple["
     problem: WebhookError | None = None
     for claim, summary in results:
         try:
-            if audit_job.tell(claim, summary, webhook):
+            if audit_job.notify(claim, summary, webhook):
                 click.echo(f"Notified the webhook of {claim.night}.")
         except WebhookError as error:
             problem = error

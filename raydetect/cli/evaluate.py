@@ -27,8 +27,8 @@ def evaluate(job: Path, overrides: tuple[str, ...], address: str | None, in_proc
         spec = expect(load(job, overrides), "evaluate", job)
         cells = None if spec.results else _plan(spec)
     with errors():
-        found = _judge(spec) if cells is None else _run(*cells, address, in_process)
-        _report(spec, found)
+        finished_cells = _judge(spec) if cells is None else _run(*cells, address, in_process)
+        _report(spec, finished_cells)
 
 
 def _plan(spec: "EvaluateSpec") -> tuple["Evaluation", list["Cell"]]:
@@ -65,7 +65,7 @@ def _run(evaluation: "Evaluation", todo: list["Cell"], address: str | None, in_p
         from raydetect.distributed.evaluate import evaluate as evaluate_on_ray
 
         evaluate_on_ray(evaluation, todo, address, on_cell)
-    return [found for cell in evaluation.cells if (found := evaluation.finished(cell)) is not None]
+    return [done for cell in evaluation.cells if (done := evaluation.finished(cell)) is not None]
 
 
 def _judge(spec: "EvaluateSpec") -> list[dict[str, Any]]:
@@ -74,13 +74,13 @@ def _judge(spec: "EvaluateSpec") -> list[dict[str, Any]]:
     return [dict(evaluate_results(spec, uri)) for uri in spec.results]
 
 
-def _report(spec: "EvaluateSpec", found: list[dict[str, Any]]) -> None:
+def _report(spec: "EvaluateSpec", finished_cells: list[dict[str, Any]]) -> None:
     from raydetect.evaluation.leaderboard import leaderboard, markdown, write_leaderboard
     from raydetect.storage import Storage, normalise_uri
 
-    uris = write_leaderboard(normalise_uri(spec.output), Storage(spec.storage), found)
-    sys.stdout.write(markdown(leaderboard(found)))
-    images = sum(cell["test_images"] for cell in found)
-    click.echo(f"Judged {images:,} images in {len(found):,} cells.")
+    uris = write_leaderboard(normalise_uri(spec.output), Storage(spec.storage), finished_cells)
+    sys.stdout.write(markdown(leaderboard(finished_cells)))
+    images = sum(cell["test_images"] for cell in finished_cells)
+    click.echo(f"Judged {images:,} images in {len(finished_cells):,} cells.")
     for uri in uris:
         click.echo(f"{'Figures' if 'figures' in uri else 'Leaderboard'}: {uri}")

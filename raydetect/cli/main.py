@@ -305,11 +305,11 @@ def status(results: str, endpoint_url: str | None, profile: str | None, anon: bo
     with errors(BAD_JOB):
         from raydetect.sinks.run_progress import progress
 
-        found = progress(ledger_of(results, endpoint_url, profile, anon))
+        run_progress = progress(ledger_of(results, endpoint_url, profile, anon))
     if as_json:
-        click.echo(json.dumps(found.plain(), indent=1, sort_keys=True))
+        click.echo(json.dumps(run_progress.plain(), indent=1, sort_keys=True))
         return
-    for line in found.lines():
+    for line in run_progress.lines():
         click.echo(line)
 
 

@@ -31,10 +31,10 @@ def report(
         run = started(ledger)
         prepare_output(output)
     with errors(), whole_text(output) as out:
-        found = tally(ledger, run, pictures)
-        text = page_of(ledger, run, found)
+        row_tally = tally(ledger, run, pictures)
+        text = page_of(ledger, run, row_tally)
         out.write(text)
-    totals = found.totals
+    totals = row_tally.totals
     click.echo(
         f"Reported {totals.rows:,} images in {totals.shards:,} shards: {totals.flagged:,} flagged, "
         f"{totals.bad_rows:,} without a score."

@@ -31,14 +31,14 @@ def verify(
 
         ledger = ledger_of(results, endpoint_url, profile, anon)
         with shown(True, SHOWN_AFTER_SECONDS) as on_progress:
-            found = verify_results(ledger, on_progress)
-        repaired = repair and not found.whole
+            verification = verify_results(ledger, on_progress)
+        repaired = repair and not verification.whole
         if repaired:
-            repair_results(ledger, found)
+            repair_results(ledger, verification)
     if as_json:
-        click.echo(json.dumps({**found.plain(), "repaired": repaired}, indent=1, sort_keys=True))
+        click.echo(json.dumps({**verification.plain(), "repaired": repaired}, indent=1, sort_keys=True))
     else:
-        for line in found.lines(repaired):
+        for line in verification.lines(repaired):
             click.echo(line)
-    if not found.whole:
+    if not verification.whole:
         sys.exit(DAMAGED)

@@ -46,12 +46,12 @@ class NotYamlError(SpecError):
     """The text is not YAML."""
 
 
-def read_text(path: Path, word: str) -> str:
+def read_text(path: Path, file_kind: str) -> str:
     """Reads a text file: UTF-8 or, with a byte order mark, UTF-16.
 
     Args:
         path: path of the file.
-        word: the kind of file, for messages.
+        file_kind: kind of file, for messages.
 
     Raises:
         SpecError: it cannot be read, is not a regular file, is larger than MAX_BYTES, or is not text.
@@ -59,19 +59,19 @@ def read_text(path: Path, word: str) -> str:
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO would block until it has a writer
         with os.fdopen(handle, "rb") as file:
-            found = os.fstat(handle)
-            if not stat.S_ISREG(found.st_mode):
-                raise SpecError(f"{path}: is not a regular file. Check the path of the {word}.")
+            file_status = os.fstat(handle)
+            if not stat.S_ISREG(file_status.st_mode):
+                raise SpecError(f"{path}: is not a regular file. Check the path of the {file_kind}.")
             data = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise SpecError(f"{path}: cannot be read ({reason}). Check the path of the {word}.") from None
+        raise SpecError(f"{path}: cannot be read ({reason}). Check the path of the {file_kind}.") from None
     if len(data) > MAX_BYTES:
-        raise SpecError(f"{path}: has more than {MAX_BYTES:,} bytes, too large for a {word}. Check the path.")
+        raise SpecError(f"{path}: has more than {MAX_BYTES:,} bytes, too large for a {file_kind}. Check the path.")
     try:
         return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise SpecError(f"{path}: byte {error.start:,} is not valid UTF-8. Save the {word} as UTF-8.") from None
+        raise SpecError(f"{path}: byte {error.start:,} is not valid UTF-8. Save the {file_kind} as UTF-8.") from None
 
 
 def read_yaml(text: str) -> Any:
@@ -83,10 +83,10 @@ def read_yaml(text: str) -> Any:
     """
     if len(text) > MAX_BYTES:
         raise SpecError(f"has more than {MAX_BYTES:,} characters, which is the limit. Check the path.")
-    found = CONTROL.search(text)
-    if found is not None:
-        line = text.count("\n", 0, found.start()) + 1
-        raise NotYamlError(f"line {line}: contains the character U+{ord(found.group()):04X}. Remove it.")
+    control = CONTROL.search(text)
+    if control is not None:
+        line = text.count("\n", 0, control.start()) + 1
+        raise NotYamlError(f"line {line}: contains the character U+{ord(control.group()):04X}. Remove it.")
     try:
         return _Builder(text).document()
     except yaml.MarkedYAMLError as error:
@@ -118,32 +118,32 @@ class _Builder:
         next(self._events)  # start of the stream
         if isinstance(next(self._events), yaml.StreamEndEvent):
             return None
-        found = self._read(next(self._events), 1)
+        root = self._read(next(self._events), 1)
         next(self._events)  # end of the document
         event = next(self._events)
         if not isinstance(event, yaml.StreamEndEvent):
             raise SpecError(f"line {_line(event)}: a second document starts. Write one file per document.")
-        return found.value
+        return root.value
 
     def _read(self, event: Any, depth: int) -> _Read:
-        found = self._alias(event) if isinstance(event, yaml.AliasEvent) else None
-        if depth + (found.height if found else 1) - 1 > MAX_DEPTH:
+        node = self._alias(event) if isinstance(event, yaml.AliasEvent) else None
+        if depth + (node.height if node else 1) - 1 > MAX_DEPTH:
             raise SpecError(f"line {_line(event)}: has more than {MAX_DEPTH} levels. Flatten it.")
-        found = found or self._fresh(event, depth)
-        if found.size > MAX_VALUES:
+        node = node or self._fresh(event, depth)
+        if node.size > MAX_VALUES:
             raise SpecError(
                 f"line {_line(event)}: has more than {MAX_VALUES:,} values after expanding aliases. Use fewer."
             )
-        return found
+        return node
 
     def _alias(self, event: Any) -> _Read:
-        found = self._anchors.get(event.anchor)
-        if found is None:
+        anchored = self._anchors.get(event.anchor)
+        if anchored is None:
             raise SpecError(
                 f"line {_line(event)}: an alias (*...) has no anchor (&...) that ends before it. Quote text that "
                 "starts with `*`."
             )
-        return found
+        return anchored
 
     def _fresh(self, event: Any, depth: int) -> _Read:
         if event.tag is not None:
@@ -151,12 +151,12 @@ class _Builder:
                 f"line {_line(event)}: a tag (!...) is not supported. Remove it, or quote text that starts with `!`."
             )
         if isinstance(event, yaml.ScalarEvent):
-            found = _Read(_scalar(event))
+            node = _Read(_scalar(event))
         else:
-            found = self._sequence(depth) if isinstance(event, yaml.SequenceStartEvent) else self._mapping(depth)
+            node = self._sequence(depth) if isinstance(event, yaml.SequenceStartEvent) else self._mapping(depth)
         if event.anchor is not None:
-            self._anchors[event.anchor] = found
-        return found
+            self._anchors[event.anchor] = node
+        return node
 
     def _sequence(self, depth: int) -> _Read:
         items = [self._read(event, depth + 1) for event in self._until_end()]

@@ -59,12 +59,12 @@ def translate(error: BaseException, target: str | None) -> RaydetectError:
 
 def deliberate(error: BaseException) -> RaydetectError | None:
     """Returns the raydetect error that an exception is or wraps; None if there is none."""
-    found = list(_inside(error))
-    for inner in found:
+    chain = list(_inside(error))
+    for inner in chain:
         # Ray creates errors that inherit from its own class and ours, with a traceback as text.
         if isinstance(inner, RaydetectError) and not isinstance(inner, RayTaskError):
             return inner
-    for inner in found:
+    for inner in chain:
         for name, message in reversed(LAST_LINE.findall(str(inner))):
             kind = error_kind(name)
             if kind is not None:
@@ -94,21 +94,21 @@ def _inside(error: BaseException) -> Iterator[BaseException]:
 
 
 def _of_cluster(error: BaseException, target: str) -> ClusterError:
-    found = list(_inside(error))
-    text = str(found[-1] if isinstance(found[-1], Exception) else error)
-    if any(REFUSED.search(str(inner)) for inner in found):
+    chain = list(_inside(error))
+    text = str(chain[-1] if isinstance(chain[-1], Exception) else error)
+    if any(REFUSED.search(str(inner)) for inner in chain):
         return ClusterError(
             f"{target}: refused the connection (authentication). Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or "
             "RAY_AUTH_TOKEN_PATH to the cluster's token."
         )
-    if any(isinstance(inner, exceptions.OutOfMemoryError) for inner in found):
+    if any(isinstance(inner, exceptions.OutOfMemoryError) for inner in chain):
         return ClusterError(
             f"{target}: a node ran out of memory, and a worker was killed. Lower resources.num_workers, batch_size or "
             "chunk_bytes, or give nodes more memory, and start the same job again."
         )
-    if any(isinstance(inner, LOST) for inner in found):
+    if any(isinstance(inner, LOST) for inner in chain):
         return ClusterError(f"{target}: a worker or its node was lost ({_name(error)}). Start the same job again.")
-    disk = _of_disk(f"{_name(inner)}: {inner}" for inner in found)
+    disk = _of_disk(f"{_name(inner)}: {inner}" for inner in chain)
     if disk is not None:
         return ClusterError(f"{target}: {disk}")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -118,10 +118,10 @@ def _of_cluster(error: BaseException, target: str) -> ClusterError:
 
 def _of_disk(texts: Iterable[str]) -> str | None:
     """What a message about a disk means and what to do; None when the error is about something else."""
-    found = " ".join(texts)
-    if TOO_LONG in found:
+    text = " ".join(texts)
+    if TOO_LONG in text:
         return "its temporary folder has too long a path for sockets. Set RAY_TMPDIR to a short one, such as /tmp."
-    if any(word in found for word in DISK_FULL):
+    if any(phrase in text for phrase in DISK_FULL):
         return (
             f"a disk of Ray is full. Free some space in its temporary folder ({get_default_system_temp_dir()} on this "
             "machine), or set RAY_TMPDIR to another folder, and start the same command again."

@@ -24,7 +24,7 @@ from raydetect.errors import MemberError, RaydetectError, StorageError
 from raydetect.images.decode import Pixels, decode_all
 from raydetect.images.masks import decode_mask
 from raydetect.images.opening import DecodeRules
-from raydetect.metrics.quality import Group, Quality
+from raydetect.metrics.quality import ImageGroup, Quality
 from raydetect.records import Chunk, Member
 from raydetect.scoring.batches import score_batches
 from raydetect.storage import Storage, translate
@@ -139,7 +139,7 @@ def _evaluate_chunk(
         if member.label is None:
             found.unlabelled += 1
             continue
-        group = Group(member.category or "", member.label, member.defect or "")
+        group = ImageGroup(member.category or "", member.label, member.defect or "")
         localises = detector.info.localises
         map_HW = item.anomaly_map() if localises else None
         mask_HW = None if map_HW is None else read_mask(member, map_HW.shape, pixels[item.position], masks)

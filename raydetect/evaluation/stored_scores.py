@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from raydetect.config import EvaluateSpec
 from raydetect.errors import MissingError
 from raydetect.evaluation.run import EvaluationError, figures_of
-from raydetect.metrics.quality import Group, Quality
+from raydetect.metrics.quality import ImageGroup, Quality
 from raydetect.sinks.ledger import Ledger
 from raydetect.storage import Storage, join_uri, normalise_uri
 
@@ -34,7 +34,7 @@ def evaluate_results(spec: EvaluateSpec, uri: str) -> Mapping[str, Any]:
         data = pa.BufferReader(ledger.storage.read(join_uri(root, part.path)))
         for row in pq.ParquetFile(data).read(columns=COLUMNS).to_pylist():
             if row["label"] is not None and row["image_score"] is not None:
-                group = Group(row["category"] or "", row["label"], row["defect"] or "")
+                group = ImageGroup(row["category"] or "", row["label"], row["defect"] or "")
                 quality.add(group, row["key"], row["image_score"], None, None)
                 images += 1
     try:

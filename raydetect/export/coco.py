@@ -11,7 +11,7 @@ from PIL import Image
 from raydetect import __version__
 from raydetect.errors import SpecError
 from raydetect.export.naming import file_name
-from raydetect.export.outlines import Region, length_text, polygon, regions, run_lengths
+from raydetect.export.outlines import MaskRegion, length_text, polygon, regions, run_lengths
 from raydetect.report.pictures import Pictures, heatmap_style, map_scale
 from raydetect.sinks.heatmaps import NORMAL_SHARE
 from raydetect.sinks.rows import read_rows
@@ -123,7 +123,7 @@ def _image(number: int, row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _annotation(number: int, image: int, region: Region, polygons: bool) -> dict[str, Any]:
+def _annotation(number: int, image: int, region: MaskRegion, polygons: bool) -> dict[str, Any]:
     height, width = region.mask_HW.shape
     lengths = {"size": [height, width], "counts": length_text(run_lengths(region.mask_HW))}
     return {

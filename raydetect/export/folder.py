@@ -9,7 +9,7 @@ from PIL import Image
 
 from raydetect.errors import MemberError, RaydetectError
 from raydetect.export.naming import file_name
-from raydetect.report.pictures import Pictures, why_not
+from raydetect.report.pictures import Pictures, missing_reason
 from raydetect.sinks.csv_cells import cell
 from raydetect.sinks.rows import read_rows
 from raydetect.storage import whole_file, whole_text
@@ -52,7 +52,7 @@ def _copy(row: dict[str, Any], pictures: Pictures, output: Path, missing: list[s
     try:
         drawn = pictures.overlay(row, picture)
     except RaydetectError as error:
-        missing.append(f"{row['key']}: {why_not(error)}")
+        missing.append(f"{row['key']}: {missing_reason(error)}")
         drawn = None
     if drawn is not None:
         overlay = f"overlays/{Path(name).stem}.png"
@@ -69,7 +69,7 @@ def _read(row: dict[str, Any], pictures: Pictures, missing: list[str]) -> tuple[
         data = pictures.encoded(row["image_uri"])
         return data, pictures.decoded(data)
     except (MemberError, RaydetectError) as error:
-        missing.append(f"{row['key']}: {why_not(error)}")
+        missing.append(f"{row['key']}: {missing_reason(error)}")
         return data, None
 
 

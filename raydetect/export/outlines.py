@@ -11,7 +11,7 @@ Point = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Region:
+class MaskRegion:
     """One connected region of a mask.
 
     Attributes:
@@ -25,7 +25,7 @@ class Region:
     area_px: int
 
 
-def regions(mask_HW: np.ndarray) -> Iterator[Region]:
+def regions(mask_HW: np.ndarray) -> Iterator[MaskRegion]:
     """Yields the 4-connected regions of a mask, from the top left on."""
     labelled_HW, _ = ndimage.label(mask_HW)
     for number, window in enumerate(ndimage.find_objects(labelled_HW), start=1):
@@ -33,7 +33,7 @@ def regions(mask_HW: np.ndarray) -> Iterator[Region]:
         region_HW = np.zeros(mask_HW.shape, dtype=bool)
         region_HW[window] = labelled_HW[window] == number
         box = (columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start)
-        yield Region(region_HW, box, int(region_HW.sum()))
+        yield MaskRegion(region_HW, box, int(region_HW.sum()))
 
 
 def run_lengths(mask_HW: np.ndarray) -> list[int]:
@@ -60,7 +60,7 @@ def length_text(lengths: list[int]) -> str:
     return "".join(chars)
 
 
-def polygon(region: Region) -> list[int]:
+def polygon(region: MaskRegion) -> list[int]:
     """Returns the outer outline of a region along pixel edges as x, y, x, y, ..., clockwise; holes are filled."""
     steps = _edges(region)
     loops = []
@@ -70,7 +70,7 @@ def polygon(region: Region) -> list[int]:
     return [value for point in _corners(outer) for value in point]
 
 
-def _edges(region: Region) -> dict[Point, list[Point]]:
+def _edges(region: MaskRegion) -> dict[Point, list[Point]]:
     """Returns the boundary edges of a region by their start point, directed with the region on the right."""
     left, top, width, height = region.box
     inside = np.pad(region.mask_HW[top : top + height, left : left + width], 1)

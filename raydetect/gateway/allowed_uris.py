@@ -80,7 +80,7 @@ def _plain_web(uri: str) -> str:
     return f"{parts.scheme}://{host}{port}{parts.path}".rstrip("/")
 
 
-def is_public_enough(address: str) -> bool:
+def is_allowed_address(address: str) -> bool:
     """Whether the server may connect to an IP address that a client's URI resolved to.
 
     Refuses link-local addresses (fe80::/10, and 169.254.0.0/16 with the metadata service of clouds), AWS's metadata
@@ -103,6 +103,6 @@ def resolved(host: str, port: int) -> list[str]:
         addresses = {str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
     except OSError:
         raise NotAllowed(f"the host {host} has no address.") from None
-    if not all(is_public_enough(address) for address in addresses):
+    if not all(is_allowed_address(address) for address in addresses):
         raise NotAllowed(f"the host {host} has an address that this server does not connect to.")
     return sorted(addresses)

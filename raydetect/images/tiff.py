@@ -28,12 +28,12 @@ PHOTOMETRICS = {
 }  # fmt: skip
 
 
-class DamagedError(Exception):
+class DamagedTiffError(Exception):
     """The data are truncated or not a TIFF."""
 
 
 @dataclass(frozen=True, slots=True)
-class Directory:
+class TiffDirectory:
     """One image file directory.
 
     Attributes:
@@ -58,23 +58,23 @@ class Reader:
         """Reads the header.
 
         Raises:
-            DamagedError: the data are not a TIFF, or its header is truncated.
+            DamagedTiffError: the data are not a TIFF, or its header is truncated.
         """
         self.data = data
         if data[:2] not in (b"II", b"MM"):
-            raise DamagedError("it does not begin with a TIFF header")
+            raise DamagedTiffError("it does not begin with a TIFF header")
         self.order = "<" if data[:2] == b"II" else ">"
         (magic,) = self._unpack("H", 2)
         if magic not in (42, 43):
-            raise DamagedError("it does not begin with a TIFF header")
+            raise DamagedTiffError("it does not begin with a TIFF header")
         self.big = magic == 43
         (self.start,) = self._unpack("Q", 8) if self.big else self._unpack("L", 4)
 
-    def directory(self, offset: int, max_tags: int = MAX_TAGS) -> Directory:
+    def directory(self, offset: int, max_tags: int = MAX_TAGS) -> TiffDirectory:
         """Reads the directory at an offset, ignoring errors in tags that are not in `READ`.
 
         Raises:
-            DamagedError: the directory is truncated, or values lie outside the file.
+            DamagedTiffError: the directory is truncated, or values lie outside the file.
         """
         count, entries, step = self._extent(offset)
         values: dict[int, tuple[int, ...]] = {}
@@ -86,7 +86,7 @@ class Reader:
             value_offsets.setdefault(tag, inline)
             if tag in READ and kind in UNSIGNED and number:
                 values.setdefault(tag, self._values(kind, number, inline))
-        return Directory(values, value_offsets, self._next_offset(entries + count * step))
+        return TiffDirectory(values, value_offsets, self._next_offset(entries + count * step))
 
     def offsets(self) -> Iterator[int]:
         """Yields the offsets of the directories in order; stops where the chain is damaged or forms a loop."""
@@ -95,7 +95,7 @@ class Reader:
             seen.add(offset)
             try:
                 count, entries, step = self._extent(offset)
-            except DamagedError:
+            except DamagedTiffError:
                 return
             yield offset
             offset = self._next_offset(entries + count * step)
@@ -105,13 +105,13 @@ class Reader:
         (count,) = self._unpack("Q" if self.big else "H", offset)
         entries, step = offset + (8 if self.big else 2), 20 if self.big else 12
         if entries + count * step > len(self.data):
-            raise DamagedError(f"a directory of {count} entries is truncated")
+            raise DamagedTiffError(f"a directory of {count} entries is truncated")
         return count, entries, step
 
     def _next_offset(self, offset: int) -> int:
         try:
             return int(self._unpack("Q" if self.big else "L", offset)[0])
-        except DamagedError:  # some writers omit the last link
+        except DamagedTiffError:  # some writers omit the last link
             return 0
 
     def _values(self, kind: int, number: int, inline: int) -> tuple[int, ...]:
@@ -120,14 +120,14 @@ class Reader:
         if size > inline_size:
             (offset,) = self._unpack("Q" if self.big else "L", inline)
             if offset + size > len(self.data):
-                raise DamagedError("values of a directory lie beyond the end")
+                raise DamagedTiffError("values of a directory lie beyond the end")
         return self._unpack(str(min(number, MAX_VALUES)) + UNSIGNED[kind], offset)
 
     def _unpack(self, form: str, offset: int) -> tuple[int, ...]:
         try:
             return struct.unpack_from(self.order + form, self.data, offset)
         except (struct.error, OverflowError):
-            raise DamagedError("it is truncated") from None
+            raise DamagedTiffError("it is truncated") from None
 
 
 def is_tiff(data: bytes) -> bool:
@@ -140,14 +140,14 @@ def refusal(data: bytes) -> MemberError:
     try:
         reader = Reader(data)
         page = reader.directory(reader.start)
-    except DamagedError as error:
+    except DamagedTiffError as error:
         return MemberError("corrupt", f"truncated or damaged TIFF directory ({error}). Write it again at its source.")
     if WIDTH not in page.values or HEIGHT not in page.values:
         return MemberError("corrupt", "damaged TIFF directory: it has no image size. Write it again at its source.")
     return MemberError("unsupported_mode", f"{_described(page)}: not supported. Convert it to 8 or 16 bits per sample.")
 
 
-def _described(page: Directory) -> str:
+def _described(page: TiffDirectory) -> str:
     samples, bits = page.first(SAMPLES, 1), page.values.get(BITS, (1,))
     numbers = SAMPLE_FORMATS.get(page.first(SAMPLE_FORMAT, 1), f"sample format {page.first(SAMPLE_FORMAT, 1)}")
     colour, packed = page.first(PHOTOMETRIC, 0), page.first(COMPRESSION, 1)
@@ -159,26 +159,26 @@ def _described(page: Directory) -> str:
     )
 
 
-def has_scale(page: Directory) -> bool:
+def has_scale(page: TiffDirectory) -> bool:
     """Whether samples have a fixed scale: true except for signed integers and integers of more than 16 bits."""
     return (page.first(SAMPLE_FORMAT, 1) != 2 and page.first(BITS, 1) <= 16) or page.first(SAMPLE_FORMAT, 1) == 3
 
 
-def tile_size(page: Directory) -> tuple[int, int]:
+def tile_size(page: TiffDirectory) -> tuple[int, int]:
     """Returns (width, height) of tiles in px, (0, 0) if there are none; a tile may be larger than its image."""
     return page.first(TILE_WIDTH, 0), page.first(TILE_HEIGHT, 0)
 
 
-def first_page(data: bytes) -> Directory | None:
+def first_page(data: bytes) -> TiffDirectory | None:
     """Reads the first directory; None if it cannot be read."""
     try:
         reader = Reader(data)
         return reader.directory(reader.start)
-    except DamagedError:
+    except DamagedTiffError:
         return None
 
 
-def with_black_as_zero(data: bytes, page: Directory) -> bytes:
+def with_black_as_zero(data: bytes, page: TiffDirectory) -> bytes:
     """Changes the photometric interpretation to one that Pillow can open; the caller must invert the pixels."""
     offset = page.value_offsets[PHOTOMETRIC]
     black_is_zero = struct.pack(Reader(data).order + "H", 1)
@@ -190,12 +190,12 @@ def pages(data: bytes) -> int:
     try:
         reader = Reader(data)
         return sum(_is_page(reader, offset) for offset in reader.offsets())
-    except DamagedError:
+    except DamagedTiffError:
         return 1
 
 
 def _is_page(reader: Reader, offset: int) -> bool:
     try:
         return not reader.directory(offset, FIRST_TAGS).first(SUBFILE, 0) & 1
-    except DamagedError:
+    except DamagedTiffError:
         return True

@@ -26,7 +26,7 @@ from raydetect.gateway.single_images import online_spec
 from raydetect.planning.plan import ScorePlan
 from raydetect.records import Answer, Chunk, Member
 from raydetect.scoring.device_queue import DeviceQueue
-from raydetect.scoring.model_cache import ScorerPool, SharedDetectors
+from raydetect.scoring.scorer_pool import ScorerPool, SharedDetectors
 from raydetect.sinks.scored_chunk import ScoredChunk
 from raydetect.storage import Storage
 

@@ -34,7 +34,7 @@ def required_size(alpha: float) -> int:
     return max(1, math.ceil((1.0 - ROUNDING) / alpha) - 1)
 
 
-def threshold_for(calibration_M: np.ndarray, alpha: float, word: str = "flag.alpha") -> float:
+def threshold_for(calibration_M: np.ndarray, alpha: float, setting: str = "flag.alpha") -> float:
     """The threshold t such that a score is >= t exactly when its p-value is <= alpha.
 
     It is the float just above the (k+1)-th largest calibration score, where k is the number of calibration scores
@@ -43,7 +43,7 @@ def threshold_for(calibration_M: np.ndarray, alpha: float, word: str = "flag.alp
     Args:
         calibration_M: scores of held-out normal images, ascending.
         alpha: share of normal images that may be flagged, in (0, 1).
-        word: name of the setting, for the message.
+        setting: its name in the job file, for the message.
 
     Raises:
         SpecError: too few calibration images for this alpha.
@@ -52,7 +52,7 @@ def threshold_for(calibration_M: np.ndarray, alpha: float, word: str = "flag.alp
     allowed = math.floor(alpha * (size + 1) * (1.0 + ROUNDING)) - 1
     if allowed < 0:
         raise SpecError(
-            f"{word} = {alpha} needs at least {required_size(alpha)} held-out normal images, but the artifact "
+            f"{setting} = {alpha} needs at least {required_size(alpha)} held-out normal images, but the artifact "
             f"has {size}. Fit with more images or a larger holdout_ratio, or raise alpha to "
             f"{math.ceil(1000 / (size + 1)) / 1000}."
         )

@@ -16,7 +16,7 @@ TPR = 0.95
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
+class Estimate:
     """The value of a metric; the exact value lies in [low, high]."""
 
     value: float
@@ -29,7 +29,7 @@ class Figure:
         return max(self.value - self.low, self.high - self.value)
 
 
-def ranking_figures(normal: ScoreBins, anomalous: ScoreBins, columns: tuple[int, int] = (0, 0)) -> dict[str, Figure]:
+def ranking_figures(normal: ScoreBins, anomalous: ScoreBins, columns: tuple[int, int] = (0, 0)) -> dict[str, Estimate]:
     """Computes every metric of RANKING.
 
     Args:
@@ -43,11 +43,11 @@ def ranking_figures(normal: ScoreBins, anomalous: ScoreBins, columns: tuple[int,
     counts_B2 = aligned([normal, anomalous], list(columns))
     found = {name: figure(counts_B2[:, 0], counts_B2[:, 1]) for name, figure in RANKING.items()}
     if max(normal.shift, anomalous.shift) == 0:
-        return {name: Figure(f.value, f.value, f.value) for name, f in found.items()}
+        return {name: Estimate(f.value, f.value, f.value) for name, f in found.items()}
     return found
 
 
-def auroc_of(normal_B: np.ndarray, anomalous_B: np.ndarray) -> Figure:
+def auroc_of(normal_B: np.ndarray, anomalous_B: np.ndarray) -> Estimate:
     """Probability that an anomalous item outranks a normal one; pairs in one bin count half, 0 or 1 in the bounds.
 
     Args:
@@ -61,10 +61,10 @@ def auroc_of(normal_B: np.ndarray, anomalous_B: np.ndarray) -> Figure:
     below_B = negatives - np.cumsum(normal_B, dtype=np.float64)
     together = float(np.sum(anomalous_B * normal_B.astype(np.float64)))
     won, pairs = float(np.sum(anomalous_B * below_B)), negatives * positives
-    return Figure((won + together / 2) / pairs, won / pairs, (won + together) / pairs)
+    return Estimate((won + together / 2) / pairs, won / pairs, (won + together) / pairs)
 
 
-def average_precision_of(normal_B: np.ndarray, anomalous_B: np.ndarray) -> Figure:
+def average_precision_of(normal_B: np.ndarray, anomalous_B: np.ndarray) -> Estimate:
     """Sum over bins of precision times the step in recall.
 
     In a bin with p true and n false positives, after H true and F false ones, the precision is at most
@@ -83,10 +83,10 @@ def average_precision_of(normal_B: np.ndarray, anomalous_B: np.ndarray) -> Figur
     high = np.sum(step * hits / (hits + false - normal_B[some_B]))
     before = np.maximum(hits - step + false, 1e-9)  # 0 only where `false` is 0, and the term vanishes
     low = np.sum(step - false * np.log1p(step / before))
-    return Figure(float(value / positives), float(low / positives), float(high / positives))
+    return Estimate(float(value / positives), float(low / positives), float(high / positives))
 
 
-def f1_max_of(normal_B: np.ndarray, anomalous_B: np.ndarray) -> Figure:
+def f1_max_of(normal_B: np.ndarray, anomalous_B: np.ndarray) -> Estimate:
     """Largest F1 over thresholds at bin edges; a threshold inside a bin may give a larger one.
 
     Raises:
@@ -96,10 +96,10 @@ def f1_max_of(normal_B: np.ndarray, anomalous_B: np.ndarray) -> Figure:
     hits, false = np.cumsum(anomalous_B, dtype=np.float64), np.cumsum(normal_B, dtype=np.float64)
     value = float(np.max(2 * hits / (hits + false + positives)))
     high = float(np.max(2 * hits / (hits + false - normal_B + positives)))
-    return Figure(value, value, high)
+    return Estimate(value, value, high)
 
 
-def fpr_at_tpr_of(normal_B: np.ndarray, anomalous_B: np.ndarray) -> Figure:
+def fpr_at_tpr_of(normal_B: np.ndarray, anomalous_B: np.ndarray) -> Estimate:
     """False positive rate at the highest threshold that catches at least 95 % of the anomalous items.
 
     Raises:
@@ -108,10 +108,10 @@ def fpr_at_tpr_of(normal_B: np.ndarray, anomalous_B: np.ndarray) -> Figure:
     negatives, positives = _totals(normal_B, anomalous_B)
     index = int(np.searchsorted(np.cumsum(anomalous_B), TPR * positives * (1 - 1e-12)))
     false = np.cumsum(normal_B, dtype=np.float64)[index]
-    return Figure(float(false / negatives), float((false - normal_B[index]) / negatives), float(false / negatives))
+    return Estimate(float(false / negatives), float((false - normal_B[index]) / negatives), float(false / negatives))
 
 
-RANKING: dict[str, Callable[[np.ndarray, np.ndarray], Figure]] = {
+RANKING: dict[str, Callable[[np.ndarray, np.ndarray], Estimate]] = {
     "auroc": auroc_of,
     "ap": average_precision_of,
     "f1_max": f1_max_of,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from raydetect.metrics.curves import Figure, ranking_figures
+from raydetect.metrics.curves import Estimate, ranking_figures
 from raydetect.metrics.pixels import ANOMALOUS, COLUMNS, NORMAL, aupro_of
 from raydetect.metrics.quality import BLOCK_BINS, IMAGE_BINS, PIXEL_BINS, Quality
 from raydetect.metrics.score_bins import ScoreBins
@@ -18,13 +18,13 @@ REPLICATES, CONFIDENCE = 200, 0.95
 class Measured:
     """A metric and its bootstrap interval; `spread` is None if there was too little data to resample."""
 
-    figure: Figure
+    estimate: Estimate
     spread: tuple[float, float] | None
 
     def plain(self) -> dict[str, float | None]:
         """Converts to JSON types: value, error bound of the binning, and interval."""
         low, high = self.spread or (None, None)
-        return {"value": self.figure.value, "error_bound": self.figure.error, "ci_low": low, "ci_high": high}
+        return {"value": self.estimate.value, "error_bound": self.estimate.error, "ci_low": low, "ci_high": high}
 
 
 def image_figures(quality: Quality, seed: int, replicates: int = REPLICATES) -> dict[str, Measured]:
@@ -38,7 +38,7 @@ def image_figures(quality: Quality, seed: int, replicates: int = REPLICATES) -> 
     empty = ScoreBins.empty(IMAGE_BINS)
     groups = [[s.images.whole() for s in quality.summaries(label)] for label in (0, 1)]
 
-    def figures(of: Callable[[ScoreBins], ScoreBins]) -> dict[str, Figure]:
+    def figures(of: Callable[[ScoreBins], ScoreBins]) -> dict[str, Estimate]:
         normal, anomalous = (empty.merge(*[of(part) for part in parts]) for parts in groups)
         return ranking_figures(normal, anomalous)
 
@@ -89,20 +89,20 @@ def _has_both(pixels: ScoreBins) -> bool:
     return bool(pixels.counts_BC[:, NORMAL].any() and pixels.counts_BC[:, ANOMALOUS].any())
 
 
-def _pixel_figures(pixels: ScoreBins) -> dict[str, Figure]:
+def _pixel_figures(pixels: ScoreBins) -> dict[str, Estimate]:
     found = {f"pixel_{name}": f for name, f in ranking_figures(pixels, pixels, (NORMAL, ANOMALOUS)).items()}
     return found | {f"aupro_{limit}": aupro_of([pixels], limit) for limit in FPR_LIMITS}
 
 
 def _with_spreads(
-    figures: dict[str, Figure], drawn: list[dict[str, Figure]], centre: dict[str, Figure]
+    figures: dict[str, Estimate], drawn: list[dict[str, Estimate]], centre: dict[str, Estimate]
 ) -> dict[str, Measured]:
     """Percentile intervals, shifted by the difference to `centre`: the metric without resampling, on the same bins."""
     if len(drawn) < 2:
-        return {name: Measured(figure, None) for name, figure in figures.items()}
+        return {name: Measured(estimate, None) for name, estimate in figures.items()}
     found = {}
-    for name, figure in figures.items():
-        values = np.array([replicate[name].value for replicate in drawn]) + figure.value - centre[name].value
+    for name, estimate in figures.items():
+        values = np.array([replicate[name].value for replicate in drawn]) + estimate.value - centre[name].value
         low, high = np.clip(np.percentile(values, [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)]), 0, 1)
-        found[name] = Measured(figure, (float(low), float(high)))
+        found[name] = Measured(estimate, (float(low), float(high)))
     return found

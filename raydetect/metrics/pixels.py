@@ -12,7 +12,7 @@ Source: Bergmann et al., "The MVTec Anomaly Detection Dataset", IJCV 2021, sec. 
 import numpy as np
 from scipy.ndimage import label
 
-from raydetect.metrics.curves import Figure
+from raydetect.metrics.curves import Estimate
 from raydetect.metrics.pro import NEIGHBOURS
 from raydetect.metrics.score_bins import ScoreBins, aligned, order_of
 
@@ -55,7 +55,7 @@ def _share(bin_R: np.ndarray, overlap_B: np.ndarray) -> None:
     overlap_B[bins[::-1]] += np.diff(reached.astype(np.int64), prepend=0)
 
 
-def aupro_of(parts: list[ScoreBins], fpr_limit: float) -> Figure:
+def aupro_of(parts: list[ScoreBins], fpr_limit: float) -> Estimate:
     """Area under the mean per-region overlap up to a false positive rate, as defined in the module docstring.
 
     The exact curve is monotone, so between two points it stays inside the box they span.
@@ -79,7 +79,7 @@ def aupro_of(parts: list[ScoreBins], fpr_limit: float) -> Figure:
     if max(part.shift for part in parts) == 0:
         loss = 0.0
     loss += 1.0 / UNIT
-    return Figure(value, value - loss, value + loss)
+    return Estimate(value, value - loss, value + loss)
 
 
 def _area(rate: np.ndarray, covered: np.ndarray, limit: float) -> tuple[float, float]:

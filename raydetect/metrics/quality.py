@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from raydetect.metrics.pixels import COLUMNS, pixels_of
-from raydetect.metrics.score_bins import ScoreBins, Tally
+from raydetect.metrics.score_bins import ScoreBins, ScoreBinsBuilder
 
 IMAGE_BINS, PIXEL_BINS, BLOCK_BINS, BLOCKS = 1 << 18, 1 << 16, 1 << 11, 16
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Group:
+class ImageGroup:
     """Images of one category, label and kind of defect; "" where the archive gives none."""
 
     category: str
@@ -30,9 +30,9 @@ class Group:
 class Summary:
     """Summary of one group: image scores, pixels, pixels by block, and number of images without a known mask."""
 
-    images: Tally = field(default_factory=lambda: Tally(IMAGE_BINS))
-    pixels: Tally = field(default_factory=lambda: Tally(PIXEL_BINS, COLUMNS))
-    blocks: dict[int, Tally] = field(default_factory=dict)
+    images: ScoreBinsBuilder = field(default_factory=lambda: ScoreBinsBuilder(IMAGE_BINS))
+    pixels: ScoreBinsBuilder = field(default_factory=lambda: ScoreBinsBuilder(PIXEL_BINS, COLUMNS))
+    blocks: dict[int, ScoreBinsBuilder] = field(default_factory=dict)
     without_mask: int = 0
 
     def add(self, key: str, image: ScoreBins, pixels: ScoreBins | None) -> None:
@@ -41,14 +41,14 @@ class Summary:
         if pixels is not None:
             self.pixels.add(pixels)
             block = zlib.crc32(key.encode(errors="surrogateescape")) % BLOCKS
-            self.blocks.setdefault(block, Tally(BLOCK_BINS, COLUMNS)).add(pixels)
+            self.blocks.setdefault(block, ScoreBinsBuilder(BLOCK_BINS, COLUMNS)).add(pixels)
 
     def take(self, other: "Summary") -> None:
         """Adds another summary; the order does not matter."""
         self.images.add(other.images.whole())
         self.pixels.add(other.pixels.whole())
         for number, block in other.blocks.items():
-            self.blocks.setdefault(number, Tally(BLOCK_BINS, COLUMNS)).add(block.whole())
+            self.blocks.setdefault(number, ScoreBinsBuilder(BLOCK_BINS, COLUMNS)).add(block.whole())
         self.without_mask += other.without_mask
 
 
@@ -56,10 +56,10 @@ class Summary:
 class Quality:
     """Summaries of all groups."""
 
-    groups: dict[Group, Summary] = field(default_factory=dict)
+    groups: dict[ImageGroup, Summary] = field(default_factory=dict)
 
     def add(
-        self, group: Group, key: str, image_score: float, map_HW: np.ndarray | None, mask_HW: np.ndarray | None
+        self, group: ImageGroup, key: str, image_score: float, map_HW: np.ndarray | None, mask_HW: np.ndarray | None
     ) -> None:
         """Adds one image.
 

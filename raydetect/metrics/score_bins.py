@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 SIGN = np.uint32(1 << 31)
-WAITING_SHARE, WAITING_PARTS = 4, 512  # a tally merges beyond 4 times its limit of bins, or at 512 parts
+WAITING_SHARE, WAITING_PARTS = 4, 512  # a builder merges beyond 4 times its limit of bins, or at 512 parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +79,11 @@ class ScoreBins:
         return int(self.counts_BC[:, 0].sum())
 
 
-class Tally:
-    """A histogram built from parts. Parts are merged in groups, which is faster and gives the same result."""
+class ScoreBinsBuilder:
+    """Builds a histogram from parts. Parts are merged in groups, which is faster and gives the same result."""
 
     def __init__(self, limit: int, num_columns: int = 1) -> None:
-        """Creates an empty tally."""
+        """Starts from an empty histogram."""
         self._merged = ScoreBins.empty(limit, num_columns)
         self._waiting: list[ScoreBins] = []
         self._bins = 0

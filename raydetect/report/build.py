@@ -42,14 +42,14 @@ def report_html(ledger: Ledger, pictures: int = PICTURES, extra: Extra | None = 
 
 
 def page_of(
-    ledger: Ledger, run: Mapping[str, Any], found: Tally, extra: Extra | None = None, reach: Reach | None = None
+    ledger: Ledger, run: Mapping[str, Any], row_tally: Tally, extra: Extra | None = None, reach: Reach | None = None
 ) -> str:
     """The same, from rows that have already been tallied.
 
     Args:
         ledger: ledger of the results directory.
         run: its `run.json`.
-        found: tally of its rows.
+        row_tally: tally of its rows.
         extra: additions of an audit.
         reach: storages of the archive and the artifact; None = from the public settings in `run.json`.
 
@@ -57,7 +57,7 @@ def page_of(
         StorageError: a record is damaged.
     """
     reach = reach or reach_of(run)
-    return render(ledger, run, found, Pictures(ledger, run, reach.source), detector_text(run, reach.models), extra)
+    return render(ledger, run, row_tally, Pictures(ledger, run, reach.source), detector_text(run, reach.models), extra)
 
 
 def detector_text(run: Mapping[str, Any], storage: Storage) -> str:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from raydetect.archives.base import split_key
 from raydetect.errors import MemberError, RaydetectError
-from raydetect.report.pictures import Pictures, why_not
+from raydetect.report.pictures import Pictures, missing_reason
 
 SIDE_PX, QUALITY = 360, 78
 DRAWN_PX = 1024  # the longest side of an image over which a heatmap is drawn
@@ -49,10 +49,10 @@ class Card:
 
 def cards(rows: Sequence[Mapping[str, Any]], pictures: Pictures) -> list[Card]:
     """One card per row, in the order of the rows; images are read container by container."""
-    found: dict[int, Card] = {}
+    card_by_index: dict[int, Card] = {}
     for index in sorted(range(len(rows)), key=lambda i: (rows[i]["image_uri"].partition("::")[2], i)):
-        found[index] = _card(index + 1, rows[index], pictures)
-    return [found[index] for index in range(len(rows))]
+        card_by_index[index] = _card(index + 1, rows[index], pictures)
+    return [card_by_index[index] for index in range(len(rows))]
 
 
 def _card(place: int, row: Mapping[str, Any], pictures: Pictures) -> Card:
@@ -61,11 +61,11 @@ def _card(place: int, row: Mapping[str, Any], pictures: Pictures) -> Card:
     try:
         image = pictures.decoded(pictures.encoded(row["image_uri"]), DRAWN_PX)
     except (MemberError, RaydetectError) as error:
-        notes.append(f"No image: {why_not(error)}")
+        notes.append(f"No image: {missing_reason(error)}")
     try:
         overlay = pictures.overlay(row, image)
     except RaydetectError as error:
-        notes.append(f"No heatmap: {why_not(error)}")
+        notes.append(f"No heatmap: {missing_reason(error)}")
     shard, name = split_key(row["key"], row["image_uri"])
     size = f"{row['width']} x {row['height']} px" if row["width"] else ""
     return Card(

@@ -18,7 +18,7 @@ from raydetect import __version__
 from raydetect.left_out import REASONS
 from raydetect.report.gallery import cards
 from raydetect.report.pictures import Pictures
-from raydetect.report.run_charts import Figure, distribution_figure, p_limit, timeline_figure
+from raydetect.report.run_charts import Chart, distribution_chart, p_limit, timeline_chart
 from raydetect.report.tally import MAX_BAD_PER_STATUS, CategorySums, Tally
 from raydetect.sinks.ledger import Ledger
 from raydetect.sinks.run_progress import fdr_text, labelled_auroc, notes_text
@@ -48,7 +48,7 @@ class Extra:
         alarm: whether the verdict is an alarm.
         rules: (rule, outcome, values behind the outcome).
         measures: (measure, this night, baseline, difference).
-        figures: drift charts.
+        charts: drift charts.
         note: what the night is compared with.
     """
 
@@ -57,19 +57,19 @@ class Extra:
     alarm: bool
     rules: Sequence[tuple[str, str, str]]
     measures: Sequence[tuple[str, str, str, str]]
-    figures: Sequence[Figure]
+    charts: Sequence[Chart]
     note: str
 
 
 def render(
-    ledger: Ledger, run: Mapping[str, Any], found: Tally, pictures: Pictures, detector: str, extra: Extra | None = None
+    ledger: Ledger, run: Mapping[str, Any], tally: Tally, pictures: Pictures, detector: str, extra: Extra | None = None
 ) -> str:
     """Renders the page of a results directory; the same results give the same page.
 
     Args:
         ledger: ledger of the results directory.
         run: content of its `run.json`.
-        found: tally of its rows.
+        tally: tally of its rows.
         pictures: opens the images and heatmaps of the gallery.
         detector: description of the detector, shown at the top.
         extra: section of an audit.
@@ -78,30 +78,30 @@ def render(
         loader=FunctionLoader(_part), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     script, style = _part("report.js"), _part("report.css")
-    gallery = cards(found.top_images.rows(), pictures)
+    gallery = cards(tally.top_images.rows(), pictures)
     manifest = ledger.manifest()
-    figures = [distribution_figure(found, p_limit(run, manifest)), timeline_figure(found.timeline)]
+    charts = [distribution_chart(tally, p_limit(run, manifest)), timeline_chart(tally.timeline)]
     return environment.get_template("report.html").render(
         title=extra.title if extra else f"Report of {_short_name(ledger.uri)}",
         script=script,
         style=style,
         policy=_policy(script),
         scored=_scored(run, detector, manifest),
-        facts=facts(ledger, run, found, manifest),
-        finished=found.totals.shards >= int(run["num_shards"]),
-        shards_left=int(run["num_shards"]) - found.totals.shards,
-        figures=[figure for figure in figures if figure is not None],
+        facts=facts(ledger, run, tally, manifest),
+        finished=tally.totals.shards >= int(run["num_shards"]),
+        shards_left=int(run["num_shards"]) - tally.totals.shards,
+        charts=[chart for chart in charts if chart is not None],
         gallery=gallery,
         gallery_categories=sorted({card.category for card in gallery if card.category}),
         has_labels=any(card.label is not None for card in gallery),
-        categories=_category_rows(found),
-        more_categories=max(0, len(found.categories) - MAX_CATEGORY_ROWS),
-        statuses=[(status, count) for status, count in sorted(found.totals.statuses.items()) if status != "ok"],
-        bad=found.bad,
+        categories=_category_rows(tally),
+        more_categories=max(0, len(tally.categories) - MAX_CATEGORY_ROWS),
+        statuses=[(status, count) for status, count in sorted(tally.totals.statuses.items()) if status != "ok"],
+        bad=tally.bad,
         most_bad=MAX_BAD_PER_STATUS,
-        left_out=[(REASONS.get(why, why), entry) for why, entry in sorted(found.totals.left_out.counts.items())],
-        notes=notes_text(found.totals.notes),
-        box=_box(ledger, run, found, manifest),
+        left_out=[(REASONS.get(why, why), entry) for why, entry in sorted(tally.totals.left_out.counts.items())],
+        notes=notes_text(tally.totals.notes),
+        box=_box(ledger, run, tally, manifest),
         spec=yaml.safe_dump(run["spec"], sort_keys=False, allow_unicode=True)[:MAX_SPEC_LENGTH],
         packages=sorted(run.get("packages", {}).items()),
         version=__version__,
@@ -109,24 +109,24 @@ def render(
     )
 
 
-def facts(ledger: Ledger, run: Mapping[str, Any], found: Tally, manifest: Mapping[str, Any] | None) -> list[Fact]:
+def facts(ledger: Ledger, run: Mapping[str, Any], tally: Tally, manifest: Mapping[str, Any] | None) -> list[Fact]:
     """Returns the key figures at the top of the page."""
-    totals = found.totals
+    totals = tally.totals
     bad = _percent(totals.bad_rows, totals.rows)
-    figures = [
+    key_figures = [
         Fact("images", f"{totals.rows:,}", f"in {totals.shards:,} of {int(run['num_shards']):,} shards"),
-        _flagged(run, found, manifest),
+        _flagged(run, tally, manifest),
         Fact("without a score", f"{totals.bad_rows:,}", bad, "bad" if totals.bad_rows else ""),
         Fact("heatmaps", f"{totals.heatmaps:,}", f"of style {run['spec']['sink']['style']}"),
     ]
     quality = labelled_auroc(ledger) if 0 < totals.labelled <= MAX_LABELLED else None
     if quality is not None:
-        figures.append(Fact("image AUROC", f"{quality[0]:.4f}", f"over {quality[1]:,} labelled images"))
-    return figures
+        key_figures.append(Fact("image AUROC", f"{quality[0]:.4f}", f"over {quality[1]:,} labelled images"))
+    return key_figures
 
 
-def _flagged(run: Mapping[str, Any], found: Tally, manifest: Mapping[str, Any] | None) -> Fact:
-    totals = found.totals
+def _flagged(run: Mapping[str, Any], tally: Tally, manifest: Mapping[str, Any] | None) -> Fact:
+    totals = tally.totals
     note = _percent(totals.flagged, totals.rows)
     if run["spec"]["flag"].get("fdr") is not None:
         if manifest is None:
@@ -138,11 +138,11 @@ def _flagged(run: Mapping[str, Any], found: Tally, manifest: Mapping[str, Any] |
     return Fact("flagged", f"{totals.flagged:,}", note, "bad" if totals.flagged else "")
 
 
-def _category_rows(found: Tally) -> list[tuple[str, CategorySums, str]]:
+def _category_rows(tally: Tally) -> list[tuple[str, CategorySums, str]]:
     """Rows of the category table, largest flagged share first; empty if images have no category."""
-    if set(found.categories) <= {""}:
+    if set(tally.categories) <= {""}:
         return []
-    order = sorted(found.categories.items(), key=lambda item: (-item[1].flagged / max(item[1].images, 1), item[0]))
+    order = sorted(tally.categories.items(), key=lambda item: (-item[1].flagged / max(item[1].images, 1), item[0]))
     return [(name or "(none)", sums, _percent(sums.flagged, sums.images)) for name, sums in order[:MAX_CATEGORY_ROWS]]
 
 
@@ -174,10 +174,10 @@ def _rule(flag: Mapping[str, Any], manifest: Mapping[str, Any] | None) -> str:
 
 
 def _box(
-    ledger: Ledger, run: Mapping[str, Any], found: Tally, manifest: Mapping[str, Any] | None
+    ledger: Ledger, run: Mapping[str, Any], tally: Tally, manifest: Mapping[str, Any] | None
 ) -> list[tuple[str, str]]:
     result = run["result"]
-    finished = manifest is not None and found.totals.shards >= int(run["num_shards"])
+    finished = manifest is not None and tally.totals.shards >= int(run["num_shards"])
     return [
         ("Results", ledger.uri),
         ("Artifact", str(result["artifact"])),

@@ -75,7 +75,7 @@ class Pictures:
         except Exception as error:
             raise translate(image_uri, "read", error) from error
         if len(data) > limit:
-            raise StorageError(f"{image_uri}: is of more than source.max_image_bytes = {limit:,}.")
+            raise StorageError(f"{image_uri}: has more than source.max_image_bytes = {limit:,} bytes.")
         return data
 
     def decoded(self, data: bytes, longest_px: int | None = None) -> Image.Image:
@@ -96,17 +96,17 @@ class Pictures:
         """
         if not row["heatmap_uri"]:
             return None
-        found = HEATMAP.fullmatch(row["heatmap_uri"])
-        if found is None or not re.fullmatch(PART_FILE, found.group(2)):
+        match = HEATMAP.fullmatch(row["heatmap_uri"])
+        if match is None or not re.fullmatch(PART_FILE, match.group(2)):
             raise StorageError(f"{row['heatmap_uri']!r}: is not a heatmap of a results directory.")
-        path = join_uri(self.ledger.uri, found.group(2))
+        path = join_uri(self.ledger.uri, match.group(2))
         try:
             with self.ledger.storage.open(path) as handle, zipfile.ZipFile(handle) as archive:
-                if archive.getinfo(found.group(1)).file_size > MAX_HEATMAP_BYTES:
+                if archive.getinfo(match.group(1)).file_size > MAX_HEATMAP_BYTES:
                     raise zipfile.BadZipFile("a heatmap that is too large")
-                return archive.read(found.group(1))
+                return archive.read(match.group(1))
         except (KeyError, zipfile.BadZipFile, OSError) as error:
-            raise StorageError(f"{path}: holds no {found.group(1)} ({type(error).__name__}).") from None
+            raise StorageError(f"{path}: contains no {match.group(1)} ({type(error).__name__}).") from None
 
     def anomaly_map(self, row: Mapping[str, Any]) -> np.ndarray | None:
         """The stored anomaly map of a row, (H, W) float32; None if it has none.
@@ -156,8 +156,8 @@ def heatmap_style(run: Mapping[str, Any]) -> str:
 def map_scale(run: Mapping[str, Any], category: str | None) -> MapScale:
     """The heatmap scale of a category."""
     scale = run["heatmap_scale"]
-    found = scale.get("categories", {}).get(category, scale)
-    return MapScale(float(found["low"]), float(found["high"]))
+    entry = scale.get("categories", {}).get(category, scale)
+    return MapScale(float(entry["low"]), float(entry["high"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +184,7 @@ def _public(options: Mapping[str, Any] | None) -> Storage:
     return Storage(StorageOptions(**{name: (options or {}).get(name, default) for name, default in known.items()}))
 
 
-def why_not(error: MemberError | RaydetectError) -> str:
+def missing_reason(error: MemberError | RaydetectError) -> str:
     """A short reason for a missing picture."""
     return str(error)[:200]
 

@@ -18,7 +18,7 @@ LABELS = {None: ("images", "one"), 0: ("labelled normal", "good"), 1: ("labelled
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
+class Chart:
     """A chart with its title, legend and note."""
 
     title: str
@@ -27,14 +27,14 @@ class Figure:
     note: str
 
 
-def distribution_figure(tally: Tally, p_limit: float | None) -> Figure | None:
+def distribution_chart(tally: Tally, p_limit: float | None) -> Chart | None:
     """Histogram of the scores by label, with the threshold; None if no image has a score."""
-    shown = {label: found for label, found in tally.distributions.items() if found.total}
+    shown = {label: histogram for label, histogram in tally.distributions.items() if histogram.total}
     if not shown:
         return None
     grid = _common_bins(list(shown.values()))
     first, stop = grid.first, grid.first + len(grid.counts)
-    counts = {label: _counts_on(grid, found) for label, found in shown.items()}
+    counts = {label: _counts_on(grid, histogram) for label, histogram in shown.items()}
     plot = Plot("Distribution of scores", first * grid.width, stop * grid.width, float(grid.counts.max()), root=True)
     for i in range(len(grid.counts)):
         low = 0.0
@@ -52,7 +52,7 @@ def distribution_figure(tally: Tally, p_limit: float | None) -> Figure | None:
     name = "image score" if tally.measure == "image_score" else "p-value"
     svg = plot.svg(tick_texts(nice_ticks(plot.x_low, plot.x_high)), name)
     series = [Series(LABELS[label][0], LABELS[label][1], ()) for label in counts]
-    return Figure(
+    return Chart(
         f"Distribution of {name}s",
         svg,
         legend(series),
@@ -73,22 +73,22 @@ def _decision(tally: Tally, p_limit: float | None) -> tuple[float | None, str]:
     return tally.threshold, f"threshold {tally.threshold:.4g}"
 
 
-def _common_bins(found: Sequence[Histogram]) -> Histogram:
+def _common_bins(histograms: Sequence[Histogram]) -> Histogram:
     merged = Histogram()
-    for one in found:
-        merged.merge(one)
+    for histogram in histograms:
+        merged.merge(histogram)
     return merged.with_bins(BARS)
 
 
-def _counts_on(grid: Histogram, found: Histogram) -> np.ndarray:
-    coarse = found.coarsened(grid.exponent)
+def _counts_on(grid: Histogram, histogram: Histogram) -> np.ndarray:
+    coarse = histogram.coarsened(grid.exponent)
     counts = np.zeros(len(grid.counts), dtype=np.int64)
     start = coarse.first - grid.first
     counts[start : start + len(coarse.counts)] = coarse.counts
     return counts
 
 
-def timeline_figure(timeline: Timeline) -> Figure | None:
+def timeline_chart(timeline: Timeline) -> Chart | None:
     """Shares of flagged and of bad images by shard; None without images."""
     spans = timeline.spans
     shares = [(_share(span.flagged, span.images), _share(span.bad, span.images)) for span in spans]
@@ -104,7 +104,7 @@ def timeline_figure(timeline: Timeline) -> Figure | None:
     svg = plot.svg([(value + 0.5, f"{int(value):,}") for value in whole], "shard, sorted by name", percent=True)
     each = f"Each bar is {timeline.shards_each:,} shards." if timeline.shards_each > 1 else "Each bar is one shard."
     series = [Series("flagged", "one", ()), Series("without a score", "bad", ())]
-    return Figure("By shard", svg, legend(series), f"{each} Hover over a bar for details.")
+    return Chart("By shard", svg, legend(series), f"{each} Hover over a bar for details.")
 
 
 def _share(part: int, whole: int) -> float:

@@ -127,17 +127,17 @@ def tally(
         StorageError: a record or part is missing or damaged.
     """
     measure = measure_of(run)
-    found = Tally(measure, TopImages(pictures, by_p_value=measure == "p_value"))
+    row_tally = Tally(measure, TopImages(pictures, by_p_value=measure == "p_value"))
     shard = -1
     for receipt, _, table in read_rows(ledger, COLUMNS):
         if receipt.shard != shard:
             shard = receipt.shard
-            found.totals.add(receipt)
-            found.timeline.add(receipt)
-        found.add(table)
+            row_tally.totals.add(receipt)
+            row_tally.timeline.add(receipt)
+        row_tally.add(table)
         if also is not None:
             also(table)
-    return found
+    return row_tally
 
 
 def measure_of(run: Mapping[str, Any]) -> str:

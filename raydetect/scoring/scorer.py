@@ -23,7 +23,7 @@ from raydetect.images.decode import Pixels, decode_image, decode_on
 from raydetect.images.opening import DecodeRules
 from raydetect.records import OK, Chunk, Member, Row
 from raydetect.scoring.batches import Scored, score_batches
-from raydetect.scoring.decision import DetectorCache, LoadedDetector
+from raydetect.scoring.detector_cache import DetectorCache, LoadedDetector
 from raydetect.scoring.device_queue import DeviceQueue
 from raydetect.sinks.heatmaps import map_png, overlay_png
 from raydetect.sinks.parquet import ResultsSink

@@ -194,14 +194,15 @@ def _refuse_incomplete(ledger: Ledger, missing: Sequence[Shard], planned: int, f
 
 def listed_files(ledger: Ledger, folders: Sequence[str] = ("scores", "heatmaps")) -> dict[str, int]:
     """Lists the files below some folders: size in bytes by path in the results directory."""
-    found: dict[str, int] = {}
+    size_by_path: dict[str, int] = {}
     start = len(normalise_uri(ledger.uri)) + 1
     for folder in folders:
         try:
-            found |= {file.uri[start:]: file.size_bytes for file in ledger.storage.list(join_uri(ledger.uri, folder))}
+            files = ledger.storage.list(join_uri(ledger.uri, folder))
+            size_by_path |= {file.uri[start:]: file.size_bytes for file in files}
         except MissingError:
             continue
-    return found
+    return size_by_path
 
 
 def named_files(part: Part) -> list[tuple[str, int]]:

@@ -18,7 +18,7 @@ RAMP = (
 )
 NORMAL_SHARE = 0.1
 OPAQUE = 0.72
-DEEPEST = 65535
+MAX_GREY = 65535
 BAND_PIXELS = 1 << 18  # blended at a time, with about a hundred bytes per pixel
 MAX_PIXELS = 1 << 26  # limit for reading; written heatmaps have at most the detector's input size, or 1024 px per side
 
@@ -74,7 +74,7 @@ def map_png(map_HW: np.ndarray, low: float, high: float) -> tuple[bytes, int]:
         raise ValueError(f"the scale of a map needs high > low, given {low} and {high}")
     level_HW = (map_HW.astype(np.float64) - low) / (high - low)
     clipped = int(((level_HW < 0.0) | (level_HW > 1.0)).sum())
-    values_HW = np.rint(np.clip(level_HW, 0.0, 1.0) * DEEPEST).astype(np.uint16)
+    values_HW = np.rint(np.clip(level_HW, 0.0, 1.0) * MAX_GREY).astype(np.uint16)
     return _png(Image.fromarray(values_HW)), clipped
 
 
@@ -85,7 +85,7 @@ def read_map_png(data: bytes, low: float, high: float) -> np.ndarray:
         StorageError: the PNG is damaged.
     """
     values_HW = np.asarray(read_png(data)).astype(np.float64)
-    return (low + values_HW / DEEPEST * (high - low)).astype(np.float32)
+    return (low + values_HW / MAX_GREY * (high - low)).astype(np.float32)
 
 
 def read_png(data: bytes) -> Image.Image:

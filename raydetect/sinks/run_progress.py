@@ -140,13 +140,13 @@ def progress(ledger: Ledger) -> RunProgress:
         StorageError: the URI is not a results directory, or a record is damaged.
     """
     files: list[tuple[str, int]] = []
-    found = ProgressReader(
+    run_progress = ProgressReader(
         ledger, lambda receipt: files.extend(f for p in receipt.parts for f in named_files(p))
     ).progress()
     gaps = Gaps(ledger, listed_files(ledger))
     for path, size in files:
         gaps.look(path, size)
-    return replace(found, finished=found.finished and not gaps.count, gaps=gaps.text())
+    return replace(run_progress, finished=run_progress.finished and not gaps.count, gaps=gaps.text())
 
 
 def notes_text(notes: Mapping[str, int]) -> str:

@@ -41,7 +41,7 @@ class ByCategory:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Decision:
+class FdrDecision:
     """The entry `fdr` of the manifest."""
 
     level: Number
@@ -65,4 +65,4 @@ class Manifest:
     flagged: Count
     heatmaps: Count
     statuses: Mapping[str, Count]
-    fdr: Decision | None = None
+    fdr: FdrDecision | None = None

@@ -45,7 +45,7 @@ Damage = tuple[str, str]  # kind, name of the damaged file or entry
 
 
 @dataclass(slots=True)
-class Found:
+class DamageCount:
     """Damage of one kind: count and first names."""
 
     count: int = 0
@@ -77,7 +77,7 @@ class Verification:
     heatmap_zips: int = 0
     rows: int = 0
     unnamed: int = 0
-    damage: dict[str, Found] = field(default_factory=dict)
+    damage: dict[str, DamageCount] = field(default_factory=dict)
     damaged: set[int] = field(default_factory=set)
 
     @property
@@ -87,10 +87,10 @@ class Verification:
 
     def add(self, kind: str, name: str, shard: int | None = None) -> None:
         """Adds damage, and the shard that must be scored again."""
-        found = self.damage.setdefault(kind, Found())
-        found.count += 1
-        if found.count <= NAMED:
-            found.names.append(name)
+        damage = self.damage.setdefault(kind, DamageCount())
+        damage.count += 1
+        if damage.count <= NAMED:
+            damage.names.append(name)
         if shard is not None:
             self.damaged.add(shard)
 
@@ -106,7 +106,7 @@ class Verification:
             "heatmap_zips": self.heatmap_zips,
             "rows": self.rows,
             "unnamed_files": self.unnamed,
-            "damage": {kind: {"count": found.count, "first": found.names} for kind, found in self.damage.items()},
+            "damage": {kind: {"count": damage.count, "first": damage.names} for kind, damage in self.damage.items()},
             "damaged_shards": sorted(self.damaged),
         }
 
@@ -117,8 +117,8 @@ class Verification:
             repaired: whether the records of damaged shards were removed.
         """
         lines = [
-            f"{KINDS[kind]}: {found.count:,} ({names_text(found.names, found.count)})" if kind != "run" else KINDS[kind]
-            for kind, found in self.damage.items()
+            KINDS[kind] + ("" if kind == "run" else f": {damage.count:,} ({names_text(damage.names, damage.count)})")
+            for kind, damage in self.damage.items()
         ]
         if self.unnamed:
             lines.append(f"files that no record names: {self.unnamed:,} (of killed runs; they are ignored)")
@@ -145,86 +145,86 @@ def verify(ledger: Ledger, on_progress: ProgressCallback) -> Verification:
         MissingError: no run was started there.
         StorageError: the storage failed.
     """
-    found = Verification(ledger.uri)
+    verification = Verification(ledger.uri)
     committed = sorted(ledger.committed())
-    run = _run(ledger, bool(committed), found)
-    manifest = _manifest(ledger, found)
-    found.finished = manifest is not None
-    _check_run(run, committed, found)
+    run = _run(ledger, bool(committed), verification)
+    manifest = _manifest(ledger, verification)
+    verification.finished = manifest is not None
+    _check_run(run, committed, verification)
     files, keys, totals = listed_files(ledger), bytearray(), Totals()
     flags = archive_flags(manifest)
     for shard in read_ahead(partial(_read_shard, ledger), committed, READERS):
         on_progress("verified shards", 1, len(committed))
         for kind, name in shard.damage:
-            found.add(kind, name, shard.index)
+            verification.add(kind, name, shard.index)
         if shard.receipt is None:
             continue
         keys += shard.keys
-        _check_record(shard.receipt, run, found)
+        _check_record(shard.receipt, run, verification)
         totals.add(shard.receipt if flags is None else flags.apply_to_receipt(shard.receipt))
         for part in shard.receipt.parts:
             for path, _ in named_files(part):
                 files.pop(path, None)
-    found.unnamed = len(files)
-    _check_keys(ledger, committed, keys, found)
-    _check_sums(run, manifest, totals, found)
-    found.shards, found.parts, found.rows = totals.shards, totals.parts, totals.rows
-    return found
+    verification.unnamed = len(files)
+    _check_keys(ledger, committed, keys, verification)
+    _check_sums(run, manifest, totals, verification)
+    verification.shards, verification.parts, verification.rows = totals.shards, totals.parts, totals.rows
+    return verification
 
 
-def repair(ledger: Ledger, found: Verification) -> None:
+def repair(ledger: Ledger, verification: Verification) -> None:
     """Removes damaged records, so that the same job writes them again; unnamed files stay.
 
     Raises:
         StorageError: a file cannot be removed.
     """
-    ledger.withdraw(sorted(found.damaged))
-    if "run" in found.damage:
+    ledger.withdraw(sorted(verification.damaged))
+    if "run" in verification.damage:
         ledger.forget()
 
 
-def _run(ledger: Ledger, has_records: bool, found: Verification) -> dict[str, Any] | None:
+def _run(ledger: Ledger, has_records: bool, verification: Verification) -> dict[str, Any] | None:
     try:
         run = ledger.run()
     except DamagedError:
-        found.add("run", "run.json")
+        verification.add("run", "run.json")
         return None
     if run is None and not has_records:
         raise MissingError(f"{ledger.uri}: holds no run.json, so no run was started there. Check the URI.")
     if run is None:
-        found.add("run", "run.json")
+        verification.add("run", "run.json")
     return run
 
 
-def _manifest(ledger: Ledger, found: Verification) -> dict[str, Any] | None:
+def _manifest(ledger: Ledger, verification: Verification) -> dict[str, Any] | None:
     try:
         return ledger.manifest()
     except DamagedError:
-        found.add("manifest", "the file is damaged")
+        verification.add("manifest", "the file is damaged")
         return None
 
 
-def _check_run(run: Mapping[str, Any] | None, committed: Iterable[int], found: Verification) -> None:
+def _check_run(run: Mapping[str, Any] | None, committed: Iterable[int], verification: Verification) -> None:
     """Checks that a finished run has a record of each of its shards, and no others."""
     if run is None:
         return
-    found.num_shards = int(run["num_shards"])
+    verification.num_shards = int(run["num_shards"])
     recorded = set(committed)
-    if found.finished:
-        for index in range(found.num_shards):
+    if verification.finished:
+        for index in range(verification.num_shards):
             if index not in recorded:
-                found.add("missing_records", _record(index))
-        found.finished = "missing_records" not in found.damage
+                verification.add("missing_records", _record(index))
+        verification.finished = "missing_records" not in verification.damage
     for index in sorted(recorded):
-        if index >= found.num_shards:
-            found.add("foreign_records", _record(index), index)
+        if index >= verification.num_shards:
+            verification.add("foreign_records", _record(index), index)
 
 
-def _check_record(receipt: Receipt, run: Mapping[str, Any] | None, found: Verification) -> None:
+def _check_record(receipt: Receipt, run: Mapping[str, Any] | None, verification: Verification) -> None:
     """Checks that a record belongs to the job and that its parts form a complete shard."""
     name = _record(receipt.shard)
     if run is not None and receipt.run not in ("", rows_digest(run)):
-        found.add("foreign_records", name, receipt.shard)
+        verification.add("foreign_records", name, receipt.shard)
     statuses: Counter[str] = Counter()
     for part in receipt.parts:
         statuses.update(part.statuses)
@@ -233,8 +233,8 @@ def _check_record(receipt: Receipt, run: Mapping[str, Any] | None, found: Verifi
     expected = [(receipt.shard, number, number == last) for number in range(len(numbers))]
     rows = sum(part.rows for part in receipt.parts)
     if not numbers or numbers != expected or rows != receipt.rows or statuses != Counter(receipt.statuses):
-        found.add("damaged_records", name, receipt.shard)
-    found.heatmap_zips += sum(len(part.heatmap_zips) for part in receipt.parts)
+        verification.add("damaged_records", name, receipt.shard)
+    verification.heatmap_zips += sum(len(part.heatmap_zips) for part in receipt.parts)
 
 
 def _record(index: int) -> str:
@@ -329,8 +329,8 @@ def _digest(key: str) -> bytes:
     return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()
 
 
-def _check_keys(ledger: Ledger, committed: Sequence[int], keys: bytearray, found: Verification) -> None:
-    """Adds repeated keys to `found`; reads the parts a second time to name them, only if there are any."""
+def _check_keys(ledger: Ledger, committed: Sequence[int], keys: bytearray, verification: Verification) -> None:
+    """Adds repeated keys to `verification`; reads the parts a second time to name them, only if there are any."""
     keys_N = np.frombuffer(keys, dtype=f"S{DIGEST_BYTES}")
     keys_N.sort()
     repeated = {_padded(key) for key in np.unique(keys_N[1:][keys_N[1:] == keys_N[:-1]]).tolist()}
@@ -344,8 +344,8 @@ def _check_keys(ledger: Ledger, committed: Sequence[int], keys: bytearray, found
                 if (digest := _digest(key)) in repeated:
                     rows_by_digest.setdefault(digest, []).append((key, index))
     for rows in rows_by_digest.values():
-        found.add("keys", rows[0][0])
-        found.damaged |= {index for _, index in rows}
+        verification.add("keys", rows[0][0])
+        verification.damaged |= {index for _, index in rows}
 
 
 def _padded(digest: bytes) -> bytes:
@@ -360,13 +360,14 @@ def _parts(ledger: Ledger, index: int) -> tuple[Part, ...]:
 
 
 def _check_sums(
-    run: Mapping[str, Any] | None, manifest: Mapping[str, Any] | None, totals: Totals, found: Verification
+    run: Mapping[str, Any] | None, manifest: Mapping[str, Any] | None, totals: Totals, verification: Verification
 ) -> None:
     """Compares the manifest with the sums of the records, unless other damage explains differences."""
-    if manifest is None or run is None or {"missing_records", "damaged_records", "foreign_records"} & set(found.damage):
+    explained = {"missing_records", "damaged_records", "foreign_records"} & set(verification.damage)
+    if manifest is None or run is None or explained:
         return
     if manifest.get("result") not in (None, run["result"]):
-        found.add("manifest", "result belongs to another job")
+        verification.add("manifest", "result belongs to another job")
     for name, value in totals.plain().items():
         if manifest.get(name) != value:
-            found.add("manifest", f"{name} is {manifest.get(name)}, but {value} in the records")
+            verification.add("manifest", f"{name} is {manifest.get(name)}, but {value} in the records")

@@ -16,7 +16,15 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from raydetect.archives.base import begins_as_image, has_suffix, is_hidden, is_image_name, key_of, readable, safe_name
+from raydetect.archives.base import (
+    begins_as_image,
+    escaped_text,
+    has_suffix,
+    is_hidden,
+    is_image_name,
+    key_of,
+    safe_name,
+)
 from raydetect.archives.directory import escaped
 from raydetect.archives.open import open_archive
 from raydetect.archives.path_patterns import Naming
@@ -135,10 +143,10 @@ def test_the_last_of_one_name_is_the_file(suffix: str, tmp_path: Path) -> None:
 @given(name=st.text(max_size=30) | st.text("./\\:#%\udcfc\ud83da\n\0", max_size=30))
 def test_no_name_raises_anything_but_what_is_said(name: str) -> None:
     """Every function that meets a name of a stranger."""
-    readable(name).encode()
+    escaped_text(name).encode()
     key_of("memory:///a.tar", name).encode()
     is_hidden(name), has_suffix(name), is_image_name(name), list(stems(name)), left_out_reason(name), tidy(name)
-    quoted = escaped(readable(name))
+    quoted = escaped(escaped_text(name))
     assert quoted.isascii() and "::" not in quoted
     Naming.of(SourceSpec(uri="", pattern="{category}/{defect}/{name}.png")).read(name)
     try:

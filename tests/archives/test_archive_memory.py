@@ -58,8 +58,8 @@ for uri in sys.argv[2:]:
 """
 
 
-def members_of(uri: str | Path, **words: object) -> list[Member]:
-    source = SourceSpec(uri=str(uri), **words)
+def members_of(uri: str | Path, **settings: object) -> list[Member]:
+    source = SourceSpec(uri=str(uri), **settings)
     archive = open_archive(source, Storage())
     return [member for shard in archive.shards() for member in read_members(archive, shard, source)]
 

@@ -11,7 +11,7 @@ from raydetect.local import jobs
 from raydetect.planning.plan import plan_score
 from raydetect.sinks.ledger import Ledger
 from raydetect.storage import Storage
-from tests.builders.everything import REASONS, STATUSES, Laid, conserved, everything
+from tests.builders.all_formats import REASONS, STATUSES, Laid, all_formats, conserved
 from tests.builders.server import fit_small
 
 SPLIT = {"split_bytes": 6000, "shard_images": 7}
@@ -49,7 +49,7 @@ def scored(laid: Laid, artifact: str, results: Path, **source: Any) -> tuple[lis
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_every_file_is_a_row_or_left_out_and_parts_change_nothing(seed: int, artifact: str, tmp_path: Path) -> None:
-    laid = everything(seed).write(tmp_path / "in [x] 100% #")
+    laid = all_formats(seed).write(tmp_path / "in [x] 100% #")
     whole, manifest = scored(laid, artifact, tmp_path / "whole")
     assert set(manifest["left_out"]) == REASONS and set(manifest["statuses"]) == STATUSES
     in_parts, split = scored(laid, artifact, tmp_path / "split", **SPLIT)
@@ -63,6 +63,6 @@ def test_every_file_is_a_row_or_left_out_and_parts_change_nothing(seed: int, art
 
 
 def test_what_a_pattern_leaves_out_is_counted_too(artifact: str, tmp_path: Path) -> None:
-    laid = everything(4).write(tmp_path / "in")
+    laid = all_formats(4).write(tmp_path / "in")
     _, manifest = scored(laid, artifact, tmp_path / "out", **PATTERN)
     assert set(manifest["left_out"]) >= {*REASONS, "pattern"}

@@ -19,14 +19,14 @@ from tests.objectstore import ObjectStore
 ODD = "out [line 4] 50% #1 a*b? \u00fc"
 
 
-def call(*words: str) -> Result:
-    result = CliRunner().invoke(main, list(words))
+def call(*arguments: str) -> Result:
+    result = CliRunner().invoke(main, list(arguments))
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
 
 
-def job(path: Path, **words: Any) -> str:
-    path.write_text(yaml.safe_dump(words))
+def job(path: Path, **settings: Any) -> str:
+    path.write_text(yaml.safe_dump(settings))
     return str(path)
 
 
@@ -105,8 +105,8 @@ def test_in_a_bucket(object_store: ObjectStore, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", object_store.key)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", object_store.secret)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    words = {"endpoint_url": object_store.endpoint_url, "key": object_store.key, "secret": object_store.secret}
-    whole_job(object_store.uri(ODD), object_store.storage, {**words, "region": "us-east-1"}, tmp_path)
+    settings = {"endpoint_url": object_store.endpoint_url, "key": object_store.key, "secret": object_store.secret}
+    whole_job(object_store.uri(ODD), object_store.storage, {**settings, "region": "us-east-1"}, tmp_path)
 
 
 def test_a_glob_that_names_folders_means_all_below_them(tmp_path: Path) -> None:

@@ -33,9 +33,9 @@ from tests.builders.hostile import PNG
 APPLE = b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(100)
 
 
-def read(uri: str, **words: object) -> tuple[list[Member], dict[str, int]]:
+def read(uri: str, **settings: object) -> tuple[list[Member], dict[str, int]]:
     """Members of a source, and counts of what was left out by reason."""
-    archive = open_archive(SourceSpec(uri=uri, **words), Storage())  # type: ignore[arg-type]
+    archive = open_archive(SourceSpec(uri=uri, **settings), Storage())  # type: ignore[arg-type]
     left_out = LeftOutCount()
     members: list[Member] = []
     for shard in archive.shards():
@@ -195,8 +195,8 @@ def test_names_are_compared_composed() -> None:
 def _table(columns: dict[str, object], features: dict[str, object] | None = None) -> str:
     table = pa.table(columns)
     if features is not None:
-        words = {"info": {"features": features}}
-        table = table.replace_schema_metadata({"huggingface": json.dumps(words)})
+        metadata = {"info": {"features": features}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(metadata)})
     buffer = io.BytesIO()
     pq.write_table(table, buffer, row_group_size=2)
     Storage().write("memory://hf/a.parquet", buffer.getvalue())
@@ -327,11 +327,11 @@ def test_sidecars_whose_names_fall_together_are_all_counted(pair: tuple[str, str
 
 
 def test_labels_of_a_path_are_read_as_those_of_a_sidecar() -> None:
-    words = {"0": 0, "1": 1, "OK": 0, "NG": 1, "unknown": None, "-1": None, "false": 0, "0.0": 0, "0.5": None}
-    Storage().write("memory://path/a.tar", tar_bytes([(f"{word}/{i}.png", PNG) for i, word in enumerate(words)]))
+    expected = {"0": 0, "1": 1, "OK": 0, "NG": 1, "unknown": None, "-1": None, "false": 0, "0.0": 0, "0.5": None}
+    Storage().write("memory://path/a.tar", tar_bytes([(f"{text}/{i}.png", PNG) for i, text in enumerate(expected)]))
     members, _ = read("memory://path", pattern="{label}/{name}.png")
-    assert [member.label for member in members] == list(words.values())
-    assert [bool(member.notes) for member in members] == [word == "0.5" for word in words]
+    assert [member.label for member in members] == list(expected.values())
+    assert [bool(member.notes) for member in members] == [text == "0.5" for text in expected]
     members, _ = read("memory://path", pattern="{defect}/{name}.png")
     assert members[4].label == 1 and members[4].defect == "unknown"
 

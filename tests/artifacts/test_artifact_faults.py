@@ -171,8 +171,8 @@ def test_a_calibration_that_cannot_be_is_refused_when_the_job_is_planned(
         planned()
     assert message in str(caught.value) and "artifact.json: is damaged or foreign (" in str(caught.value)
     (tmp_path / "job.yaml").write_text(yaml.safe_dump({**SCORE, "flag": {"alpha": 0.2}}))
-    for words in (["check"], ["score", "--local"], ["plan"]):
-        ended = CliRunner().invoke(main, [*words, str(tmp_path / "job.yaml")])
+    for arguments in (["check"], ["score", "--local"], ["plan"]):
+        ended = CliRunner().invoke(main, [*arguments, str(tmp_path / "job.yaml")])
         assert ended.exit_code == 2 and message in ended.output, ended.output
     assert not Storage().exists("memory://data/results/run.json")
 
@@ -307,8 +307,8 @@ def test_what_calibrate_would_copy_is_checked_too(stored: Files) -> None:
     tensors = load(stored[place_of(stored)])
     tensors["bank"][0, 0] = math.nan
     rewrite(body_of(stored), save(tensors))
-    words = {"kind": "calibrate", "source": {"uri": "memory://data/mixed"}, "artifact": ARTIFACT}
-    spec = spec_of({**words, "output": "memory://data/new"})
+    settings = {"kind": "calibrate", "source": {"uri": "memory://data/mixed"}, "artifact": ARTIFACT}
+    spec = spec_of({**settings, "output": "memory://data/new"})
     with pytest.raises(ArtifactError, match="values of 'bank' are not finite"):
         jobs.calibrate(spec, lambda *_: None)
     with pytest.raises((ArtifactError, SpecError)):

@@ -39,7 +39,7 @@ from raydetect.local import jobs
 from raydetect.planning.forecast import scoring_rate
 from raydetect.planning.plan import ScorePlan, plan_score
 from raydetect.records import BAD_STATUSES
-from raydetect.scoring.decision import DetectorCache, LoadedDetector
+from raydetect.scoring.detector_cache import DetectorCache, LoadedDetector
 from raydetect.scoring.device_queue import DeviceQueue
 from raydetect.sinks.run_progress import labelled_auroc, progress
 from raydetect.storage import Storage, join_uri

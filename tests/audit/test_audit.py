@@ -34,8 +34,8 @@ from tests.builders.nights import CATEGORY, EACH, RULES, add_night, audit_job, f
 KEY = "a secret of the webhook's own"
 
 
-def call(*words: str) -> Result:
-    result = CliRunner().invoke(main, list(words))
+def call(*arguments: str) -> Result:
+    result = CliRunner().invoke(main, list(arguments))
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
 
@@ -163,23 +163,29 @@ def test_only_what_is_new_is_scored(place: Path) -> None:
     assert summary(place, 3)["alarms"] == ["no images"]
 
 
+def first_shard_only(plan: ScorePlan) -> object:
+    """Scores until the first shard is committed, then stops."""
+
+    def stop(done: ScoredChunk | Receipt) -> None:
+        if isinstance(done, ScoredChunk) and done.facts.shard:
+            end = time.monotonic() + 20
+            while plan.ledger.committed() != {0}:
+                assert time.monotonic() < end
+            raise InterruptedError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobs, "READERS", 1)
+        patch.setattr(jobs, "CHUNKS_IN_FLIGHT", 1)  # one chunk after the other
+        return jobs.score(plan, stop)
+
+
 def test_a_killed_audit_goes_on_with_its_own_shards(place: Path) -> None:
     add_night(place, "a", "normal", 0, count=6)
     made = Audit.of(spec_of(place, chunk_images=1))
 
-    class Killed(Exception):
-        pass
-
-    def half(plan: ScorePlan) -> object:
-        def stop(done: ScoredChunk | Receipt) -> None:
-            if isinstance(done, Receipt):
-                raise Killed
-
-        return jobs.score(plan, stop)
-
     (claim,) = made.pending()
-    with pytest.raises(Killed):
-        made.run(claim, half)
+    with pytest.raises(InterruptedError):
+        made.run(claim, first_shard_only)
     add_night(place, "b", "normal", 50, count=6)
     seen: list[list[str]] = []
 
@@ -197,16 +203,9 @@ def test_a_shard_that_changed_before_its_night_was_scored_is_of_the_next_night(p
     add_night(place, "a", "normal", 0, count=6)
     made = Audit.of(spec_of(place))
 
-    def first_shard(plan: ScorePlan) -> object:
-        def stop(done: ScoredChunk | Receipt) -> None:
-            if isinstance(done, Receipt):
-                raise InterruptedError
-
-        return jobs.score(plan, stop)
-
     (claim,) = made.pending()
     with pytest.raises(InterruptedError):
-        made.run(claim, first_shard)
+        made.run(claim, first_shard_only)
     second = place / "archive" / "a-1.tar"
     if what == "deleted":
         second.unlink()
@@ -338,9 +337,9 @@ def test_a_webhook_that_fails_is_tried_again_and_then_said(place: Path, hook: st
     retold = call("audit", path, "--local")
     assert retold.exit_code == 0 and "Notified the webhook of night-00001." in retold.output
     Receiver.answers = [500]
-    words = ["--set", "alarm_when=['many: images > 1']", "--set", "night=next"]
+    options = ["--set", "alarm_when=['many: images > 1']", "--set", "night=next"]
     add_night(place, "b", "normal", 90, count=4)
-    both = call("audit", path, "--local", *words)
+    both = call("audit", path, "--local", *options)
     assert both.exit_code == 4 and "did not accept the summary" in both.output and "alarm: next: many" in both.output
 
 

@@ -61,7 +61,7 @@ def test_any_text_is_a_rule_or_a_sentence(text: str) -> None:
         rules = parse_rules([text], MEASURES)
     except SpecError:
         return
-    assert rules[0].comparisons
+    assert rules[0].conditions
 
 
 def test_the_ks_distance_is_that_of_scipy_up_to_a_bin() -> None:

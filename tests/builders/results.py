@@ -72,7 +72,7 @@ def make_results(
     Every third image has a defect and is flagged; the last file of each shard is not an image. The score of image n is
     1 + n / 100 if it is normal, else 3 + n / 100.
     """
-    storage, options = (Storage(), {}) if store is None else (store.storage, store.words)
+    storage, options = (Storage(), {}) if store is None else (store.storage, store.settings)
     ledger = Ledger(f"{folder}/results", storage)
     ledger.begin(run_record(folder, len(names), style, storage=options))
     number = 0

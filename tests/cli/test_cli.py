@@ -68,8 +68,8 @@ class Place:
         return str(path)
 
 
-def call(*words: str) -> Result:
-    result = CliRunner().invoke(main, list(words))
+def call(*arguments: str) -> Result:
+    result = CliRunner().invoke(main, list(arguments))
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
 
@@ -85,8 +85,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 
 def test_help_is_instant_and_loads_neither_torch_nor_ray() -> None:
-    words = [sys.executable, "-X", "importtime", "-c", "from raydetect.cli.main import main; main(['--help'])"]
-    ended = subprocess.run(words, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-X", "importtime", "-c", "from raydetect.cli.main import main; main(['--help'])"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
     loaded = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines()}
     assert not loaded & {"torch", "ray", "pyarrow", "numpy", "pydantic", "fsspec"}
     times = []
@@ -226,12 +226,12 @@ def test_an_artifact_of_a_newer_format_is_refused(place: Place, tmp_path: Path) 
 
 def test_too_many_bad_rows_end_with_exit_code_3_and_all_rows(place: Place, tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(tar_bytes([("widget/test/good/a.png", b""), *normal_files(1)]))
-    words = ["--set", f"source={{uri: {tmp_path}}}", "--set", f"sink.uri={tmp_path}/results", "--local"]
-    ended = call("score", place.score, *words)
+    options = ["--set", f"source={{uri: {tmp_path}}}", "--set", f"sink.uri={tmp_path}/results", "--local"]
+    ended = call("score", place.score, *options)
     assert ended.exit_code == 3 and "1 of 2 rows" in ended.output and "1 empty" in ended.output
     assert (tmp_path / "results" / "manifest.json").exists()
     stopped = call(
-        "score", place.score, *words, "--set", f"sink.uri={tmp_path}/other", "--set", "source.on_bad_member=fail"
+        "score", place.score, *options, "--set", f"sink.uri={tmp_path}/other", "--set", "source.on_bad_member=fail"
     )
     assert stopped.exit_code == 1 and "zero bytes" in stopped.output
 
@@ -241,37 +241,37 @@ def test_notes_are_said_at_the_end_and_in_the_status(place: Place, tmp_path: Pat
     picture = Image.fromarray(normal_image(1))
     picture.save(tmp_path / "noted" / "a.tif", save_all=True, append_images=[picture])
     picture.save(tmp_path / "noted" / "b.png", exif=b"Exif\0\0no TIFF header")
-    words = (f"source={{uri: {tmp_path}/noted}}", f"sink.uri={tmp_path}/out")
-    ended = call("score", place.score, "--local", *(part for word in words for part in ("--set", word)))
+    overrides = (f"source={{uri: {tmp_path}/noted}}", f"sink.uri={tmp_path}/out")
+    ended = call("score", place.score, "--local", *(part for override in overrides for part in ("--set", override)))
     assert ended.exit_code == 0 and "Notes: 1 exif_ignored, 1 pages_not_read.\n" in ended.output
     assert "Notes      1 exif_ignored, 1 pages_not_read\n" in call("status", f"{tmp_path}/out").output
 
 
 def test_a_run_whose_archive_grew_says_so_and_goes_on(place: Place, tmp_path: Path) -> None:
     pack(f"file://{tmp_path}/mixed", ".tar", mixed_files(2, 0), 2)
-    words = ["--local", "--set", f"source.uri={tmp_path}/mixed", "--set", f"sink.uri={tmp_path}/results"]
-    assert call("score", place.score, *words).exit_code == 0
+    options = ["--local", "--set", f"source.uri={tmp_path}/mixed", "--set", f"sink.uri={tmp_path}/results"]
+    assert call("score", place.score, *options).exit_code == 0
     (tmp_path / "mixed" / "part-9.tar").write_bytes(tar_bytes(mixed_files(3, 0)))
-    assert "Shards     1 left of 3" in call("plan", place.score, *words[1:]).output
-    ended = call("score", place.score, *words)
+    assert "Shards     1 left of 3" in call("plan", place.score, *options[1:]).output
+    ended = call("score", place.score, *options)
     assert ended.exit_code == 0 and "Scored 5 images in 3 shards (5 ok)." in ended.stdout
     assert "it had 2 shards and has 3 now, 1 more. The 2 committed ones are unchanged" in ended.stderr
-    assert "archive has changed" not in call("score", place.score, *words).output
+    assert "archive has changed" not in call("score", place.score, *options).output
 
 
 def test_unreadable_images_are_tried_again_on_demand(place: Place, tmp_path: Path) -> None:
     pack(f"file://{tmp_path}/mixed", ".tar", mixed_files(6, 0), 3)
-    words = ["--local", "--set", f"source.uri={tmp_path}/mixed", "--set", f"sink.uri={tmp_path}/results"]
-    assert call("score", place.score, *words).exit_code == 0
-    none = call("score", place.score, *words, "--retry", "unreadable")
+    options = ["--local", "--set", f"source.uri={tmp_path}/mixed", "--set", f"sink.uri={tmp_path}/results"]
+    assert call("score", place.score, *options).exit_code == 0
+    none = call("score", place.score, *options, "--retry", "unreadable")
     assert none.exit_code == 0 and "No committed shard contains a row with status unreadable." in none.stderr
     assert "3 of 3 shards are committed already" in none.stderr
     ledger = Ledger(f"file://{tmp_path}/results", Storage())
     times = {receipt.shard: receipt.committed_unix for receipt in ledger.receipts()}
     rewrite_record(ledger, 1, lambda body: body.update(statuses={"ok": 1, "unreadable": 1}))
-    again = call("score", place.score, *words)  # without the flag they stay as they are
+    again = call("score", place.score, *options)  # without the flag they stay as they are
     assert again.exit_code == 3 and "1 unreadable" in again.output
-    retried = call("score", place.score, *words, "--retry", "unreadable")
+    retried = call("score", place.score, *options, "--retry", "unreadable")
     assert retried.exit_code == 0 and "Scored 6 images in 3 shards (6 ok)." in retried.stdout, retried.output
     assert "Retrying 1 rows with status unreadable: rescoring 1 shards." in retried.stderr
     assert "2 of 3 shards are committed already" in retried.stderr
@@ -309,14 +309,14 @@ def test_a_file_that_vanished_after_planning_is_no_mistake_of_the_job(
     pack(f"file://{tmp_path}/mixed", ".tar", mixed_files(2, 0), 2)
     planned = plan.plan_score
 
-    def then_gone(*words: Any, **named: Any) -> Any:
-        made = planned(*words, **named)
+    def then_gone(*arguments: Any, **named: Any) -> Any:
+        made = planned(*arguments, **named)
         (tmp_path / "mixed" / "part-1.tar").unlink()
         return made
 
     monkeypatch.setattr(plan, "plan_score", then_gone)
-    words = [f"source={{uri: {tmp_path}/mixed}}", f"sink.uri={tmp_path}/results"]
-    ended = call("score", place.score, "--local", *(w for word in words for w in ("--set", word)))
+    overrides = [f"source={{uri: {tmp_path}/mixed}}", f"sink.uri={tmp_path}/results"]
+    ended = call("score", place.score, "--local", *(w for override in overrides for w in ("--set", override)))
     assert ended.exit_code == 3 and "1 of 2 rows and 1 of 2 shards are bad (1 unreadable)" in ended.output, ended.output
 
 
@@ -362,11 +362,11 @@ def test_a_source_without_an_image_is_exit_code_2_with_what_is_there(
 ) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.tar").write_bytes(tar_bytes([("notes.txt", b"x"), ("._a.png", b"x")]))
-    words = FIT | {"artifact": f"{tmp_path}/artifact"} if command == "fit" else place.score_job(kind=command)
-    words = words | {"source": {"uri": f"{tmp_path}/in"}}
+    settings = FIT | {"artifact": f"{tmp_path}/artifact"} if command == "fit" else place.score_job(kind=command)
+    settings = settings | {"source": {"uri": f"{tmp_path}/in"}}
     if command != "fit":
-        words["sink"] = {"uri": f"{tmp_path}/out"}
-    ended = call(command, place.job("empty", words), "--local")
+        settings["sink"] = {"uri": f"{tmp_path}/out"}
+    ended = call(command, place.job("empty", settings), "--local")
     assert ended.exit_code == 2, ended.output
     assert "1 hidden (._a.png), 1 other_suffix (notes.txt)" in ended.output
 
@@ -376,13 +376,13 @@ def test_a_damaged_shard_that_was_uploaded_again_is_scored_on_demand(place: Plac
     broken = tmp_path / "mixed" / "part-1.tar"
     whole = broken.read_bytes()
     broken.write_bytes(whole[: len(whole) // 2])
-    words = ["--local", "--set", f"source={{uri: {tmp_path}/mixed}}", "--set", f"sink.uri={tmp_path}/results"]
-    first = call("score", place.score, *words)
+    options = ["--local", "--set", f"source={{uri: {tmp_path}/mixed}}", "--set", f"sink.uri={tmp_path}/results"]
+    first = call("score", place.score, *options)
     assert first.exit_code == 3 and "1 bad_shard" in first.output
     broken.write_bytes(whole)
-    refused = call("score", place.score, *words)
+    refused = call("score", place.score, *options)
     assert refused.exit_code == 2 and "00001 has other content now" in refused.output
-    again = call("score", place.score, *words, "--retry", "bad_shard")
+    again = call("score", place.score, *options, "--retry", "bad_shard")
     assert again.exit_code == 0 and "Scored 6 images in 3 shards (6 ok)." in again.stdout, again.output
     assert "all intact" in call("verify", f"{tmp_path}/results").output
 
@@ -392,12 +392,12 @@ def test_check_says_in_a_sentence_what_is_damaged_or_useless(place: Place, tmp_p
         (tmp_path / name).mkdir()
         suffix = ".parquet" if name == "columns" else ".tar"
         (tmp_path / name / f"a{suffix}").write_bytes(data)
-        words = (
+        settings = (
             place.score_job(sink={"uri": f"{tmp_path}/out"})
             if kind == "score"
             else FIT | {"artifact": f"{tmp_path}/artifact"}
         )
-        return call("check", place.job("checked", words | {"source": {"uri": f"{tmp_path}/{name}"}}))
+        return call("check", place.job("checked", settings | {"source": {"uri": f"{tmp_path}/{name}"}}))
 
     damaged = checked("damaged", tar_bytes(mixed_files(2, 0))[:2000])
     assert damaged.exit_code == 0 and "ready to score" in damaged.output

@@ -56,8 +56,8 @@ def image(i: int) -> bytes:
     return encode(normal_image(i, 32))
 
 
-def layout(root: Path, kind: str, **words: Any) -> dict[str, tuple[Any, ...]]:
-    found = read_layout(LabelledSpec(uri=str(root), layout=kind, **words), Storage())  # type: ignore[arg-type]
+def layout(root: Path, kind: str, **settings: Any) -> dict[str, tuple[Any, ...]]:
+    found = read_layout(LabelledSpec(uri=str(root), layout=kind, **settings), Storage())  # type: ignore[arg-type]
     return {i.path: (i.category, i.split, i.label, i.defect, i.mask) for i in found}
 
 
@@ -105,7 +105,7 @@ def test_visa_is_read_from_its_split_csv_and_a_folder_from_its_manifest(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("text", "word"),
+    ("text", "message"),
     [
         ("path,split\na.png,train\n", "no column 'label'"),
         ("path,split,label\na.png,train,good\n", "line 2 has the label 'good'"),
@@ -113,9 +113,9 @@ def test_visa_is_read_from_its_split_csv_and_a_folder_from_its_manifest(tmp_path
         ("path,split,label\na.png,train,0\n", "contains no test images"),
     ],
 )
-def test_a_manifest_that_is_wrong_is_refused(tmp_path: Path, text: str, word: str) -> None:
+def test_a_manifest_that_is_wrong_is_refused(tmp_path: Path, text: str, message: str) -> None:
     put(tmp_path, {"manifest.csv": text.encode()})
-    with pytest.raises(SpecError, match=word):
+    with pytest.raises(SpecError, match=message):
         layout(tmp_path, "manifest")
 
 
@@ -126,7 +126,7 @@ def test_a_category_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "word"),
+    ("changes", "message"),
     [
         ({}, "set exactly one of data, archive and results"),
         ({"data": {"uri": "x", "layout": "btad"}, "detectors": []}, "set detectors with data or archive"),
@@ -134,9 +134,9 @@ def test_a_category_that_is_not_there_is_refused(tmp_path: Path) -> None:
         ({"data": {"uri": "x", "layout": "mvtec"}}, "mvtec_ad"),
     ],
 )
-def test_a_job_that_contradicts_itself_is_refused(changes: dict[str, Any], word: str) -> None:
+def test_a_job_that_contradicts_itself_is_refused(changes: dict[str, Any], message: str) -> None:
     grid = {} if "results" in changes else JOB["grid"]
-    with pytest.raises(SpecError, match=word):
+    with pytest.raises(SpecError, match=message):
         parse_job({**JOB, "grid": grid, "output": "x", **changes}, "job")
 
 
@@ -156,8 +156,8 @@ def data_set(root: Path) -> None:
     put(root, files)
 
 
-def call(*words: str) -> Result:
-    result = CliRunner().invoke(main, list(words))
+def call(*arguments: str) -> Result:
+    result = CliRunner().invoke(main, list(arguments))
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
 
@@ -166,9 +166,9 @@ def call(*words: str) -> Result:
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, Result]:
     root = tmp_path_factory.mktemp("evaluate")
     data_set(root / "data")
-    words = {"data": {"uri": str(root / "data"), "layout": "mvtec_ad"}, "output": str(root / "out"), "seeds": [0, 1]}
+    settings = {"data": {"uri": str(root / "data"), "layout": "mvtec_ad"}, "output": str(root / "out"), "seeds": [0, 1]}
     job = root / "job.yaml"
-    job.write_text(yaml.safe_dump({**JOB, **words}))
+    job.write_text(yaml.safe_dump({**JOB, **settings}))
     return root, str(job), call("evaluate", str(job), "--local")
 
 
@@ -260,8 +260,8 @@ def test_a_labelled_archive_gives_the_figures_of_its_results(tmp_path: Path) -> 
     }
     train = {"uri": f"{tmp_path}/normal", "pattern": "{category}/train/{defect}/{name}.png"}
     job = tmp_path / "archive.yaml"
-    words = {"archive": {"train": train, "test": test}, "output": f"{tmp_path}/out", "grid": {}}
-    job.write_text(yaml.safe_dump({**JOB, **words}))
+    settings = {"archive": {"train": train, "test": test}, "output": f"{tmp_path}/out", "grid": {}}
+    job.write_text(yaml.safe_dump({**JOB, **settings}))
     ended = call("evaluate", str(job), "--local")
     assert ended.exit_code == 0, ended.output
     cell = cells_of(tmp_path)[0]
@@ -315,8 +315,8 @@ def test_figures_stay_when_images_and_masks_are_turned_jpegs(tmp_path: Path, ori
     for name, way in (("upright", 1), ("turned", orientation)):
         shutil.rmtree(tmp_path / "data", ignore_errors=True)
         turned_data_set(tmp_path / "data", way, masks_too)
-        words = {"data": {"uri": f"{tmp_path}/data", "layout": "mvtec_ad"}, "output": f"{tmp_path}/{name}-out"}
-        (tmp_path / "job.yaml").write_text(yaml.safe_dump({**JOB, **words, "grid": {}, "replicates": 5}))
+        settings = {"data": {"uri": f"{tmp_path}/data", "layout": "mvtec_ad"}, "output": f"{tmp_path}/{name}-out"}
+        (tmp_path / "job.yaml").write_text(yaml.safe_dump({**JOB, **settings, "grid": {}, "replicates": 5}))
         ended = call("evaluate", str(tmp_path / "job.yaml"), "--local")
         assert ended.exit_code == 0, ended.output
         cell = json.loads(next((tmp_path / f"{name}-out" / "cells").glob("*.json")).read_text())
@@ -327,8 +327,8 @@ def test_figures_stay_when_images_and_masks_are_turned_jpegs(tmp_path: Path, ori
 def test_one_class_alone_ends_with_a_sentence(tmp_path: Path) -> None:
     listed = "path,split,label\n" + "".join(f"{i}.png,{'train' if i < 6 else 'test'},0\n" for i in range(8))
     put(tmp_path / "d", {"manifest.csv": listed.encode(), **{f"{i}.png": image(i) for i in range(8)}})
-    words = {"data": {"uri": f"{tmp_path}/d", "layout": "manifest"}, "output": f"{tmp_path}/out", "grid": {}}
-    (tmp_path / "job.yaml").write_text(yaml.safe_dump({**JOB, **words}))
+    settings = {"data": {"uri": f"{tmp_path}/d", "layout": "manifest"}, "output": f"{tmp_path}/out", "grid": {}}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump({**JOB, **settings}))
     ended = call("evaluate", str(tmp_path / "job.yaml"), "--local")
     assert ended.exit_code == 1 and "there is nothing anomalous" in ended.output
 
@@ -337,20 +337,20 @@ def test_a_mask_of_another_image_is_refused(tmp_path: Path) -> None:
     listed = "path,split,label,mask\n" + "".join(f"{i}.png,train,0,\n" for i in range(6)) + "6.png,test,1,m.png\n"
     files = {f"{i}.png": image(i) for i in range(7)}
     put(tmp_path / "d", {"manifest.csv": listed.encode(), "m.png": encode(np.ones((9, 9), bool)), **files})
-    words = {"data": {"uri": f"{tmp_path}/d", "layout": "manifest"}, "output": f"{tmp_path}/out", "grid": {}}
-    (tmp_path / "job.yaml").write_text(yaml.safe_dump({**JOB, **words}))
+    settings = {"data": {"uri": f"{tmp_path}/d", "layout": "manifest"}, "output": f"{tmp_path}/out", "grid": {}}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump({**JOB, **settings}))
     ended = call("evaluate", str(tmp_path / "job.yaml"), "--local")
     assert ended.exit_code == 1 and "is 32 x 32 px and its mask 9 x 9" in ended.output
 
 
 def test_the_same_detector_twice_and_unknown_parameters_are_refused(tmp_path: Path) -> None:
     data_set(tmp_path / "data")
-    words = {"data": {"uri": f"{tmp_path}/data", "layout": "mvtec_ad"}, "output": f"{tmp_path}/out"}
-    twice = {**JOB, **words, "grid": {"coreset_sampling_ratio": [0.1, 0.1]}}
+    settings = {"data": {"uri": f"{tmp_path}/data", "layout": "mvtec_ad"}, "output": f"{tmp_path}/out"}
+    twice = {**JOB, **settings, "grid": {"coreset_sampling_ratio": [0.1, 0.1]}}
     with pytest.raises(SpecError, match="two of them are identical"):
         plan_evaluation(evaluate_spec(twice))
     with pytest.raises(SpecError, match="coreset_sampling"):
-        plan_evaluation(evaluate_spec({**JOB, **words, "grid": {"coreset_sampling": [0.1]}}))
+        plan_evaluation(evaluate_spec({**JOB, **settings, "grid": {"coreset_sampling": [0.1]}}))
 
 
 def evaluate_spec(values: dict[str, Any]) -> EvaluateSpec:

@@ -35,8 +35,8 @@ masks = st.integers(1, 9).flatmap(
 )
 
 
-def call(*words: str) -> Result:
-    result = CliRunner().invoke(main, list(words))
+def call(*arguments: str) -> Result:
+    result = CliRunner().invoke(main, list(arguments))
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
 
@@ -157,8 +157,8 @@ def test_file_names_are_flat_and_differ() -> None:
 @pytest.mark.parametrize("polygons", [False, True])
 def test_coco_holds_the_thresholded_maps(tmp_path: Path, polygons: bool) -> None:
     ledger = make_results(f"file://{tmp_path}", names_of(18), "map")
-    words = ["--polygons"] if polygons else []
-    ended = call("export", ledger.uri, "--as", "coco", "-o", f"{tmp_path}/c.json", "--map-threshold", "3", *words)
+    options = ["--polygons"] if polygons else []
+    ended = call("export", ledger.uri, "--as", "coco", "-o", f"{tmp_path}/c.json", "--map-threshold", "3", *options)
     assert ended.exit_code == 0 and f"Annotations: {tmp_path}/c.json" in ended.output, ended.output
     body = json.loads((tmp_path / "c.json").read_text())
     pictures = Pictures(ledger, started(ledger), Storage())

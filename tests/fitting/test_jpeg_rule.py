@@ -190,8 +190,10 @@ def test_an_ensemble_has_one_rule(tmp_path: Path) -> None:
     paths = [tmp_path / name for name, _ in pictures(0, 8)]
     for path, (_, data) in zip(paths, pictures(0, 8), strict=True):
         path.write_bytes(data)
-    words = {"weights": "random", "image_size": (64, 64), "layers": ("layer1",)}
-    both = create_ensemble([create_model("patchcore", **words), create_model("patchcore", n_neighbors=1, **words)])
+    settings = {"weights": "random", "image_size": (64, 64), "layers": ("layer1",)}
+    both = create_ensemble(
+        [create_model("patchcore", **settings), create_model("patchcore", n_neighbors=1, **settings)]
+    )
     both.fit([str(path) for path in paths], holdout_ratio=0.5).save(f"{PLACE}/both")
     assert read_record(f"{PLACE}/both", Storage()).preprocess == Preprocess((64, 64), "at_least_2x")
 

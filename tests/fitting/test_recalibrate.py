@@ -105,20 +105,20 @@ def test_every_category_of_a_fleet_gets_its_own_and_one_without_images_is_refuse
         if turn == 1:
             storage.write(f"{root}/two/0.tar", tar_bytes(flat(whole)))
     storage.write(f"{root}/more/0.tar", tar_bytes(flat(whole)))
-    words = {"artifact": f"{root}/fleet", "output": f"{root}/new"}
-    made = calibrated(source={"uri": f"{root}/more"}, **words)
+    settings = {"artifact": f"{root}/fleet", "output": f"{root}/new"}
+    made = calibrated(source={"uri": f"{root}/more"}, **settings)
     index = read_index(f"{root}/new", storage)
     assert index.digest == made.digest and list(index.categories) == sorted(CATEGORIES)
     records = read_records(index, storage)
     assert {name: len(record.calibration.scores) for name, record in records.items()} == made.held_out
     assert made.held_out == {category: 3 + turn for turn, category in enumerate(CATEGORIES)}
     with pytest.raises(SpecError, match="the source has no normal image to calibrate it on"):
-        calibrated(source={"uri": f"{root}/two"}, **{**words, "output": f"{root}/other"})
+        calibrated(source={"uri": f"{root}/two"}, **{**settings, "output": f"{root}/other"})
     assert not storage.exists(f"{root}/other")
 
 
-def call(*words: str) -> Result:
-    result = CliRunner().invoke(main, list(words))
+def call(*arguments: str) -> Result:
+    result = CliRunner().invoke(main, list(arguments))
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
 
@@ -130,9 +130,9 @@ def test_the_command_says_what_it_made_and_a_mistake_is_one_sentence(tmp_path: P
     pack(f"file://{tmp_path}/more", ".tar", normal_files(9, start=400), 1)
     fit = spec_of(FIT, f"source.uri={tmp_path}/normal", f"artifact={tmp_path}/artifact")
     jobs.fit(fit, lambda *_: None)
-    words = {**JOB, "source": {"uri": f"{tmp_path}/more"}, "artifact": f"{tmp_path}/artifact"}
+    settings = {**JOB, "source": {"uri": f"{tmp_path}/more"}, "artifact": f"{tmp_path}/artifact"}
     job = tmp_path / "job.yaml"
-    job.write_text(yaml.safe_dump({**words, "output": f"{tmp_path}/new"}))
+    job.write_text(yaml.safe_dump({**settings, "output": f"{tmp_path}/new"}))
     assert call("check", str(job)).output.endswith("ready to calibrate.\n")
     ended = call("calibrate", str(job))
     assert ended.exit_code == 0, ended.output

@@ -11,7 +11,7 @@ import pytest
 
 from raydetect.errors import SpecError
 from raydetect.gateway import allowed_uris
-from raydetect.gateway.allowed_uris import NotAllowed, Prefixes, is_public_enough
+from raydetect.gateway.allowed_uris import NotAllowed, Prefixes, is_allowed_address
 from raydetect.gateway.http.tokens import is_loopback, read_tokens
 from tests.builders.images import encode, normal_image
 from tests.builders.server import SCORE, client, files, make_place, run, serve_spec
@@ -108,8 +108,8 @@ def test_pages_of_other_sites_and_other_names_are_refused(data_dir: Path) -> Non
     "address", ["169.254.169.254", "fe80::1", "::ffff:169.254.169.254", "0.0.0.0", "224.0.0.1", "fd00:ec2::254"]
 )
 def test_metadata_and_link_local_addresses_are_refused(address: str) -> None:
-    assert not is_public_enough(address)
-    assert is_public_enough("93.184.216.34") and is_public_enough("127.0.0.1")
+    assert not is_allowed_address(address)
+    assert is_allowed_address("93.184.216.34") and is_allowed_address("127.0.0.1")
 
 
 def test_a_host_that_resolves_to_a_refused_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

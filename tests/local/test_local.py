@@ -293,11 +293,11 @@ def test_padding_and_threads_do_not_change_a_score(tmp_path: Path) -> None:
 
 def test_training_in_bfloat16_is_close_to_float32_and_not_the_same() -> None:
     pack("memory://data/normal", ".tar", normal_files(24), 2)
-    words = (
+    overrides = (
         "detector={name: stfpm, params: {backbone: resnet18, weights: random, image_size: [64, 64], epochs: 2, "
         "batch_size: 8, learning_rate: 0.02}}",
     )
-    whole, half = fit(*words).facts["losses"], fit(*words, "precision=bfloat16").facts["losses"]
+    whole, half = fit(*overrides).facts["losses"], fit(*overrides, "precision=bfloat16").facts["losses"]
     assert half != whole
     assert half == pytest.approx(whole, rel=0.02)
 
@@ -326,8 +326,8 @@ def test_a_shard_that_changed_while_a_run_was_stopped_leaves_no_row_of_before() 
     files = [(f"{i}.png", encode(normal_image(i))) for i in range(9)]
     Storage().write("memory://data/grown/a.tar", tar_bytes(files[:1]))
     Storage().write("memory://data/grown/b.tar", tar_bytes(files))
-    words = ("source={uri: memory://data/grown}", "chunk_images=2", "sink.uri=memory://data/grown-results")
-    plan = plan_score(spec_of(SCORE, *words))
+    overrides = ("source={uri: memory://data/grown}", "chunk_images=2", "sink.uri=memory://data/grown-results")
+    plan = plan_score(spec_of(SCORE, *overrides))
 
     def stop(done: ScoredChunk | Receipt) -> None:
         if isinstance(done, ScoredChunk) and done.facts.shard == 1 and done.facts.number == 3:
@@ -339,7 +339,7 @@ def test_a_shard_that_changed_while_a_run_was_stopped_leaves_no_row_of_before() 
     Storage().write("memory://data/grown/b.tar", tar_bytes(files[5:8]))
     with pytest.raises(ChangedError, match=r"b\.tar: has changed since it was listed"):
         jobs.score(plan, lambda *_: None)
-    again, manifest = run(*words)
+    again, manifest = run(*overrides)
     assert manifest["rows"] == 4 and manifest["shards"] == 2
     written = [file.uri for file in Storage().list("memory://data/grown-results/scores")]
     assert len(written) == sum(len(receipt.parts) for receipt in again.ledger.receipts()) == 2

@@ -67,10 +67,10 @@ def started(place: Path, folder: Path) -> tuple[Run, str]:
     return running, f"http://127.0.0.1:{port}"
 
 
-def curl(*words: str) -> tuple[int, Any]:
+def curl(*arguments: str) -> tuple[int, Any]:
     """Status and JSON body."""
     message = subprocess.run(
-        ["curl", "--silent", "--show-error", "--write-out", "\n%{http_code}", *words],
+        ["curl", "--silent", "--show-error", "--write-out", "\n%{http_code}", *arguments],
         capture_output=True, check=True, text=True, timeout=PATIENCE,
     ).stdout  # fmt: skip
     body, _, status = message.rpartition("\n")
@@ -113,8 +113,8 @@ def test_mistakes_are_named_before_anything_starts(
     values = {"kind": "serve", "detectors": {"bottle": {"artifact": "{place}/models/one", "flag": {"alpha": 0.1}}}}
     path = tmp_path / "serve.yaml"
     path.write_text(yaml.safe_dump({**values, **changes}).replace("{place}", str(place)))
-    for words in (["check", str(path)], ["serve", str(path), "--local"]):
-        ended = CliRunner().invoke(main, words)
+    for arguments in (["check", str(path)], ["serve", str(path), "--local"]):
+        ended = CliRunner().invoke(main, arguments)
         message = ended.output + ended.stderr
         assert ended.exit_code == 2 and mistake in " ".join(message.split()) and "Traceback" not in message, message
 
@@ -138,14 +138,14 @@ def test_a_job_for_endpoints_needs_endpoints_and_a_server_a_free_port(place: Pat
         taken.listen()
         path = tmp_path / "serve.yaml"
         path.write_text(yaml.safe_dump({**values, "port": taken.getsockname()[1]}))
-        for words in ([], ["--local"]):
-            ended = CliRunner().invoke(main, ["serve", str(path), *words])
+        for arguments in ([], ["--local"]):
+            ended = CliRunner().invoke(main, ["serve", str(path), *arguments])
             assert ended.exit_code == 2 and "cannot be listened on" in ended.stderr, ended.output
 
 
 def test_a_server_killed_in_the_middle_of_an_archive_goes_on_with_equal_rows(place: Path, tmp_path: Path) -> None:
     archive = {"uri": f"{place}/open/long"}
-    words = {
+    settings = {
         "detector": "bottle",
         "source": archive,
         "sink": {"uri": f"{place}/results/killed", "heatmaps": "all"},
@@ -153,7 +153,7 @@ def test_a_server_killed_in_the_middle_of_an_archive_goes_on_with_equal_rows(pla
     }
     headers = {"Authorization": f"Bearer {SECRET}"}
     running, url = started(place, tmp_path / "first")
-    where = httpx.post(f"{url}/v1/archives", json=words, headers=headers).raise_for_status().json()["id"]
+    where = httpx.post(f"{url}/v1/archives", json=settings, headers=headers).raise_for_status().json()["id"]
 
     def told(url: str) -> dict[str, Any]:
         found: dict[str, Any] = httpx.get(f"{url}/v1/archives/{where}", headers=headers).raise_for_status().json()
@@ -164,7 +164,7 @@ def test_a_server_killed_in_the_middle_of_an_archive_goes_on_with_equal_rows(pla
     running, url = started(place, tmp_path / "again")
     stopped = told(url)
     assert stopped["state"] == "stopped" and 0 < stopped["shards_done"] < SHARDS
-    httpx.post(f"{url}/v1/archives", json=words, headers=headers).raise_for_status()
+    httpx.post(f"{url}/v1/archives", json=settings, headers=headers).raise_for_status()
     wait_until(lambda: told(url)["state"] != "running", PATIENCE, "the end of the run")
     assert told(url)["state"] == "finished" and told(url)["statuses"] == {"ok": IMAGES}
     running.kill()

@@ -61,7 +61,7 @@ def test_aupro_of_a_perfect_and_of_a_blind_map() -> None:
 
 
 @pytest.mark.parametrize(
-    ("maps", "masks", "limit", "word"),
+    ("maps", "masks", "limit", "message"),
     [
         ([np.zeros((2, 2))], [np.zeros((2, 2))], 0.3, "at least one anomalous region"),
         ([np.zeros((2, 2))], [np.ones((2, 2))], 0.3, "one normal pixel"),
@@ -71,9 +71,9 @@ def test_aupro_of_a_perfect_and_of_a_blind_map() -> None:
     ],
 )
 def test_aupro_that_is_not_defined_is_refused(
-    maps: list[np.ndarray], masks: list[np.ndarray], limit: float, word: str
+    maps: list[np.ndarray], masks: list[np.ndarray], limit: float, message: str
 ) -> None:
-    with pytest.raises(ValueError, match=word):
+    with pytest.raises(ValueError, match=message):
         aupro(maps, masks, limit)
 
 

@@ -9,14 +9,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score, roc_curve
 
-from raydetect.metrics.curves import Figure, ranking_figures
+from raydetect.metrics.curves import Estimate, ranking_figures
 from raydetect.metrics.figures import image_figures, pixel_figures
 from raydetect.metrics.pixels import ANOMALOUS, COLUMNS, NORMAL, UNIT, aupro_of, pixels_of
-from raydetect.metrics.quality import Group, Quality, counted
-from raydetect.metrics.score_bins import ScoreBins, Tally, order_of
+from raydetect.metrics.quality import ImageGroup, Quality, counted
+from raydetect.metrics.score_bins import ScoreBins, ScoreBinsBuilder, order_of
 from tests.reference import reference
 
-GOOD, BAD = Group("bottle", 0, "good"), Group("bottle", 1, "crack")
+GOOD, BAD = ImageGroup("bottle", 0, "good"), ImageGroup("bottle", 1, "crack")
 floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
@@ -87,9 +87,11 @@ def test_all_ties_and_perfect_and_wrong_orders(normal: list[float], anomalous: l
         assert found[name].value == pytest.approx(value, abs=1e-12)
 
 
-@pytest.mark.parametrize(("normal", "anomalous", "word"), [([], [1.0], "nothing normal"), ([1.0], [], "nothing anom")])
-def test_one_class_alone_is_refused_with_a_sentence(normal: list[float], anomalous: list[float], word: str) -> None:
-    with pytest.raises(ValueError, match=word):
+@pytest.mark.parametrize(
+    ("normal", "anomalous", "message"), [([], [1.0], "nothing normal"), ([1.0], [], "nothing anom")]
+)
+def test_one_class_alone_is_refused_with_a_sentence(normal: list[float], anomalous: list[float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         ranking_figures(histogram(normal), histogram(anomalous))
 
 
@@ -129,12 +131,12 @@ def test_pixel_figures_are_those_of_a_sweep_and_bins_keep_their_bounds(
 @given(st.integers(0, 10_000), st.sampled_from([4, 16, 1 << 16]))
 def test_merging_is_associative_and_commutative_to_the_bit(seed: int, limit: int) -> None:
     one, two, three = parts = [pixels_of(*pair, limit) for pair in maps_of(seed, 3, None)]
-    tally = Tally(limit, COLUMNS)
+    builder = ScoreBinsBuilder(limit, COLUMNS)
     for part in parts:
-        tally.add(part)
+        builder.add(part)
         if seed % 2:
-            tally.whole()
-    whole = tally.whole()
+            builder.whole()
+    whole = builder.whole()
     assert same(one.merge(two).merge(three), one.merge(two.merge(three)))
     assert same(one.merge(two), two.merge(one))
     assert same(whole, three.merge(one).merge(two))
@@ -179,12 +181,12 @@ def test_a_merged_archive_gives_the_figures_of_a_whole_one() -> None:
 
 def test_defects_are_judged_with_all_normal_images_and_masks_that_lack_are_counted() -> None:
     quality, map_HW = random_quality(0, 20), np.zeros((2, 2), np.float32)
-    quality.add(Group("bottle", 1, "hole"), "x", 9.0, map_HW, None)
-    quality.add(Group("cable", 0, "good"), "y", 9.0, map_HW, map_HW)
+    quality.add(ImageGroup("bottle", 1, "hole"), "x", 9.0, map_HW, None)
+    quality.add(ImageGroup("cable", 0, "good"), "y", 9.0, map_HW, map_HW)
     assert quality.categories == ["bottle", "cable"] and quality.of("bottle").defects("bottle") == ["crack", "hole"]
     hole = quality.of("bottle", "hole")
     assert counted(hole) == {"normal": 10, "anomalous": 1, "without_mask": 1}
-    assert image_figures(hole, 0)["image_auroc"].figure.value == 1.0
+    assert image_figures(hole, 0)["image_auroc"].estimate.value == 1.0
     assert pixel_figures(hole, 0) == {}
 
 
@@ -207,7 +209,7 @@ def test_pixel_intervals_surround_the_figure_and_narrow_with_more_images() -> No
         widths = []
         for measured in (few[name], many[name]):
             assert measured.spread is not None
-            assert measured.spread[0] <= measured.figure.value <= measured.spread[1]
+            assert measured.spread[0] <= measured.estimate.value <= measured.spread[1]
             widths.append(measured.spread[1] - measured.spread[0])
         assert widths[1] < widths[0]
 
@@ -216,7 +218,7 @@ MEMORY = """
 import resource, sys
 import numpy as np
 from raydetect.metrics.figures import pixel_figures
-from raydetect.metrics.quality import Group, Quality
+from raydetect.metrics.quality import ImageGroup, Quality
 
 def run(count):
     random, quality = np.random.default_rng(0), Quality()
@@ -224,7 +226,7 @@ def run(count):
         mask = np.zeros((16, 16), np.uint8)
         mask[3:7, 4:9] = i % 2
         values = random.gamma(2.0, size=(16, 16)).astype(np.float32) + mask
-        quality.add(Group("c", i % 2, "d" if i % 2 else "good"), str(i), float(values.max()), values, mask)
+        quality.add(ImageGroup("c", i % 2, "d" if i % 2 else "good"), str(i), float(values.max()), values, mask)
     return quality
 
 run(2000)
@@ -232,13 +234,13 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 quality = run(int(sys.argv[1]))
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 found = pixel_figures(quality, 0, 2)
-print(after - before, found["pixel_auroc"].figure.error, found["aupro_0.3"].figure.error)
+print(after - before, found["pixel_auroc"].estimate.error, found["aupro_0.3"].estimate.error)
 """
 
 
 def test_memory_does_not_grow_with_the_number_of_maps() -> None:
-    words = [sys.executable, "-c", MEMORY, "40000"]
-    ended = subprocess.run(words, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", MEMORY, "40000"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
     grown_kib, auroc_error, aupro_error = (float(word) for word in ended.stdout.split())
     print(f"40,000 maps: {grown_kib / 1024:.1f} MiB more than 2,000; bounds {auroc_error:.1e}, {aupro_error:.1e}")
     assert grown_kib < 16 * 1024  # the maps themselves are 39 MiB, their scores and masks not counted
@@ -246,4 +248,4 @@ def test_memory_does_not_grow_with_the_number_of_maps() -> None:
 
 
 def test_a_figure_tells_the_larger_side_of_its_bounds() -> None:
-    assert Figure(0.5, 0.4, 0.8).error == pytest.approx(0.3)
+    assert Estimate(0.5, 0.4, 0.8).error == pytest.approx(0.3)

@@ -23,7 +23,7 @@ class ObjectStore:
         return StorageOptions(endpoint_url=self.endpoint_url, key=self.key, secret=self.secret, region="us-east-1")
 
     @property
-    def words(self) -> dict[str, str]:
+    def settings(self) -> dict[str, str]:
         """The same for a job file."""
         return {"endpoint_url": self.endpoint_url, "key": self.key, "secret": self.secret, "region": "us-east-1"}
 

@@ -89,8 +89,8 @@ def running_swift(folder: Path) -> Iterator[ObjectStore]:
         [*DIE_WITH_PARENT, f"swift-{kind}-server", str(folder / f"{kind}-server.conf")] for kind in (*SERVERS, "proxy")
     ]
     with (folder / "log").open("ab") as log:
-        words = {"stdout": log, "stderr": log, "cwd": folder, "env": ENVIRONMENT}
-        processes = [subprocess.Popen(command, **words) for command in commands]
+        options = {"stdout": log, "stderr": log, "cwd": folder, "env": ENVIRONMENT}
+        processes = [subprocess.Popen(command, **options) for command in commands]
     try:
         _wait_until_healthy(ports["proxy"], folder)
         yield ObjectStore("swift", f"http://127.0.0.1:{ports['proxy']}", "test:tester", "testing")
@@ -127,18 +127,18 @@ def _user() -> str:
 
 def _configure(folder: Path, ports: dict[str, int], log_port: int) -> None:
     (folder / "devices" / "one").mkdir(parents=True)
-    words = {"folder": folder, "user": _user(), "memcached": ports["memcached"], "log_port": log_port}
+    settings = {"folder": folder, "user": _user(), "memcached": ports["memcached"], "log_port": log_port}
     (folder / "swift.conf").write_text(
         "[swift-hash]\nswift_hash_path_prefix = raydetect\nswift_hash_path_suffix = raydetect\n"
         "[storage-policy:0]\nname = one\ndefault = yes\n"
     )
-    (folder / "proxy-server.conf").write_text(PROXY.format(port=ports["proxy"], **words))
+    (folder / "proxy-server.conf").write_text(PROXY.format(port=ports["proxy"], **settings))
     for kind in SERVERS:
-        (folder / f"{kind}-server.conf").write_text(SERVER.format(kind=kind, port=ports[kind], **words))
+        (folder / f"{kind}-server.conf").write_text(SERVER.format(kind=kind, port=ports[kind], **settings))
         ring = str(folder / f"{kind}.builder")
         device = f"r1z1-127.0.0.1:{ports[kind]}/one"
-        for words_of_step in (["create", "4", "1", "0"], ["add", device, "1"], ["rebalance"]):
-            step = ["swift-ring-builder", ring, *words_of_step]
+        for step_arguments in (["create", "4", "1", "0"], ["add", device, "1"], ["rebalance"]):
+            step = ["swift-ring-builder", ring, *step_arguments]
             subprocess.run(step, check=True, capture_output=True, cwd=folder)
 
 

@@ -34,8 +34,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def forecast_of(place: str, name: str, **source: object) -> Forecast:
-    words = {"kind": "score", "source": {"uri": f"{place}/{name}", **source}, "artifact": f"{place}/artifact"}
-    spec = parse_job({**words, "sink": {"uri": f"{place}/out"}, "flag": {"alpha": 0.1}, "chunk_images": 8}, "score")
+    settings = {"kind": "score", "source": {"uri": f"{place}/{name}", **source}, "artifact": f"{place}/artifact"}
+    spec = parse_job({**settings, "sink": {"uri": f"{place}/out"}, "flag": {"alpha": 0.1}, "chunk_images": 8}, "score")
     return forecast(plan_score(spec), [1], None)  # type: ignore[arg-type]
 
 

@@ -283,12 +283,12 @@ def test_older_records_go_on_only_where_a_uri_is_one_shard() -> None:
     add_shard("part-9.tar")
     assert run()[1]["shards"] == 4
     pack("memory://data/loose", "", normal_files(4), 1)
-    words = ("source={uri: memory://data/loose, shard_images: 2}", "sink.uri=memory://data/loose-results")
-    loose, _ = run(*words)
+    overrides = ("source={uri: memory://data/loose, shard_images: 2}", "sink.uri=memory://data/loose-results")
+    loose, _ = run(*overrides)
     make_old(loose.ledger)
     pack("memory://data/loose/zz", "", normal_files(2), 1)
     with pytest.raises(ResumeError, match="is not recorded"):
-        run(*words)
+        run(*overrides)
 
 
 def test_a_finished_run_is_finished_on_a_disk_that_is_read_only(monkeypatch: pytest.MonkeyPatch) -> None:

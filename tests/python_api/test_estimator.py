@@ -462,8 +462,8 @@ def test_the_notebook_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_import_is_instant_and_knows_its_names() -> None:
     code = "import raydetect, sys; print(sorted(sys.modules)); print(dir(raydetect)); raydetect.create_modell"
-    words = [sys.executable, "-X", "importtime", "-c", code]
-    ended = subprocess.run(words, capture_output=True, text=True)
+    command = [sys.executable, "-X", "importtime", "-c", code]
+    ended = subprocess.run(command, capture_output=True, text=True)
     assert "has no attribute 'create_modell'" in ended.stderr
     assert "create_model" in ended.stdout and "list_models" in ended.stdout
     loaded = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines()}

@@ -41,8 +41,8 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
-def call(*words: str) -> Result:
-    result = CliRunner().invoke(main, list(words))
+def call(*arguments: str) -> Result:
+    result = CliRunner().invoke(main, list(arguments))
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
 

@@ -15,7 +15,7 @@ from selenium.webdriver.common.keys import Keys
 from raydetect.report.build import report_html
 from raydetect.report.charts import Plot, Series, legend
 from raydetect.report.page import Extra
-from raydetect.report.run_charts import Figure
+from raydetect.report.run_charts import Chart
 from raydetect.sinks.ledger import Ledger
 from raydetect.storage import Storage
 from tests.builders.browser import chromium
@@ -184,7 +184,7 @@ def test_an_audit_s_words_are_text_too(browser: webdriver.Chrome, tmp_path: Path
         alarm=True,
         rules=[(f"{words}: images > 1", "alarm", "images = 5"), ("bad_rate > 1", "calm", "bad_rate = 0")],
         measures=[(words, "1", "2", words)],
-        figures=[Figure(words, drawn, legend([Series(words, "one", ())]), words)],
+        charts=[Chart(words, drawn, legend([Series(words, "one", ())]), words)],
         note=words,
     )
     path = tmp_path / "report.html"

@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 
 from raydetect.cli.main import main
 from raydetect.storage import Storage, join_uri, relative_to
-from tests.builders.everything import conserved, everything
+from tests.builders.all_formats import all_formats, conserved
 from tests.builders.server import fit_small
 from tests.objectstore import ObjectStore
 from tests.objectstore.fault_proxy import SHORT_BODIES, RandomFaults, faulty
@@ -40,7 +40,7 @@ def started(folder: Path, store: ObjectStore, artifact: str, results: str) -> Re
         "source": {"uri": store.uri("day"), "shard_images": 4, "split_bytes": 20_000},
         "artifact": artifact,
         "sink": {"uri": results, "heatmaps": "all"},
-        "storage": store.words,
+        "storage": store.settings,
         "flag": {"alpha": 0.1},
         "batch_size": 4,
         "chunk_images": 16,
@@ -107,7 +107,7 @@ def test_a_source_that_fails_at_random_leaves_no_trace(
     object_store: ObjectStore, artifact: Path, tmp_path: Path, seed: int
 ) -> None:
     """Results are on a local disk, so their files are equal byte for byte."""
-    laid = everything(10 + seed).upload(object_store, "day")
+    laid = all_formats(10 + seed).upload(object_store, "day")
     plan = RandomFaults(seed=seed, kinds=("slow_down", "drop", *SHORT_BODIES))
     results = f"file://{tmp_path}/results"
     until_done(tmp_path, object_store, plan, str(artifact), results, Storage())
@@ -120,7 +120,7 @@ def test_a_store_of_archive_artifact_and_results_that_fails_at_random_leaves_no_
     object_store: ObjectStore, artifact: Path, tmp_path: Path
 ) -> None:
     """Writes fail too, some of them after the store has executed them."""
-    laid = everything(13).upload(object_store, "day")
+    laid = all_formats(13).upload(object_store, "day")
     for path in artifact.rglob("*"):
         if path.is_file():
             uri = join_uri(object_store.uri("artifact"), str(path.relative_to(artifact)))

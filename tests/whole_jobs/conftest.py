@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from raydetect.sinks.ledger import Ledger
+from tests.builders.all_formats import REASONS, STATUSES, Laid, all_formats, conserved
 from tests.builders.archives import mixed_files, normal_files, pack
-from tests.builders.everything import REASONS, STATUSES, Laid, conserved, everything
 from tests.objectstore import ObjectStore
-from tests.whole_jobs.nursery import running_nursery
+from tests.whole_jobs.fork_server import running_fork_server
 from tests.whole_jobs.runs import QUIET_NODE, end_started, run_here, wait_for_slots, write_job
 
 SLOTS = 4
@@ -25,8 +25,8 @@ def _kill_left_over_commands() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with running_nursery(tmp_path_factory.mktemp("nursery")):
+def _fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with running_fork_server(tmp_path_factory.mktemp("fork_server")):
         yield
 
 
@@ -65,7 +65,7 @@ class Line:
             },
             "artifact": self.store.uri("artifact"),
             "sink": {"uri": self.store.uri(results), "heatmaps": "all"},
-            "storage": self.store.words,
+            "storage": self.store.settings,
             "flag": {"alpha": 0.1},
             "batch_size": 4,
             "chunk_images": 8,
@@ -97,7 +97,7 @@ def line(running_store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -
             },
         },
         "artifact": store.uri("artifact"),
-        "storage": store.words,
+        "storage": store.settings,
         "calibration": {"holdout_ratio": 0.25},
         "resources": {"cpus_per_worker": 1},
     }
@@ -135,7 +135,7 @@ class Whole:
 @pytest.fixture(scope="session")
 def whole(line: Line) -> Whole:
     """Uploads and scores the archive; its results are `whole`."""
-    archive = Whole(line, everything(7).upload(line.store, "everything"))
+    archive = Whole(line, all_formats(7).upload(line.store, "everything"))
     run_here("score", archive.job("whole", workers=1))
     expected = archive.facts("whole")
     assert set(expected[1]["left_out"]) == REASONS and set(expected[1]["statuses"]) == STATUSES

@@ -29,7 +29,7 @@ PATIENCE = 240  # timeout in seconds for a step of a job
 QUIET_NODE = {
     "include_dashboard": False,  # neither it nor the log is read
     "include_log_monitor": False,
-    "setup_worker_path": str(Path(fork_worker.__file__)),  # see nursery.py
+    "setup_worker_path": str(Path(fork_worker.__file__)),  # see fork_server.py
 }
 POLL_SECONDS = 0.25  # listing a bucket costs the store about 20 ms of CPU time
 
@@ -58,12 +58,12 @@ class Run:
 STARTED: list[Run] = []
 
 
-def start(folder: Path, *words: str, **environment: str) -> Run:
+def start(folder: Path, *arguments: str, **environment: str) -> Run:
     """Starts `raydetect WORDS`."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err, _interruptible():
         process = subprocess.Popen(
-            [COMMAND, *words], stdout=out, stderr=err, stdin=subprocess.DEVNULL, env={**os.environ, **environment}
+            [COMMAND, *arguments], stdout=out, stderr=err, stdin=subprocess.DEVNULL, env={**os.environ, **environment}
         )
     started = Run(process, folder)
     STARTED.append(started)
@@ -93,39 +93,39 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def run(folder: Path, *words: str, **environment: str) -> Run:
+def run(folder: Path, *arguments: str, **environment: str) -> Run:
     """Runs `raydetect WORDS` to completion; its exit code must be 0."""
-    started = start(folder, *words, **environment)
+    started = start(folder, *arguments, **environment)
     code = started.wait()
-    assert code == 0, f"raydetect {' '.join(words)} ended with {code}:\n{started.text()}"
+    assert code == 0, f"raydetect {' '.join(arguments)} ended with {code}:\n{started.text()}"
     return started
 
 
-def run_here(*words: str) -> str:
+def run_here(*arguments: str) -> str:
     """Runs `raydetect WORDS --local` in this process, where torch is loaded; returns its output. Exit code 0."""
-    return _invoked(0, *words, "--local")
+    return _invoked(0, *arguments, "--local")
 
 
-def run_on(address: str, *words: str) -> str:
+def run_on(address: str, *arguments: str) -> str:
     """Runs `raydetect WORDS` on a cluster with this process as the driver; returns its output. Exit code 0.
 
     Not for `engine: serve`: the threads of Ray Serve's client outlive the job, which makes forking unsafe.
     """
-    return _invoked(0, *words, "--address", address)
+    return _invoked(0, *arguments, "--address", address)
 
 
-def refused_on(address: str, *words: str) -> str:
+def refused_on(address: str, *arguments: str) -> str:
     """The same for a job that must fail: exit code 1."""
-    return _invoked(1, *words, "--address", address)
+    return _invoked(1, *arguments, "--address", address)
 
 
-def _invoked(code: int, *words: str) -> str:
+def _invoked(code: int, *arguments: str) -> str:
     threads = torch.get_num_threads()
     try:
-        result = CliRunner().invoke(main, words, catch_exceptions=False)
+        result = CliRunner().invoke(main, arguments, catch_exceptions=False)
     finally:
         torch.set_num_threads(threads)
-    assert result.exit_code == code, f"raydetect {' '.join(words)} ended with {result.exit_code}:\n{result.output}"
+    assert result.exit_code == code, f"raydetect {' '.join(arguments)} ended with {result.exit_code}:\n{result.output}"
     return result.output
 
 
@@ -169,15 +169,15 @@ def listening_addresses(pids: Iterable[int]) -> set[str]:
     return found - {""}
 
 
-def processes_of(word: bytes, pid: int) -> list[int]:
-    """Descendants of `pid` whose command line contains a word, e.g. `ScoreActor` or `RayTrainWorker`."""
+def processes_of(name: bytes, pid: int) -> list[int]:
+    """Descendants of `pid` whose command line contains a name, e.g. `ScoreActor` or `RayTrainWorker`."""
     found = []
     for child in descendants(pid):
         try:
             command_line = Path(f"/proc/{child}/cmdline").read_bytes()
         except OSError:  # it has ended in the meantime
             continue
-        if word in command_line:
+        if name in command_line:
             found.append(child)
     return found
 

@@ -45,7 +45,7 @@ def job(line: Line, workers: int) -> str:
         "source": {"uri": line.store.uri("labelled"), "pattern": PATTERN},
         "detector": {"ensemble": MEMBERS},
         "artifact": line.store.uri(f"all{workers}"),
-        "storage": line.store.words,
+        "storage": line.store.settings,
         "calibration": {"holdout_ratio": 0.4},
         "batch_size": 8,
         "resources": {"num_workers": workers, "cpus_per_worker": 1},

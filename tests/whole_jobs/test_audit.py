@@ -18,7 +18,7 @@ def audit_values(line: Line, folder: str) -> dict[str, Any]:
         "source": {"uri": uris, "pattern": "{category}/test/{defect}/{name}.png"},
         "artifact": line.store.uri("artifact"),
         "sink": {"uri": line.store.uri(folder)},
-        "storage": line.store.words,
+        "storage": line.store.settings,
         "flag": {"fdr": 0.3},
         "night": "2026-11-22",
         "alarm_when": ["few: images < 10"],
@@ -42,4 +42,4 @@ def test_an_audit_on_ray_equals_one_in_one_process(line: Line, cluster: str, tmp
     assert stored[0] == stored[1]
     page = line.store.storage.read(there.report_uri(1)).decode()
     assert page.count("data:image/jpeg") == 8 and "No image:" not in page
-    assert str(line.store.words["secret"]) not in page
+    assert str(line.store.settings["secret"]) not in page

@@ -44,7 +44,7 @@ def test_bottle_is_fitted_and_scored_from_tar_shards_in_a_bucket(
             "params": {"backbone": "resnet18", "weights": str(real_weights), "coreset_sampling_ratio": 0.1},
         },
         "artifact": store.uri("artifact"),
-        "storage": store.words,
+        "storage": store.settings,
         "resources": {"cpus_per_worker": 1},
     }
     score = {
@@ -56,7 +56,7 @@ def test_bottle_is_fitted_and_scored_from_tar_shards_in_a_bucket(
         },
         "artifact": store.uri("artifact"),
         "sink": {"uri": store.uri("results"), "heatmaps": "all", "style": "map"},
-        "storage": store.words,
+        "storage": store.settings,
         "flag": {"alpha": 0.05},
         "chunk_images": 8,
         "batch_size": 8,

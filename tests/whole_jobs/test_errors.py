@@ -23,10 +23,10 @@ def nothing(*_: object) -> None:
     """Takes what a run tells."""
 
 
-def ending(run: Callable[..., object], *words: Any) -> tuple[type, str, int]:
+def ending(run: Callable[..., object], *arguments: Any) -> tuple[type, str, int]:
     """Class, message and exit code."""
     with pytest.raises(RaydetectError) as caught:
-        run(*words, nothing)
+        run(*arguments, nothing)
     return type(caught.value), str(caught.value), caught.value.exit_code
 
 

@@ -15,9 +15,9 @@ def cells(folder: Path) -> dict[str, Any]:
 
 def test_cells_on_ray_equal_those_of_one_process_even_after_a_kill(cluster: str, tmp_path: Path) -> None:
     data_set(tmp_path / "data")
-    words = {**JOB, "data": {"uri": str(tmp_path / "data"), "layout": "mvtec_ad"}, "output": str(tmp_path / "ray")}
-    words["resources"] = {"num_workers": 2, "cpus_per_worker": 1}
-    job = write_job(tmp_path / "job.yaml", words)
+    settings = {**JOB, "data": {"uri": str(tmp_path / "data"), "layout": "mvtec_ad"}, "output": str(tmp_path / "ray")}
+    settings["resources"] = {"num_workers": 2, "cpus_per_worker": 1}
+    job = write_job(tmp_path / "job.yaml", settings)
     started = start(tmp_path / "first", "evaluate", job, "--address", cluster)
 
     def some() -> bool:

@@ -49,7 +49,7 @@ def fit_job(line: Line, name: str, workers: int, algorithm: str = "patchcore", *
         "source": {"uri": line.store.uri("normal")},
         "detector": {"name": algorithm, "params": params},
         "artifact": line.store.uri(name),
-        "storage": line.store.words,
+        "storage": line.store.settings,
         "calibration": {"holdout_ratio": 0.25},
         "resources": {"num_workers": workers, "cpus_per_worker": 1},
         **changes,
@@ -113,8 +113,8 @@ def test_extending_a_bank_and_interrupting_it_leaves_no_artifact(
     """Its CPUs must be freed at once: the fit with four workers below uses the same cluster."""
     pack(line.store.uri("calibration"), ".tar", normal_files(15, start=700), 2, line.store.storage)
     job = fit_job(line, "more", 2, calibration={"source": {"uri": line.store.uri("calibration")}})
-    words = ("--extend", line.store.uri("alone"))
-    running = start(tmp_path, "fit", job, *words, "--address", cluster)
+    options = ("--extend", line.store.uri("alone"))
+    running = start(tmp_path, "fit", job, *options, "--address", cluster)
     started(running, "read")
     running.process.send_signal(signal.SIGINT)
     assert running.wait(90) == 130
@@ -122,7 +122,7 @@ def test_extending_a_bank_and_interrupting_it_leaves_no_artifact(
     with pytest.raises(StorageError):
         list(line.store.storage.list(line.store.uri("more")))
 
-    run_here("fit", job, *words)
+    run_here("fit", job, *options)
     body = record_of(line, "more").body
     assert body["images"] == {"fitted": 40, "held_out": 15, "labelled_anomalous_left_out": 0, "bad": 0}
     assert [entry["digest"] for entry in body["lineage"]] == [alone.digest]
@@ -144,9 +144,9 @@ def test_a_broken_shard_fails_the_job_with_one_sentence(line: Line, cluster: str
 
 def test_a_training_goes_on_to_the_same_bits_after_a_kill(line: Line, cluster: str, tmp_path: Path) -> None:
     """One and two workers: tests/fitting/test_train.py in float64, test_all_detectors.py in float32 through Ray."""
-    words = {"checkpoint_epochs": 2}
-    run_here("fit", fit_job(line, "whole", 1, "stfpm", **words))
-    job = fit_job(line, "trained", 1, "stfpm", **words)
+    settings = {"checkpoint_epochs": 2}
+    run_here("fit", fit_job(line, "whole", 1, "stfpm", **settings))
+    job = fit_job(line, "trained", 1, "stfpm", **settings)
     running = start(tmp_path / "killed", "fit", job, "--address", cluster)
     storage, uri = line.store.storage, line.store.uri("trained")
 
@@ -172,10 +172,10 @@ def test_a_fleet_is_fitted_in_parallel_and_routes_images(line: Line, cluster: st
     pack(store.uri("pairs"), ".tar", files, 3, store.storage)
     pack(store.uri("night"), ".tar", [*files[:4], ("odd/train/good/x.png", files[0][1]), *files[-4:]], 2, store.storage)
     source = {"uri": store.uri("pairs"), "pattern": "{category}/train/{defect}/{name}.png"}
-    words = {"source": source, "per_category": True}
-    message = run_on(cluster, "fit", fit_job(line, "fleet2", 2, **words))
+    settings = {"source": source, "per_category": True}
+    message = run_on(cluster, "fit", fit_job(line, "fleet2", 2, **settings))
     assert "for each of 2 categories on 24 images by 2 workers" in message
-    run_here("fit", fit_job(line, "fleet1", 1, **words))
+    run_here("fit", fit_job(line, "fleet1", 1, **settings))
     two, one = (read_records(read_index(store.uri(n), store.storage), store.storage) for n in ("fleet2", "fleet1"))
     assert list(two) == list(one) == ["left", "right"]
     for category, member in two.items():
@@ -205,7 +205,7 @@ def test_bottle_has_the_same_bank_on_one_two_and_four_workers_even_if_one_is_kil
             "source": {"uri": store.uri("train")},
             "detector": {"name": "patchcore", "params": params},
             "artifact": store.uri(f"artifact{workers}"),
-            "storage": store.words,
+            "storage": store.settings,
             "max_bank_bytes": 1 << 20,
             "resources": {"num_workers": workers, "cpus_per_worker": 1},
         }

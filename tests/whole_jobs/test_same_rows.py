@@ -42,9 +42,9 @@ def same_as_truth(line: Line, results: str, truth: str) -> None:
     assert manifest is not None and manifest["rows"] == 240 and manifest["statuses"] == {"ok": 240}
 
 
-def begin(line: Line, results: str, tmp_path: Path, *words: str, workers: int = 2, **changes: Any) -> Run:
+def begin(line: Line, results: str, tmp_path: Path, *arguments: str, workers: int = 2, **changes: Any) -> Run:
     """Starts a job and waits until some but not all shards are committed."""
-    running = start(tmp_path / results, "score", line.job(results, workers=workers, **changes), *words)
+    running = start(tmp_path / results, "score", line.job(results, workers=workers, **changes), *arguments)
     ledger = Ledger(line.store.uri(results), line.store.storage)
 
     def some_but_not_all() -> bool:

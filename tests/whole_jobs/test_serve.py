@@ -33,7 +33,7 @@ def endpoints(line: Line, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     values = {
         "kind": "serve",
         "detectors": {"widget": {"artifact": store.uri("artifact"), "flag": {"alpha": 0.1}}},
-        "storage": store.words,
+        "storage": store.settings,
         "port": port,
         "batch_size": 4,
         "allow": {"sources": [store.uri("mixed")], "sinks": [store.uri()], "artifacts": [store.uri()]},

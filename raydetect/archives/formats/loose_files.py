@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from raydetect.archives.access import is_alone, others_of
-from raydetect.archives.base import is_unsafe, readable, unsafe_name
-from raydetect.archives.directory import ESCAPED, Directory, MemberReader, escaped
+from raydetect.archives.base import escaped_text, is_unsafe, unsafe_name
+from raydetect.archives.directory import ESCAPED, ContainerDirectory, MemberReader, escaped
 from raydetect.archives.path_patterns import Naming
 from raydetect.archives.samples import Arrangement, Entry, Sample, arrange
 from raydetect.config import SourceSpec
@@ -38,11 +38,11 @@ def group_files(
         if reason is None:
             regular.append(file)
         else:
-            left_out.add(reason, readable(relative_to(file.uri, root)))
+            left_out.add(reason, escaped_text(relative_to(file.uri, root)))
     entries = [_entry(root, file, place) for place, file in enumerate(regular)]
     arranged = arrange(entries)
     for entry, reason in arranged.left_out:
-        left_out.add(reason, readable(entry.name))
+        left_out.add(reason, escaped_text(entry.name))
     yield from _cut(root, arranged.samples, regular, source)
 
 
@@ -117,7 +117,7 @@ def read_prefix(
             yield member
 
 
-class Folder(Directory):
+class Folder(ContainerDirectory):
     """The files of a prefix shard."""
 
     scheme = ""
@@ -159,8 +159,8 @@ class Folder(Directory):
 
     def key_of(self, entry: Entry) -> str:
         """Returns the key of a file."""
-        name = readable(entry.name)
-        return f"{readable(self.uri)}#{name.encode('unicode_escape').decode() if is_unsafe(name) else name}"
+        name = escaped_text(entry.name)
+        return f"{escaped_text(self.uri)}#{name.encode('unicode_escape').decode() if is_unsafe(name) else name}"
 
     def safe_name(self, entry: Entry) -> str:
         """Returns the name of a file; unlike in containers it may have `//` or a leading `/`, as in object stores.
@@ -174,7 +174,7 @@ class Folder(Directory):
 
     def uri_of(self, entry: Entry) -> str:
         """Returns the file's URL, or a `member` URL if its name is not UTF-8."""
-        if readable(entry.raw) != entry.raw:
+        if escaped_text(entry.raw) != entry.raw:
             return f"{ESCAPED}://{escaped(entry.raw)}::{self.uri}"
         return join_uri(self.uri, entry.raw)
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.archive import AbstractArchiveFileSystem
 
-from raydetect.archives.base import composed, key_of, listed_file, readable
+from raydetect.archives.base import composed, escaped_text, key_of, listed_file
 from raydetect.archives.directory import too_many_bytes, with_facts, with_fields
 from raydetect.archives.formats.parquet_cells import (
     FIELDS,
@@ -185,9 +185,9 @@ class RowReader:
         facts = self.naming.read(_path(name or key_name))
         if facts is None:
             is_mask = self.naming.is_mask(_path(name or key_name))
-            self.left_out.add("mask" if is_mask else "pattern", readable(name or key_name))
+            self.left_out.add("mask" if is_mask else "pattern", escaped_text(name or key_name))
             return None
-        original = {} if name is None or name == key_name else {"name": readable(name)}
+        original = {} if name is None or name == key_name else {"name": escaped_text(name)}
         member = Member(
             key_of(self.uri, key_name),
             f"parquetrow://{self.image}/{row}::{self.uri}",

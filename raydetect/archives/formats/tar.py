@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from typing import IO
 
 from raydetect.archives.base import listed_file
-from raydetect.archives.directory import Directory, MemberReader
+from raydetect.archives.directory import ContainerDirectory, MemberReader
 from raydetect.archives.formats.decompression import is_compressed, unpacked
 from raydetect.archives.formats.tar_headers import TarHeaders, read_headers
-from raydetect.archives.formats.tar_index import compare, read_index, region_of
+from raydetect.archives.formats.tar_index import byte_range_of, compare, read_index
 from raydetect.archives.formats.zip import REPAIR
 from raydetect.archives.path_patterns import Naming
 from raydetect.archives.samples import MAX_SIDECAR_BYTES, Entry, is_sidecar
@@ -56,7 +56,7 @@ def read_tar(
             yield from MemberReader(directory, source, naming, left_out).members(None)
 
 
-def tar_directory(handle: IO[bytes], uri: str) -> Directory:
+def tar_directory(handle: IO[bytes], uri: str) -> ContainerDirectory:
     """Returns the directory of a tar; its first bytes show the compression.
 
     Args:
@@ -96,7 +96,7 @@ def _seekable(stored: StoredFile) -> Iterator[IO[bytes]]:
         yield copy
 
 
-class PlainTar(Directory):
+class PlainTar(ContainerDirectory):
     """An uncompressed tar."""
 
     def __init__(self, handle: IO[bytes], uri: str, headers: TarHeaders | None = None) -> None:
@@ -129,7 +129,7 @@ class PlainTar(Directory):
         self._headers.finish(left_out)
 
 
-class CompressedTar(Directory):
+class CompressedTar(ContainerDirectory):
     """A compressed tar, decompressed once for the headers and again for the images, in bounded memory.
 
     The first pass keeps up to KEPT_SIDECAR_BYTES of sidecars, because they may come after their image.
@@ -201,14 +201,14 @@ def _broken(uri: str, good: str, reason: str) -> ArchiveError:
     return ArchiveError(f"{uri}: broken after {good} ({reason}). {REPAIR}")
 
 
-def _part(shard: Shard, span: tuple[int, int], handle: StoredFile, storage: Storage) -> Directory:
-    """Returns the files of a tar from its index, checked against the headers in the region of this part."""
+def _part(shard: Shard, span: tuple[int, int], handle: StoredFile, storage: Storage) -> ContainerDirectory:
+    """Returns the files of a tar from its index, checked against the headers in the byte range of this part."""
     components = read_index(shard.index_uri, storage)
-    region = region_of(components, span)
+    byte_range = byte_range_of(components, span)
     headers = TarHeaders()
-    if region.begin != region.stop:
-        handle.seek(int(region.begin))
-        headers = read_headers(handle, shard.uri, "r:", region.stop)  # type: ignore[arg-type]
+    if byte_range.begin != byte_range.stop:
+        handle.seek(int(byte_range.begin))
+        headers = read_headers(handle, shard.uri, "r:", byte_range.stop)  # type: ignore[arg-type]
     if not headers.broken:
-        headers.entries = compare(region, components, headers.entries, shard.uri, shard.index_uri)
+        headers.entries = compare(byte_range, components, headers.entries, shard.uri, shard.index_uri)
     return PlainTar(handle, shard.uri, headers)  # type: ignore[arg-type]

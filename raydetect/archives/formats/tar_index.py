@@ -1,7 +1,7 @@
 """The index for reading a tar in parts: a text file `day.idx` beside `day.tar`, in the format of NVIDIA DALI's wds2idx.
 
 It is never trusted: the driver checks that it covers the tar, and every part compares it with the headers of its own
-region.
+bytes.
 """
 
 import re
@@ -88,7 +88,7 @@ def _end_of_name(line: str, start: int, suffix: str) -> int:
     raise ValueError(f"line {line[:80]!r} has a name that does not end with {suffix!r}")
 
 
-def why_not_used(tar: FileInfo, index: FileInfo, storage: Storage) -> str:
+def unusable_reason(tar: FileInfo, index: FileInfo, storage: Storage) -> str:
     """Returns the reason why an index cannot be used to split a tar, as a sentence; "" if it can.
 
     Raises:
@@ -115,16 +115,16 @@ def _covers(components: list[Component], tar: FileInfo, storage: Storage) -> boo
 
 
 @dataclass(frozen=True, slots=True)
-class Region:
+class ByteRange:
     """The bytes [begin, stop) of a tar, whose headers one part reads."""
 
     begin: float
     stop: float
 
 
-def region_of(components: list[Component], span: tuple[int, int]) -> Region:
-    """Returns the region of a span: members whose data starts in it, with their headers. Regions have no gaps."""
-    return Region(_begin(components, span[0]), _begin(components, span[1]))
+def byte_range_of(components: list[Component], span: tuple[int, int]) -> ByteRange:
+    """Returns the bytes of a span: members whose data starts in it, with their headers. Ranges have no gaps."""
+    return ByteRange(_begin(components, span[0]), _begin(components, span[1]))
 
 
 def _begin(components: list[Component], offset: int) -> float:
@@ -134,15 +134,17 @@ def _begin(components: list[Component], offset: int) -> float:
     return components[before - 1].end if before else 0
 
 
-def compare(region: Region, components: list[Component], scanned: list[Entry], uri: str, index: str) -> list[Entry]:
-    """Returns all files of a tar: those in the region from its headers, the others from the index.
+def compare(
+    byte_range: ByteRange, components: list[Component], scanned: list[Entry], uri: str, index: str
+) -> list[Entry]:
+    """Returns all files of a tar: those in the byte range from its headers, the others from the index.
 
     Raises:
-        ArchiveError: index and headers differ in the region.
+        ArchiveError: index and headers differ in the byte range.
     """
-    inside = [component.entry() for component in components if region.begin <= component.offset < region.stop]
+    inside = [component.entry() for component in components if byte_range.begin <= component.offset < byte_range.stop]
     indexable = [entry for entry in scanned if entry.status != "unsafe_name"]
     if [(e.name, e.place, e.size) for e in inside] != [(e.name, e.place, e.size) for e in indexable]:
         raise ArchiveError(f"{uri}: {index} does not match this tar. Rebuild or remove the index.")
-    others = [c.entry() for c in components if not region.begin <= c.offset < region.stop]
+    others = [c.entry() for c in components if not byte_range.begin <= c.offset < byte_range.stop]
     return sorted([*others, *scanned], key=lambda entry: entry.place)

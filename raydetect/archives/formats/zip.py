@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator
 
 from raydetect.archives.base import listed_file
-from raydetect.archives.directory import Directory, MemberReader
+from raydetect.archives.directory import ContainerDirectory, MemberReader
 from raydetect.archives.formats.zip_names import CheckedZip
 from raydetect.archives.path_patterns import Naming
 from raydetect.archives.samples import Entry
@@ -39,7 +39,7 @@ def read_zip(
         yield from MemberReader(directory, source, naming, left_out).members(shard.span)
 
 
-class ZipDirectory(Directory):
+class ZipDirectory(ContainerDirectory):
     """The files of a zip."""
 
     scheme = "zip"

@@ -37,23 +37,25 @@ class RemoteSearch(Search):
         """Distances and indices of the K nearest rows of the bank, on the device of the patches."""
         self.check(patches_ND, num_neighbors)
         patches_ref = ray.put(patches_ND.float().cpu().numpy())
-        found = ray.get([actor.nearest.remote(patches_ref, num_neighbors) for actor in self.bank_actors.actors])
+        piece_answers = ray.get([actor.nearest.remote(patches_ref, num_neighbors) for actor in self.bank_actors.actors])
         device = patches_ND.device
-        answers = [(torch.tensor(distance).to(device), torch.tensor(index).to(device)) for distance, index in found]
+        answers = [
+            (torch.tensor(distance).to(device), torch.tensor(index).to(device)) for distance, index in piece_answers
+        ]
         return merge_answers(answers, [start for start, _ in self.pieces], num_neighbors)
 
     def rows(self, index_X: Tensor) -> Tensor:
         """Returns rows by their index in the whole bank, on the device of the indices."""
         index = index_X.cpu().numpy()
-        found = np.empty((*index.shape, self.dims), dtype=np.float32)
+        rows_XD = np.empty((*index.shape, self.dims), dtype=np.float32)
         pending = []
         for actor, (start, stop) in zip(self.bank_actors.actors, self.pieces, strict=True):
             in_shard = (index >= start) & (index < stop)
             if in_shard.any():
                 pending.append((in_shard, actor.rows.remote(index[in_shard] - start)))
         for in_shard, rows in pending:
-            found[in_shard] = ray.get(rows)
-        return torch.from_numpy(found).to(index_X.device)
+            rows_XD[in_shard] = ray.get(rows)
+        return torch.from_numpy(rows_XD).to(index_X.device)
 
     def to(self, device: torch.device) -> "RemoteSearch":
         """Returns itself; results are on the device of the query."""

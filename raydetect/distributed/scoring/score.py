@@ -66,10 +66,10 @@ class ScoreActor:
                 raise self.failure
             scored = [score_and_write(self.scorer, self.sink, chunk).to_bytes() for chunk in unpack_chunks(table)]
         except Exception as error:
-            found = deliberate(error)
-            if found is None:
+            deliberate_error = deliberate(error)
+            if deliberate_error is None:
                 raise
-            return pa.table({"chunk": pa.array([b""], pa.large_binary()), "error": [error_text(found)]})
+            return pa.table({"chunk": pa.array([b""], pa.large_binary()), "error": [error_text(deliberate_error)]})
         return pa.table({"chunk": pa.array(scored, pa.large_binary()), "error": [""] * len(scored)})
 
 

@@ -13,7 +13,7 @@ from ray.serve.handle import DeploymentHandle
 
 from raydetect.config import ServeSpec, parse_job
 from raydetect.distributed.serving.controller import Controller, ServeBackend
-from raydetect.distributed.serving.replica import Scorer
+from raydetect.distributed.serving.replica import ScorerReplica
 from raydetect.distributed.serving.replica_calls import CHUNKS_PER_REPLICA, CONTROLLER, INGRESS, SCORER
 from raydetect.errors import SpecError
 from raydetect.gateway.http.app import build_app
@@ -44,7 +44,7 @@ def bound(spec: ServeSpec, tokens: Tokens) -> Application:
         return build_app(spec, tokens, ServeBackend(spec))
 
     resources = spec.resources
-    scorer = serve.deployment(Scorer, name=SCORER).options(
+    scorer = serve.deployment(ScorerReplica, name=SCORER).options(
         ray_actor_options={"num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker},
         max_ongoing_requests=BATCHES_WAITING * spec.batch_size + CHUNKS_PER_REPLICA,
         graceful_shutdown_timeout_s=60,

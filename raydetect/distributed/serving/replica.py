@@ -51,7 +51,7 @@ class _Meters:
             self.images.inc(1, {"status": "ok" if status == OK else "bad", "kind": kind})
 
 
-class Scorer:
+class ScorerReplica:
     """Scores single images, batched across requests, alongside chunks of archives."""
 
     async def __init__(self, spec: ServeSpec) -> None:  # type: ignore[misc]
@@ -75,7 +75,7 @@ class Scorer:
                 log.warning("%s: not loaded at startup: %s", name, error)
 
     def _loader(self) -> Callable[[str], Any]:
-        from raydetect.scoring.model_cache import ScorerPool, SharedDetectors
+        from raydetect.scoring.scorer_pool import ScorerPool, SharedDetectors
 
         async def load(model: str) -> ScorerPool:
             index = await asyncio.to_thread(self._index, model)
@@ -108,9 +108,9 @@ class Scorer:
             _Request(model, member, heatmap, rules, group, arrived)
             for member, heatmap in zip(members, heatmaps, strict=True)
         ]
-        found: list[Answer | RaydetectError] = await asyncio.gather(*map(self._batched, requests))
+        results: list[Answer | RaydetectError] = await asyncio.gather(*map(self._batched, requests))
         answers = []
-        for answer in found:
+        for answer in results:
             if isinstance(answer, RaydetectError):
                 raise answer
             answers.append(answer)
@@ -135,10 +135,10 @@ class Scorer:
         try:
             warm = await self._get(requests[0].model)
             members, heatmaps = [request.member for request in requests], [request.heatmaps for request in requests]
-            found: Sequence[Answer] = await asyncio.to_thread(warm.answer, members, heatmaps, requests[0].rules)
+            answers: Sequence[Answer] = await asyncio.to_thread(warm.answer, members, heatmaps, requests[0].rules)
         except RaydetectError as error:
             return [error] * len(requests)
-        return found
+        return answers
 
     async def score_chunk(self, model: str, chunk: Chunk, spec: ScoreSpec, sink: ResultsSink) -> bytes:
         """Scores an archive chunk; returns `ScoredChunk.to_bytes`."""

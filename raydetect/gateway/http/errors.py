@@ -19,7 +19,7 @@ from raydetect.errors import (
 )
 from raydetect.gateway.allowed_uris import NotAllowed
 from raydetect.gateway.backend import Busy, TooMany
-from raydetect.gateway.http.limits import BROKE
+from raydetect.gateway.http.limits import INTERNAL_ERROR
 
 log = logging.getLogger("raydetect.gateway")
 CLIENT_ERRORS = (ArchiveError, MemberError, SpecError, TooManyBadRows)  # about what the client sent
@@ -50,7 +50,7 @@ def public_message(error: RaydetectError) -> tuple[int, str]:
     if isinstance(error, CLIENT_ERRORS):
         return 422, str(error)
     log.warning("%s: %s", type(error).__name__, error)
-    return (422, HIDDEN) if isinstance(error, StorageError | ArtifactError) else (500, BROKE)
+    return (422, HIDDEN) if isinstance(error, StorageError | ArtifactError) else (500, INTERNAL_ERROR)
 
 
 async def _refused(request: Request, error: Exception) -> JSONResponse:
@@ -73,4 +73,4 @@ async def _mistake(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _internal_error(request: Request, error: Exception) -> JSONResponse:
-    return JSONResponse({"detail": BROKE}, 500)
+    return JSONResponse({"detail": INTERNAL_ERROR}, 500)

@@ -21,12 +21,12 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 PORT = re.compile(r":\d*$")
 LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "[::1]"})
-ALWAYS = ("/healthz", "/readyz")  # not limited by `max_requests`
-BROKE = "internal server error; see the server's log."
+UNLIMITED_PATHS = ("/healthz", "/readyz")  # not limited by `max_requests`
+INTERNAL_ERROR = "internal server error; see the server's log."
 FORM = "multipart/form-data"
 MOST_TEXT_BYTES = 4 << 20  # limit for JSON bodies, which hold URIs and never image bytes
 LENGTH = re.compile(r"[0-9]{1,18}")
-LATER: Headers = ((b"retry-after", b"1"),)
+RETRY_AFTER: Headers = ((b"retry-after", b"1"),)
 HEADERS: Headers = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -87,8 +87,8 @@ class Guard:
         if origin and origin.partition("://")[2] != authority:
             return 403, "pages of other sites may not call this server.", ()
         refused = self._gate.refusal(scope) or self._unreadable(headers)
-        if refused is None and self._in_flight >= self._limits.max_requests and scope["path"] not in ALWAYS:
-            return 429, f"{self._limits.max_requests} requests are in flight. Try again.", LATER
+        if refused is None and self._in_flight >= self._limits.max_requests and scope["path"] not in UNLIMITED_PATHS:
+            return 429, f"{self._limits.max_requests} requests are in flight. Try again.", RETRY_AFTER
         return refused
 
     def _unreadable(self, headers: dict[bytes, str]) -> Refusal | None:
@@ -113,12 +113,12 @@ class Guard:
         try:
             await asyncio.wait_for(self._app(scope, exchange.receive, exchange.send), self._limits.request_seconds)
         except TimeoutError:
-            refusal = (503, f"no answer within {self._limits.request_seconds:g} s. Try again.", LATER)
+            refusal = (503, f"no answer within {self._limits.request_seconds:g} s. Try again.", RETRY_AFTER)
         except (Refused, ClientDisconnect) as error:
             log.debug("%s %s: stopped by %s", scope["method"], scope["path"], type(error).__name__)
         except Exception:
             log.exception("%s %s", scope["method"], scope["path"])
-            refusal = (500, BROKE, ())
+            refusal = (500, INTERNAL_ERROR, ())
         await exchange.refuse(exchange.refusal or refusal)
 
 
@@ -174,7 +174,7 @@ class _Exchange:
         try:
             self.take(count)
         except TooMany as error:
-            self._refuse((429, str(error), LATER))
+            self._refuse((429, str(error), RETRY_AFTER))
 
     def _refuse(self, refusal: Refusal) -> None:
         self.refusal = refusal

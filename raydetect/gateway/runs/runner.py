@@ -11,7 +11,7 @@ from raydetect.errors import RaydetectError, ResumeError
 from raydetect.gateway.allowed_uris import Prefixes
 from raydetect.gateway.backend import RunState, TooMany
 from raydetect.gateway.http.errors import public_message
-from raydetect.gateway.http.limits import BROKE
+from raydetect.gateway.http.limits import INTERNAL_ERROR
 from raydetect.planning.committer import commit_all
 from raydetect.planning.plan import ScorePlan, finish, plan_score
 from raydetect.planning.stream import Stopped, Stream
@@ -105,7 +105,7 @@ class Runner:
             state = RunState(uri, "failed", public_message(error)[1])
         except Exception:
             log.exception("the archive run into %s", uri)
-            state = RunState(uri, "failed", BROKE)
+            state = RunState(uri, "failed", INTERNAL_ERROR)
         with self._lock:
             self._set_state(state)
             del self._stops[uri], self._specs[uri]

@@ -34,7 +34,7 @@ PACKERS: dict[str, Callable[[Files], bytes]] = {
 }
 TAILS = 2
 # Duplicate names; sidecars before, next to and far behind their image, or without one; damaged and system files.
-ALWAYS = (
+FIXED_NAMES = (
     "far.cls", "twice/p.png", "twice/p.json", "./twice/p.png", "twice/p.json", "r.left.png", "r.json",
     "r.left.mask.png", "far.jpg", "good/picture", "good/README", "empty.png", "cut.png", "cut.jpg", "text.jpg",
     "lonely.json", "Thumbs.db", "__MACOSX/._far.jpg", "notes.txt", "inner.tar.bz2", "r.cls",
@@ -47,7 +47,7 @@ STATUSES = {"ok", "unsafe_name", "duplicate_key", "empty", "not_an_image", "corr
 
 
 @dataclass(frozen=True)
-class Everything:
+class AllFormats:
     """The content of an archive, not yet written.
 
     Attributes:
@@ -95,13 +95,13 @@ class Laid:
     pictures: Counter[str]
 
 
-def everything(seed: int) -> Everything:
+def all_formats(seed: int) -> AllFormats:
     """Generates the archive for a seed."""
     rng = random.Random(seed)
     containers: dict[str, bytes] = {}
     held, packed_in_all = TAILS, list[tuple[str, bytes]]()
     for turn, (name, packer) in enumerate(PACKERS.items()):
-        names = [*_hostile_names(rng), *ALWAYS]
+        names = [*_hostile_names(rng), *FIXED_NAMES]
         if not name.endswith((".tar", ".gz", ".TGZ", ".zst")):  # other formats only support UTF-8 names
             names = [entry.replace(BYTES_ONLY, "Gruss") for entry in names]
         packed = _filled(rng.sample(names, len(names)), 1000 * seed + 100 * turn)
@@ -115,20 +115,20 @@ def everything(seed: int) -> Everything:
     containers["broken.zip"] = b"PK\3\4 and no directory"
     containers[".git/kept.tar"] = tar_of(plain)  # hidden, so it counts as one file
     held += len(plain) + len(cut) + 1 + 1 + 1  # the truncated, the broken and the hidden container
-    loose = [f"loose/{name}" for name in dict.fromkeys([*_hostile_names(rng), *ALWAYS])]
+    loose = [f"loose/{name}" for name in dict.fromkeys([*_hostile_names(rng), *FIXED_NAMES])]
     loose.remove("loose/./twice/p.png")  # the same path as without `./` on a disk
     beside = [
         *_filled(loose, 1000 * seed + 900),
         ("plain.idx", index_bytes(containers["plain.tar"])),
         ("old.7z", b"7z"),
     ]
-    return Everything(containers, beside, held, digests([*packed_in_all, *plain, *cut]))
+    return AllFormats(containers, beside, held, digests([*packed_in_all, *plain, *cut]))
 
 
 def _hostile_names(rng: random.Random) -> Iterator[str]:
-    words: list[Sequence[str]] = [rng.sample(kind, len(kind)) for kind in (FOLDERS, (*STEMS, "b.l"), SUFFIXES)]
+    name_parts: list[Sequence[str]] = [rng.sample(kind, len(kind)) for kind in (FOLDERS, (*STEMS, "b.l"), SUFFIXES)]
     for i in range(HOSTILE_NAMES):
-        folder, stem, suffix = (kind[i % len(kind)] for kind in words)
+        folder, stem, suffix = (kind[i % len(kind)] for kind in name_parts)
         yield folder + (BYTES_ONLY if i == 0 else stem) + suffix
 
 

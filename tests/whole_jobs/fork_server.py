@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.whole_jobs.fork_worker import NURSERY
+from tests.whole_jobs.fork_worker import FORK_SERVER
 
 LOADED = (  # without Ray, which reads the worker's environment on import
     "aiohttp",
@@ -41,19 +41,19 @@ ARROW_THREAD = "jemalloc_bg_thd"  # of Arrow's allocator, which restarts it in a
 
 
 @contextmanager
-def running_nursery(folder: Path) -> Iterator[None]:
-    """Runs the nursery; clusters started within the block fork their workers from it."""
-    path = folder / "nursery"
+def running_fork_server(folder: Path) -> Iterator[None]:
+    """Runs the fork server; clusters started within the block fork their workers from it."""
+    path = folder / "fork_server"
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.whole_jobs.nursery", str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-m", "tests.whole_jobs.fork_server", str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert process.stdin is not None and process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
-    os.environ[NURSERY] = str(path)
+    os.environ[FORK_SERVER] = str(path)
     try:
         yield
     finally:
-        del os.environ[NURSERY]
+        del os.environ[FORK_SERVER]
         process.stdin.close()
         process.wait(timeout=20)
 
@@ -98,7 +98,7 @@ def _become(request: dict[str, Any], files: list[int]) -> None:
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
     sys.path[:0] = [entry for entry in os.environ.get("PYTHONPATH", "").split(":") if entry and entry not in sys.path]
-    sys.argv = request["words"]
+    sys.argv = request["arguments"]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
