@@ -163,8 +163,6 @@ def test_extending_with_another_detector_is_refused() -> None:
     trained = {"name": "stfpm", "params": {"weights": "random"}}
     problems = find_problems(spec_of("memory://more/first", "memory://more/b", detector=trained, extend="memory://x"))
     assert any("no memory bank to extend" in problem for problem in problems)
-    half = find_problems(spec_of("memory://more/first", "memory://more/b", precision="bfloat16"))
-    assert any("only float32" in problem for problem in half)
 
 
 def test_an_error_of_one_worker_is_that_of_all() -> None:
