@@ -34,8 +34,6 @@ def _trainable(spec: FitSpec) -> None:
         SpecError: this detector does not support a setting of the job.
     """
     phases = {phase for _, part in parts(build_from(spec.detector, spec.seed)) for phase in part.phases}
-    if spec.precision != "float32" and "train" not in phases:
-        raise SpecError(f"precision: {spec.detector.title} is not trained, so only float32 is supported. Remove it.")
     if spec.resources.detectors_in_memory != ResourceSpec().detectors_in_memory:
         raise SpecError("resources.detectors_in_memory: applies to scoring with a fleet, not to a fit. Remove it.")
     if spec.extend is not None:

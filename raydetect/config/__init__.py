@@ -13,6 +13,7 @@ from raydetect.config.fit import (
     FitSpec,
     JpegScale,
     MemberSpec,
+    Precision,
     PreprocessSpec,
     Preset,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "LimitSpec",
     "MemberSpec",
     "MiB",
+    "Precision",
     "PreprocessSpec",
     "Preset",
     "ResourceSpec",

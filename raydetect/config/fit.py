@@ -1,6 +1,6 @@
 """`kind: fit`: fits a detector on images and writes an artifact."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
@@ -10,6 +10,7 @@ from raydetect.config.validation import STRICT
 
 Preset = Literal["paper", "smoke"]
 JpegScale = Literal["at_least_2x", "full"]
+Precision = Literal["float32", "bfloat16"]
 AT_LEAST_2X: JpegScale = "at_least_2x"
 ENSEMBLE = "ensemble"
 FIT_CHUNK_IMAGES, FIT_CHUNK_BYTES = 64, 128 * MiB  # chunk size of a fit; does not affect the artifact
@@ -62,6 +63,23 @@ class DetectorSpec:
     def members(self) -> tuple[MemberSpec, ...]:
         """The detectors of the ensemble, or the only one."""
         return self.ensemble or (MemberSpec(name=self.name, preset=self.preset, params=self.params),)
+
+    def at_precision(self, precision: Precision) -> "DetectorSpec":
+        """The spec with the parameter `precision` set for every detector.
+
+        Raises:
+            ValueError: the parameters of a detector state another one.
+        """
+        for member in self.members:
+            stated = member.params.get("precision", precision)
+            if stated != precision:
+                raise ValueError(
+                    f"precision {precision} contradicts precision {stated} in the params of {member.name}; remove one"
+                )
+        if not self.ensemble:
+            return replace(self, params={**self.params, "precision": precision})
+        members = [replace(member, params={**member.params, "precision": precision}) for member in self.ensemble]
+        return replace(self, ensemble=tuple(members))
 
     @property
     def title(self) -> str:
@@ -124,8 +142,12 @@ class FitSpec:
         int, Field(ge=1, description="memory per worker for collected rows; the rest spills to disk")
     ] = 4096 * MiB
     precision: Annotated[
-        Literal["float32", "bfloat16"], Field(description="training precision; bfloat16 uses torch autocast")
-    ] = "float32"
+        Precision | None,
+        Field(
+            description="sets the parameter precision of every detector of the job: of its networks, in the fit and "
+            "in all scoring with the artifact; none = as their params say"
+        ),
+    ] = None
     checkpoint_epochs: Annotated[
         int, Field(ge=1, description="epochs between training checkpoints; a killed fit resumes from the last")
     ] = 10
@@ -146,3 +168,5 @@ class FitSpec:
             raise ValueError("extend adds to one memory bank; refit an ensemble on all images")
         if self.resources.bank_shards != 1:
             raise ValueError("resources.bank_shards applies to scoring jobs only; remove it")
+        if self.precision is not None:
+            object.__setattr__(self, "detector", self.detector.at_precision(self.precision))

@@ -13,7 +13,9 @@ from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from raydetect.blocks.coresets.keyed_rows import FitState
+from raydetect.blocks.precision import run_network
 from raydetect.blocks.search.search import Search
+from raydetect.config import Precision
 from raydetect.config.validation import STRICT
 from raydetect.errors import RaydetectError, SpecError
 
@@ -103,6 +105,13 @@ class Detector(abc.ABC):
         image_size: Annotated[
             tuple[int, int], Field(description="(height, width) in px that images are resized to")
         ] = (256, 256)
+        precision: Annotated[
+            Precision,
+            Field(
+                description="of the networks, in the fit and in all scoring: float32, or bfloat16, which is faster on "
+                "processors and GPUs with such units; distances, likelihoods and losses are float32 at either"
+            ),
+        ] = "float32"
 
     def __init__(self, params: "Detector.Params", seed: int = 0) -> None:
         """Stores the parameters. Cheap: no weights are loaded here."""
@@ -204,6 +213,12 @@ class Detector(abc.ABC):
             ArtifactError: a tensor is missing or has the wrong shape.
         """
         raise SpecError(f"{type(self).__name__}: has no memory bank that can be split. Set resources.bank_shards to 1.")
+
+    def run(self, network: Callable[..., Any], *inputs: Any) -> Any:
+        """Calls a network, or a method of one, at `params.precision`; its outputs are float32. A `Backbone` needs no
+        such call: it has its own precision.
+        """
+        return run_network(network, *inputs, precision=self.params.precision, device=self.device)
 
     @abc.abstractmethod
     def to(self, device: torch.device) -> "Detector":

@@ -81,7 +81,7 @@ class Ensemble(Detector):
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Params(Detector.Params):
-        """The members and their weights; all share `image_size`."""
+        """The members and their weights; all share `image_size`. `precision` is bfloat16 if that of any member is."""
 
         members: Annotated[tuple[MemberSpec, ...], Field(min_length=1, description="with all of their parameters")]
         weights: Annotated[tuple[float, ...], Field(description="of the mean; only their ratios matter")]

@@ -89,7 +89,7 @@ class FineTuned(NetworkDetector):
 
     def load_start(self, backbone: str, last_layer: str, weights: str) -> str:
         """Loads the initial weights for training; see `Detector.load_weights`."""
-        self._start, source = load_backbone(backbone, (last_layer,), weights, self.seed)
+        self._start, source = load_backbone(backbone, (last_layer,), weights, self.seed, self.params.precision)
         return source
 
     def fresh_backbone(self) -> Backbone:

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 import raydetect.detectors as package
-from raydetect.config import ENSEMBLE, DetectorSpec, MemberSpec, Preset
+from raydetect.config import ENSEMBLE, DetectorSpec, MemberSpec, Precision, Preset
 from raydetect.config.validation import nearest, to_plain, validate
 from raydetect.detectors._base import Detector
 from raydetect.detectors._ensemble import Ensemble
@@ -84,5 +84,7 @@ def _build_ensemble(specs: Sequence[MemberSpec], weights: Sequence[float], seed:
                 "the same pixels. Set image_size alike in their params."
             )
     whole = [MemberSpec(name=s.name, params=to_plain(m.params)) for s, m in zip(specs, members, strict=True)]
-    params = Ensemble.Params(image_size=sizes[0], members=tuple(whole), weights=tuple(map(float, weights)))
+    precision: Precision = "bfloat16" if any(m.params.precision == "bfloat16" for m in members) else "float32"
+    shares = tuple(map(float, weights))
+    params = Ensemble.Params(image_size=sizes[0], precision=precision, members=tuple(whole), weights=shares)
     return Ensemble(params, members, seed)

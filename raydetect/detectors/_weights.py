@@ -29,6 +29,7 @@ from torch import Tensor
 from raydetect.blocks.backbones.backbone import Backbone, bare_name, is_timm
 from raydetect.blocks.backbones.vision import models
 from raydetect.blocks.seeding import SkipInitialisation
+from raydetect.config import Precision
 from raydetect.config.validation import nearest
 from raydetect.errors import ArtifactError, SpecError, StorageError
 from raydetect.storage import Storage, normalise_uri
@@ -42,7 +43,9 @@ WeightsName = Annotated[str, Field(description='"imagenet", "random", or a path 
 CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 
-def load_backbone(name: str, layers: tuple[str, ...], weights: str, seed: int) -> tuple[Backbone, str]:
+def load_backbone(
+    name: str, layers: tuple[str, ...], weights: str, seed: int, precision: Precision = "float32"
+) -> tuple[Backbone, str]:
     """A backbone with its weights, and a description of the weights for the artifact.
 
     Args:
@@ -51,13 +54,14 @@ def load_backbone(name: str, layers: tuple[str, ...], weights: str, seed: int) -
         weights: "imagenet" (the library's weights for this name), "random", or a path or URL of a .safetensors file or
             a state dict with the library's key names.
         seed: seed of random weights.
+        precision: what the backbone runs at.
 
     Raises:
         ArtifactError: the weights are unavailable, damaged, or lack a used tensor.
         SpecError: an unknown name or layer.
     """
     with nullcontext() if weights == RANDOM else SkipInitialisation():
-        backbone = Backbone(name, layers, seed)
+        backbone = Backbone(name, layers, seed, precision=precision)
     if weights == RANDOM:
         return backbone, f"random seed:{seed} sha256:{backbone.digest()}"
     found, source = _imagenet(name) if weights == IMAGENET else (read_weights(weights), weights)

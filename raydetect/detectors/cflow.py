@@ -153,13 +153,14 @@ class CFlow(NetworkDetector):
 
     def load_weights(self) -> str:
         """Loads the backbone."""
-        backbone, source = load_backbone(self.params.backbone, self.params.layers, self.params.weights, self.seed)
+        p = self.params
+        backbone, source = load_backbone(p.backbone, p.layers, p.weights, self.seed, p.precision)
         self.networks = {BACKBONE: backbone.freeze().to(self.device)}
         return source
 
     def make_networks(self) -> dict[str, nn.Module]:
         """Backbone and flows."""
-        backbone = Backbone(self.params.backbone, self.params.layers, self.seed)
+        backbone = Backbone(self.params.backbone, self.params.layers, self.seed, precision=self.params.precision)
         return {BACKBONE: backbone, FLOWS: self._flows(backbone, rotate=False)}
 
     def _flows(self, backbone: Backbone, rotate: bool) -> LevelFlows:
@@ -231,13 +232,13 @@ class CFlow(NetworkDetector):
         found = []
         for level, features_BChw in enumerate(levels):
             codes_SP = _position_codes(features_BChw.device, self.params.position_dims, *features_BChw.shape[2:])
-            features_BSC = features_BChw.float().flatten(2).transpose(1, 2)
+            features_BSC = features_BChw.flatten(2).transpose(1, 2)
             found.append(Fibres(level, features_BSC, codes_SP.expand(len(features_BSC), -1, -1)))
         return found
 
     def training_loss(self, piece: Fibres) -> Tensor:
         """Mean of -log sigmoid(log-likelihood per dim) (official code)."""
-        return -F.logsigmoid(self.networks[FLOWS](piece)).mean()
+        return -F.logsigmoid(self.run(self.networks[FLOWS], piece)).mean()
 
     def end_training(self) -> None:
         """Freezes the flows; the maximum likelihoods are collected afterwards."""
@@ -246,7 +247,7 @@ class CFlow(NetworkDetector):
     def collect(self, batch: Batch) -> dict[str, Tensor]:
         """Maximum log-likelihood of every level for each image."""
         levels = self._fibres(self.networks[BACKBONE](batch.images_BCHW))
-        return {HIGHEST: torch.stack([self.networks[FLOWS](fibres).amax(1) for fibres in levels], 1)[:, None]}
+        return {HIGHEST: torch.stack([self.run(self.networks[FLOWS], fibres).amax(1) for fibres in levels], 1)[:, None]}
 
     def finish(self, state: FitState, on_progress: ProgressCallback) -> None:
         """Stores the maxima over the training images of all workers."""
@@ -264,7 +265,7 @@ class CFlow(NetworkDetector):
         levels = self.networks[BACKBONE](images_BCHW)
         grids = [features_BChw.shape[2:] for features_BChw in levels]
         found = zip(grids, self._fibres(levels), flows.highest_L, strict=True)
-        relative = [(flows(fibres) - highest).unflatten(1, grid) for grid, fibres, highest in found]
+        relative = [(self.run(flows, fibres) - highest).unflatten(1, grid) for grid, fibres, highest in found]
         map_BHW = negative_log_mean_likelihood(relative, (images_BCHW.shape[-2], images_BCHW.shape[-1]))
         return Scores(map_BHW.flatten(1).amax(1), map_BHW)
 

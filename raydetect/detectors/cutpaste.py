@@ -162,7 +162,8 @@ class CutPaste(FineTuned):
 
     def make_networks(self) -> dict[str, nn.Module]:
         """Backbone and Gaussian."""
-        backbone = Backbone(self.params.backbone, (self.params.last_layer,), self.seed)
+        p = self.params
+        backbone = Backbone(p.backbone, (p.last_layer,), self.seed, precision=p.precision)
         return {BACKBONE: backbone, GAUSSIAN: Gaussian(backbone.widths()[0])}
 
     def begin_training(self, num_images: int) -> TrainingPlan:
@@ -210,7 +211,7 @@ class CutPaste(FineTuned):
             images_BCHW = torch.cat([torch.stack(version) for version in zip(*samples, strict=True)]) * 255
         class_B = torch.arange(len(samples[0]), device=images_BCHW.device).repeat_interleave(len(samples))
         pooled_BD = self._training[BACKBONE](images_BCHW)[0].mean((2, 3))
-        return F.cross_entropy(self._training[HEAD](pooled_BD), class_B)
+        return F.cross_entropy(self.run(self._training[HEAD], pooled_BD), class_B)
 
     def _versions(self, image_CHW: Tensor, random: torch.Generator) -> list[Tensor]:
         """The jittered and shifted image, and its `augment_type` augmentations; float32 in [0, 1]."""

@@ -117,7 +117,8 @@ class DevNet(FineTuned):
 
     def make_networks(self) -> dict[str, nn.Module]:
         """Backbone and patch scorer, the latter initialised from the seed."""
-        backbone = Backbone(self.params.backbone, (self.params.last_layer,), self.seed)
+        p = self.params
+        backbone = Backbone(p.backbone, (p.last_layer,), self.seed, precision=p.precision)
         widths = [backbone.widths()[0], *self.params.hidden_dims, 1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(keyed_seed(self.seed, "devnet"))
@@ -193,7 +194,7 @@ class DevNet(FineTuned):
         for scale in range(self.params.num_scales):
             size_px = (max(1, height >> scale), max(1, width >> scale))
             scaled = F.interpolate(normal_BCHW, size=size_px) if scale else normal_BCHW
-            patches.append(self.networks[HEAD](backbone.features(scaled)[0])[:, 0].float().abs())
+            patches.append(self.networks[HEAD](backbone.features(scaled)[0])[:, 0].abs())
         each = [worst_mean(patch_Bhw.flatten(1), self.params.top_ratio) for patch_Bhw in patches]
         return torch.stack(each).mean(0), patches
 

@@ -151,7 +151,8 @@ class DifferNet(NetworkDetector):
         Raises:
             SpecError: the smallest scale of the images is too small for the backbone.
         """
-        backbone, source = load_backbone(self.params.backbone, self.params.layers, self.params.weights, self.seed)
+        p = self.params
+        backbone, source = load_backbone(p.backbone, p.layers, p.weights, self.seed, p.precision)
         self.networks = {BACKBONE: backbone.freeze().to(self.device)}
         if self.params.head == "flow":
             blank_1CHW = torch.zeros(1, 3, *self.params.image_size, dtype=torch.uint8, device=self.device)
@@ -160,7 +161,7 @@ class DifferNet(NetworkDetector):
 
     def make_networks(self) -> dict[str, nn.Module]:
         """Backbone, and the flow or the difference network."""
-        backbone = Backbone(self.params.backbone, self.params.layers, self.seed)
+        backbone = Backbone(self.params.backbone, self.params.layers, self.seed, precision=self.params.precision)
         return {BACKBONE: backbone} | ({HEAD: self._head(backbone)} if "train" in self.phases else {})
 
     def _head(self, backbone: Backbone) -> nn.Module:

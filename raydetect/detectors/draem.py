@@ -25,6 +25,7 @@ from raydetect.blocks.augment.synthesis import blend, perlin_mask, rotated, unif
 from raydetect.blocks.augment.textures import Textures, varied
 from raydetect.blocks.networks.losses import focal_loss, ssim_loss
 from raydetect.blocks.networks.unet import UpConvolution, convolutions, cropped, keyed_init, normal_init, padded
+from raydetect.blocks.precision import in_float32
 from raydetect.blocks.seeding import keyed_generator
 from raydetect.detectors._base import Batch, Detector, DetectorInfo, Scores, TrainingPlan
 from raydetect.detectors._networks import NetworkDetector
@@ -155,7 +156,7 @@ class DRAEM(NetworkDetector):
         samples = [self._simulated(image, keyed_generator(self.seed, "draem", k, piece.epoch)) for image, k in pairs]
         images, damaged, masks = (torch.stack(parts).to(self.device) for parts in zip(*samples, strict=True))
         repaired, anomalous = self._forward(damaged)
-        loss = F.mse_loss(repaired.float(), images) + self.params.ssim_weight * ssim_loss(repaired, images)
+        loss = F.mse_loss(repaired, images) + self.params.ssim_weight * ssim_loss(repaired, images)
         return loss + focal_loss(anomalous, masks, FOCAL_GAMMA)
 
     def end_training(self) -> None:
@@ -186,10 +187,10 @@ class DRAEM(NetworkDetector):
     def _forward(self, images_B3HW: Tensor) -> tuple[Tensor, Tensor]:
         """Repaired images and anomaly probabilities, float32 (B, H, W)."""
         wide = padded(images_B3HW, MULTIPLE).contiguous(memory_format=torch.channels_last)
-        repaired = self.networks[RECONSTRUCTION](wide)
-        logits_B2HW = self.networks[SEGMENTATION](torch.cat([repaired, wide], 1))
+        repaired = self.run(self.networks[RECONSTRUCTION], wide)
+        logits_B2HW = self.run(self.networks[SEGMENTATION], torch.cat([repaired, wide], 1))
         size_px = images_B3HW.shape[-2:]
-        return cropped(repaired, size_px), cropped(logits_B2HW.float().softmax(1)[:, 1], size_px)
+        return cropped(repaired, size_px), cropped(logits_B2HW.softmax(1)[:, 1], size_px)
 
 
 def _encoder(in_channels: int, widths: Sequence[int]) -> nn.ModuleList:
@@ -225,7 +226,7 @@ class ReconstructionNet(nn.Module):
         found = _levels(self.down, images_B3HW)[-1]
         for up in self.up:
             found = up(found)
-        return self.last(found)
+        return in_float32(self.last, found)
 
 
 class SegmentationNet(nn.Module):
@@ -250,4 +251,4 @@ class SegmentationNet(nn.Module):
         found = levels.pop()
         for up, merge in zip(self.up, self.merge, strict=True):
             found = merge(torch.cat([up(found), levels.pop()], 1))
-        return self.last(found)
+        return in_float32(self.last, found)

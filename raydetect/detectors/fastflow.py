@@ -101,13 +101,14 @@ class FastFlow(NetworkDetector):
 
     def load_weights(self) -> str:
         """Loads the backbone."""
-        backbone, source = load_backbone(self.params.backbone, self.params.layers, self.params.weights, self.seed)
+        p = self.params
+        backbone, source = load_backbone(p.backbone, p.layers, p.weights, self.seed, p.precision)
         self.networks = {BACKBONE: backbone.freeze().to(self.device)}
         return source
 
     def make_networks(self) -> dict[str, nn.Module]:
         """Backbone and flows."""
-        backbone = Backbone(self.params.backbone, self.params.layers, self.seed)
+        backbone = Backbone(self.params.backbone, self.params.layers, self.seed, precision=self.params.precision)
         return {BACKBONE: backbone, FLOWS: self._flows(backbone)}
 
     def _flows(self, backbone: Backbone) -> nn.ModuleList:
@@ -151,7 +152,7 @@ class FastFlow(NetworkDetector):
         flows = self.networks[FLOWS]
         assert isinstance(flows, nn.ModuleList)
         # couplings split and concatenate channels, which is faster on contiguous maps
-        return [flow(level.float().contiguous()) for flow, level in zip(flows, levels, strict=True)]
+        return [self.run(flow, level.contiguous()) for flow, level in zip(flows, levels, strict=True)]
 
     def end_training(self) -> None:
         """Freezes the flows."""

@@ -166,10 +166,10 @@ class MemSeg(NetworkDetector):
         """Loads the backbone and the initial weights of the trained stage, and reads the textures."""
         p, used = self.params, (self.params.stem, *self.params.layers)
         wanted = used if p.deepest_layer is None else (*used, p.deepest_layer)
-        whole, source = load_backbone(p.backbone, wanted, p.weights, self.seed)
+        whole, source = load_backbone(p.backbone, wanted, p.weights, self.seed, p.precision)
         weights, prefix = whole.weights(), f"{p.deepest_layer}."
         with SkipInitialisation():
-            backbone = Backbone(p.backbone, used, self.seed)
+            backbone = Backbone(p.backbone, used, self.seed, precision=p.precision)
         backbone.load(weights, p.weights)
         self._shapes(backbone)
         self.networks = {BACKBONE: backbone.freeze().to(self.device)}
@@ -193,7 +193,8 @@ class MemSeg(NetworkDetector):
 
     def make_networks(self) -> dict[str, nn.Module]:
         """All networks: trained parts initialised from the seed, the memory filled with zeros."""
-        backbone = Backbone(self.params.backbone, (self.params.stem, *self.params.layers), self.seed)
+        p = self.params
+        backbone = Backbone(p.backbone, (p.stem, *p.layers), self.seed, precision=p.precision)
         levels = self._shapes(backbone)[1:]
         memory = Memory([torch.zeros(self._num_memories, h, w, channels) for channels, h, w in levels])
         return {BACKBONE: backbone, MEMORY: memory, **self._trained_parts(backbone)}
@@ -311,13 +312,17 @@ class MemSeg(NetworkDetector):
         """Anomaly probability, float32 (B, H, W), of images in [0, 255]; ignores the memory entries `excluded_BM`."""
         memory = self.networks[MEMORY]
         assert isinstance(memory, Memory)
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):  # same precision as the memory
+        with torch.no_grad():
             stem, *levels = self.networks[BACKBONE](images_B3HW)
             remembered = memory.recall(levels, self.params.k_neighbors, excluded_BM)
             differences = [(level - other).square() for level, other in zip(levels, remembered, strict=True)]
-        fused = self.networks[FUSION](levels, differences)
-        logits_B2HW = self.networks[DECODER](self.networks[STAGE](levels[-1]), stem, fused)
-        return logits_B2HW.float().softmax(1)[:, 1]
+        fused, deepest = (
+            self.run(self.networks[FUSION], levels, differences),
+            self.run(self.networks[STAGE], levels[-1]),
+        )
+        logits_B2HW = self.run(self.networks[DECODER], deepest, stem, fused)
+        anomalous_BHW: Tensor = logits_B2HW.softmax(1)[:, 1]
+        return anomalous_BHW
 
 
 def warm_cosine(done: float, least: float) -> float:

@@ -104,7 +104,8 @@ class PatchCore(Detector):
         """Loads the backbone."""
         if self.params.search in ("faiss", "ivfpq"):
             require_faiss()  # fail before a fit that may take hours
-        backbone, source = load_backbone(self.params.backbone, self.params.layers, self.params.weights, self.seed)
+        p = self.params
+        backbone, source = load_backbone(p.backbone, p.layers, p.weights, self.seed, p.precision)
         self.backbone = backbone.freeze().to(self.device)
         return source
 
@@ -228,7 +229,7 @@ class PatchCore(Detector):
     def load_beside(self, tensors: Mapping[str, Tensor], search: Search) -> None:
         """Restores the backbone; `search` holds the bank."""
         with SkipInitialisation():
-            backbone = Backbone(self.params.backbone, self.params.layers, self.seed)
+            backbone = Backbone(self.params.backbone, self.params.layers, self.seed, precision=self.params.precision)
         backbone.load({name.removeprefix(BACKBONE): value for name, value in tensors.items()}, "the artifact")
         self.backbone = backbone.freeze().to(self.device)
         self.search = search

@@ -28,6 +28,7 @@ from raydetect.blocks.device_constants import kept_on_device
 from raydetect.blocks.maps.anomaly_map import upsample
 from raydetect.blocks.networks.losses import msgms_loss, msgms_maps, ssim_loss
 from raydetect.blocks.networks.unet import convolutions, cropped, keyed_init, padded
+from raydetect.blocks.precision import in_float32
 from raydetect.blocks.seeding import keyed_generator
 from raydetect.detectors._base import Batch, Detector, DetectorInfo, Scores, TrainingPlan
 from raydetect.detectors._networks import NetworkDetector
@@ -111,8 +112,8 @@ class RIAD(NetworkDetector):
         self.networks = {}
         if self.params.backbone is None:
             return "from scratch"
-        arguments = self.params.backbone, self.params.layers, self.params.weights, self.seed
-        encoder, source = load_backbone(*arguments)
+        p = self.params
+        encoder, source = load_backbone(self.params.backbone, p.layers, p.weights, self.seed, p.precision)
         self.networks[ENCODER] = encoder.freeze().to(self.device)
         return source
 
@@ -122,7 +123,7 @@ class RIAD(NetworkDetector):
         with keyed_init(self.seed, "riad"):
             if self.params.backbone is None:
                 return {UNET: InpaintingNet([width * n for n in WIDTHS], [2, 2, 2, 2])}
-            encoder = Backbone(self.params.backbone, self.params.layers, self.seed)
+            encoder = Backbone(self.params.backbone, self.params.layers, self.seed, precision=self.params.precision)
             with torch.no_grad():
                 levels = encoder.eval()(torch.zeros(1, 3, PROBE_PX, PROBE_PX))
             sizes = [PROBE_PX, *(level.shape[-1] for level in levels)]
@@ -196,7 +197,7 @@ class RIAD(NetworkDetector):
         if ENCODER in self.networks:
             with torch.no_grad():
                 levels = self.networks[ENCODER](127.5 * (wide + 1))
-        inpainted = cropped(net(wide, levels), images_B3HW.shape[-2:]).unflatten(0, (-1, count))
+        inpainted = cropped(self.run(net, wide, levels), images_B3HW.shape[-2:]).unflatten(0, (-1, count))
         return ((inpainted.float() + 1) / 2 * masks_BSHW[:, :, None]).sum(1)
 
 
@@ -257,7 +258,7 @@ class InpaintingNet(nn.Module):
         found = levels.pop()
         for grow, merge in zip(self.grow, self.merge, strict=True):
             found = merge(torch.cat([grow(found), levels.pop()], 1))
-        return torch.tanh(self.last(found))
+        return torch.tanh(in_float32(self.last, found))
 
 
 def _halving(in_channels: int, width: int) -> nn.Sequential:

@@ -93,13 +93,14 @@ class SimpleNet(NetworkDetector):
 
     def load_weights(self) -> str:
         """Loads the backbone."""
-        backbone, source = load_backbone(self.params.backbone, self.params.layers, self.params.weights, self.seed)
+        p = self.params
+        backbone, source = load_backbone(p.backbone, p.layers, p.weights, self.seed, p.precision)
         self.networks = {BACKBONE: backbone.freeze().to(self.device)}
         return source
 
     def make_networks(self) -> dict[str, nn.Module]:
         """Backbone, adaptor and discriminator, the last two initialised from the seed."""
-        backbone = Backbone(self.params.backbone, self.params.layers, self.seed)
+        backbone = Backbone(self.params.backbone, self.params.layers, self.seed, precision=self.params.precision)
         dims = self.params.embedding_dims or sum(backbone.widths())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(keyed_seed(self.seed, "simplenet"))
@@ -131,11 +132,18 @@ class SimpleNet(NetworkDetector):
             embeddings_BhwD = self._embed(piece.images_BCHW)
             noise = [self._noise(key, piece.epoch, embeddings_BhwD.shape[1:]) for key in piece.keys]
             noise_BhwD = sent_ahead(torch.stack(noise), embeddings_BhwD.device)
-        adapted_ND = self.networks[ADAPTOR](embeddings_BhwD.flatten(0, 2))
+        adapted_ND = self.run(self.networks[ADAPTOR], embeddings_BhwD.flatten(0, 2))
         noisy_ND = adapted_ND + noise_BhwD.flatten(0, 2)
-        normality_2N = self.networks[DISCRIMINATOR](torch.cat([adapted_ND, noisy_ND]))[:, 0]
+        normality_2N = self._normality(torch.cat([adapted_ND, noisy_ND]))
         normal_N, anomalous_N = normality_2N.chunk(2)
         return truncated_l1(normal_N, anomalous_N, self.params.margin)
+
+    def _normality(self, rows_ND: Tensor) -> Tensor:
+        """The discriminator's output, (N,); its last layers are float32."""
+        discriminator = self.networks[DISCRIMINATOR]
+        assert isinstance(discriminator, nn.Sequential)
+        normality_N1: Tensor = discriminator[1:](self.run(discriminator[0], rows_ND))
+        return normality_N1[:, 0]
 
     def _noise(self, key: str, epoch: int, shape: Sequence[int]) -> Tensor:
         generator = keyed_generator(self.seed, "noise", key, epoch)
@@ -152,8 +160,8 @@ class SimpleNet(NetworkDetector):
         embeddings_BhwD = self._embed(images_BCHW)
         discriminator = self.networks[DISCRIMINATOR]
         assert isinstance(discriminator, nn.Sequential)
-        adapted_ND = quick_linear(self.networks[ADAPTOR], embeddings_BhwD.flatten(0, 2))
-        hidden_ND = quick_linear(discriminator[0], adapted_ND)
+        adapted_ND = self.run(quick_linear, self.networks[ADAPTOR], embeddings_BhwD.flatten(0, 2))
+        hidden_ND = self.run(quick_linear, discriminator[0], adapted_ND)
         score_Bhw = -discriminator[1:](hidden_ND).view(embeddings_BhwD.shape[:3])
         size_px = (images_BCHW.shape[-2], images_BCHW.shape[-1])
         map_BHW = smooth_upsampled(score_Bhw, size_px, self.params.smoothing_sigma)
@@ -174,4 +182,6 @@ def truncated_l1(normal_N: Tensor, anomalous_N: Tensor, margin: float) -> Tensor
 def quick_linear(layer: nn.Module, rows_ND: Tensor) -> Tensor:
     """A linear layer without gradients."""
     assert isinstance(layer, nn.Linear)
+    if torch.is_autocast_enabled(rows_ND.device.type):
+        return layer(rows_ND)
     return product(rows_ND, layer.weight, layer.bias)

@@ -105,7 +105,8 @@ class SPADE(Detector):
 
     def load_weights(self) -> str:
         """Loads the backbone."""
-        backbone, source = load_backbone(self.params.backbone, self._layers(), self.params.weights, self.seed)
+        p = self.params
+        backbone, source = load_backbone(p.backbone, self._layers(), p.weights, self.seed, p.precision)
         self.backbone = backbone.freeze().to(self.device)
         return source
 
@@ -220,7 +221,7 @@ class SPADE(Detector):
             if name not in tensors:
                 raise ArtifactError(f"spade: the artifact has no tensor {name!r}. Fit again.")
         with SkipInitialisation():
-            backbone = Backbone(self.params.backbone, self._layers(), self.seed)
+            backbone = Backbone(self.params.backbone, self._layers(), self.seed, precision=self.params.precision)
         backbone.load({name.removeprefix(BACKBONE): value for name, value in tensors.items()}, "the artifact")
         self.backbone = backbone.freeze().to(self.device)
         self._fill(tensors)

@@ -7,6 +7,7 @@ Shapes: B images, C channels, h w feature grid, H W pixels.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, ClassVar
 
 import torch
@@ -57,14 +58,15 @@ class STFPM(NetworkDetector):
 
     def load_weights(self) -> str:
         """Loads the teacher."""
-        teacher, source = load_backbone(self.params.backbone, self.params.layers, self.params.weights, self.seed)
+        p = self.params
+        teacher, source = load_backbone(p.backbone, p.layers, p.weights, self.seed, p.precision)
         self.networks = {TEACHER: teacher.freeze().to(self.device)}
         return source
 
     def make_networks(self) -> dict[str, nn.Module]:
         """Teacher and student, the latter initialised from the seed."""
-        arguments = self.params.backbone, self.params.layers, self.seed
-        return {TEACHER: Backbone(*arguments), STUDENT: Backbone(*arguments, STUDENT)}
+        make = partial(Backbone, self.params.backbone, self.params.layers, self.seed, precision=self.params.precision)
+        return {TEACHER: make(), STUDENT: make(STUDENT)}
 
     def begin_training(self, num_images: int) -> TrainingPlan:
         """A new student, optimised by SGD."""

@@ -170,7 +170,7 @@ class WinCLIP(NetworkDetector):
 
     @torch.inference_mode()
     def _embed_prompts(self, text: TextTower) -> Tensor:
-        return torch.stack([F.normalize(text.embed(texts).mean(0), dim=-1) for texts in self.prompts()])
+        return torch.stack([F.normalize(self.run(text.embed, texts).mean(0), dim=-1) for texts in self.prompts()])
 
     def set_class_name(self, name: str) -> None:
         """Sets the class name; a fitted detector keeps its normal images.
@@ -251,13 +251,13 @@ class WinCLIP(NetworkDetector):
                 f"winclip: expects images of {size[0]} x {size[1]} px, given {images_BCHW.shape[-2]} x "
                 f"{images_BCHW.shape[-1]}. Resize them."
             )
-        tokens_BTC = tower.tokens(images_BCHW)
+        tokens_BTC = self.run(tower.tokens, images_BCHW)
         sides = self.params.scales
         windows = {
-            side: tower.embed_windows(tokens_BTC, _window_patches(tokens_BTC.device, tower.grid, side))
+            side: self.run(tower.embed_windows, tokens_BTC, _window_patches(tokens_BTC.device, tower.grid, side))
             for side in sides
         }
-        return *tower.embed(tokens_BTC), windows
+        return *self.run(tower.embed, tokens_BTC), windows
 
     def _tower(self) -> ImageTower:
         tower = self.networks.get(IMAGE)

@@ -177,7 +177,7 @@ class FitRun:
         if self.spec.extend is None:
             return fresh, {"weights": fresh.load_weights()}
         earlier = load_artifact(normalise_uri(self.spec.extend), storage)
-        changed = differences(earlier.record.body["params"], to_plain(fresh.params), "params")
+        changed = differences(to_plain(earlier.detector.params), to_plain(fresh.params), "params")
         changed += differences(earlier.record.body["detector"], name, "detector")
         if changed:
             raise SpecError(
@@ -254,7 +254,7 @@ class FitRun:
         checkpoints = None
         if self.uri is not None:
             checkpoints = Checkpoints(join_uri(self.uri, f"training-{name}"), storage, self.spec.checkpoint_epochs)
-        return Trainer(detector, self.cache, all_keys, self.group, self.spec.precision, checkpoints)
+        return Trainer(detector, self.cache, all_keys, self.group, checkpoints)
 
     def _count(self, here: int) -> int:
         return int(self.group.sum(torch.tensor([here]))[0])

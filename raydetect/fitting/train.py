@@ -7,12 +7,11 @@ of the completed epochs, so resuming needs only tensors.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -50,7 +49,6 @@ class Trainer:
         cache: holds all images of `keys`.
         keys: images to train on, the same on every worker.
         group: the workers.
-        precision: "float32" or "bfloat16" (autocast).
         checkpoints: where checkpoints are checkpoint; None = nowhere.
         resumed_epochs: number of epochs that were restored from a checkpoint.
     """
@@ -59,7 +57,6 @@ class Trainer:
     cache: ImageCache
     keys: list[str]
     group: Group
-    precision: str = "float32"
     checkpoints: Checkpoints | None = None
     resumed_epochs: int = 0
 
@@ -113,8 +110,7 @@ class Trainer:
             share = len(mine) / len(keys)
             draws = range(drawn, drawn + len(keys))[self.group.rank :: self.group.size]
             drawn += len(keys)
-            with self._autocast():
-                pieces = self.detector.training_pieces(self.cache.batch(mine, self.detector.device, epoch, draws))
+            pieces = self.detector.training_pieces(self.cache.batch(mine, self.detector.device, epoch, draws))
             losses += [self._step(plan, loss_of, piece, share, epoch) for piece in pieces]
         return sum(losses) / len(losses)
 
@@ -133,8 +129,7 @@ class Trainer:
 
     def _step(self, plan: TrainingPlan, loss_of: nn.Module, piece: Any, share: float, epoch: int) -> float:
         """Takes one optimizer step; returns the loss over the images of all workers, of which this one has `share`."""
-        with self._autocast():
-            loss = loss_of(piece)
+        loss = loss_of(piece)
         value = float(self.group.sum(loss.detach().double().cpu() * share))
         if not np.isfinite(value):
             raise TrainingDiverged(
@@ -144,11 +139,6 @@ class Trainer:
         (loss * share * self.group.size if self.group.size > 1 else loss).backward()  # DDP divides by size
         plan.optimizer.step()
         return value
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        if self.precision == "float32":
-            return nullcontext()
-        return torch.autocast(self.detector.device.type, dtype=torch.bfloat16)
 
 
 def even_batches(keys: list[str], batch_size: int) -> list[list[str]]:

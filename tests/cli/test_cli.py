@@ -203,7 +203,7 @@ def test_every_mistake_is_named_before_anything_runs(place: Place) -> None:
         (place.score_job(flag={"alpha": 0.001}), ["at least 999 held-out"]),
         (place.score_job(source={"uri": f"{folder}/../x"}), ["nothing is there"]),
         (place.score_job(source={"uri": "s3://b/../x"}), ["`..` is not allowed"]),
-        (fit | {"precision": "bfloat16"}, ["only float32"]),
+        (fit | {"precision": "float16"}, ["precision: should be 'float32' or 'bfloat16'"]),
         (fit | {"detector": {"name": "patchcoer"}}, ["'patchcore'"]),
         (fit | {"detector": no_weights}, ["/no/file.safetensors", "weights: random"]),
     ]

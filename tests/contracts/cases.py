@@ -1,6 +1,6 @@
 """One case per detector: parameters for a small fit, and the accuracy it must reach on planted defects."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -212,6 +212,16 @@ CASES = (
             "temperature": {"temperature": 0},
         },
     ),
+)
+
+
+IN_BFLOAT16 = tuple(
+    replace(
+        case,
+        params={**case.params, "precision": "bfloat16"},
+        variant="-".join(word for word in (case.variant, "bfloat16") if word),
+    )
+    for case in CASES
 )
 
 

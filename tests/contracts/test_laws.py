@@ -20,10 +20,10 @@ from raydetect.detectors._registry import build_detector, detector_class, list_m
 from raydetect.errors import ArtifactError, RaydetectError, SpecError
 from raydetect.storage import Storage
 from tests.contracts import cases
-from tests.contracts.cases import CASES, SIZE_PX, Case
+from tests.contracts.cases import CASES, IN_BFLOAT16, SIZE_PX, Case
 
 pytestmark = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-BY_ID = {case.id: case for case in CASES}
+BY_ID = {case.id: case for case in (*CASES, *IN_BFLOAT16)}
 SEED = 3
 
 

@@ -13,7 +13,9 @@ from torch.fx.experimental.optimization import fuse
 
 from raydetect.blocks.backbones.timm_trunk import TimmTrunk
 from raydetect.blocks.backbones.vision import create_feature_extractor, models
+from raydetect.blocks.precision import run_network
 from raydetect.blocks.seeding import keyed_seed
+from raydetect.config import Precision
 from raydetect.config.validation import nearest
 from raydetect.errors import ArtifactError, SpecError
 
@@ -59,10 +61,12 @@ class Backbone(nn.Module):
     The constructor raises SpecError if the name or a layer is unknown.
     """
 
-    def __init__(self, name: str, layers: Sequence[str], seed: int, *words: str) -> None:
-        """Builds the truncated trunk with random weights keyed by `seed` and `words`."""
+    def __init__(
+        self, name: str, layers: Sequence[str], seed: int, *words: str, precision: Precision = "float32"
+    ) -> None:
+        """Builds the truncated trunk with random weights keyed by `seed` and `words`, which runs at `precision`."""
         super().__init__()
-        self.name, self.layers = name, tuple(layers)
+        self.name, self.layers, self.precision = name, tuple(layers), precision
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(keyed_seed(seed, "backbone", name, *words))
             self.trunk = TimmTrunk(name, bare_name(name), layers) if is_timm(name) else _torchvision_trunk(name, layers)
@@ -75,7 +79,7 @@ class Backbone(nn.Module):
         self.register_buffer("std_C11", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def forward(self, images_BCHW: Tensor) -> list[Tensor]:
-        """Features (B, C_i, h_i, w_i) of every layer, from uint8 RGB images.
+        """Features (B, C_i, h_i, w_i) of every layer, float32 at either precision, from uint8 RGB images.
 
         Raises:
             SpecError: a transformer does not accept images of this size.
@@ -85,9 +89,14 @@ class Backbone(nn.Module):
     def features(self, normal_BCHW: Tensor) -> list[Tensor]:
         """Features of normalised images; gradients flow to inputs that require them."""
         trunk = self.trunk if self._folded is None else self._folded
-        found = trunk(normal_BCHW)
-        # torchvision's extractor returns the layers in the network's order
-        return [found[layer] for layer in self.layers] if isinstance(found, dict) else list(found)
+
+        def levels(images_BCHW: Tensor) -> list[Tensor]:
+            found = trunk(images_BCHW)
+            # torchvision's extractor returns the layers in the network's order
+            return [found[layer] for layer in self.layers] if isinstance(found, dict) else list(found)
+
+        features: list[Tensor] = run_network(levels, normal_BCHW, precision=self.precision, device=normal_BCHW.device)
+        return features
 
     def shapes(self, image_size: tuple[int, int]) -> list[tuple[int, ...]]:
         """(C_i, h_i, w_i) of every layer for images of (height, width) px; costs one forward pass."""

@@ -119,7 +119,8 @@ class ImageTower(nn.Module):
     def embed(self, tokens_BTC: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings (B, D) and the last block's normed patch tokens (B, T - 1, C), both L2-normalised."""
         out_BTC = self.visual.ln_post(self.visual.transformer(tokens_BTC))
-        return F.normalize(out_BTC[:, 0] @ self.visual.proj, dim=-1), F.normalize(out_BTC[:, 1:], dim=-1)
+        embeddings_BD = (out_BTC[:, 0] @ self.visual.proj).float()
+        return F.normalize(embeddings_BD, dim=-1), F.normalize(out_BTC[:, 1:].float(), dim=-1)
 
     def embed_windows(self, tokens_BTC: Tensor, patches_WK: Tensor) -> Tensor:
         """L2-normalised embeddings of windows, (B, W, D), each from the class token and the window's patches only.

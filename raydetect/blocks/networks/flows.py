@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raydetect.blocks.precision import in_float32
+
 Subnet = Callable[[int, int], nn.Module]
 """Maps (channels in, channels out) to any network; it need not be invertible."""
 
@@ -180,7 +182,7 @@ class Rotation(Invertible):
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Rotates."""
-        return F.linear(x, self.matrix_CC), x.new_zeros(len(x))
+        return in_float32(F.linear, x, self.matrix_CC), x.new_zeros(len(x))
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
         """Rotates back, using the transpose."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from raydetect.blocks.backbones.backbone import stage_of
 from raydetect.blocks.backbones.vision import BasicBlock
 from raydetect.blocks.networks.unet import UpConvolution
+from raydetect.blocks.precision import in_float32
 from raydetect.blocks.search.matrix_product import product
 
 REDUCTION, LEAST_WIDTH = 32, 8
@@ -160,7 +161,7 @@ class MaskDecoder(nn.Module):
         for up, level in zip(self.up, reversed(levels), strict=True):
             found = torch.cat([up(found), level], 1)
         found = torch.cat([self.up_to_stem(found), self.stem(stem)], 1)
-        return self.last(self.up_to_mask(found))
+        return in_float32(self.last, self.up_to_mask(found))
 
 
 def deepest_stage(
