@@ -3,7 +3,8 @@
 The device is a detector whose `score` sleeps as long as a fast GPU computes (16 images in 6 ms, 2,700 images/s). Tars
 of small JPEGs and the results are in an S3 store on loopback behind a proxy, which delays the first byte of every
 answer by 0, 100 and 300 ms. One process scores them twice: as jobs do now, and as they did before (each chunk is read,
-decoded, scored, written as a Parquet file and a zip, and only then is the next one begun).
+decoded, scored, written as a Parquet file and a zip, and only then is the next one begun). Larger JPEGs, which take
+longer to decode than to score, are compared with decoding alone on as many threads.
 """
 
 import io
@@ -12,13 +13,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -27,10 +28,14 @@ from jobs.bench import slow_store
 from jobs.bench.record import write
 from raydetect.archives.chunks import read_chunks
 from raydetect.artifacts.store import Artifact, StoredDetectors, load_artifact
-from raydetect.config import FitSpec, ScoreSpec, parse_job
+from raydetect.config import FitSpec, ScoreSpec, SourceSpec, parse_job
 from raydetect.detectors._base import Detector, Scores
+from raydetect.images.decode import decode_on
+from raydetect.images.opening import DecodeRules
+from raydetect.images.preprocess import Preprocess
 from raydetect.local import jobs
 from raydetect.planning.plan import ScorePlan, plan_score
+from raydetect.records import Member
 from raydetect.scoring.scorer import Scorer, score_and_write
 from raydetect.storage import Storage
 from tests.builders.archives import tar_bytes
@@ -40,6 +45,7 @@ BATCH, BATCH_SECONDS = 16, 0.006
 SIZE_PX, SHARDS, IMAGES_EACH = 64, 16, 1024
 SHARDS_BEFORE = 2
 DELAYS_MS = (0, 100, 300)
+LARGE_PX, LARGE_IMAGES = 1000, 2048  # decoded in full, they are the limit
 BUCKET = "bench"
 
 
@@ -77,21 +83,25 @@ class Sleeper:
         return Scores(images_BCHW[:, 0, 0, 0].float() / 1000, map_BHW)
 
 
-def make_archive(port: int) -> None:
+def make_archives(port: int) -> None:
     """Puts the tars into the store."""
     client = slow_store.client(port)
     client.create_bucket(Bucket=BUCKET)
-    random = np.random.default_rng(7)
-    images = [normal_image(i, SIZE_PX) for i in range(64)]
-    for shard in range(SHARDS):
-        files = []
-        for i in range(IMAGES_EACH):
-            buffer = io.BytesIO()
-            image = images[i % 64].copy()
-            image[:4, :4] = random.integers(0, 255, (4, 4, 3))
-            Image.fromarray(image).save(buffer, "JPEG", quality=90)
-            files.append((f"{i:06d}.jpg", buffer.getvalue()))
-        client.put_object(Bucket=BUCKET, Key=f"archive/part-{shard:03d}.tar", Body=tar_bytes(files))
+    for name, size_px, count in (("small", SIZE_PX, IMAGES_EACH), ("large", LARGE_PX, LARGE_IMAGES // SHARDS)):
+        pool = jpegs(size_px)
+        for shard in range(SHARDS):
+            files = [(f"{i:06d}.jpg", pool[i % len(pool)]) for i in range(count)]
+            client.put_object(Bucket=BUCKET, Key=f"{name}/part-{shard:03d}.tar", Body=tar_bytes(files))
+
+
+def jpegs(size_px: int) -> list[bytes]:
+    """Different JPEGs of one size."""
+    made = []
+    for i in range(16):
+        buffer = io.BytesIO()
+        Image.fromarray(normal_image(i, size_px)).save(buffer, "JPEG", quality=90)
+        made.append(buffer.getvalue())
+    return made
 
 
 def fit(folder: Path) -> None:
@@ -102,6 +112,7 @@ def fit(folder: Path) -> None:
     params = {"backbone": "resnet18", "weights": "random", "image_size": [SIZE_PX, SIZE_PX]}
     job = {
         "kind": "fit",
+        "preprocess": {"jpeg_scale": "full"},
         "source": {"uri": str(folder / "normal")},
         "detector": {"name": "patchcore", "params": params},
         "artifact": str(folder / "artifact"),
@@ -111,15 +122,15 @@ def fit(folder: Path) -> None:
     jobs.fit(spec, lambda *_: None)
 
 
-def plan_of(folder: str, port: int, name: str, threads: int) -> ScorePlan:
+def plan_of(folder: str, port: int, archive: str, name: str, threads: int) -> ScorePlan:
     """The scoring job."""
     job = {
         "kind": "score",
-        "source": {"uri": f"s3://{BUCKET}/archive"},
+        "source": {"uri": f"s3://{BUCKET}/{archive}"},
         "artifact": f"{folder}/artifact",
         "sink": {"uri": f"s3://{BUCKET}/results-{name}"},
         "storage": {"endpoint_url": f"http://127.0.0.1:{port}", **slow_store.KEY, "region": "us-east-1"},
-        "flag": {"threshold": 0.25},  # about one image in fifty
+        "flag": {"threshold": 0.2},
         "batch_size": BATCH,
         "resources": {"cpus_per_worker": threads},
     }
@@ -148,14 +159,15 @@ def measure(way: str, folder: str, port: int, delay_ms: int, threads: int) -> No
         return Artifact(Sleeper(artifact.detector, device), artifact.record)  # type: ignore[arg-type]
 
     StoredDetectors.load = load  # type: ignore[method-assign]
-    plan = plan_of(folder, port, f"{way}-{delay_ms}-{threads}", threads)
+    archive = "large" if way == "large" else "small"
+    plan = plan_of(folder, port, archive, f"{way}-{delay_ms}", threads)
     started, used = time.perf_counter(), time.process_time()
-    if way == "now":
-        jobs.score(plan, lambda _: None)
-    else:
+    if way == "before":
         before(plan)
+    else:
+        jobs.score(plan, lambda _: None)
     seconds, used = time.perf_counter() - started, time.process_time() - used
-    images = IMAGES_EACH * (SHARDS if way == "now" else SHARDS_BEFORE)
+    images = {"now": SHARDS * IMAGES_EACH, "before": SHARDS_BEFORE * IMAGES_EACH, "large": LARGE_IMAGES}[way]
     print(
         json.dumps(
             {
@@ -169,14 +181,44 @@ def measure(way: str, folder: str, port: int, delay_ms: int, threads: int) -> No
     )
 
 
+def decoding_alone(threads: int) -> float:
+    """Images/s of decoding the large JPEGs on `threads` threads, with nothing else."""
+    pool = jpegs(LARGE_PX)
+    members = [Member(f"{i}", f"{i}", data=pool[i % len(pool)]) for i in range(LARGE_IMAGES)]
+    rules = DecodeRules.of(SourceSpec(uri="none"))
+    started = time.perf_counter()
+    with ThreadPoolExecutor(threads) as executor:
+        for pixels in decode_on(executor, members, rules, Preprocess((SIZE_PX, SIZE_PX))):
+            assert pixels.image_HWC is not None
+    return LARGE_IMAGES / (time.perf_counter() - started)
+
+
+def over_decoding(folder: str, port: int) -> dict[str, Any]:
+    """Images/s of jobs with large JPEGs over decoding alone, alternating."""
+    ratios = []
+    with slow_store.proxy_process(port, 100) as proxied:
+        for number in range(3):
+            alone = decoding_alone(2)
+            job = measured("large", folder, proxied, 100 + number)
+            ratios.append(job["images_per_second"] / alone)
+            print(f"large images: {job['images_per_second']} and {alone:.1f} images/s decoded alone", flush=True)
+    return {"px": LARGE_PX, "delay_ms": 100, "job_over_decoding": round(sorted(ratios)[1], 3)}
+
+
+def measured(way: str, folder: str, port: int, delay_ms: int) -> dict[str, Any]:
+    """The figures of one job, run in a process of its own."""
+    command = [sys.executable, "-m", "jobs.bench.pipeline", way, folder, str(port), str(delay_ms), "2"]
+    ended = subprocess.run(command, check=True, capture_output=True, text=True)
+    found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    return found
+
+
 def runs(folder: str, port: int) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """Measures both ways at every delay, each in a process of its own."""
     for delay_ms in DELAYS_MS:
         with slow_store.proxy_process(port, delay_ms) as proxied:
             for way in ("before", "now"):
-                command = [sys.executable, "-m", "jobs.bench.pipeline", way, folder, str(proxied), str(delay_ms), "2"]
-                ended = subprocess.run(command, check=True, capture_output=True, text=True)
-                yield way, delay_ms, json.loads(ended.stdout.splitlines()[-1])
+                yield way, delay_ms, measured(way, folder, proxied, delay_ms)
 
 
 def main() -> None:
@@ -184,10 +226,11 @@ def main() -> None:
     figures: dict[str, Any] = {"before": {}, "now": {}}
     with TemporaryDirectory() as folder, slow_store.s3_server() as port:
         fit(Path(folder))
-        make_archive(port)
+        make_archives(port)
         for way, delay_ms, found in runs(folder, port):
             print(f"{way}, {delay_ms} ms: {found}", flush=True)
             figures[way][str(delay_ms)] = found
+        figures["large_images"] = over_decoding(folder, port)
     device_busy = {delay: run["device_busy"] for delay, run in figures["now"].items()}
     settings = {"images": SHARDS * IMAGES_EACH, "px": SIZE_PX, "batch": BATCH, "batch_ms": 1000 * BATCH_SECONDS}
     write("pipeline", "python -m jobs.bench.pipeline", {"settings": settings, "device_busy": device_busy, **figures})

@@ -13,24 +13,24 @@ from torch.overrides import TorchFunctionMode
 DRAWS = {Tensor.normal_, Tensor.uniform_, init.normal_, init.uniform_, init.kaiming_uniform_}
 
 
-def _hash(seed: int, words: Sequence[str | int]) -> int:
-    text = "\x1f".join([str(seed), *map(str, words)])
+def _hash(seed: int, purpose: Sequence[str | int]) -> int:
+    text = "\x1f".join([str(seed), *map(str, purpose)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-def keyed_seed(seed: int, *words: str | int) -> int:
-    """A 63-bit seed that depends only on `seed` and `words`."""
-    return _hash(seed, words) >> 1
+def keyed_seed(seed: int, *purpose: str | int) -> int:
+    """A 63-bit seed that depends only on `seed` and `purpose`."""
+    return _hash(seed, purpose) >> 1
 
 
-def keyed_generator(seed: int, *words: str | int) -> torch.Generator:
-    """A CPU generator seeded by `seed` and `words`."""
-    return torch.Generator().manual_seed(keyed_seed(seed, *words))
+def keyed_generator(seed: int, *purpose: str | int) -> torch.Generator:
+    """A CPU generator seeded by `seed` and `purpose`."""
+    return torch.Generator().manual_seed(keyed_seed(seed, *purpose))
 
 
-def keyed_unit(seed: int, *words: str | int) -> float:
-    """A pseudo-random number in [0, 1), determined by `seed` and `words`."""
-    return (_hash(seed, words) >> 11) / float(1 << 53)
+def keyed_unit(seed: int, *purpose: str | int) -> float:
+    """A pseudo-random number in [0, 1), determined by `seed` and `purpose`."""
+    return (_hash(seed, purpose) >> 11) / float(1 << 53)
 
 
 def shuffled(keys: Sequence[str], seed: int, epoch: int) -> list[str]:
@@ -38,8 +38,8 @@ def shuffled(keys: Sequence[str], seed: int, epoch: int) -> list[str]:
     return sorted(keys, key=lambda key: (_hash(seed, ("shuffle", epoch, key)), key))
 
 
-def in_rounds(keys: Sequence[str], seed: int, *words: str | int) -> Iterator[str]:
-    """Infinite stream of `keys` in rounds, each in a different order that depends only on `seed` and `words`.
+def in_rounds(keys: Sequence[str], seed: int, *purpose: str | int) -> Iterator[str]:
+    """Infinite stream of `keys` in rounds, each in a different order that depends only on `seed` and `purpose`.
 
     Raises:
         ValueError: `keys` is empty.
@@ -47,7 +47,7 @@ def in_rounds(keys: Sequence[str], seed: int, *words: str | int) -> Iterator[str
     if not keys:
         raise ValueError("there are no keys to draw from")
     for number in count():
-        yield from shuffled(keys, keyed_seed(seed, *words), number)
+        yield from shuffled(keys, keyed_seed(seed, *purpose), number)
 
 
 def mixed_hash(values_N: Tensor, seed: int) -> Tensor:

@@ -31,7 +31,7 @@ from raydetect.blocks.coresets.gaussian import Gaussian, fit_gaussian
 from raydetect.blocks.coresets.keyed_rows import FitState
 from raydetect.blocks.maps.anomaly_map import upsample
 from raydetect.blocks.maps.grad_cam import grad_cam, unit
-from raydetect.blocks.maps.patch_windows import pooled_windows, spread
+from raydetect.blocks.maps.patch_windows import pooled_windows, upsample_windows
 from raydetect.blocks.seeding import in_rounds, keyed_generator, keyed_seed
 from raydetect.detectors._base import Batch, Detector, DetectorInfo, ProgressCallback, Scores, TrainingPlan
 from raydetect.detectors._networks import FineTuned
@@ -259,7 +259,7 @@ class CutPaste(FineTuned):
         if self.params.level == "patch":
             score_Bhw = gaussian(unit(self._pooled(images_BCHW))).float()
             side, stride = self.params.patch_size_px, self.params.patch_stride_px
-            map_BHW = spread(score_Bhw, size_px, side, stride, self.params.smoothing_sigma)
+            map_BHW = upsample_windows(score_Bhw, size_px, side, stride, self.params.smoothing_sigma)
             return Scores(score_Bhw.flatten(1).amax(1), map_BHW)
         features_BDhw = self.networks[BACKBONE](images_BCHW)[0]
         assert isinstance(gaussian, Gaussian)

@@ -29,7 +29,12 @@ from raydetect.blocks.backbones.patch_embeddings import patch_embeddings
 from raydetect.blocks.coresets.coreset import Coreset, choose_coreset
 from raydetect.blocks.coresets.keyed_rows import FitState
 from raydetect.blocks.maps.anomaly_map import smooth_upsampled
-from raydetect.blocks.networks.image_flow import image_flow, negative_log_likelihood, rotated_features, unlikeliness
+from raydetect.blocks.networks.image_flow import (
+    image_flow,
+    negative_log_likelihood,
+    rotated_features,
+    scores_and_gradient_maps,
+)
 from raydetect.blocks.search.difference import DifferenceNet, Differences, NormalPatches
 from raydetect.blocks.seeding import keyed_generator, keyed_seed, keyed_unit
 from raydetect.detectors._base import Batch, Detector, DetectorInfo, Phase, ProgressCallback, Scores, TrainingPlan
@@ -229,7 +234,7 @@ class DifferNet(NetworkDetector):
         params, count = self.params, self.params.test_transforms
         degrees = [2 * params.max_degrees * (number - count // 2) / count for number in range(count)]
         head, sigma = self.networks[HEAD], params.smoothing_sigma
-        return Scores(*unlikeliness(self._backbone(), head, images_BCHW, params.num_scales, degrees, sigma))
+        return Scores(*scores_and_gradient_maps(self._backbone(), head, images_BCHW, params.num_scales, degrees, sigma))
 
     def collect(self, batch: Batch) -> dict[str, Tensor]:
         """Patch embeddings of every image."""

@@ -47,7 +47,7 @@ class Tally:
             not comparable.
         distributions: histograms by label: 0, 1, or None if unknown.
         categories: sums by category, "" if there is none.
-        foremost: the most anomalous images.
+        top_images: the most anomalous images.
         bad: rows without a score, at most MAX_BAD_PER_STATUS per status.
         threshold: threshold of the run's only artifact; None for a fleet or before the first row.
     """

@@ -15,7 +15,7 @@ from raydetect.blocks.coresets.gaussian import Gaussian
 from raydetect.blocks.coresets.keyed_rows import FitState
 from raydetect.blocks.maps.anomaly_map import upsample
 from raydetect.blocks.maps.grad_cam import grad_cam, unit
-from raydetect.blocks.maps.patch_windows import spread
+from raydetect.blocks.maps.patch_windows import upsample_windows
 from raydetect.blocks.seeding import keyed_generator
 from raydetect.detectors._base import Batch
 from raydetect.detectors._registry import build_detector
@@ -90,7 +90,7 @@ def test_windows_are_scored_each_as_an_image_of_its_own() -> None:
     want = np.sqrt(theirs.mahalanobis(each.reshape(-1, each.shape[-1]))).reshape(10, 3, 3)
     scores = detector.score(IMAGES)
     np.testing.assert_allclose(scores.image_score_B.numpy(), want.max((1, 2)), rtol=2e-3)
-    wide = spread(torch.from_numpy(want), (64, 64), 32, 12, 10.0)
+    wide = upsample_windows(torch.from_numpy(want), (64, 64), 32, 12, 10.0)
     np.testing.assert_allclose(scores.anomaly_map_BHW.numpy(), wide.numpy(), rtol=2e-3)
     with pytest.raises(SpecError, match=r"30 x 40 px are smaller than patch_size_px = 32\. Lower it"):
         detector.score(torch.zeros(1, 3, 30, 40, dtype=torch.uint8))
@@ -98,7 +98,7 @@ def test_windows_are_scored_each_as_an_image_of_its_own() -> None:
 
 def test_windows_spread_by_a_gaussian_of_the_distance_to_their_middles() -> None:
     grid = torch.rand(2, 3, 4, generator=keyed_generator(0))
-    found = spread(grid, (21, 26), 9, 5, 3.0).numpy()
+    found = upsample_windows(grid, (21, 26), 9, 5, 3.0).numpy()
     for row in range(21):
         for column in range(26):
             total, weights = np.zeros(2), 0.0
@@ -107,7 +107,7 @@ def test_windows_spread_by_a_gaussian_of_the_distance_to_their_middles() -> None
                     weight = math.exp(-((row - 4 - 5 * i) ** 2 + (column - 4 - 5 * j) ** 2) / (2 * 3.0**2))
                     total, weights = total + weight * grid[:, i, j].numpy(), weights + weight
             np.testing.assert_allclose(found[:, row, column], total / weights, rtol=1e-5)
-    far = spread(torch.full((1, 1, 1), 2.0), (900, 3), 2, 1, 0.5)  # every weight of it is 0 in float64
+    far = upsample_windows(torch.full((1, 1, 1), 2.0), (900, 3), 2, 1, 0.5)  # every weight of it is 0 in float64
     assert torch.equal(far, torch.full((1, 900, 3), 2.0))
 
 

@@ -235,7 +235,7 @@ def test_every_plain_model_of_open_clip_has_a_configuration() -> None:
         except SpecError as error:
             assert "not a plain CLIP" in str(error), name
             continue
-        assert config.words == open_clip.get_model_config(name), name
+        assert config.settings == open_clip.get_model_config(name), name
 
 
 def test_a_file_of_weights_is_read_by_open_clips_names(tmp_path: Path) -> None:

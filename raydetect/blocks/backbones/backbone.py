@@ -62,13 +62,13 @@ class Backbone(nn.Module):
     """
 
     def __init__(
-        self, name: str, layers: Sequence[str], seed: int, *words: str, precision: Precision = "float32"
+        self, name: str, layers: Sequence[str], seed: int, *purpose: str, precision: Precision = "float32"
     ) -> None:
-        """Builds the truncated trunk with random weights keyed by `seed` and `words`, which runs at `precision`."""
+        """Builds the truncated trunk with random weights keyed by `seed` and `purpose`, which runs at `precision`."""
         super().__init__()
         self.name, self.layers, self.precision = name, tuple(layers), precision
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(keyed_seed(seed, "backbone", name, *words))
+            torch.manual_seed(keyed_seed(seed, "backbone", name, *purpose))
             self.trunk = TimmTrunk(name, bare_name(name), layers) if is_timm(name) else _torchvision_trunk(name, layers)
         self._folded: nn.Module | None = None
         self.mean_C11: Tensor

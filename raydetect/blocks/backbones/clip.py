@@ -43,21 +43,21 @@ class ClipConfig:
 
     Attributes:
         name: the model's name in open_clip.
-        words: its open_clip configuration.
+        settings: its open_clip configuration.
     """
 
     name: str
-    words: Mapping[str, Any]
+    settings: Mapping[str, Any]
 
     @property
     def patch_px(self) -> int:
         """Side of a patch in px."""
-        return int(self.words["vision_cfg"]["patch_size"])
+        return int(self.settings["vision_cfg"]["patch_size"])
 
     @property
     def image_size(self) -> tuple[int, int]:
         """(height, width) in px of the training images."""
-        side = int(self.words["vision_cfg"]["image_size"])
+        side = int(self.settings["vision_cfg"]["image_size"])
         return side, side
 
 
@@ -196,7 +196,7 @@ def build_clip(
     """
     from open_clip import CLIP  # slow
 
-    settings = {**config.words, "vision_cfg": {**config.words["vision_cfg"], "image_size": image_size}}
+    settings = {**config.settings, "vision_cfg": {**config.settings["vision_cfg"], "image_size": image_size}}
     settings["quick_gelu"] = quick_gelu or settings.get("quick_gelu", False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(keyed_seed(seed, "clip", config.name))

@@ -27,7 +27,9 @@ def pooled_windows(backbone: Backbone, images_BCHW: Tensor, side_px: int, stride
     return torch.cat(pooled, 1).view(batch, height, width, -1)
 
 
-def spread(grid_Bhw: Tensor, size_px: tuple[int, int], field_px: int, stride_px: int, sigma_px: float) -> Tensor:
+def upsample_windows(
+    grid_Bhw: Tensor, size_px: tuple[int, int], field_px: int, stride_px: int, sigma_px: float
+) -> Tensor:
     """Pixel map of window scores: every pixel is the mean of all windows, weighted by a Gaussian of their distance.
 
     Args:

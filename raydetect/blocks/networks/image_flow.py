@@ -83,7 +83,7 @@ def negative_log_likelihood(z_BD: Tensor, log_det_B: Tensor) -> Tensor:
     return (0.5 * z_BD.square().sum(1) - log_det_B) / z_BD.shape[1]
 
 
-def unlikeliness(
+def scores_and_gradient_maps(
     backbone: Backbone, flow: nn.Module, images_BCHW: Tensor, num_scales: int, degrees: Sequence[float], sigma_px: float
 ) -> tuple[Tensor, Tensor]:
     """Scores (eq. 5) and gradient maps (sec. 3.4); costs a forward and a backward pass per angle.

@@ -14,10 +14,10 @@ from raydetect.blocks.seeding import keyed_seed
 
 
 @contextmanager
-def keyed_init(seed: int, *words: str) -> Iterator[None]:
-    """Seeds torch's global generator from `seed` and `words` within the block, then restores it."""
+def keyed_init(seed: int, *purpose: str) -> Iterator[None]:
+    """Seeds torch's global generator from `seed` and `purpose` within the block, then restores it."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(keyed_seed(seed, *words))
+        torch.manual_seed(keyed_seed(seed, *purpose))
         yield
 
 

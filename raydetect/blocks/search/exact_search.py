@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raydetect.blocks.search.search import SETTLED, Search, as_bank, settle, settled_distance
+from raydetect.blocks.search.search import SETTLED, Search, as_bank, rerank_exactly, settled_distance
 
 UNIT = 2.0**-24  # maximum relative rounding error of one float32 operation
 BLOCK_ROWS = 2048  # bank rows per product: with PATCH_ROWS, 8 MB that fit in cache
@@ -143,7 +143,7 @@ class ExactSearch(Search):
 
     def _settled(self, patches_ND: Tensor, propose: Proposer, num_neighbors: int) -> tuple[Tensor, Tensor, Tensor]:
         found = propose(patches_ND - self.mean_D, num_neighbors)
-        distance_NK, index_NK = settle(self.bank_MD, patches_ND, found.index_NC, num_neighbors)
+        distance_NK, index_NK = rerank_exactly(self.bank_MD, patches_ND, found.index_NC, num_neighbors)
         proven_N = distance_NK[:, -1].double() * (1 + SETTLED) < found.least_N * (1 - SETTLED)
         return distance_NK, index_NK, proven_N
 

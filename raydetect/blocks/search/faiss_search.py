@@ -12,7 +12,7 @@ from torch import Tensor
 
 from raydetect.blocks.search.exact_search import Candidates, ExactSearch, Proposer, least_distance
 from raydetect.blocks.search.neighbors import BankSearch
-from raydetect.blocks.search.search import Search, as_bank, settle, settled_distance
+from raydetect.blocks.search.search import Search, as_bank, rerank_exactly, settled_distance
 from raydetect.errors import ArtifactError, SpecError
 
 POINTS_PER_CENTROID = 39  # faiss's recommended minimum for k-means
@@ -180,7 +180,7 @@ class IvfPqSearch(Search):
         if short_N.any():
             part_ND = patches_ND[short_N]
             _, found = require_faiss().knn(as_numpy(part_ND), as_numpy(self.bank_MD), num_neighbors)
-            distance_NK[short_N], index_NK[short_N] = settle(
+            distance_NK[short_N], index_NK[short_N] = rerank_exactly(
                 self.bank_MD, part_ND, torch.from_numpy(found).clamp_min(0), num_neighbors
             )
         return distance_NK, index_NK

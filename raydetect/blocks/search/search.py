@@ -111,7 +111,7 @@ def _length(squares_XD: Tensor) -> Tensor:
     return squares_XD[..., 0].sqrt()
 
 
-def settle(bank_MD: Tensor, patches_ND: Tensor, index_NC: Tensor, num_neighbors: int) -> tuple[Tensor, Tensor]:
+def rerank_exactly(bank_MD: Tensor, patches_ND: Tensor, index_NC: Tensor, num_neighbors: int) -> tuple[Tensor, Tensor]:
     """The K best of C distinct candidate rows (C >= K) by settled distance; ties are broken by row index.
 
     Processes a few thousand pairs at a time, to fit in cache.
