@@ -5,6 +5,8 @@ Bates et al., "Testing for outliers with conformal p-values", Annals of Statisti
 """
 
 import math
+from bisect import bisect_left
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -27,6 +29,11 @@ def p_values(calibration_M: np.ndarray, scores_N: np.ndarray) -> np.ndarray:
     """
     at_least_N = len(calibration_M) - np.searchsorted(calibration_M, scores_N, side="left")
     return (1.0 + at_least_N) / (len(calibration_M) + 1.0)
+
+
+def p_value(calibration: Sequence[float], score: float) -> float:
+    """The same for one score, without arrays; `calibration` is ascending."""
+    return (1.0 + len(calibration) - bisect_left(calibration, score)) / (len(calibration) + 1.0)
 
 
 def required_size(alpha: float) -> int:

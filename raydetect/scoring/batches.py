@@ -1,5 +1,6 @@
 """Scores decoded images in batches of one size. The result of a batch is fetched after the next one has started."""
 
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
@@ -41,12 +42,12 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class _Result:
-    """Result of a batch of size B: score and 1 or 0 for "finite" on the host, and maps on the device.
+    """Result of a batch of size B: image score, lowest and highest pixel on the host, and maps on the device.
 
     On a CUDA device the host values are valid once `copied` has happened.
     """
 
-    scores_B2: Tensor
+    scores_B3: Tensor
     anomaly_map_BHW: Tensor
     copied: torch.cuda.Event | None
 
@@ -94,21 +95,20 @@ def _forward(detector: Detector, batch_BHWC: np.ndarray) -> _Result:
         host_BHWC = host_BHWC.pin_memory()
     with torch.inference_mode():
         scores = detector.score(host_BHWC.permute(0, 3, 1, 2).to(detector.device, non_blocking=True))
-        score_B = scores.image_score_B.float()
-        finite_B = score_B.isfinite() & scores.anomaly_map_BHW.flatten(1).isfinite().all(1)
-        scores_B2 = torch.stack([score_B, finite_B.float()], dim=1)
+        low_B, high_B = scores.anomaly_map_BHW.flatten(1).aminmax(dim=1)  # NaN if a pixel is
+        scores_B3 = torch.stack([scores.image_score_B.float(), low_B.float(), high_B.float()], dim=1)
         if not is_cuda:
-            return _Result(scores_B2, scores.anomaly_map_BHW, None)
-        host_B2 = torch.empty(scores_B2.shape, pin_memory=True)
-        host_B2.copy_(scores_B2, non_blocking=True)
+            return _Result(scores_B3, scores.anomaly_map_BHW, None)
+        host_B3 = torch.empty(scores_B3.shape, pin_memory=True)
+        host_B3.copy_(scores_B3, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record(torch.cuda.current_stream(detector.device))
-        return _Result(host_B2, scores.anomaly_map_BHW, copied)
+        return _Result(host_B3, scores.anomaly_map_BHW, copied)
 
 
 def _fetched(positions: list[int], future: "Future[_Result]") -> Iterator[Scored]:
     result = future.result()
     if result.copied is not None:
         result.copied.synchronize()
-    for i, (position, (score, finite)) in enumerate(zip(positions, result.scores_B2.tolist(), strict=False)):
-        yield Scored(position, score, bool(finite), result.anomaly_map_BHW[i])
+    for i, (position, values) in enumerate(zip(positions, result.scores_B3.tolist(), strict=False)):
+        yield Scored(position, values[0], all(map(math.isfinite, values)), result.anomaly_map_BHW[i])

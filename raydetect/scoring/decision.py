@@ -4,7 +4,7 @@ import numpy as np
 
 from raydetect.artifacts.record import Calibration
 from raydetect.config import FlagSpec
-from raydetect.metrics.conformal import p_values, threshold_for
+from raydetect.metrics.conformal import p_value, threshold_for
 
 
 class DecisionRule:
@@ -16,13 +16,13 @@ class DecisionRule:
         Raises:
             SpecError: the calibration is too small for `flag.alpha`.
         """
-        self._scores = np.asarray(calibration.scores, dtype=np.float64)
+        self._scores = calibration.scores
         self._is_deferred = flag.fdr is not None
         if flag.smallest_p is None:
             assert flag.threshold is not None
             self._threshold = flag.threshold
         else:
-            self._threshold = threshold_for(self._scores, flag.smallest_p[1], flag.smallest_p[0])
+            self._threshold = threshold_for(np.asarray(self._scores), flag.smallest_p[1], flag.smallest_p[0])
 
     @property
     def threshold(self) -> float | None:
@@ -31,8 +31,8 @@ class DecisionRule:
 
     def of(self, image_score: float) -> tuple[float, bool | None]:
         """(p-value, flagged) of one image score; flagged is None if it depends on the whole archive."""
-        p_value = float(p_values(self._scores, np.asarray([image_score]))[0])
-        return p_value, None if self._is_deferred else self.may_flag(image_score)
+        p = p_value(self._scores, image_score)
+        return p, None if self._is_deferred else self.may_flag(image_score)
 
     def may_flag(self, image_score: float) -> bool:
         """Whether an image is flagged or, with `fdr`, may be: a p-value above the level is never flagged."""

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -44,12 +45,12 @@ class ChunkResult:
 
 @dataclass(slots=True)
 class _Work:
-    """State of a chunk while it is scored; headers and rows by position."""
+    """State of a chunk while it is scored: headers, and the columns of rows that scoring fills in, by position."""
 
     chunk: Chunk
     wanted: tuple[Heatmaps, ...]
     headers: dict[int, Pixels] = field(default_factory=dict)
-    rows: dict[int, Row] = field(default_factory=dict)
+    outcomes: dict[int, dict[str, Any]] = field(default_factory=dict)
     result: ChunkResult = field(default_factory=lambda: ChunkResult([], {}))
 
 
@@ -99,8 +100,8 @@ class Scorer:
             self._score_group(ref, positions, work)
         for position, member in enumerate(chunk.members):
             header = work.headers.get(position) or self._undecoded(member)
-            row = work.rows.get(position) or self._bad_row(member, chunk, header)
-            work.result.rows.append(replace(row, **header.facts()))
+            outcome = work.outcomes.get(position) or self._bad_outcome(header)
+            work.result.rows.append(self._row(member, chunk, header, outcome))
         return work.result
 
     def _groups(self, chunk: Chunk) -> list[tuple[ArtifactRef, list[int]]]:
@@ -130,15 +131,14 @@ class Scorer:
             yield replace(item, position=positions[item.position])
 
     def _chosen(self, scored: Iterable[Scored], loaded: LoadedDetector, work: "_Work") -> Iterator[Scored]:
-        """Creates the row of every image and yields the images that get a heatmap.
+        """Notes the outcome of every image and yields the images that get a heatmap.
 
         `top_k` compares images of one artifact only, since raw scores of different detectors are not comparable.
         """
         best: list[tuple[float, int, Scored]] = []
         for item in scored:
-            row = self._row(item, loaded, work.chunk)
-            work.rows[item.position] = row
-            if row.status != OK:
+            work.outcomes[item.position] = _outcome(item, loaded, work.chunk.members[item.position])
+            if not item.is_finite:
                 continue
             heatmaps = work.wanted[item.position]
             if heatmaps == "all" or (heatmaps == "flagged" and loaded.decision.may_flag(item.image_score)):
@@ -148,20 +148,6 @@ class Scorer:
                 if len(best) > self.spec.sink.top_k:
                     heapq.heappop(best)
         yield from (item for _, _, item in sorted(best, key=lambda entry: -entry[1]))
-
-    def _row(self, item: Scored, loaded: LoadedDetector, chunk: Chunk) -> Row:
-        base = self._base_row(chunk.members[item.position], chunk)
-        if not item.is_finite:
-            message = f"{base.key}: the detector returned a score or map that is not finite. Report the image."
-            return replace(base, status="not_finite", error=message)
-        p_value, flagged = loaded.decision.of(item.image_score)
-        return replace(
-            base,
-            image_score=item.image_score,
-            p_value=p_value,
-            threshold=loaded.decision.threshold,
-            flagged=flagged,
-        )
 
     def _undecoded(self, member: Member) -> Pixels:
         """Why a member was not decoded: it could not be read, or there is no detector for its category."""
@@ -179,23 +165,24 @@ class Scorer:
             near = f"{near.partition(' Known:')[0]} It has {len(known):,} others."
         return f"the fleet has no detector for category {category!r}.{near}"
 
-    def _bad_row(self, member: Member, chunk: Chunk, header: Pixels) -> Row:
+    def _bad_outcome(self, header: Pixels) -> dict[str, Any]:
         refuse_bad_member(header.status, header.error, self.spec.source)
-        return replace(self._base_row(member, chunk), status=header.status, error=header.error)
+        return {"status": header.status, "error": header.error}
 
-    def _base_row(self, member: Member, chunk: Chunk) -> Row:
+    def _row(self, member: Member, chunk: Chunk, header: Pixels, outcome: dict[str, Any]) -> Row:
         ref = self.index.for_category(member.category)
         return Row(
             key=member.key,
             image_uri=member.image_uri,
             chunk=chunk.id,
-            status=OK,
             artifact=ref.digest if ref is not None else self.index.digest,
             label=member.label,
             category=member.category,
             defect=member.defect,
             mask_uri=member.mask_uri,
             meta=member.meta,
+            **outcome,
+            **header.facts(),
         )
 
     def _draw(self, item: Scored, loaded: LoadedDetector, work: "_Work") -> None:
@@ -206,6 +193,21 @@ class Scorer:
             image = decode_image(work.chunk.members[item.position].data, self.rules, OVERLAY_MAX_PX)
             picture = overlay_png(np.asarray(image), item.anomaly_map(), loaded.map_low, loaded.map_high)
         work.result.pictures[item.position] = picture
+
+
+def _outcome(item: Scored, loaded: LoadedDetector, member: Member) -> dict[str, Any]:
+    """The columns of a row that scoring fills in."""
+    if not item.is_finite:
+        message = f"{member.key}: the detector returned a score or map that is not finite. Report the image."
+        return {"status": "not_finite", "error": message}
+    p_value, flagged = loaded.decision.of(item.image_score)
+    return {
+        "status": OK,
+        "image_score": item.image_score,
+        "p_value": p_value,
+        "threshold": loaded.decision.threshold,
+        "flagged": flagged,
+    }
 
 
 def _note(pixels: Iterable[Pixels], positions: list[int], headers: dict[int, Pixels]) -> Iterator[Pixels]:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 from raydetect.errors import SpecError
+from raydetect.metrics import conformal
 from raydetect.metrics.conformal import p_values, required_size, threshold_for
 from raydetect.metrics.f1 import best_f1
 from raydetect.metrics.pro import aupro
@@ -82,6 +83,7 @@ def test_p_values_count_what_is_at_least_as_large(calibration: list[int], scores
     held = np.sort(np.array(calibration, float))
     found = p_values(held, np.array(scores, float))
     assert found.tolist() == [p_value(sorted(calibration), score) for score in scores]
+    assert found.tolist() == [conformal.p_value(tuple(sorted(calibration)), score) for score in scores]
 
 
 @given(
