@@ -75,6 +75,7 @@ class Committer:
         self._closed: set[int] = set()
         self._stale = _stale_files(plan.ledger, {shard.index for shard in plan.todo})
         self._running: deque[Future[Part] | Future[Receipt]] = deque()
+        self._has_failed = False
         self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="commit")
 
     def __enter__(self) -> "Committer":
@@ -83,8 +84,8 @@ class Committer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Waits for files being written; what has not started is not written."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Waits until complete shards are committed, also after an error elsewhere, unless committing itself failed."""
+        self._pool.shutdown(wait=True, cancel_futures=self._has_failed or kind is KeyboardInterrupt)
 
     def add(self, chunk: ScoredChunk) -> list[Receipt]:
         """Adds a chunk; returns the receipts of the shards that have been committed since the last call.
@@ -154,7 +155,11 @@ class Committer:
         """Receipts of finished work; waits for the oldest while more than `limit` pieces are unfinished."""
         receipts = []
         while self._running and (len(self._running) > limit or self._running[0].done()):
-            result = self._running.popleft().result()
+            try:
+                result = self._running.popleft().result()
+            except BaseException:
+                self._has_failed = True
+                raise
             if isinstance(result, Receipt):
                 receipts.append(result)
         return receipts

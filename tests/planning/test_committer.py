@@ -2,15 +2,17 @@
 
 import random
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import pytest
 
+from raydetect.errors import StorageError
 from raydetect.local import jobs
 from raydetect.planning import committer as committing
-from raydetect.planning.committer import Committer
+from raydetect.planning.committer import Committer, commit_all
 from raydetect.planning.plan import ScorePlan, plan_score
 from raydetect.sinks import parquet
 from raydetect.sinks.parquet import ResultsSink
@@ -127,6 +129,19 @@ def test_heatmaps_that_a_killed_run_wrote_are_kept(plan: ScorePlan, monkeypatch:
     old_files(plan, chunks_of(plan))
     manifest = jobs.score(plan, lambda _: None)
     assert manifest["heatmaps"] == 17 and verify(plan.ledger, lambda *_: None).whole
+
+
+def test_complete_shards_are_committed_although_the_source_fails_afterwards(plan: ScorePlan) -> None:
+    chunks = chunks_of(plan)
+
+    def failing() -> Iterator[ScoredChunk]:
+        yield from (chunk for chunk in chunks if chunk.facts.shard == 1)
+        raise StorageError("s3://archive: the token has expired.")
+
+    plan.begin()
+    with pytest.raises(StorageError, match="expired"):
+        commit_all(plan, failing(), lambda _: None)
+    assert plan.ledger.committed() == {1}
 
 
 def old_files(plan: ScorePlan, chunks: list[ScoredChunk]) -> None:

@@ -98,7 +98,7 @@ def until_done(
                 break
             assert ended.exit_code == 1 and ended.stderr.splitlines()[-1].startswith("Error: s3://"), ended.output
     assert ended.exit_code == 0 and found == expected, f"{len(committed)} starts: {ended.output}"
-    assert committed == sorted(committed) and len(set(committed)) > 2 and len(committed) > 4
+    assert committed == sorted(committed) and len(set(committed)) > 1 and len(committed) > 4
     print(f"{len(committed)} starts, {dict(plan.injected)}, shards committed after each: {committed}")
 
 
