@@ -208,7 +208,6 @@ class Part:
     sha256: str
     rows: int
     statuses: Mapping[str, int]
-    chunk: str = ""
     flagged: int = 0
     labelled: int = 0
     heatmaps: int = 0

@@ -26,12 +26,15 @@ def s3_server() -> Iterator[int]:
         "print(server.get_host_and_port()[1], flush=True)\n"
         "sys.stdin.read()\n"
     )
+    with _printing_port([sys.executable, "-c", code]) as port:
+        yield port
+
+
+@contextmanager
+def _printing_port(command: list[str]) -> Iterator[int]:
+    """Runs a server that prints its port, and ends it afterwards."""
     process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
     try:
         assert process.stdout is not None
@@ -113,18 +116,8 @@ def main(delay_ms: int, port: int) -> None:
 @contextmanager
 def proxy_process(port: int, delay_ms: int) -> Iterator[int]:
     """The proxy in a process of its own; yields its port."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "jobs.bench.slow_store", str(delay_ms), str(port)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        yield int(process.stdout.readline())
-    finally:
-        process.terminate()
-        process.wait(10)
+    with _printing_port([sys.executable, "-m", "jobs.bench.slow_store", str(delay_ms), str(port)]) as proxied:
+        yield proxied
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ class _OpenShard:
         waiting: chunks by number that arrived before one of their predecessors.
         next_number: number of the next chunk in order.
         collected: consecutive chunks of the part that is not full yet.
+        rows: rows in them.
+        picture_bytes: bytes of their small heatmaps.
         parts: written parts, or those being written.
         is_complete: whether the last chunk is in a part.
     """
@@ -38,6 +40,8 @@ class _OpenShard:
     waiting: dict[int, ScoredChunk] = field(default_factory=dict)
     next_number: int = 0
     collected: list[ScoredChunk] = field(default_factory=list)
+    rows: int = 0
+    picture_bytes: int = 0
     parts: list[Future[Part]] = field(default_factory=list)
     is_complete: bool = False
 
@@ -50,9 +54,11 @@ class _OpenShard:
             following = self.waiting.pop(self.next_number)
             self.next_number += 1
             self.collected.append(following)
-            if following.facts.last or is_full(self.collected):
+            self.rows += following.images
+            self.picture_bytes += following.picture_bytes
+            if following.facts.last or is_full(self.rows, self.picture_bytes):
                 self.is_complete = following.facts.last
-                full, self.collected = self.collected, []
+                full, self.collected, self.rows, self.picture_bytes = self.collected, [], 0, 0
                 yield full
 
 

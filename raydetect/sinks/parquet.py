@@ -5,7 +5,7 @@ import hashlib
 import io
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -144,13 +144,9 @@ def picture_name(position: int, chunk: int | None = None) -> str:
     return f"{position:06d}.png" if chunk is None else f"{chunk:04d}-{position:06d}.png"
 
 
-def is_full(chunks: Iterable[ScoredChunk]) -> bool:
-    """Whether consecutive chunks fill a part."""
-    rows = pictures = 0
-    for chunk in chunks:
-        rows += chunk.images
-        pictures += sum(map(len, chunk.pictures.values()))
-    return rows >= PART_ROWS or pictures >= PART_PICTURE_BYTES
+def is_full(rows: int, picture_bytes: int) -> bool:
+    """Whether a part with so many rows and bytes of small heatmaps is closed."""
+    return rows >= PART_ROWS or picture_bytes >= PART_PICTURE_BYTES
 
 
 def encode_table(table: pa.Table) -> bytes:

@@ -84,6 +84,11 @@ class ScoredChunk:
         """Number of flagged rows."""
         return int(pc.sum(self.rows["flagged"]).as_py() or 0)
 
+    @property
+    def picture_bytes(self) -> int:
+        """Bytes of the heatmaps that are not written yet."""
+        return sum(map(len, self.pictures.values()))
+
     def to_bytes(self) -> bytes:
         """Encodes the chunk as one Arrow stream."""
         pictures = pa.array([self.pictures.get(i) for i in range(self.images)], PICTURE.type)

@@ -30,6 +30,7 @@ def make_old(ledger: Ledger) -> None:
         for part in body["parts"]:
             zips = part.pop("zips")
             part["heatmap_path"] = zips[0]["path"] if zips else ""
+            part["chunk"] = f"{shard:05d}-{part['number']:04d}"
             del part["heatmap_sha256"], part["bytes"], part["heatmap_bytes"]
 
     for shard in ledger.committed():

@@ -119,6 +119,6 @@ def test_overrides_copy_and_differences_name_paths() -> None:
 
 
 def test_records_survive_json() -> None:
-    part = Part(chunk="00000-0000", shard=0, number=0, last=True, path="p", sha256="s", rows=2, statuses={"ok": 2})
+    part = Part(shard=0, number=0, last=True, path="p", sha256="s", rows=2, statuses={"ok": 2})
     receipt = Receipt(shard=0, uri="u", fingerprint="f", rows=2, statuses={"ok": 2}, parts=(part,))
     assert validate(Receipt, json.loads(json.dumps(to_plain(receipt))), "r") == receipt

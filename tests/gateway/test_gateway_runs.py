@@ -206,12 +206,13 @@ def test_too_many_runs_get_429(data_dir: Path) -> None:
 def test_single_images_have_priority_over_archives() -> None:
     device, order, started = DeviceQueue("cpu"), list[str](), threading.Event()
     futures = [device.bulk(lambda: started.wait(10))]
-    for submit, name in ((device.bulk, "bulk"), (device.bulk, "bulk"), (device.online, "online")):
+    submits = ((device.bulk, "bulk"), (device.bulk, "bulk"), (device.online, "online"), (device.online, "online"))
+    for submit, name in submits:
         futures.append(submit(partial(order.append, name)))  # type: ignore[arg-type]
     started.set()
     for future in futures:
         future.result(10)
-    assert order == ["online", "bulk", "bulk"]
+    assert order == ["online", "online", "bulk", "bulk"]
 
 
 def test_an_error_on_the_device_reaches_whoever_sent_the_work() -> None:

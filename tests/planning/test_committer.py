@@ -20,19 +20,11 @@ from raydetect.sinks.rows import read_rows
 from raydetect.sinks.scored_chunk import ScoredChunk
 from raydetect.sinks.verify import verify
 from raydetect.storage import Storage
-from tests.builders.archives import mixed_files, normal_files, pack
-from tests.local.test_local import SCORE, fit, spec_of
+from tests.local.test_local import SCORE, spec_of
 from tests.planning.test_resume import chunks_of, committed
 
+pytestmark = pytest.mark.usefixtures("mixed_shards")
 ALL = "sink.heatmaps=all"
-
-
-@pytest.fixture(autouse=True)
-def data() -> None:
-    """Three shards of 17 images in all, in chunks of 4."""
-    pack("memory://data/normal", ".tar", normal_files(30), 2)
-    pack("memory://data/mixed", ".tar", mixed_files(8, 3), 3)
-    fit()
 
 
 @pytest.fixture

@@ -23,15 +23,8 @@ from tests.builders.archives import mixed_files, normal_files, pack, tar_bytes
 from tests.builders.ledgers import make_old, rewrite_record
 from tests.local.test_local import SCORE, fit, rows, run, spec_of
 
+pytestmark = pytest.mark.usefixtures("mixed_shards")
 RESULTS = "memory://data/results"
-
-
-@pytest.fixture(autouse=True)
-def data() -> None:
-    """Three shards of 17 images, and two artifacts."""
-    pack("memory://data/normal", ".tar", normal_files(30), 2)
-    pack("memory://data/mixed", ".tar", mixed_files(8, 3), 3)
-    fit()
 
 
 def planned(*overrides: str) -> ScorePlan:

@@ -102,9 +102,7 @@ def test_a_fleet_is_ranked_by_p_values_and_never_by_raw_scores() -> None:
 def test_the_time_line_keeps_a_bounded_number_of_equal_spans() -> None:
     line = Timeline()
     for shard in range(1000):
-        part = Part(
-            chunk="c", shard=shard, number=0, last=True, path="p", sha256="s", rows=10, statuses={}, flagged=shard % 3
-        )
+        part = Part(shard=shard, number=0, last=True, path="p", sha256="s", rows=10, statuses={}, flagged=shard % 3)
         line.add(Receipt(shard=shard, uri=f"u{shard}", fingerprint="f", rows=10, statuses={"ok": 9}, parts=(part,)))
     assert len(line.spans) <= MAX_SPANS and line.shards_each == 16
     assert sum(span.images for span in line.spans) == 10_000 and sum(span.bad for span in line.spans) == 1000

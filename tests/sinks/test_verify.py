@@ -169,7 +169,7 @@ def write_part(ledger: Ledger, shard: int, keys: list[tuple[str, str]]) -> None:
     ledger.storage.write(f"{ledger.uri}/{path}", data)
     statuses = dict(Counter(status for _, status in keys))
     part = Part(
-        chunk=f"{shard:05d}-0000", shard=shard, number=0, last=True, path=path, rows=len(keys), statuses=statuses,
+        shard=shard, number=0, last=True, path=path, rows=len(keys), statuses=statuses,
         sha256=hashlib.sha256(data).hexdigest(),
     )  # fmt: skip
 

@@ -21,7 +21,12 @@ RUN_FIELDS = ("committed_unix", "seconds", "host")  # fields of a record that di
 
 @pytest.fixture(autouse=True)
 def _no_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Passes every fault on to the job; test_storage covers the retries of the libraries."""
+    """Passes every fault on to the job; test_storage covers the retries of the libraries.
+
+    One chunk is read and scored at a time, so that a job needs many starts.
+    """
+    monkeypatch.setattr("raydetect.local.jobs.READERS", 1)
+    monkeypatch.setattr("raydetect.local.jobs.CHUNKS_IN_FLIGHT", 1)
     monkeypatch.setattr("raydetect.storage.files.S3_ATTEMPTS", 0)  # retries after the first attempt
     monkeypatch.setattr("s3fs.core.S3FileSystem.retries", 1)
 
@@ -71,7 +76,7 @@ def _reproducible(name: str, data: bytes) -> bytes:
 
 
 def until_done(
-    folder: Path, store: ObjectStore, plan: RandomFaults, artifact: str, results: str, storage: Storage
+    folder: Path, store: ObjectStore, plan: RandomFaults, artifact: str, results: str, storage: Storage, counts: int = 3
 ) -> None:
     """Runs a job once without faults, then with faults until it finishes; committed files are correct after each start.
 
@@ -82,6 +87,7 @@ def until_done(
         artifact: artifact on a disk or in the store.
         results: results directory on a disk or in the store.
         storage: accesses the results without faults.
+        counts: different numbers of committed shards after the starts, at least.
     """
     assert started(folder, store, artifact, results).exit_code == 0
     expected = files_of(results, storage)
@@ -98,7 +104,7 @@ def until_done(
                 break
             assert ended.exit_code == 1 and ended.stderr.splitlines()[-1].startswith("Error: s3://"), ended.output
     assert ended.exit_code == 0 and found == expected, f"{len(committed)} starts: {ended.output}"
-    assert committed == sorted(committed) and len(set(committed)) > 1 and len(committed) > 4
+    assert committed == sorted(committed) and len(set(committed)) >= counts and len(committed) > 4
     print(f"{len(committed)} starts, {dict(plan.injected)}, shards committed after each: {committed}")
 
 
@@ -127,6 +133,6 @@ def test_a_store_of_archive_artifact_and_results_that_fails_at_random_leaves_no_
             object_store.storage.write(uri, path.read_bytes())
     plan = RandomFaults(seed=3, kinds=("slow_down", "drop", "truncate", "lost"), share=0.02, stretches=0.01, longest=8)
     results = object_store.uri("results")
-    until_done(tmp_path, object_store, plan, object_store.uri("artifact"), results, object_store.storage)
+    until_done(tmp_path, object_store, plan, object_store.uri("artifact"), results, object_store.storage, counts=2)
     assert set(plan.injected) >= {"slow_down", "drop", "truncate", "expired"}
     conserved(results, object_store.storage, laid)
