@@ -70,7 +70,7 @@ def jpeg(picture: Image.Image, **options: Any) -> bytes:
 
 def decoded(member: Member, scale: JpegScale) -> np.ndarray:
     """Decodes an image to the input, uint8 RGB."""
-    pixels = decode_member(member, DecodeRules(10**8, True), Preprocess((INPUT_PX, INPUT_PX), scale)).image_HWC
+    pixels = decode_member(member, DecodeRules(10**8, True), Preprocess((INPUT_PX, INPUT_PX), scale)).only_input
     assert pixels is not None
     return pixels
 

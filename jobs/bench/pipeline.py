@@ -30,7 +30,7 @@ from raydetect.archives.chunks import read_chunks
 from raydetect.artifacts.store import Artifact, StoredDetectors, load_artifact
 from raydetect.config import FitSpec, ScoreSpec, SourceSpec, parse_job
 from raydetect.detectors._base import Detector, Scores
-from raydetect.images.decode import decode_on
+from raydetect.images.decode import Pixels, decode_stream
 from raydetect.images.opening import DecodeRules
 from raydetect.images.preprocess import Preprocess
 from raydetect.local import jobs
@@ -188,8 +188,8 @@ def decoding_alone(threads: int) -> float:
     rules = DecodeRules.of(SourceSpec(uri="none"))
     started = time.perf_counter()
     with ThreadPoolExecutor(threads) as executor:
-        for pixels in decode_on(executor, members, rules, Preprocess((SIZE_PX, SIZE_PX))):
-            assert pixels.image_HWC is not None
+        for item in decode_stream(members, rules, Preprocess((SIZE_PX, SIZE_PX)), executor):
+            assert not isinstance(item, Pixels) or item.status == "ok"
     return LARGE_IMAGES / (time.perf_counter() - started)
 
 

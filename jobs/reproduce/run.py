@@ -36,6 +36,7 @@ from raydetect.metrics.pro import aupro
 from raydetect.metrics.roc import auroc
 from raydetect.scoring.batches import score_batches
 from raydetect.storage import Storage, normalise_uri
+from raydetect.views.windows import Input
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -118,8 +119,9 @@ def loaded(path: Path, size: tuple[int, int], resample: Image.Resampling) -> Ima
 def evaluate(detector: Detector, test: Sequence[Picture]) -> dict[str, float]:
     """Accuracy on the test images, with maps at the detector's image size."""
     size = detector.params.image_size
-    pixels = [Pixels(np.asarray(loaded(p.path, size, Image.Resampling.BILINEAR).convert("RGB"))) for p in test]
-    scored = list(score_batches(detector, pixels, SPEED_BATCH))
+    pictures = (np.asarray(loaded(p.path, size, Image.Resampling.BILINEAR).convert("RGB")) for p in test)
+    decoded = (item for picture in pictures for item in (Input.of(picture), Pixels()))
+    scored = list(score_batches(detector, decoded, SPEED_BATCH))
     maps = [item.anomaly_map() for item in scored]
     masks = [
         np.asarray(loaded(p.mask, size, Image.Resampling.NEAREST).convert("L")) > 0 if p.mask else np.zeros(size, bool)

@@ -22,10 +22,12 @@ from raydetect.config.validation import STRICT, validate
 from raydetect.errors import ArtifactError, MissingError, SpecError
 from raydetect.images.preprocess import Preprocess
 from raydetect.storage import Storage, join_uri
+from raydetect.views.view import View
 
 FORMAT_VERSION = 2  # 2: `preprocess` states how images are decoded, which readers of format 1 would not know
+WITH_VIEW = 3  # 3: `preprocess` has a view; others stay at 2, so that earlier versions can read them
 # Fleets start at 2, so that readers of format 1 ask for an update instead of reporting a damaged record.
-FORMATS = {"detector": FORMAT_VERSION, "fleet": 2}
+FORMATS = {"detector": WITH_VIEW, "fleet": 2}
 RECORD = "artifact.json"
 MAX_SIDE_PX = 16_384
 MAX_REASON = 200
@@ -93,6 +95,14 @@ class PreprocessShape:
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
     jpeg_scale: JpegScale = "full"
+    view: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuses a view that cannot be restored."""
+        try:
+            View.of_record(self.view)
+        except SpecError as error:
+            raise ValueError(str(error)) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,7 +192,9 @@ class ArtifactRecord:
     @property
     def preprocess(self) -> Preprocess:
         """How images are decoded for the detector; without an entry (format 1), JPEGs are decoded in full."""
-        return Preprocess(self.image_size, self.body.get("preprocess", {}).get("jpeg_scale", "full"))
+        entry = self.body.get("preprocess", {})
+        view = View.of_record(entry.get("view", {}))
+        return Preprocess(self.image_size, entry.get("jpeg_scale", "full"), view)
 
     def require_bank(self, pieces: int) -> tuple[int, int]:
         """Returns (rows, dims) of a memory bank that will be split into pieces.
@@ -209,7 +221,8 @@ def write_record(uri: str, storage: Storage, body: Mapping[str, Any]) -> str:
     Raises:
         StorageError: the record cannot be written.
     """
-    return write_json(uri, storage, {"format_version": FORMAT_VERSION, **body})
+    version = WITH_VIEW if body.get("preprocess", {}).get("view") else FORMAT_VERSION
+    return write_json(uri, storage, {"format_version": version, **body})
 
 
 def write_json(uri: str, storage: Storage, body: Mapping[str, Any]) -> str:

@@ -3,12 +3,12 @@
 from raydetect.archives.formats.loose_files import loose_names
 from raydetect.archives.open import open_archive
 from raydetect.archives.path_patterns import Naming
+from raydetect.artifacts.fit_preprocess import fit_preprocess
 from raydetect.check.locations import Check, first_shard, reachable
 from raydetect.config import FitSpec, ResourceSpec, source_storage
 from raydetect.detectors._ensemble import learns_from_labels, parts
 from raydetect.detectors._registry import build_from
 from raydetect.errors import SpecError
-from raydetect.fitting.image_cache import fit_preprocess
 from raydetect.storage import Storage
 
 

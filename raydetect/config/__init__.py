@@ -29,6 +29,7 @@ from raydetect.config.jobs import (
 from raydetect.config.score import Heatmaps, ScoreSpec, SinkSpec
 from raydetect.config.serve import AllowSpec, LimitSpec, ServedSpec, ServeSpec
 from raydetect.config.shared import FlagSpec, MiB, ResourceSpec, SourceSpec, StorageOptions
+from raydetect.config.view import STRETCH, TileSpec, ViewSpec
 from raydetect.moved_modules import names_of
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "ENSEMBLE",
     "FIT_CHUNK_BYTES",
     "FIT_CHUNK_IMAGES",
+    "STRETCH",
     "AllowSpec",
     "ArchiveSpec",
     "AuditSpec",
@@ -64,6 +66,8 @@ __all__ = [
     "SinkSpec",
     "SourceSpec",
     "StorageOptions",
+    "TileSpec",
+    "ViewSpec",
     "WebhookSpec",
     "night_score",
     "parse_job",

@@ -7,6 +7,7 @@ from pydantic import ConfigDict, Field
 
 from raydetect.config.shared import MiB, ResourceSpec, SourceSpec, StorageOptions
 from raydetect.config.validation import STRICT
+from raydetect.config.view import STRETCH, ViewSpec
 
 Preset = Literal["paper", "smoke"]
 JpegScale = Literal["at_least_2x", "full"]
@@ -156,6 +157,9 @@ class FitSpec:
     ] = 3
     calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
     preprocess: PreprocessSpec = field(default_factory=PreprocessSpec)
+    view: Annotated[
+        ViewSpec, Field(description="which parts of a picture the detector looks at, and at which size")
+    ] = STRETCH
     max_bad_fraction: Annotated[
         float, Field(ge=0, le=1, description="more bad images than this share: exit 3, no artifact")
     ] = 0.05

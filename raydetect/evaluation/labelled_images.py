@@ -1,16 +1,18 @@
 """Evaluates a fitted detector on labelled images, for one cell of an evaluation.
 
 Maps are not stored or sent: every image goes straight into mergeable summaries (`metrics/quality.py`). Maps and masks
-are compared at the detector's input size; masks are read by the rules of `masks.py` and resized by nearest neighbour.
+are compared at the size of the map, in the part of the image that the view shows; masks are read by the rules of
+`masks.py` and resized by nearest neighbour. Pixels outside of a region do not count.
 An anomalous image without a mask, or whose mask has no pixel left at that size, counts in the image metrics and not in
 the pixel metrics.
 """
 
 import resource
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 import numpy as np
@@ -21,13 +23,18 @@ from raydetect.artifacts.store import Artifact
 from raydetect.config import SourceSpec
 from raydetect.detectors._base import Detector
 from raydetect.errors import MemberError, RaydetectError, StorageError
-from raydetect.images.decode import Pixels, decode_all
+from raydetect.images.decode import Pixels, decode_stream
 from raydetect.images.masks import decode_mask
 from raydetect.images.opening import DecodeRules
 from raydetect.metrics.quality import ImageGroup, Quality
-from raydetect.records import Chunk, Member
+from raydetect.records import OK, Chunk, Member
 from raydetect.scoring.batches import score_batches
+from raydetect.scoring.device_queue import Submit, run_now
 from raydetect.storage import Storage, translate
+from raydetect.views.view import Layout
+from raydetect.views.windows import Input
+
+T = TypeVar("T")
 
 
 class MaskError(RaydetectError):
@@ -119,21 +126,24 @@ def evaluate_images(
     found, started = EvaluationOutcome(Quality()), time.perf_counter()
     rules = DecodeRules.of(source)
     masks = Masks(storage, rules, source.max_image_bytes)
-    for chunk in chunks:
-        pixels = list(decode_all(chunk.members, rules, artifact.record.preprocess, threads))
-        found.bad += sum(item.image_HWC is None for item in pixels)
-        _evaluate_chunk(artifact.detector, chunk, pixels, found, masks, batch_size)
+    with ThreadPoolExecutor(threads) as pool:
+        for chunk in chunks:
+            decoded = decode_stream(chunk.members, rules, artifact.record.preprocess, pool)
+            _evaluate_chunk(artifact.detector, chunk, decoded, found, masks, batch_size)
     found.seconds = time.perf_counter() - started
     return found
 
 
 def _evaluate_chunk(
-    detector: Detector, chunk: Chunk, pixels: list[Pixels], found: EvaluationOutcome, masks: Masks, batch_size: int
+    detector: Detector,
+    chunk: Chunk,
+    decoded: Iterable[Input | Pixels],
+    found: EvaluationOutcome,
+    masks: Masks,
+    batch_size: int,
 ) -> None:
-    started = time.perf_counter()
-    scored = list(score_batches(detector, pixels, batch_size))
-    found.score_seconds += time.perf_counter() - started
-    for item in scored:
+    pixels: list[Pixels] = []
+    for item in score_batches(detector, _noted(decoded, pixels, found), batch_size, _timed(found)):
         member = chunk.members[item.position]
         found.images += 1
         if member.label is None:
@@ -142,12 +152,35 @@ def _evaluate_chunk(
         group = ImageGroup(member.category or "", member.label, member.defect or "")
         localises = detector.info.localises
         map_HW = item.anomaly_map() if localises else None
-        mask_HW = None if map_HW is None else read_mask(member, map_HW.shape, pixels[item.position], masks)
+        mask_HW = None if map_HW is None else read_mask(member, item.layout, pixels[item.position], masks)
         found.quality.add(group, member.key, item.image_score, map_HW, mask_HW)
 
 
-def read_mask(member: Member, shape: tuple[int, ...], pixels: Pixels, masks: Masks) -> np.ndarray | None:
-    """The mask of an image at a map's size, bool (H, W); all False for a normal image, None if unknown.
+def _noted(
+    decoded: Iterable[Input | Pixels], pixels: list[Pixels], found: EvaluationOutcome
+) -> Iterator[Input | Pixels]:
+    """Yields what is decoded unchanged, appends the `Pixels` of every image and counts bad ones."""
+    for item in decoded:
+        if isinstance(item, Pixels):
+            pixels.append(item)
+            found.bad += item.status != OK
+        yield item
+
+
+def _timed(found: EvaluationOutcome) -> Submit:
+    """Runs work in this thread and adds its time to `score_seconds`."""
+
+    def submit(work: Callable[[], T], /) -> "Future[T]":
+        started = time.perf_counter()
+        future = run_now(work)
+        found.score_seconds += time.perf_counter() - started
+        return future
+
+    return submit
+
+
+def read_mask(member: Member, layout: Layout, pixels: Pixels, masks: Masks) -> np.ndarray | None:
+    """The mask of an image where its map is, bool (H, W); all False for a normal image, None if unknown.
 
     `masks.py` defines which levels are a defect, and the orientation of the mask.
 
@@ -155,7 +188,7 @@ def read_mask(member: Member, shape: tuple[int, ...], pixels: Pixels, masks: Mas
         MaskError: it cannot be read, or differs in shape from the image.
     """
     if member.label == 0:
-        return np.zeros(shape, bool)
+        return np.zeros(layout.canvas, bool)
     if member.mask_uri is None:
         return None
     try:
@@ -168,7 +201,7 @@ def read_mask(member: Member, shape: tuple[int, ...], pixels: Pixels, masks: Mas
             f"{member.key}: is {pixels.width} x {pixels.height} px and its mask {values.shape[1]} x {values.shape[0]}. "
             "Provide a mask of the image's size."
         )
-    resized = Image.fromarray(values).resize((shape[1], shape[0]), Image.Resampling.NEAREST)
+    resized = Image.fromarray(values).resize(layout.canvas[::-1], Image.Resampling.NEAREST, layout.box)
     mask_HW = np.asarray(resized)
     return mask_HW if mask_HW.any() else None
 

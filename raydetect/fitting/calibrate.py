@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from raydetect.artifacts.record import Calibration
@@ -9,7 +10,6 @@ from raydetect.blocks.coresets.group import Group
 from raydetect.detectors._base import Detector
 from raydetect.errors import RaydetectError
 from raydetect.fitting.image_cache import ImageCache
-from raydetect.images.decode import Pixels
 from raydetect.scoring.batches import score_batches
 
 
@@ -32,12 +32,11 @@ def calibrate(
     """
     scores: list[float] = []
     ends = torch.full((2,), -torch.inf, dtype=torch.float64)  # (-minimum, maximum) of all maps
-    pixels = (Pixels(cache.pixels([key])[0]) for key in keys)
-    for scored in score_batches(detector, pixels, batch_size):
+    for scored in score_batches(detector, cache.decoded(keys), batch_size):
         scores.append(scored.image_score)
         map_HW = scored.anomaly_map()
-        here = torch.tensor([-float(map_HW.min()), float(map_HW.max())])
-        ends = torch.maximum(ends, here.double()) if torch.isfinite(here).all() else torch.full_like(ends, torch.inf)
+        here = torch.tensor([-float(np.nanmin(map_HW)), float(np.nanmax(map_HW))])
+        ends = torch.maximum(ends, here.double()) if scored.is_finite else torch.full_like(ends, torch.inf)
         on_progress(1)
     gathered = torch.cat(group.gather(torch.tensor(scores, dtype=torch.float64)))
     ends = group.max(ends)

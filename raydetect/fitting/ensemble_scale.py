@@ -4,6 +4,7 @@ These images do not set the threshold as well: the score of an image that set th
 score of a new one, and p-values would no longer be valid.
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -16,7 +17,6 @@ from raydetect.errors import SpecError
 from raydetect.fitting.calibrate import CalibrationError
 from raydetect.fitting.holdout import choose_images
 from raydetect.fitting.image_cache import ImageCache
-from raydetect.images.decode import Pixels
 from raydetect.scoring.batches import score_batches
 
 MOST_IMAGES, LEAST_IMAGES = 64, 2  # a median of 64 has a standard error of a sixth of a deviation
@@ -73,10 +73,10 @@ def _measure(
     member: Detector, cache: ImageCache, keys: list[str], batch_size: int, on_progress: Callable[[int], None]
 ) -> torch.Tensor:
     """Image score, median and maximum of the anomaly map for every image, (M, 3) float64."""
-    pixels = (Pixels(cache.pixels([key])[0]) for key in keys)
     rows = []
-    for scored in score_batches(member, pixels, batch_size):
+    for scored in score_batches(member, cache.decoded(keys), batch_size):
         map_HW = scored.anomaly_map()
-        rows.append((scored.image_score, float(np.median(map_HW)), float(map_HW.max())))
+        middle, highest = (np.nanmedian(map_HW), np.nanmax(map_HW)) if scored.is_finite else (math.nan, math.nan)
+        rows.append((scored.image_score, float(middle), float(highest)))
         on_progress(1)
     return torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)

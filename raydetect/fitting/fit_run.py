@@ -200,16 +200,28 @@ class FitRun:
         return sorted(choose_holdout(normal_keys(self.cache), ratio, seed, self.group, self.where))
 
     def _fit_keys(self, held_out: list[str], with_labels: bool) -> list[str]:
-        """This worker's keys to fit on, sorted; anomalous images only for detectors that learn from labels."""
+        """This worker's inputs to fit on, sorted; anomalous images only for detectors that learn from labels.
+
+        Raises:
+            SpecError: a detector that learns from labels would see tiles.
+        """
+        if with_labels and self.cache.preprocess.view.has_tiles:
+            raise SpecError(
+                f"view.tile: {self.spec.detector.title} learns from the labels of images, and most tiles of an "
+                "anomalous image are normal. Remove tile, or use a detector that learns from normal images."
+            )
         excluded = set(held_out) if self.calibration_cache is None else set()
-        usable = list(self.cache.images) if with_labels else normal_keys(self.cache)
-        return sorted(set(usable) - excluded)
+        images = self.cache.images.values()
+        return sorted(i.key for i in images if i.image_key not in excluded and (with_labels or i.label != 1))
 
     def _counts(self, fit_keys: list[str]) -> dict[str, int]:
         images = self.cache.images
-        anomalous = {key for key, image in images.items() if image.label == 1}
-        left_out = len(anomalous - set(fit_keys))
-        return {"fitted": self._count(len(fit_keys)), "labelled_anomalous_left_out": self._count(left_out)}
+        fitted = {images[key].image_key for key in fit_keys}
+        anomalous = {image.image_key for image in images.values() if image.label == 1}
+        counts = {"fitted": len(fitted), "labelled_anomalous_left_out": len(anomalous - fitted)}
+        if self.cache.preprocess.view.has_tiles:
+            counts["fitted_tiles"] = len(fit_keys)
+        return {name: self._count(count) for name, count in counts.items()}
 
     def _require_labels(self, detector: Detector, fit_keys: list[str]) -> None:
         if learns_from_labels(detector):

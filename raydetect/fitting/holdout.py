@@ -14,8 +14,8 @@ def keyed_hashes(keys: list[str], seed: int, purpose: str = "holdout") -> torch.
 
 
 def normal_keys(cache: ImageCache) -> list[str]:
-    """Keys of the images that are not labelled anomalous, sorted."""
-    return sorted(image.key for image in cache.images.values() if image.label != 1)
+    """Keys of the images that are not labelled anomalous, sorted; each once, also with tiles."""
+    return sorted({image.image_key for image in cache.images.values() if image.label != 1})
 
 
 def choose_images(keys: list[str], count: int, seed: int, group: Group, purpose: str = "collected") -> list[str]:

@@ -4,7 +4,8 @@ import copy
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,19 +13,18 @@ import torch
 
 from raydetect.archives.chunks import refuse_bad_member
 from raydetect.archives.labels import labels_text
-from raydetect.artifacts.record import read_record
 from raydetect.blocks.coresets.group import Group
-from raydetect.config import AT_LEAST_2X, FitSpec, SourceSpec
+from raydetect.config import SourceSpec
 from raydetect.config.validation import to_plain
 from raydetect.detectors._base import Batch
-from raydetect.detectors._registry import build_from
 from raydetect.errors import SpecError, TooManyBadRows
-from raydetect.images.decode import Pixels, decode_all
+from raydetect.images.decode import Pixels, decode_stream
 from raydetect.images.opening import DecodeRules
 from raydetect.images.preprocess import Preprocess
 from raydetect.left_out import LeftOutCount, left_out_of, left_out_text
 from raydetect.records import OK, Chunk, LeftOut, Member
-from raydetect.storage import Scratch, Storage, normalise_uri
+from raydetect.storage import Scratch
+from raydetect.views.windows import Input
 
 SHARED_PER_BROADCAST = 64
 REASONS = 3
@@ -33,15 +33,36 @@ BAD_SHARD = ("bad_shard", "unreadable")  # statuses of a row that stands for a w
 
 @dataclass(frozen=True, slots=True)
 class CachedImage:
-    """Metadata of a cached image."""
+    """Metadata of a cached input: an image, or a tile of one.
+
+    Attributes:
+        key: the image's key, with row and column if the view has tiles; it seeds all randomness.
+        label: of the image.
+        category: of the image.
+        image: the image's key; "" = `key`.
+        size: (width, height) in px of the upright image; (0, 0) = that of the input.
+        row: of the tile; 0 without tiles.
+        column: likewise.
+    """
 
     key: str
     label: int | None
     category: str | None
+    image: str = ""
+    size: tuple[int, int] = (0, 0)
+    row: int = 0
+    column: int = 0
+
+    @property
+    def image_key(self) -> str:
+        """The key of the image, which its tiles share."""
+        return self.image or self.key
 
 
 class ImageCache:
-    """Uint8 RGB images of one size by key, in insertion order, in an unnamed file that is deleted with the cache.
+    """Uint8 RGB inputs of one size by key, in insertion order, in an unnamed file that is deleted with the cache.
+
+    An image has one input, or with tiles several; its tiles are next to each other.
 
     Attributes:
         preprocess: how the images were decoded, which is what the artifact records.
@@ -72,9 +93,36 @@ class ImageCache:
             self.images[image.key] = image
 
     def forget(self, keys: Collection[str]) -> None:
-        """Removes images from the cache."""
+        """Removes inputs from the cache."""
         for key in keys:
             del self.images[key]
+
+    def add_decoded(self, member: Member, decoded: Iterator[Input | Pixels]) -> Pixels:
+        """Adds the inputs of the next image of `decoded`, all or none; returns its `Pixels`."""
+        added: list[str] = []
+        for item in decoded:
+            if isinstance(item, Pixels):
+                if item.status != OK:
+                    self.forget(added)
+                return item
+            image = _cached(member, item, self.preprocess)
+            if image.key not in self.images:
+                self.add(image, item.image_HWC)
+                added.append(image.key)
+        raise ValueError("the stream has no further image")
+
+    def decoded(self, image_keys: Sequence[str]) -> Iterator[Input | Pixels]:
+        """Yields the inputs of images and their `Pixels`, as `decode_stream` does."""
+        inputs: dict[str, list[CachedImage]] = {key: [] for key in image_keys}
+        for image in self.images.values():
+            if image.image_key in inputs:
+                inputs[image.image_key].append(image)
+        for images in inputs.values():
+            for image in images:
+                layout = self.preprocess.layout(image.size if image.size[0] else self.preprocess.image_size[::-1])
+                window = next(w for w in layout.windows if (w.row, w.column) == (image.row, image.column))
+                yield Input(layout, window, self.pixels([image.key])[0])
+            yield Pixels()
 
     def of_category(self, category: str) -> "ImageCache":
         """Returns a view of the images of one category."""
@@ -97,9 +145,9 @@ class ImageCache:
     def share(self, group: Group, wanted: Callable[[CachedImage], bool]) -> None:
         """Exchanges images, so that every worker adds those that it wants of all others; each is broadcast once."""
         mine = list(self.images.values())
-        texts = group.gather_bytes(json.dumps([[i.key, i.label, i.category] for i in mine]).encode())
+        texts = group.gather_bytes(json.dumps([astuple(image) for image in mine]).encode())
         for root, text in enumerate(texts):
-            images = [CachedImage(*fields) for fields in json.loads(text)]
+            images = [replace(CachedImage(*fields), size=tuple(fields[4])) for fields in json.loads(text)]
             for start in range(0, len(images), SHARED_PER_BROADCAST):
                 self._share_block(group, root, images[start : start + SHARED_PER_BROADCAST], wanted)
 
@@ -114,6 +162,13 @@ class ImageCache:
         for image, pixels_HWC in zip(images, block_BHWC, strict=True):
             if wanted(image):
                 self.add(image, pixels_HWC)
+
+
+def _cached(member: Member, shown: Input, preprocess: Preprocess) -> CachedImage:
+    row, column, key = shown.window.row, shown.window.column, member.key
+    if preprocess.view.has_tiles:
+        key = f"{key}@{row},{column}"
+    return CachedImage(key, member.label, member.category, member.key, shown.layout.picture, row, column)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +220,16 @@ class ReadImages:
         self.shards += chunk.last
         self.bad_shards += any(map(_stands_for_a_shard, chunk.members))
 
-    def note_good(self, member: Member) -> None:
-        """Counts a usable image."""
+    def note(self, member: Member, pixels: Pixels, source: SourceSpec) -> None:
+        """Counts a decoded image.
+
+        Raises:
+            BadMemberError: it is bad and `on_bad_member` is `fail`.
+        """
+        refuse_bad_member(pixels.status, pixels.error, source)
+        if pixels.status != OK:
+            self.note_bad(pixels.error)
+            return
         self.good += 1
         self.labels[member.label, member.raw_label] += 1
 
@@ -209,28 +272,6 @@ class ReadImages:
         self.left_out.add_all(left_out_of(left_out))
 
 
-def fit_preprocess(spec: FitSpec) -> Preprocess:
-    """Returns the decoding rules of a fit: its detector's input size, and its own rule for JPEGs.
-
-    A fit that extends an artifact decodes as that artifact's images were decoded, whatever the default is.
-
-    Raises:
-        SpecError: a parameter is invalid, or the job states another rule than the artifact it extends.
-        ArtifactError: that artifact is missing or damaged.
-    """
-    image_size = build_from(spec.detector, spec.seed).params.image_size
-    stated = spec.preprocess.jpeg_scale
-    if spec.extend is None:
-        return Preprocess(image_size, stated or AT_LEAST_2X)
-    earlier = read_record(normalise_uri(spec.extend), Storage(spec.storage)).preprocess.jpeg_scale
-    if stated not in (None, earlier):
-        raise SpecError(
-            f"preprocess.jpeg_scale = {stated}: {spec.extend} was fitted on images decoded with {earlier}, and the new "
-            "ones must be decoded alike. Remove the setting."
-        )
-    return Preprocess(image_size, earlier)
-
-
 def read_images(
     chunks: Iterable[Chunk],
     source: SourceSpec,
@@ -250,35 +291,16 @@ def read_images(
     Raises:
         BadMemberError: an image is bad and `on_bad_member` is `fail`.
     """
-    cache, counts = ImageCache(preprocess), ReadImages()
-    for member, pixels in _decoded(_counted(chunks, counts), source, preprocess, threads, on_progress):
-        refuse_bad_member(pixels.status, pixels.error, source)
-        if pixels.image_HWC is not None and pixels.status == OK:
-            cache.add(CachedImage(member.key, member.label, member.category), pixels.image_HWC)
-            counts.note_good(member)
-        else:
-            counts.note_bad(pixels.error)
+    cache, counts, rules = ImageCache(preprocess), ReadImages(), DecodeRules.of(source)
+    with ThreadPoolExecutor(threads) as pool:
+        for chunk in chunks:
+            counts.note_chunk(chunk)
+            decoded = decode_stream(chunk.members, rules, preprocess, pool)
+            for member in chunk.members:
+                counts.note(member, cache.add_decoded(member, decoded), source)
+            on_progress(len(chunk.members))
     return cache, counts
 
 
 def _stands_for_a_shard(member: Member) -> bool:
     return member.status in BAD_SHARD and member.key.startswith(f"{member.image_uri}#")
-
-
-def _counted(chunks: Iterable[Chunk], counts: ReadImages) -> Iterator[Chunk]:
-    for chunk in chunks:
-        counts.note_chunk(chunk)
-        yield chunk
-
-
-def _decoded(
-    chunks: Iterable[Chunk],
-    source: SourceSpec,
-    preprocess: Preprocess,
-    threads: int,
-    on_progress: Callable[[int], None],
-) -> Iterator[tuple[Member, Pixels]]:
-    rules = DecodeRules.of(source)
-    for chunk in chunks:
-        yield from zip(chunk.members, decode_all(chunk.members, rules, preprocess, threads), strict=True)
-        on_progress(len(chunk.members))

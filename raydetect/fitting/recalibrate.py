@@ -5,12 +5,12 @@ calibration for every category, from images of that category.
 """
 
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from raydetect.archives.chunks import refuse_bad_member
 from raydetect.artifacts.fleet import ArtifactIndex, member_uri, read_index, read_records, write_fleet
 from raydetect.artifacts.record import ArtifactRecord, Calibration, write_record
 from raydetect.artifacts.store import load_artifact, package_versions
@@ -22,10 +22,10 @@ from raydetect.errors import SpecError
 from raydetect.fitting.calibrate import calibrate
 from raydetect.fitting.fit_run import ProgressCallback
 from raydetect.fitting.holdout import normal_keys
-from raydetect.fitting.image_cache import CachedImage, ImageCache, ReadImages
-from raydetect.images.decode import decode_all
+from raydetect.fitting.image_cache import ImageCache, ReadImages
+from raydetect.images.decode import decode_stream
 from raydetect.images.opening import DecodeRules
-from raydetect.records import OK, Chunk, Member
+from raydetect.records import Chunk, Member
 from raydetect.storage import Storage, join_uri, normalise_uri
 
 
@@ -133,15 +133,10 @@ def _read(
 
 
 def _decode(spec: CalibrateSpec, members: list[Member], cache: ImageCache, counts: ReadImages) -> None:
-    rules, threads = DecodeRules.of(spec.source), spec.resources.cpus_per_worker
-    decoded = decode_all(members, rules, cache.preprocess, threads)
-    for member, pixels in zip(members, decoded, strict=True):
-        refuse_bad_member(pixels.status, pixels.error, spec.source)
-        if pixels.image_HWC is not None and pixels.status == OK:
-            cache.add(CachedImage(member.key, member.label, member.category), pixels.image_HWC)
-            counts.note_good(member)
-        else:
-            counts.note_bad(pixels.error)
+    with ThreadPoolExecutor(spec.resources.cpus_per_worker) as pool:
+        decoded = decode_stream(members, DecodeRules.of(spec.source), cache.preprocess, pool)
+        for member in members:
+            counts.note(member, cache.add_decoded(member, decoded), spec.source)
 
 
 def _new_calibration(

@@ -4,12 +4,13 @@ from collections.abc import Iterable
 
 import torch
 
+from raydetect.artifacts.fit_preprocess import fit_preprocess
 from raydetect.blocks.coresets.group import Group
 from raydetect.config import FitSpec, SourceSpec
 from raydetect.fitting.fit_run import FitRun, ProgressCallback
 from raydetect.fitting.fleet import fit_fleet
 from raydetect.fitting.holdout import drop_duplicates
-from raydetect.fitting.image_cache import ImageCache, ReadFacts, fit_preprocess, read_images
+from raydetect.fitting.image_cache import ImageCache, ReadFacts, read_images
 from raydetect.fitting.shared_errors import shared_errors
 from raydetect.fitting.timings import Phases
 from raydetect.records import Chunk, FitReport

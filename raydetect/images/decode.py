@@ -14,8 +14,9 @@ one without end marker is fine. EXIF orientation is applied exactly once for eve
 Two facts are noted without making an image bad: `exif_ignored` (damaged EXIF, so orientation is not applied) and
 `pages_not_read: N` (only the first of several pages or frames is read).
 
-Images are resized with Pillow's antialiased bilinear filter, without keeping the aspect ratio. Large JPEGs are decoded
-at a reduced DCT scale first if the detector's artifact says so (`preprocess.py`).
+The view of the artifact (`views/view.py`) says which parts of an image become inputs; they are resized with Pillow's
+antialiased bilinear filter. Large JPEGs are decoded at a reduced DCT scale first if the artifact says so
+(`preprocess.py`).
 
 Memory: a process decodes at most max(`source.max_pixels`, 2^26) pixels at a time (`memory_budget.py`); further threads
 wait. Peak bytes per pixel including the decoder's memory: bilevel and grey 2, 16-bit grey 4 (PPM 6), palette, colour
@@ -26,11 +27,12 @@ as its decoder holds all frequencies.
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -40,7 +42,12 @@ from raydetect.images.opening import DecodeRules, loaded_image, short
 from raydetect.images.orientation import SIDEWAYS
 from raydetect.images.preprocess import Preprocess
 from raydetect.records import OK, Member
+from raydetect.views.view import Window
+from raydetect.views.windows import Input, input_of
 
+A = TypeVar("A")
+B = TypeVar("B")
+WINDOWS_AHEAD = 8  # windows of a picture that are cut before they are needed
 GROUP = 4  # images in a task of a pool: small images are decoded faster than threads take turns
 
 
@@ -49,11 +56,12 @@ class Pixels:
     """A decoded member, or the reason why it could not be decoded.
 
     Attributes:
-        image_HWC: uint8 RGB at the detector's input size; None if not ok.
+        inputs: the inputs that show it, row by row; empty if not ok, or if `decode_stream` yielded them before.
         width: width of the file's image in px after orientation; None if the header could not be read.
         height: likewise.
-        brightness: mean luminance in [0, 1] at the input size; None if not ok.
-        sharpness: standard deviation of that luminance's Laplacian divided by the mean luminance; None if not ok.
+        brightness: mean luminance in [0, 1] at the size of its inputs, the mean over them; None if not ok.
+        sharpness: standard deviation of that luminance's Laplacian divided by the mean luminance; the mean over its
+            inputs; None if not ok.
         status: "ok" or one of records.BAD_STATUSES.
         error: one sentence if not ok.
         notes: facts to report that do not make the image bad: "exif_ignored", "pages_not_read: 3".
@@ -61,7 +69,7 @@ class Pixels:
         sha256: sha256 of the encoded bytes in hex; "" if they could not be read.
     """
 
-    image_HWC: np.ndarray | None
+    inputs: tuple[Input, ...] = ()
     width: int | None = None
     height: int | None = None
     brightness: float | None = None
@@ -76,6 +84,11 @@ class Pixels:
         """Returns the columns of a row that describe the image itself."""
         fields = {name: getattr(self, name) for name in ("width", "height", "brightness", "sharpness", "sha256")}
         return {**fields, "note": "; ".join(note.replace("; ", ", ") for note in self.notes)}
+
+    @property
+    def only_input(self) -> np.ndarray | None:
+        """The only input, uint8 RGB (H, W, 3); None if there is none."""
+        return self.inputs[0].image_HWC if len(self.inputs) == 1 else None
 
     @property
     def stored_size(self) -> tuple[int | None, int | None]:
@@ -102,36 +115,94 @@ def decode_image(data: bytes, rules: DecodeRules, longest_px: int | None = None)
 
 
 def decode_member(member: Member, rules: DecodeRules, preprocess: Preprocess) -> Pixels:
-    """Decodes a member to the input of a detector; every failure becomes a status."""
+    """Decodes a member to the inputs of a detector; every failure becomes a status."""
+    *inputs, pixels = decode_windows(member, rules, preprocess)
+    assert isinstance(pixels, Pixels)
+    return replace(pixels, inputs=tuple(item for item in inputs if isinstance(item, Input))) if inputs else pixels
+
+
+def decode_windows(
+    member: Member, rules: DecodeRules, preprocess: Preprocess, pool: Executor | None = None
+) -> Iterator[Input | Pixels]:
+    """Decodes a member: yields its inputs one by one, then its `Pixels` without them; every failure becomes a status.
+
+    Inputs that were yielded before a failure must be discarded.
+
+    Args:
+        member: the encoded image.
+        rules: decoding rules of its source.
+        preprocess: rules of the detector.
+        pool: threads that cut the windows of a picture with many; None = this one.
+    """
     if member.status != OK:
-        return Pixels(None, status=member.status, error=member.error, notes=member.notes)
-    pixels = _pixels(member, rules, preprocess)
-    return replace(pixels, notes=(*member.notes, *pixels.notes), sha256=hashlib.sha256(member.data).hexdigest())
-
-
-def _pixels(member: Member, rules: DecodeRules, preprocess: Preprocess) -> Pixels:
+        yield Pixels(status=member.status, error=member.error, notes=member.notes)
+        return
+    sha256, facts = hashlib.sha256(member.data).hexdigest(), _Facts()
     try:
-        return _decoded(member.data, rules, preprocess)
+        yield from _inputs(member.data, rules, preprocess, facts, pool)
+        brightness, sharpness = facts.means()
     except MemberError as error:
-        return Pixels(None, status=error.status, error=f"{member.key}: {error}")
+        yield Pixels(status=error.status, error=f"{member.key}: {error}", notes=member.notes, sha256=sha256)
     except Exception as error:  # one image must never end a job, whatever a library raises
-        return Pixels(None, status="corrupt", error=f"{member.key}: its pixels cannot be converted ({short(error)}).")
+        message = f"{member.key}: its pixels cannot be converted ({short(error)})."
+        yield Pixels(status="corrupt", error=message, notes=member.notes, sha256=sha256)
+    else:
+        yield Pixels(
+            (),
+            *facts.size,
+            brightness,
+            sharpness,
+            notes=(*member.notes, *facts.notes),
+            orientation=facts.orientation,
+            sha256=sha256,
+        )
 
 
-def _decoded(data: bytes, rules: DecodeRules, preprocess: Preprocess) -> Pixels:
+@dataclass(slots=True)
+class _Facts:
+    """What is learnt about an image while its inputs are made."""
+
+    size: tuple[int, int] = (0, 0)
+    notes: tuple[str, ...] = ()
+    orientation: int = 1
+    measures: list[tuple[float, float]] = field(default_factory=list)
+
+    def means(self) -> tuple[float, float]:
+        """Mean brightness and sharpness of the inputs."""
+        brightness, sharpness = (sum(values) / len(self.measures) for values in zip(*self.measures, strict=True))
+        return brightness, sharpness
+
+
+def _inputs(
+    data: bytes, rules: DecodeRules, preprocess: Preprocess, facts: _Facts, pool: Executor | None
+) -> Iterator[Input]:
     with loaded_image(data, rules, preprocess) as loaded:
-        picture = loaded.resized(preprocess.image_size)
-        width, height = loaded.size
-    brightness, sharpness = brightness_and_sharpness(np.asarray(picture.convert("L")))
-    return Pixels(
-        np.asarray(picture, dtype=np.uint8),
-        width,
-        height,
-        brightness,
-        sharpness,
-        notes=loaded.notes,
-        orientation=loaded.orientation,
-    )
+        facts.size, facts.notes, facts.orientation = loaded.size, loaded.notes, loaded.orientation
+        upright, layout = loaded.upright(), preprocess.layout(loaded.size)
+        if not layout.windows:
+            raise MemberError("unsupported_mode", "nothing of it lies in the region that the artifact looks at.")
+
+        def cut(window: Window) -> tuple[Input, tuple[float, float]]:
+            shown, grey_HW = input_of(upright, layout, window, preprocess.image_size)
+            return shown, brightness_and_sharpness(grey_HW)
+
+        for shown, measured in _in_order(cut, layout.windows, pool):
+            facts.measures.append(measured)
+            yield shown
+
+
+def _in_order(work: Callable[[A], B], items: Sequence[A], pool: Executor | None) -> Iterator[B]:
+    """Maps items in order on a pool, a few ahead."""
+    if pool is None or len(items) == 1:
+        yield from map(work, items)
+        return
+    running: deque[Future[B]] = deque()
+    for item in items:
+        running.append(pool.submit(work, item))
+        if len(running) > WINDOWS_AHEAD:
+            yield running.popleft().result()
+    while running:
+        yield running.popleft().result()
 
 
 def brightness_and_sharpness(grey_HW: np.ndarray) -> tuple[float, float]:
@@ -154,22 +225,21 @@ def brightness_and_sharpness(grey_HW: np.ndarray) -> tuple[float, float]:
     return brightness, math.sqrt(max(0, count * squares - total * total)) / (255.0 * count * brightness)
 
 
-def decode_all(members: Iterable[Member], rules: DecodeRules, preprocess: Preprocess, threads: int) -> Iterator[Pixels]:
-    """Decodes members in order on `threads` threads (Pillow releases the GIL)."""
-    if threads <= 1:
-        yield from (decode_member(member, rules, preprocess) for member in members)
+def decode_stream(
+    members: Sequence[Member], rules: DecodeRules, preprocess: Preprocess, pool: Executor
+) -> Iterator[Input | Pixels]:
+    """Yields of every member in order its inputs, then its `Pixels` without them.
+
+    Members with one window are decoded on the pool, all of them at once and a few per task. Those with tiles may be
+    large: they are decoded one after the other in this thread, and their windows are cut on the pool.
+    """
+    if preprocess.view.has_tiles:
+        for member in members:
+            yield from decode_windows(member, rules, preprocess, pool)
         return
-    with ThreadPoolExecutor(threads) as pool:
-        yield from decode_on(pool, list(members), rules, preprocess)
 
-
-def decode_on(
-    pool: Executor, members: Sequence[Member], rules: DecodeRules, preprocess: Preprocess
-) -> Iterator[Pixels]:
-    """Decodes members in order on a pool, all of them at once, a few per task."""
-
-    def decode(group: Sequence[Member]) -> list[Pixels]:
-        return [decode_member(member, rules, preprocess) for member in group]
+    def decode(group: Sequence[Member]) -> list[Input | Pixels]:
+        return [item for member in group for item in decode_windows(member, rules, preprocess)]
 
     groups = [members[i : i + GROUP] for i in range(0, len(members), GROUP)]
-    return chain.from_iterable(pool.map(decode, groups))
+    yield from chain.from_iterable(pool.map(decode, groups))

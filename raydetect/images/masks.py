@@ -40,6 +40,16 @@ def decode_mask(data: bytes, image: Pixels, rules: DecodeRules) -> np.ndarray:
     return np.asarray(apply_orientation(Image.fromarray(defects_HW), orientation))
 
 
+def mask_pixels(data: bytes, rules: DecodeRules) -> np.ndarray:
+    """Decodes a mask without an image to its pixels, bool (H, W), in its own orientation.
+
+    Raises:
+        MemberError: the mask cannot be decoded.
+    """
+    with loaded_image(data, rules) as loaded:
+        return np.asarray(apply_orientation(Image.fromarray(_defects(loaded, data)), loaded.orientation))
+
+
 def _defects(loaded: Loaded, data: bytes) -> np.ndarray:
     levels_HW, full_scale = _levels(loaded)
     half = (full_scale + 1) // 2

@@ -23,7 +23,8 @@ from raydetect.images.orientation import orientation_of
 from raydetect.images.pages import pages_of
 from raydetect.images.png import significant_bits, without_texts
 from raydetect.images.preprocess import Preprocess, reduced
-from raydetect.images.resize import resized, to_rgb, upright_size
+from raydetect.images.resize import to_rgb, upright, upright_size
+from raydetect.views.windows import UprightPicture
 
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "GIF", *(("AVIF",) if features.check("avif") else ()))
 JPEGS, JPEG_START = ("JPEG", "MPO"), b"\xff\xd8"
@@ -81,14 +82,14 @@ class Loaded:
         """
         return to_rgb(self.picture, self.depth, self.orientation)
 
-    def resized(self, image_size: tuple[int, int]) -> Image.Image:
-        """Returns the upright picture at (height, width) `image_size`, in 8-bit RGB.
+    def upright(self) -> UprightPicture:
+        """Returns the upright picture, from which windows are cut.
 
         Raises:
             MemberError: unsupported_mode.
         """
         covered = (self.stored_size[0] / self.reduction, self.stored_size[1] / self.reduction)
-        return resized(self.picture, self.depth, self.orientation, image_size[::-1], covered)
+        return upright(self.picture, self.depth, self.orientation, self.size, covered)
 
 
 @contextmanager

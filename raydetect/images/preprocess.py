@@ -14,11 +14,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from raydetect.config import AT_LEAST_2X, JpegScale
+from raydetect.config import AT_LEAST_2X, STRETCH, JpegScale
 from raydetect.images.orientation import SIDEWAYS
+from raydetect.views.view import Layout, View
 
 REDUCTIONS = (8, 4, 2)  # the powers of two, largest first
 LEAST = 2  # px of a reduced JPEG for each px of the input, at least
+STRETCHED = View(STRETCH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +30,21 @@ class Preprocess:
     Attributes:
         image_size: (height, width) in px of the detector's input.
         jpeg_scale: "at_least_2x" or "full".
+        view: which parts of a picture become inputs.
     """
 
     image_size: tuple[int, int]
     jpeg_scale: JpegScale = "full"
+    view: View = STRETCHED
 
     def recorded(self) -> dict[str, Any]:
         """Returns the entry `preprocess` of an artifact's record; the size is in its `params`."""
-        return {"jpeg_scale": self.jpeg_scale}
+        view = self.view.recorded()
+        return {"jpeg_scale": self.jpeg_scale, **({"view": view} if view else {})}
+
+    def layout(self, size: tuple[int, int]) -> Layout:
+        """Returns the windows of an upright picture of (width, height) px."""
+        return self.view.layout(size, self.image_size)
 
     def reduction(self, stored_size: tuple[int, int], orientation: int) -> int:
         """Returns 1, 2, 4 or 8: by how much both sides of a JPEG are divided when it is decoded.
@@ -46,8 +55,9 @@ class Preprocess:
         """
         if self.jpeg_scale != AT_LEAST_2X:
             return 1
-        height, width = self.image_size[::-1] if orientation in SIDEWAYS else self.image_size
-        needed = (LEAST * width, LEAST * height)
+        sideways = orientation in SIDEWAYS
+        shown = self.view.needed(stored_size[::-1] if sideways else stored_size, self.image_size)
+        needed = [LEAST * side for side in (shown[::-1] if sideways else shown)]
         fitting = (r for r in REDUCTIONS if all(a >= b for a, b in zip(reduced(stored_size, r), needed, strict=True)))
         return next(fitting, 1)
 

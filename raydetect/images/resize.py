@@ -1,7 +1,7 @@
-"""Converts pictures to 8-bit RGB and to the detector's input size.
+"""Converts pictures to upright 8-bit RGB or grey.
 
-To save memory, pictures are converted and rotated in bands of rows, and grey ones are resized as grey. The pixels are
-the same as without bands.
+To save memory, pictures are converted and rotated in bands of rows, and grey ones stay grey. The pixels are the same as
+without bands.
 """
 
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from PIL import Image
 from raydetect.errors import MemberError
 from raydetect.images.bit_depth import SIXTEEN_BIT, GreyDepth, eight_bits, resolved_depth
 from raydetect.images.orientation import SIDEWAYS, apply_orientation
+from raydetect.views.windows import UprightPicture
 
 BAND_PIXELS = 1 << 18
 CONVERTED = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
@@ -33,32 +34,25 @@ def to_rgb(picture: Image.Image, depth: GreyDepth, orientation: int) -> Image.Im
     return _upright(picture, depth, orientation, "RGB")
 
 
-def resized(
-    picture: Image.Image,
-    depth: GreyDepth,
-    orientation: int,
-    size: tuple[int, int],
-    covered: tuple[float, float] | None = None,
-) -> Image.Image:
-    """Converts a picture like `to_rgb` and resizes it to (width, height) `size`, antialiased bilinear.
+def upright(
+    picture: Image.Image, depth: GreyDepth, orientation: int, size: tuple[int, int], covered: tuple[float, float]
+) -> UprightPicture:
+    """Converts a picture to an upright one that windows are cut from; grey stays grey.
 
     Args:
         picture: a loaded picture, as stored.
         depth: interpretation of 16-bit grey values.
         orientation: the EXIF orientation to apply.
-        size: (width, height) in px.
+        size: (width, height) in px of the file's image after orientation.
         covered: (width, height) in px of the part of the stored picture that the image covers, from its upper left
-            corner; None = all. In a reduced JPEG the last column and row may lie partly outside of the image.
+            corner. In a reduced JPEG the last column and row may lie partly outside of the image.
 
     Raises:
         MemberError: unsupported_mode.
     """
     mode = "L" if picture.mode in GREY else "RGBX" if picture.mode == "RGBX" else "RGB"
-    upright = _upright(picture, depth, orientation, mode)
-    if upright.size != size:
-        box = None if covered in (None, picture.size) else _covered_box(upright.size, covered, orientation)
-        upright = upright.resize(size, Image.Resampling.BILINEAR, box)
-    return upright if upright.mode == "RGB" else upright.convert("RGB")
+    turned = _upright(picture, depth, orientation, mode)
+    return UprightPicture(turned, size, _covered_box(turned.size, covered, orientation))
 
 
 def upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:

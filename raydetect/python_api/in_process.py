@@ -9,17 +9,20 @@ import torch
 from PIL import Image
 from pydantic import ConfigDict, Field
 
+from raydetect.artifacts.fit_preprocess import fit_preprocess
 from raydetect.blocks.coresets.group import Group
 from raydetect.config import FitSpec, StorageOptions
 from raydetect.config.validation import STRICT, validate
 from raydetect.errors import SpecError
 from raydetect.fitting.fit_run import FitRun, Fitted, ProgressCallback
-from raydetect.fitting.image_cache import CachedImage, ImageCache, ReadFacts, fit_preprocess
+from raydetect.fitting.image_cache import ImageCache, ReadFacts
 from raydetect.fitting.timings import Phases
 from raydetect.images.decode import Pixels
 from raydetect.python_api.inputs import BadImagesError, InputImage, decode_inputs
+from raydetect.records import Member
 from raydetect.scoring.batches import Scored, score_batches
 from raydetect.storage import Storage
+from raydetect.views.windows import Input
 
 WHERE = "fit(images)"
 
@@ -65,9 +68,9 @@ def fit_inputs(spec: FitSpec, inputs: list[InputImage], device: torch.device, on
     phases = Phases()
     with phases.phase("read"):
         cache = ImageCache(preprocess)
-        for image, pixels in decode_inputs(inputs, preprocess, Storage(spec.storage), spec.resources.cpus_per_worker):
-            assert pixels.image_HWC is not None
-            cache.add(CachedImage(image.key, image.label, None), pixels.image_HWC)
+        decoded = decode_inputs(inputs, preprocess, Storage(spec.storage), spec.resources.cpus_per_worker)
+        for image in inputs:
+            cache.add_decoded(Member(image.key, image.key, label=image.label), decoded)
             on_progress("read", 1, len(inputs))
     return FitRun(spec, None, Group(), cache, None, on_progress, device, WHERE, phases).fit(ReadFacts())
 
@@ -82,7 +85,7 @@ def score_inputs(
     """
     sizes: list[tuple[int, int]] = []
     bad: list[tuple[int, str, str]] = []
-    for scored in score_batches(fitted.detector, _pixels(fitted, inputs, settings, sizes), settings.batch_size):
+    for scored in score_batches(fitted.detector, _noted(fitted, inputs, settings, sizes), settings.batch_size):
         on_progress("score", 1, len(inputs))
         if scored.is_finite:
             yield scored, sizes[scored.position]
@@ -93,14 +96,15 @@ def score_inputs(
         raise BadImagesError(bad, len(inputs))
 
 
-def _pixels(
+def _noted(
     fitted: Fitted, inputs: list[InputImage], settings: Settings, sizes: list[tuple[int, int]]
-) -> Iterator[Pixels]:
-    """Yields the pixels of every image and appends its original size to `sizes`."""
+) -> Iterator[Input | Pixels]:
+    """Yields what is decoded unchanged and appends the original size of every image to `sizes`."""
     storage = Storage(settings.storage)
-    for _, pixels in decode_inputs(inputs, fitted.preprocess, storage, settings.num_threads):
-        sizes.append((pixels.height or 0, pixels.width or 0))
-        yield pixels
+    for item in decode_inputs(inputs, fitted.preprocess, storage, settings.num_threads):
+        if isinstance(item, Pixels):
+            sizes.append((item.height or 0, item.width or 0))
+        yield item
 
 
 def resized(anomaly_map_HW: np.ndarray, size_px: tuple[int, int]) -> np.ndarray:

@@ -5,6 +5,7 @@ Arrays and PIL images are encoded as uncompressed PPM, so they go through the sa
 
 import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +15,14 @@ from PIL import Image
 from raydetect.archives.base import key_of
 from raydetect.config import FIT_CHUNK_IMAGES, SourceSpec
 from raydetect.errors import MemberError, RaydetectError, SpecError, StorageError
-from raydetect.images.decode import Pixels, decode_all
+from raydetect.images.decode import Pixels, decode_stream
 from raydetect.images.opening import DecodeRules, depth_of
 from raydetect.images.orientation import upright
 from raydetect.images.preprocess import Preprocess
 from raydetect.images.resize import to_rgb
 from raydetect.records import OK, Member
 from raydetect.storage import Storage, normalise_uri
+from raydetect.views.windows import Input
 
 KINDS = "an array (N, H, W, 3) or (N, H, W) of uint8, or a list of such images, of paths, URIs or PIL images"
 NAMED = 10
@@ -119,24 +121,34 @@ def refuse_duplicates(inputs: Iterable[InputImage]) -> None:
 
 def decode_inputs(
     inputs: list[InputImage], preprocess: Preprocess, storage: Storage, threads: int
-) -> Iterator[tuple[InputImage, Pixels]]:
-    """Yields the pixels of every image in order, decoded by these rules, up to the first bad image.
+) -> Iterator[Input | Pixels]:
+    """Yields the inputs and then the `Pixels` of every image in order, up to the first bad image.
 
     Raises:
         BadImagesError: after the last image, if some are bad.
         StorageError: the storage itself cannot be reached.
     """
     bad: list[tuple[int, str, str]] = []
+    with ThreadPoolExecutor(threads) as pool:
+        for position, item in _decoded(inputs, preprocess, storage, pool):
+            if isinstance(item, Pixels) and item.status != OK:
+                bad.append((position, inputs[position].key, item.error))
+            elif not bad:
+                yield item
+    if bad:
+        raise BadImagesError(bad, len(inputs))
+
+
+def _decoded(
+    inputs: list[InputImage], preprocess: Preprocess, storage: Storage, pool: Executor
+) -> Iterator[tuple[int, Input | Pixels]]:
+    position = 0
     for start in range(0, len(inputs), FIT_CHUNK_IMAGES):
         part = inputs[start : start + FIT_CHUNK_IMAGES]
         members = [image.member(storage) for image in part]
-        for i, pixels in enumerate(decode_all(members, RULES, preprocess, threads)):
-            if pixels.status != OK:
-                bad.append((start + i, part[i].key, pixels.error))
-            elif not bad:
-                yield part[i], pixels
-    if bad:
-        raise BadImagesError(bad, len(inputs))
+        for item in decode_stream(members, RULES, preprocess, pool):
+            yield position, item
+            position += isinstance(item, Pixels)
 
 
 def _items(images: Any) -> list[Any]:

@@ -1,4 +1,7 @@
-"""Scores decoded images in batches of one size. The result of a batch is fetched after the next one has started."""
+"""Scores inputs in batches of one size and puts the results of a picture's windows together.
+
+The result of a batch is fetched after the next one has started.
+"""
 
 import math
 from collections import deque
@@ -13,7 +16,11 @@ from torch import Tensor
 
 from raydetect.detectors._base import Detector
 from raydetect.images.decode import Pixels
+from raydetect.records import OK
 from raydetect.scoring.device_queue import Submit, run_now
+from raydetect.scoring.stitching import Stitched
+from raydetect.views.view import Layout
+from raydetect.views.windows import Input
 
 BATCHES_AHEAD = 1
 
@@ -24,18 +31,20 @@ class Scored:
 
     Attributes:
         position: position of the image in what was scored.
-        image_score: raw score.
+        image_score: raw score; of a picture in tiles, the highest of its tiles'.
         is_finite: whether the score and all pixels of the map are finite.
-        map_on_device_HW: the map on the detector's device.
+        map_on_device_HW: the map on the detector's device, NaN where the image is not looked at.
+        layout: where the map belongs in the picture.
     """
 
     position: int
     image_score: float
     is_finite: bool
     map_on_device_HW: Tensor
+    layout: Layout
 
     def anomaly_map(self) -> np.ndarray:
-        """Copies the map from the device: float32 of shape (H, W)."""
+        """Copies the map from the device: float32 of shape (H, W), NaN where the image is not looked at."""
         map_HW: np.ndarray = self.map_on_device_HW.float().cpu().numpy()
         return map_HW
 
@@ -53,38 +62,79 @@ class _Result:
 
 
 def score_batches(
-    detector: Detector, pixels: Iterable[Pixels], batch_size: int, submit: Submit = run_now
+    detector: Detector, decoded: Iterable[Input | Pixels], batch_size: int, submit: Submit = run_now
 ) -> Iterator[Scored]:
-    """Yields scores of the ok pixels in order; every forward pass has exactly `batch_size` images, padded with zeros.
+    """Yields the scores of ok images in order; every forward pass has exactly `batch_size` inputs, padded with zeros.
 
     Args:
         detector: fitted detector.
-        pixels: decoded members; those that are not ok are skipped.
-        batch_size: images in one forward pass.
+        decoded: of every image its inputs and then its `Pixels`, as from `decode_stream`; those that are not ok are
+            skipped.
+        batch_size: inputs in one forward pass.
         submit: runs forward passes, which may share a device with others.
     """
-    running: deque[tuple[list[int], Future[_Result]]] = deque()
-    for positions, images_BHWC in _batches(pixels, batch_size):
-        running.append((positions, submit(partial(_forward, detector, images_BHWC))))
+    running: deque[tuple[list[Entry], Future[_Result]]] = deque()
+    pictures = _Pictures()
+    for entries, images_BHWC in _batches(decoded, batch_size, pictures):
+        running.append((entries, submit(partial(_forward, detector, images_BHWC))))
         if len(running) > BATCHES_AHEAD:
-            yield from _fetched(*running.popleft())
+            _fetch(*running.popleft())
+            yield from pictures.complete()
     while running:
-        yield from _fetched(*running.popleft())
+        _fetch(*running.popleft())
+        yield from pictures.complete()
 
 
-def _batches(pixels: Iterable[Pixels], batch_size: int) -> Iterator[tuple[list[int], np.ndarray]]:
-    """Yields the positions of ok pixels and their padded batch, uint8 of shape (batch_size, H, W, 3)."""
-    positions, images = list[int](), list[np.ndarray]()
-    for position, item in enumerate(pixels):
-        if item.image_HWC is not None:
-            positions.append(position)
-            images.append(item.image_HWC)
+Entry = tuple[Stitched, Input]
+
+
+class _Pictures:
+    """Pictures whose inputs are being scored, in order."""
+
+    def __init__(self) -> None:
+        self._open: deque[tuple[int, Stitched]] = deque()
+        self._seen = 0
+
+    def entry(self, item: Input) -> Entry:
+        """Assigns an input to its picture."""
+        if not self._open or self._open[-1][0] != self._seen:
+            self._open.append((self._seen, Stitched(item.layout)))
+        stitched = self._open[-1][1]
+        stitched.waiting += 1
+        return stitched, item
+
+    def end(self, pixels: Pixels) -> None:
+        """Notes that all inputs of a picture were seen; forgets it if it is bad."""
+        if self._open and self._open[-1][0] == self._seen:
+            self._open[-1][1].has_all = True
+            if pixels.status != OK:
+                self._open.pop()
+        self._seen += 1
+
+    def complete(self) -> Iterator[Scored]:
+        """Yields the pictures whose inputs are all scored."""
+        while self._open and self._open[0][1].is_complete:
+            position, stitched = self._open.popleft()
+            yield Scored(position, stitched.score, stitched.is_finite, stitched.anomaly_map(), stitched.layout)
+
+
+def _batches(
+    decoded: Iterable[Input | Pixels], batch_size: int, pictures: _Pictures
+) -> Iterator[tuple[list[Entry], np.ndarray]]:
+    """Yields inputs and their padded batch, uint8 of shape (batch_size, H, W, 3)."""
+    entries, images = list[Entry](), list[np.ndarray]()
+    for item in decoded:
+        if isinstance(item, Pixels):
+            pictures.end(item)
+            continue
+        entries.append(pictures.entry(item))
+        images.append(item.image_HWC)
         if len(images) == batch_size:
-            yield positions, np.stack(images)
-            positions, images = [], []
+            yield entries, np.stack(images)
+            entries, images = [], []
     if images:
         padding = np.zeros((batch_size - len(images), *images[0].shape), dtype=np.uint8)
-        yield positions, np.concatenate([np.stack(images), padding])
+        yield entries, np.concatenate([np.stack(images), padding])
 
 
 def _forward(detector: Detector, batch_BHWC: np.ndarray) -> _Result:
@@ -106,9 +156,10 @@ def _forward(detector: Detector, batch_BHWC: np.ndarray) -> _Result:
         return _Result(host_B3, scores.anomaly_map_BHW, copied)
 
 
-def _fetched(positions: list[int], future: "Future[_Result]") -> Iterator[Scored]:
+def _fetch(entries: list[Entry], future: "Future[_Result]") -> None:
+    """Waits for a batch and gives each result to its picture."""
     result = future.result()
     if result.copied is not None:
         result.copied.synchronize()
-    for i, (position, values) in enumerate(zip(positions, result.scores_B3.tolist(), strict=False)):
-        yield Scored(position, values[0], all(map(math.isfinite, values)), result.anomaly_map_BHW[i])
+    for i, ((stitched, item), values) in enumerate(zip(entries, result.scores_B3.tolist(), strict=False)):
+        stitched.add(item.window, values[0], all(map(math.isfinite, values)), result.anomaly_map_BHW[i])

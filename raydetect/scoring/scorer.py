@@ -20,7 +20,7 @@ from raydetect.artifacts.fleet import ArtifactRef
 from raydetect.artifacts.store import DetectorSource
 from raydetect.config import Heatmaps, ScoreSpec
 from raydetect.config.validation import nearest
-from raydetect.images.decode import Pixels, decode_image, decode_on
+from raydetect.images.decode import Pixels, decode_image, decode_stream
 from raydetect.images.opening import DecodeRules
 from raydetect.records import OK, Chunk, Member, Row
 from raydetect.scoring.batches import Scored, score_batches
@@ -29,6 +29,8 @@ from raydetect.scoring.device_queue import DeviceQueue
 from raydetect.sinks.heatmaps import map_png, overlay_png
 from raydetect.sinks.parquet import ResultsSink
 from raydetect.sinks.scored_chunk import ScoredChunk
+from raydetect.views.view import Box, Layout
+from raydetect.views.windows import Input
 
 OVERLAY_MAX_PX = 1024
 NAMED_CATEGORIES = 8  # limits the length of `error` in every row
@@ -125,7 +127,7 @@ class Scorer:
     def _scored(self, loaded: LoadedDetector, positions: list[int], work: "_Work") -> Iterator[Scored]:
         """Scores the images at `positions`; stores their headers in `work`."""
         members = [work.chunk.members[position] for position in positions]
-        decoded = decode_on(self._decoding, members, self.rules, loaded.preprocess)
+        decoded = decode_stream(members, self.rules, loaded.preprocess, self._decoding)
         noted = _note(decoded, positions, work.headers)
         for item in score_batches(loaded.detector, noted, self.spec.batch_size, self._submit):
             yield replace(item, position=positions[item.position])
@@ -152,9 +154,9 @@ class Scorer:
     def _undecoded(self, member: Member) -> Pixels:
         """Why a member was not decoded: it could not be read, or there is no detector for its category."""
         if member.status != OK:
-            return Pixels(None, status=member.status, error=member.error, notes=member.notes)
+            return Pixels(status=member.status, error=member.error, notes=member.notes)
         error = f"{member.key}: {self._unknown(member.category)}"
-        return Pixels(None, status="unknown_category", error=error, notes=member.notes)
+        return Pixels(status="unknown_category", error=error, notes=member.notes)
 
     def _unknown(self, category: str | None) -> str:
         if category is None:
@@ -191,8 +193,16 @@ class Scorer:
             work.result.clipped_pixels += clipped
         else:
             image = decode_image(work.chunk.members[item.position].data, self.rules, OVERLAY_MAX_PX)
-            picture = overlay_png(np.asarray(image), item.anomaly_map(), loaded.map_low, loaded.map_high)
+            box = _box_on(image.size, item.layout)
+            picture = overlay_png(np.asarray(image), item.anomaly_map(), loaded.map_low, loaded.map_high, box)
         work.result.pictures[item.position] = picture
+
+
+def _box_on(size: tuple[int, int], layout: Layout) -> Box:
+    """The box of a map on a picture that was shrunk to (width, height) `size`."""
+    across, down = size[0] / layout.picture[0], size[1] / layout.picture[1]
+    left, upper, right, lower = layout.box
+    return left * across, upper * down, right * across, lower * down
 
 
 def _outcome(item: Scored, loaded: LoadedDetector, member: Member) -> dict[str, Any]:
@@ -210,10 +220,14 @@ def _outcome(item: Scored, loaded: LoadedDetector, member: Member) -> dict[str, 
     }
 
 
-def _note(pixels: Iterable[Pixels], positions: list[int], headers: dict[int, Pixels]) -> Iterator[Pixels]:
-    """Yields pixels unchanged and stores each without its image in `headers`."""
-    for position, item in zip(positions, pixels, strict=True):
-        headers[position] = replace(item, image_HWC=None)
+def _note(
+    decoded: Iterable[Input | Pixels], positions: list[int], headers: dict[int, Pixels]
+) -> Iterator[Input | Pixels]:
+    """Yields what is decoded unchanged and stores every image's `Pixels` in `headers`."""
+    remaining = iter(positions)
+    for item in decoded:
+        if isinstance(item, Pixels):
+            headers[next(remaining)] = item
         yield item
 
 

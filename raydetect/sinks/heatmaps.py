@@ -30,7 +30,13 @@ def ramp_colours(level_HW: np.ndarray) -> np.ndarray:
     return np.stack(channels, axis=-1).astype(np.float32)
 
 
-def overlay_png(image_HW3: np.ndarray, map_HW: np.ndarray, low: float, high: float) -> bytes:
+def overlay_png(
+    image_HW3: np.ndarray,
+    map_HW: np.ndarray,
+    low: float,
+    high: float,
+    box: tuple[float, float, float, float] | None = None,
+) -> bytes:
     """Draws an anomaly map over its image; returns PNG bytes.
 
     Pixels in the range of normal images are unchanged; above it, colour and opacity grow with the map up to three
@@ -38,18 +44,31 @@ def overlay_png(image_HW3: np.ndarray, map_HW: np.ndarray, low: float, high: flo
 
     Args:
         image_HW3: uint8 RGB image.
-        map_HW: anomaly map of any size; resized to the image.
+        map_HW: anomaly map of any size; resized to the image. Nothing is drawn where it is NaN.
         low: lower end of the fixed scale.
         high: upper end of the fixed scale; the normal range is its lowest tenth.
+        box: (left, upper, right, lower) in px of the image that the map covers; None = all.
     """
     height, width = image_HW3.shape[:2]
-    resized = Image.fromarray(map_HW.astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC)
-    resized_HW, drawn_HW3 = np.asarray(resized), np.empty_like(image_HW3)
+    drawn_HW3 = image_HW3.copy()
+    left, upper, right, lower = (round(side) for side in box or (0, 0, width, height))
+    shown_HW3 = drawn_HW3[upper:lower, left:right]
+    share_HW = _share(map_HW, low, high, (shown_HW3.shape[0], shown_HW3.shape[1]))
     step = max(1, BAND_PIXELS // width)
-    for rows in (slice(top, top + step) for top in range(0, height, step)):
-        share_HW = (resized_HW[rows] - low) / (high - low) / NORMAL_SHARE
-        drawn_HW3[rows] = _blended(image_HW3[rows], share_HW)
+    for rows in (slice(top, top + step) for top in range(0, len(shown_HW3), step)):
+        shown_HW3[rows] = _blended(shown_HW3[rows], share_HW[rows])
     return _png(Image.fromarray(drawn_HW3))
+
+
+def _share(map_HW: np.ndarray, low: float, high: float, size: tuple[int, int]) -> np.ndarray:
+    """The map resized to (height, width) `size`, divided by the range of normal images; zero where it is NaN."""
+    unknown_HW = np.isnan(map_HW)
+    values_HW = np.where(unknown_HW, low, map_HW).astype(np.float32)
+    resized = Image.fromarray(values_HW).resize(size[::-1], Image.Resampling.BICUBIC)
+    share_HW = (np.asarray(resized) - low) / (high - low) / NORMAL_SHARE
+    if unknown_HW.any():
+        share_HW[np.asarray(Image.fromarray(unknown_HW).resize(size[::-1], Image.Resampling.NEAREST))] = 0
+    return share_HW
 
 
 def _blended(image_HW3: np.ndarray, share_HW: np.ndarray) -> np.ndarray:

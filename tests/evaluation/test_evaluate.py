@@ -24,7 +24,7 @@ from raydetect.errors import SpecError, StorageError
 from raydetect.evaluation.cells import plan_evaluation
 from raydetect.evaluation.labelled_images import Masks
 from raydetect.evaluation.leaderboard import ALL, leaderboard
-from raydetect.images.decode import Pixels, decode_member
+from raydetect.images.decode import decode_windows
 from raydetect.images.opening import DecodeRules
 from raydetect.images.preprocess import Preprocess
 from raydetect.local import jobs
@@ -207,10 +207,9 @@ def test_figures_are_those_of_scikit_learn_and_of_exact_code_on_the_same_maps(
     detector = load_artifact(cell["artifact"]["uri"], Storage()).detector
     paths = sorted((root / "data" / "cap" / "test").rglob("*.png"))
     rules = DecodeRules(10**6, True)
-    pixels: list[Pixels] = [
-        decode_member(Member("k", "u", data=p.read_bytes()), rules, Preprocess((64, 64))) for p in paths
-    ]
-    scored = list(score_batches(detector, pixels, 16))
+    members = [Member("k", "u", data=path.read_bytes()) for path in paths]
+    decoded = [item for member in members for item in decode_windows(member, rules, Preprocess((64, 64)))]
+    scored = list(score_batches(detector, decoded, 16))
     masks = []
     for path in paths:
         truth = root / "data" / "cap" / "ground_truth" / path.parent.name / f"{path.stem}_mask.png"

@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Iterator
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from raydetect.errors import ArtifactError, SpecError
 from raydetect.evaluation.cells import plan_evaluation
 from raydetect.evaluation.run import run_cell
 from raydetect.images import decode
-from raydetect.images.decode import Pixels, decode_member
+from raydetect.images.decode import Pixels, decode_windows
 from raydetect.images.opening import DecodeRules
 from raydetect.images.preprocess import Preprocess
 from raydetect.local import jobs
 from raydetect.records import Member
 from raydetect.storage import Storage, join_uri
+from raydetect.views.windows import Input
 from tests.builders.archives import pack
 from tests.builders.images import defect_image, normal_image
 from tests.local.test_local import FIT, fit, rows, run
@@ -80,11 +82,13 @@ class Decoded:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.rules: set[Preprocess] = set()
-        patch.setattr(decode, "decode_member", self._decode_member)
+        patch.setattr(decode, "decode_windows", self._decode_windows)
 
-    def _decode_member(self, member: Member, rules: DecodeRules, preprocess: Preprocess) -> Pixels:
+    def _decode_windows(
+        self, member: Member, rules: DecodeRules, preprocess: Preprocess, pool: Executor | None = None
+    ) -> Iterator[Input | Pixels]:
         self.rules.add(preprocess)
-        return decode_member(member, rules, preprocess)
+        return decode_windows(member, rules, preprocess, pool)
 
 
 def test_new_fits_reduce_and_record_it_and_full_turns_it_off() -> None:

@@ -15,7 +15,7 @@ from raydetect.cli.main import main
 from raydetect.config import CalibrateSpec, parse_job
 from raydetect.errors import SpecError, TooManyBadRows
 from raydetect.fitting.recalibrate import Recalibrated
-from raydetect.images.decode import decode_member
+from raydetect.images.decode import decode_windows
 from raydetect.images.opening import DecodeRules
 from raydetect.images.preprocess import Preprocess
 from raydetect.local import jobs
@@ -54,8 +54,11 @@ def test_thresholds_are_those_of_the_new_images_and_the_detector_is_the_same() -
     detector = load_artifact("memory://data/calibrated", Storage()).detector
     from raydetect.records import Member
 
-    pixels = [decode_member(Member(n, n, data=d), DecodeRules(10**6, True), Preprocess((64, 64))) for n, d in files]
-    scores = sorted(item.image_score for item in score_batches(detector, pixels, 16))
+    rules, size = DecodeRules(10**6, True), Preprocess((64, 64))
+    decoded = [
+        item for name, content in files for item in decode_windows(Member(name, name, data=content), rules, size)
+    ]
+    scores = sorted(item.image_score for item in score_batches(detector, decoded, 16))
     assert new.calibration.scores == pytest.approx(scores, rel=1e-6)
     before, after = (rows(run(f"artifact=memory://data/{name}", f"sink.uri=memory://data/r-{name}")[0])
                      for name in ("artifact", "calibrated"))  # fmt: skip

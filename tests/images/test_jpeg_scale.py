@@ -43,8 +43,8 @@ def decoded(data: bytes, preprocess: Preprocess, rules: DecodeRules = RULES) -> 
 
 def distance(first: Pixels, second: Pixels) -> tuple[float, int]:
     """(mean, largest) difference in levels of 255."""
-    assert first.image_HWC is not None and second.image_HWC is not None
-    levels = np.abs(first.image_HWC.astype(int) - second.image_HWC)
+    assert first.only_input is not None and second.only_input is not None
+    levels = np.abs(first.only_input.astype(int) - second.only_input)
     return float(levels.mean()), int(levels.max())
 
 
@@ -133,8 +133,8 @@ def test_a_last_column_and_row_that_lie_partly_outside_do_not_shift_the_image() 
         Image.fromarray(across.astype(np.uint8)).save(buffer, "JPEG", quality=98, exif=exif)
         size = (32, 16) if orientation >= 5 else (16, 32)
         full, fast = (decoded(buffer.getvalue(), Preprocess(size, scale)) for scale in ("full", "at_least_2x"))
-        assert full.image_HWC is not None and fast.image_HWC is not None
-        shifts.append(abs(float((full.image_HWC.astype(float) - fast.image_HWC).mean())))
+        assert full.only_input is not None and fast.only_input is not None
+        shifts.append(abs(float((full.only_input.astype(float) - fast.only_input).mean())))
         assert distance(full, fast)[1] <= 2
     assert max(shifts) < 0.7  # a shift by 7 stored px would be 3.4 levels
 

@@ -16,7 +16,7 @@ from raydetect.records import Member
 APPLY, IGNORE = DecodeRules(10**6, True), DecodeRules(10**6, False)
 MARKS = np.zeros((40, 64), bool)
 MARKS[6:17, 9:30] = True
-PLAIN = Pixels(None, 64, 40)
+PLAIN = Pixels((), 64, 40)
 
 
 def encoded(picture: Image.Image, kind: str, **options: object) -> bytes:
@@ -92,7 +92,7 @@ def test_a_mask_is_rotated_like_its_image(orientation: int, rules: DecodeRules) 
 
 
 def test_a_mask_drawn_on_the_upright_image_is_not_rotated() -> None:
-    image = Pixels(None, 40, 64, orientation=6)
+    image = Pixels((), 40, 64, orientation=6)
     upright = np.rot90(np.where(MARKS, 255, 0).astype(np.uint8), -1)
     assert (decode_mask(encoded(Image.fromarray(upright), "PNG"), image, APPLY) == (upright > 0)).all()
 

@@ -4,6 +4,7 @@ import io
 import struct
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
 import numpy as np
@@ -17,7 +18,7 @@ from raydetect.config import SourceSpec
 from raydetect.errors import MemberError
 from raydetect.images import decode, opening
 from raydetect.images.bit_depth import scale_table
-from raydetect.images.decode import Pixels, brightness_and_sharpness, decode_all, decode_image, decode_member
+from raydetect.images.decode import Pixels, brightness_and_sharpness, decode_image, decode_member, decode_stream
 from raydetect.images.jpeg import UnsupportedByTurboError, check_scans, decode_jpeg, sample_bits, segments, without_exif
 from raydetect.images.opening import FORMATS, DecodeRules
 from raydetect.images.pages import gif_frames
@@ -27,6 +28,7 @@ from raydetect.images.tiff import pages as tiff_pages
 from raydetect.python_api.inputs import InputImage
 from raydetect.records import BAD_STATUSES, OK, Member
 from raydetect.storage import Storage
+from raydetect.views.windows import Input
 
 RULES = DecodeRules.of(SourceSpec(uri="memory://x"))
 COLOUR = np.random.default_rng(0).integers(0, 256, (20, 30, 3)).astype(np.uint8)
@@ -137,7 +139,7 @@ def png(width: int, height: int) -> bytes:
 def test_a_bad_image_is_a_status(data: bytes, status: str) -> None:
     started = time.monotonic()
     found = decode_member(Member("k#x.jpg", "", data=data), RULES, Preprocess((8, 8)))
-    assert found.status == status in BAD_STATUSES and found.image_HWC is None
+    assert found.status == status in BAD_STATUSES and found.only_input is None
     assert found.error.startswith("k#x.jpg: ") and "\n" not in found.error
     assert time.monotonic() - started < 2
 
@@ -155,10 +157,12 @@ def test_resizing_and_order_and_stored_size() -> None:
     files = [encoded(Image.fromarray(np.full((40 + i, 60, 3), i * 9, np.uint8)), "PNG") for i in range(12)]
     members = [Member(str(i), "", data=data) for i, data in enumerate(files)]
     for threads in (1, 3):
-        found = list(decode_all(members, RULES, Preprocess((24, 32)), threads))
-        assert [p.image_HWC.shape for p in found if p.image_HWC is not None] == [(24, 32, 3)] * 12
+        with ThreadPoolExecutor(threads) as pool:
+            stream = list(decode_stream(members, RULES, Preprocess((24, 32)), pool))
+        inputs, found = [i for i in stream if isinstance(i, Input)], [p for p in stream if isinstance(p, Pixels)]
+        assert [i.image_HWC.shape for i in inputs] == [(24, 32, 3)] * 12
         assert [(p.width, p.height) for p in found] == [(60, 40 + i) for i in range(12)]
-        assert [int(p.image_HWC.mean()) for p in found if p.image_HWC is not None] == [i * 9 for i in range(12)]
+        assert [int(i.image_HWC.mean()) for i in inputs] == [i * 9 for i in range(12)]
 
 
 def test_a_bad_member_passes_through_and_a_pixel_limit_is_kept() -> None:
@@ -345,7 +349,9 @@ def test_threads_get_only_the_warnings_of_their_own_image() -> None:
     good = encoded(NOISY, "JPEG", quality=95)
     bad = good[: len(good) // 2] + b"\xff\xd9"
     members = [Member(str(i), "", data=bad if i % 3 == 0 else good) for i in range(60)]
-    found = [item.status for item in decode_all(members, RULES, Preprocess((20, 30)), 4)]
+    with ThreadPoolExecutor(4) as pool:
+        stream = decode_stream(members, RULES, Preprocess((20, 30)), pool)
+        found = [item.status for item in stream if isinstance(item, Pixels)]
     assert found == ["corrupt" if i % 3 == 0 else OK for i in range(60)]
 
 
@@ -573,7 +579,7 @@ def test_the_first_picture_of_an_mpo_is_read() -> None:
 @pytest.mark.parametrize("error", [struct.error("x"), RecursionError(), MemoryError(), OverflowError("y"), KeyError(1)])
 @pytest.mark.parametrize(
     ("module", "name"),
-    [(opening, "resized"), (decode, "brightness_and_sharpness"), (opening, "pages_of"), (opening, "orientation_of")],
+    [(opening, "upright"), (decode, "brightness_and_sharpness"), (opening, "pages_of"), (opening, "orientation_of")],
 )
 def test_any_exception_is_the_status_of_one_image(
     monkeypatch: pytest.MonkeyPatch, error: Exception, module: ModuleType, name: str
@@ -613,9 +619,9 @@ def test_mutated_files_are_pixels_or_a_status(
         data = data[:offset] + new + data[offset + removed :]
     found = decoded(data if stop is None else data[: stop % (len(data) + 1)])
     if found.status == OK:
-        assert found.image_HWC is not None and found.image_HWC.shape == (20, 30, 3)
+        assert found.only_input is not None and found.only_input.shape == (20, 30, 3)
     else:
-        assert found.status in BAD_STATUSES and found.image_HWC is None and found.error
+        assert found.status in BAD_STATUSES and found.only_input is None and found.error
 
 
 @pytest.mark.parametrize(("bits", "form", "kind"), [(8, 2, "i1"), (16, 2, "<i2"), (32, 2, "<i4"), (32, 1, "<u4")])

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from raydetect.errors import MemberError, StorageError
 from raydetect.images import opening
 from raydetect.images import resize as bands
 from raydetect.images.bit_depth import GreyDepth
-from raydetect.images.decode import decode_all, decode_image, decode_member
+from raydetect.images.decode import Pixels, decode_image, decode_member, decode_stream
 from raydetect.images.memory_budget import BYTES_PER_PIXEL, MIN_PIXELS, PixelBudget
 from raydetect.images.opening import DecodeRules
 from raydetect.images.orientation import TURNS
@@ -160,7 +161,8 @@ def test_bands_give_the_pixels_of_the_whole_picture(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bands, "BAND_PIXELS", band)
         assert (np.asarray(bands.to_rgb(picture, depth, orientation)) == np.asarray(expected)).all()
-        resized = bands.resized(picture, depth, orientation, size)
+        upright = bands.upright(picture, depth, orientation, expected.size, picture.size)
+    resized = upright.cut((0, 0, *expected.size), size).convert("RGB")
     assert (np.asarray(resized) == np.asarray(expected.resize(size, Image.Resampling.BILINEAR))).all()
 
 
@@ -271,7 +273,8 @@ def test_threads_decode_no_more_pixels_at_a_time_than_the_source_allows(monkeypa
     monkeypatch.setattr(opening, "_loaded", slow)
     members = [Member(f"k{i}", "u", encoded(plain_picture("L", (20 + i, 30)), "PNG")) for i in range(24)]
     rules = DecodeRules(2000, True)
-    found = list(decode_all(members, rules, Preprocess((8, 8)), threads=8))
+    with ThreadPoolExecutor(8) as pool:
+        found = [p for p in decode_stream(members, rules, Preprocess((8, 8)), pool) if isinstance(p, Pixels)]
     assert [item.width for item in found] == [20 + i for i in range(24)]
     assert 1300 < peak <= 2000  # more than one at a time, none of them refused
 
@@ -320,7 +323,9 @@ def test_a_line_of_pixels_is_not_widened_before_it_is_shrunk() -> None:
         "from PIL import Image\n"
         "from raydetect.images import bit_depth, resize\n"
         "size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "resize.resized(Image.new('L', (1, 1 << 20)), bit_depth.FULL_DEPTH, 1, (256, 256))\n"
+        "size_px = (1, 1 << 20)\n"
+        "upright = resize.upright(Image.new('L', size_px), bit_depth.FULL_DEPTH, 1, size_px, size_px)\n"
+        "upright.cut((0, 0, *size_px), (256, 256)).convert('RGB')\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - size)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -338,7 +343,7 @@ def test_a_png_with_too_large_texts_is_read_without_them(after: bool) -> None:
         data = data[:start] + data[end:-12] + data[start:end] + data[-12:]
     found = decode_member(Member("k", "u", data), RULES, Preprocess((30, 40)))
     assert found.status == "ok" and found.notes == ("exif_ignored",)
-    assert (found.image_HWC == np.asarray(picture)).all()
+    assert (found.only_input == np.asarray(picture)).all()
 
 
 def test_an_overlay_is_the_same_for_bands_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:

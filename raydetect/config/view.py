@@ -1,0 +1,92 @@
+"""`view`: which parts of a picture a detector looks at, and at which size."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import ConfigDict, Field
+
+from raydetect.config.validation import STRICT
+
+Resize = Literal["stretch", "pad", "short_side"]
+Pixels = Annotated[int, Field(ge=8, le=16_384)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Polygon = Annotated[tuple[tuple[Share, Share], ...], Field(min_length=3)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TileSpec:
+    """Windows of the picture, each an input of the network."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    size: Annotated[
+        tuple[Pixels, Pixels] | None,
+        Field(description="(height, width) in px of the scaled picture; none = image_size of the detector"),
+    ] = None
+    overlap: Annotated[int, Field(ge=0, description="px that neighbouring tiles share, at least")] = 64
+
+    def __post_init__(self) -> None:
+        if self.size is not None and self.overlap > min(self.size) // 2:
+            raise ValueError(f"overlap {self.overlap} is more than half of a tile of {self.size} px; lower it")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViewSpec:
+    """Which parts of a picture a detector looks at, and at which size; the artifact records it."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    resize: Annotated[
+        Resize,
+        Field(
+            description="stretch: to the size of the input, whatever the ratio of the sides; pad: keep the ratio and "
+            "ignore the rest of the input; short_side: keep the ratio, cover the input and leave out both ends"
+        ),
+    ] = "stretch"
+    size: Annotated[
+        tuple[Pixels, Pixels] | None,
+        Field(description="(height, width) in px to resize to before crop; none = image_size of the detector"),
+    ] = None
+    crop: Annotated[
+        tuple[Pixels, Pixels] | None,
+        Field(description="(height, width) in px of the centre that is used after resizing; must be image_size"),
+    ] = None
+    scale: Annotated[
+        float | None,
+        Field(gt=0, le=8, description="with tile: factor by which the stored picture is resized first; none = 1"),
+    ] = None
+    tile: Annotated[TileSpec | None, Field(description="look at the picture in overlapping windows")] = None
+    region: Annotated[
+        str | tuple[Polygon, ...] | None,
+        Field(
+            description="where to look: URI of a mask ({category} is replaced in fits with per_category), or polygons "
+            "of (x, y) from 0 to 1; the rest of the picture is neither learnt nor scored nor drawn"
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        if (self.size is None) != (self.crop is None):
+            raise ValueError("size and crop belong together: a picture is resized to size, and its centre is used")
+        if self.crop is not None and self.size is not None:
+            if self.crop[0] > self.size[0] or self.crop[1] > self.size[1]:
+                raise ValueError(f"crop {self.crop} is larger than size {self.size}")
+            if self.resize == "pad":
+                raise ValueError("resize: pad keeps the whole picture, and crop cuts it; set one of them")
+        if self.tile is not None and (self.resize != "stretch" or self.size is not None):
+            raise ValueError("tile looks at the picture at its own size times scale; remove resize, size and crop")
+        if self.scale is not None and self.tile is None:
+            raise ValueError("scale applies to tiles only; add tile, or set the detector's image_size")
+        if self.region == ():
+            raise ValueError("region has no polygon; remove it")
+
+    def recorded(self) -> dict[str, Any]:
+        """The settings that differ from the defaults, without the region."""
+        whole = {
+            "resize": self.resize,
+            "size": self.size,
+            "crop": self.crop,
+            "scale": self.scale,
+            "tile": None if self.tile is None else {"size": self.tile.size, "overlap": self.tile.overlap},
+        }
+        return {name: value for name, value in whole.items() if value not in (None, "stretch")}
+
+
+STRETCH = ViewSpec()

@@ -1,0 +1,217 @@
+"""A view: which parts of a picture become inputs of a detector, and where their anomaly maps belong.
+
+A picture of any size has one or several windows. A window is a box of the upright picture, resized to a place of an
+input; the rest of the input is filled with one colour (`FILL`, the mean of ImageNet), which the detector sees and which
+is not looked at. The maps of the windows are put together on a canvas, which covers a box of the picture.
+
+Every pixel of the canvas is decided by one window: of the tiles that overlap there, the one in which it lies farthest
+from an edge, which is the first or second half of each overlap. There is no mean of two tiles, so a map has the values
+that the detector gave. The image score of a picture in tiles is the highest of its tiles' scores, since a defect in one
+tile makes the picture anomalous; with a single tile it is the detector's own score.
+
+Beyond a region, inputs have the same fill in the fit and in scoring, so that nothing there can be learnt or change a
+score, and the map is NaN.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+
+from raydetect.config import ViewSpec
+from raydetect.config.validation import validate
+from raydetect.views.region import Region
+
+FILL = (124, 116, 104)
+MAX_CANVAS_PX = 4096  # longest side of a canvas; the map of a larger picture keeps the highest of each block of px
+
+Box = tuple[float, float, float, float]
+Place = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Part of a picture that becomes one input.
+
+    Attributes:
+        row: of the tile, from 0; 0 without tiles.
+        column: likewise.
+        box: (left, upper, right, lower) in px of the upright picture as stored.
+        place: (left, upper, right, lower) in px of the input; the rest of the input is fill.
+        cell: (left, upper, right, lower) in px of the canvas that this window decides.
+        origin: (left, upper) in px of the canvas where its map begins, before the canvas is reduced.
+        size: (width, height) in px of its map on the canvas, before the canvas is reduced.
+    """
+
+    row: int
+    column: int
+    box: Box
+    place: Place
+    cell: Place
+    origin: tuple[int, int]
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The windows of a picture of one size.
+
+    Attributes:
+        windows: in row-major order, without those that lie wholly outside of the region.
+        canvas: (height, width) in px of the map of the picture.
+        box: (left, upper, right, lower) of the canvas in px of the upright picture.
+        reduction: px of the scaled picture for each px of the canvas, along each side.
+        region: where to look; None = everywhere.
+        picture: (width, height) in px of the upright picture.
+    """
+
+    windows: tuple[Window, ...]
+    canvas: tuple[int, int]
+    box: Box
+    reduction: int
+    region: Region | None
+    picture: tuple[int, int]
+
+    @cached_property
+    def looked(self) -> np.ndarray | None:
+        """Pixels of the canvas that are looked at; None = all."""
+        return None if self.region is None else self.region.looked(self.box, self.canvas, self.picture)
+
+    def looked_input(self, window: Window, image_size: tuple[int, int]) -> np.ndarray | None:
+        """Pixels of an input, bool (H, W), that show the picture and lie in the region; None = all."""
+        left, upper, right, lower = window.place
+        if self.region is None and (left, upper, right, lower) == (0, 0, *image_size[::-1]):
+            return None
+        looked_HW = np.zeros(image_size, bool)
+        inside = (lower - upper, right - left)
+        looked_HW[upper:lower, left:right] = (
+            True if self.region is None else self.region.looked(window.box, inside, self.picture)
+        )
+        return looked_HW
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The view of an artifact.
+
+    Attributes:
+        spec: its settings.
+        region: where to look; None = everywhere.
+    """
+
+    spec: ViewSpec
+    region: Region | None = None
+
+    @property
+    def has_tiles(self) -> bool:
+        """Whether a picture may have several windows."""
+        return self.spec.tile is not None
+
+    def recorded(self) -> dict[str, Any]:
+        """The entry for an artifact's record; empty if every picture is stretched to the input."""
+        region = {} if self.region is None else {"region": self.region.recorded()}
+        return {**self.spec.recorded(), **region}
+
+    @classmethod
+    def of_record(cls, entry: Mapping[str, Any]) -> "View":
+        """Restores the entry of an artifact's record.
+
+        Raises:
+            SpecError: it is damaged.
+        """
+        settings = {name: value for name, value in entry.items() if name != "region"}
+        return cls(validate(ViewSpec, settings, "preprocess.view"), Region.of_record(entry.get("region")))
+
+    def layout(self, size: tuple[int, int], image_size: tuple[int, int]) -> Layout:
+        """Returns the windows of an upright picture of (width, height) px for inputs of (height, width) px."""
+        return _layout(self, size, image_size)
+
+    def needed(self, size: tuple[int, int], image_size: tuple[int, int]) -> tuple[float, float]:
+        """Returns the (width, height) in px at which the whole upright picture is shown to the detector."""
+        if self.spec.tile is not None:
+            height, width = self.spec.tile.size or image_size
+            scale = self.spec.scale or 1.0
+            return size[0] * scale * image_size[1] / width, size[1] * scale * image_size[0] / height
+        window = self.layout(size, image_size).windows[0]
+        left, upper, right, lower = window.place
+        across = (right - left) / (window.box[2] - window.box[0])
+        down = (lower - upper) / (window.box[3] - window.box[1])
+        return size[0] * across, size[1] * down
+
+
+@lru_cache(maxsize=16)
+def _layout(view: View, size: tuple[int, int], image_size: tuple[int, int]) -> Layout:
+    if view.spec.tile is not None:
+        return _tiled(view, size, image_size)
+    box, place = _resized(view.spec, size, image_size)
+    width, height = place[2] - place[0], place[3] - place[1]
+    window = Window(0, 0, box, place, (0, 0, width, height), (0, 0), (width, height))
+    return Layout((window,), (height, width), box, 1, view.region, size)
+
+
+def _resized(spec: ViewSpec, size: tuple[int, int], image_size: tuple[int, int]) -> tuple[Box, Place]:
+    """The box of a picture that is resized to the only input, and its place there."""
+    width, height = size
+    whole, full = (0.0, 0.0, float(width), float(height)), (0, 0, image_size[1], image_size[0])
+    if spec.resize == "pad":
+        scale = min(image_size[1] / width, image_size[0] / height)
+        inside = (max(1, round(width * scale)), max(1, round(height * scale)))
+        left, upper = (image_size[1] - inside[0]) // 2, (image_size[0] - inside[1]) // 2
+        return whole, (left, upper, left + inside[0], upper + inside[1])
+    if spec.resize == "stretch" and spec.size is None:
+        return whole, full
+    target = spec.size or image_size
+    across, down = target[1] / width, target[0] / height
+    if spec.resize == "short_side":
+        across = down = max(across, down)
+    first_x, last_x = _middle(width, image_size[1] / across)
+    first_y, last_y = _middle(height, image_size[0] / down)
+    return (first_x, first_y, last_x, last_y), full
+
+
+def _middle(length: int, shown: float) -> tuple[float, float]:
+    """Start and stop of the middle part of a side."""
+    start = max(0.0, (length - shown) / 2)
+    return start, length - start
+
+
+def _tiled(view: View, size: tuple[int, int], image_size: tuple[int, int]) -> Layout:
+    assert view.spec.tile is not None
+    scale = view.spec.scale or 1.0
+    tile = view.spec.tile.size or image_size
+    scaled = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
+    reduction = math.ceil(max(scaled) / MAX_CANVAS_PX)
+    overlap = view.spec.tile.overlap
+    columns = _axis(scaled[0], tile[1], overlap, reduction)
+    rows = _axis(scaled[1], tile[0], overlap, reduction)
+    across, down = size[0] / scaled[0], size[1] / scaled[1]
+    windows = []
+    for row, (upper, lower, first_y, last_y) in enumerate(rows):
+        for column, (left, right, first_x, last_x) in enumerate(columns):
+            box = (left * across, upper * down, right * across, lower * down)
+            width, height = right - left, lower - upper
+            inside = (_resized_side(width, tile[1], image_size[1]), _resized_side(height, tile[0], image_size[0]))
+            if view.region is None or view.region.looked(box, inside[::-1], size).any():
+                cell = (first_x, first_y, last_x, last_y)
+                windows.append(Window(row, column, box, (0, 0, *inside), cell, (left, upper), (width, height)))
+    canvas = (math.ceil(scaled[1] / reduction), math.ceil(scaled[0] / reduction))
+    return Layout(tuple(windows), canvas, (0.0, 0.0, float(size[0]), float(size[1])), reduction, view.region, size)
+
+
+def _resized_side(length: int, tile: int, image_side: int) -> int:
+    return max(1, round(length * image_side / tile))
+
+
+def _axis(length: int, tile: int, overlap: int, reduction: int) -> list[tuple[int, int, int, int]]:
+    """(start, stop, first px of the canvas, last px + 1) of every tile along one side of the scaled picture.
+
+    The last tile ends with the picture and shares more px with the one before.
+    """
+    starts = [0] if length <= tile else [*range(0, length - tile, tile - overlap), length - tile]
+    stops = [min(start + tile, length) for start in starts]
+    cuts = [(start + stop) // 2 // reduction for start, stop in zip(starts[1:], stops[:-1], strict=True)]
+    ends = [0, *cuts, math.ceil(length / reduction)]
+    return list(zip(starts, stops, ends[:-1], ends[1:], strict=True))
