@@ -127,6 +127,8 @@ def stems(name: str) -> Iterator[str]:
 
 
 def _sidecars_of(image: Entry, sidecars: dict[str, Entry], used: set[int]) -> Iterator[tuple[str, Entry]]:
+    if not sidecars:
+        return
     for suffix in SIDECARS:
         for stem in stems(composed(tidy(image.name))):
             entry = sidecars.get(stem + suffix)

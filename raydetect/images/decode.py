@@ -208,20 +208,22 @@ def _in_order(work: Callable[[A], B], items: Sequence[A], pool: Executor | None)
 def brightness_and_sharpness(grey_HW: np.ndarray) -> tuple[float, float]:
     """Returns (mean luminance in [0, 1], standard deviation of the four-neighbour Laplacian divided by that mean).
 
-    The division makes sharpness depend on the lens and not on the light; it is 0 for a black image. Sums are integers,
-    so results are identical to the bit on every machine. Border pixels have no Laplacian.
+    The division makes sharpness depend on the lens and not on the light; it is 0 for a black image. All sums are
+    integers below 2^53, so results are identical to the bit on every machine. Border pixels have no Laplacian.
 
     Args:
         grey_HW: uint8 luminance.
     """
-    brightness = int(grey_HW.sum(dtype=np.int64)) / (255.0 * grey_HW.size)
-    wide_HW = grey_HW.astype(np.int32)
-    across_HW = wide_HW[1:-1, :-2] + wide_HW[1:-1, 2:] + wide_HW[:-2, 1:-1] + wide_HW[2:, 1:-1]
-    edges_HW = across_HW - 4 * wide_HW[1:-1, 1:-1]
+    wide_HW = grey_HW.astype(np.float64)
+    brightness = float(wide_HW.sum()) / (255.0 * grey_HW.size)
+    edges_HW = -4 * wide_HW[1:-1, 1:-1]
+    for part_HW in (wide_HW[1:-1, :-2], wide_HW[1:-1, 2:], wide_HW[:-2, 1:-1], wide_HW[2:, 1:-1]):
+        edges_HW += part_HW
     count = edges_HW.size
     if not count or not brightness:
         return brightness, 0.0
-    total, squares = int(edges_HW.sum(dtype=np.int64)), int((edges_HW * edges_HW).sum(dtype=np.int64))
+    edges = edges_HW.reshape(-1)
+    total, squares = int(edges.sum()), int(edges.dot(edges))
     return brightness, math.sqrt(max(0, count * squares - total * total)) / (255.0 * count * brightness)
 
 

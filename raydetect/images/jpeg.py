@@ -90,11 +90,11 @@ def check_scans(data: bytes) -> None:
     Raises:
         MemberError: corrupt: scans are missing, or a part of one is zeroed.
     """
-    first = next((start for marker, start, _ in segments(data) if marker == SOS), None)
+    first, is_only = _first_scan(data)
     if first is None:
         return
     zeros = data.find(ZERO_RUN, first)
-    if zeros >= 0 or not one_scan(data):
+    if zeros >= 0 or not is_only:
         _walk_scans(data, zeros)
 
 
@@ -155,15 +155,19 @@ def _byte(data: bytes, position: int) -> int:
 
 def one_scan(data: bytes) -> bool:
     """Whether the image is sequential with all components in a single scan, as most are; it is decoded row by row."""
-    components = 0
+    return _first_scan(data)[1]
+
+
+def _first_scan(data: bytes) -> tuple[int | None, bool]:
+    """Returns (start of the first scan, whether it is the only one of a sequential image)."""
+    components, is_progressive = 0, False
     for marker, start, _ in segments(data):
         if marker in FRAMES:
-            if marker in PROGRESSIVE:
-                return False
+            is_progressive = marker in PROGRESSIVE
             components = _byte(data, start + 9)
         if marker == SOS:
-            return _byte(data, start + 4) >= components
-    return True
+            return start, not is_progressive and _byte(data, start + 4) >= components
+    return None, not is_progressive
 
 
 class _Scans:

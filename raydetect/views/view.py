@@ -15,8 +15,8 @@ score, and the map is NaN.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from raydetect.views.region import Region
 
 FILL = (124, 116, 104)
 MAX_CANVAS_PX = 4096  # longest side of a canvas; the map of a larger picture keeps the highest of each block of px
+KEPT_LAYOUTS = 16  # of different picture sizes
 
 Box = tuple[float, float, float, float]
 Place = tuple[int, int, int, int]
@@ -104,6 +105,7 @@ class View:
 
     spec: ViewSpec
     region: Region | None = None
+    _layouts: dict[tuple[int, ...], Layout] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def has_tiles(self) -> bool:
@@ -127,7 +129,13 @@ class View:
 
     def layout(self, size: tuple[int, int], image_size: tuple[int, int]) -> Layout:
         """Returns the windows of an upright picture of (width, height) px for inputs of (height, width) px."""
-        return _layout(self, size, image_size)
+        key = (*size, *image_size)
+        layout = self._layouts.get(key)
+        if layout is None:
+            if len(self._layouts) >= KEPT_LAYOUTS:
+                self._layouts.clear()
+            layout = self._layouts[key] = _layout(self, size, image_size)
+        return layout
 
     def needed(self, size: tuple[int, int], image_size: tuple[int, int]) -> tuple[float, float]:
         """Returns the (width, height) in px at which the whole upright picture is shown to the detector."""
@@ -142,7 +150,6 @@ class View:
         return size[0] * across, size[1] * down
 
 
-@lru_cache(maxsize=16)
 def _layout(view: View, size: tuple[int, int], image_size: tuple[int, int]) -> Layout:
     if view.spec.tile is not None:
         return _tiled(view, size, image_size)
