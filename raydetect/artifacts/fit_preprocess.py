@@ -1,5 +1,7 @@
 """The decoding rules of a fit, which its artifact records."""
 
+from dataclasses import replace
+
 from raydetect.artifacts.record import read_record
 from raydetect.config import AT_LEAST_2X, STRETCH, FitSpec, ViewSpec
 from raydetect.detectors._registry import build_from
@@ -25,7 +27,7 @@ def fit_preprocess(spec: FitSpec) -> Preprocess:
     if spec.extend is not None:
         return _extended(spec, image_size)
     _require_crop(spec.view, image_size)
-    view = View(spec.view, _region(spec))
+    view = View(replace(spec.view, region=None), _region(spec))
     return Preprocess(image_size, spec.preprocess.jpeg_scale or AT_LEAST_2X, view)
 
 

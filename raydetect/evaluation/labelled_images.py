@@ -153,7 +153,7 @@ def _evaluate_chunk(
         localises = detector.info.localises
         map_HW = item.anomaly_map() if localises else None
         mask_HW = None if map_HW is None else read_mask(member, item.layout, pixels[item.position], masks)
-        found.quality.add(group, member.key, item.image_score, map_HW, mask_HW)
+        found.quality.add(group, member.key, item.image_score, map_HW, mask_HW, item.layout.looked)
 
 
 def _noted(
@@ -203,6 +203,8 @@ def read_mask(member: Member, layout: Layout, pixels: Pixels, masks: Masks) -> n
         )
     resized = Image.fromarray(values).resize(layout.canvas[::-1], Image.Resampling.NEAREST, layout.box)
     mask_HW = np.asarray(resized)
+    if layout.looked is not None:
+        mask_HW = mask_HW & layout.looked
     return mask_HW if mask_HW.any() else None
 
 

@@ -90,7 +90,7 @@ class ImageCache:
             row = len(self._rows)
             self._file.write_at(row * self._bytes, np.ascontiguousarray(pixels_HWC).data)
             self._rows[image.key] = row
-            self.images[image.key] = image
+        self.images.setdefault(image.key, image)
 
     def forget(self, keys: Collection[str]) -> None:
         """Removes inputs from the cache."""

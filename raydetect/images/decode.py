@@ -179,7 +179,7 @@ def _inputs(
     with loaded_image(data, rules, preprocess) as loaded:
         facts.size, facts.notes, facts.orientation = loaded.size, loaded.notes, loaded.orientation
         upright, layout = loaded.upright(), preprocess.layout(loaded.size)
-        if not layout.windows:
+        if layout.is_empty:
             raise MemberError("unsupported_mode", "nothing of it lies in the region that the artifact looks at.")
 
         def cut(window: Window) -> tuple[Input, tuple[float, float]]:

@@ -21,28 +21,30 @@ UNIT = 1 << 32
 COLUMNS = 3
 
 
-def pixels_of(map_HW: np.ndarray, mask_HW: np.ndarray, limit: int) -> ScoreBins:
+def pixels_of(map_HW: np.ndarray, mask_HW: np.ndarray, limit: int, looked_HW: np.ndarray | None = None) -> ScoreBins:
     """Creates the histogram of one map's pixels, as exact as at most `limit` bins allow.
 
     Args:
         map_HW: float32, higher = more anomalous.
         mask_HW: nonzero = anomalous; all zero for a normal image.
         limit: see `ScoreBins`.
+        looked_HW: the pixels that count; None = all.
 
     Raises:
         ValueError: the shapes differ, or a value is not finite.
     """
     if map_HW.shape != mask_HW.shape:
         raise ValueError(f"the map has shape {map_HW.shape} and its mask {mask_HW.shape}; they must be equal.")
-    bins_B, bin_N = np.unique(order_of(map_HW), return_inverse=True)
-    anomalous_HW = mask_HW != 0
-    anomalous_N = anomalous_HW.ravel()
+    looked_HW = np.ones(map_HW.shape, bool) if looked_HW is None else looked_HW
+    bins_B, bin_N = np.unique(order_of(map_HW[looked_HW]), return_inverse=True)
+    anomalous_HW = (mask_HW != 0) & looked_HW
+    anomalous_N = anomalous_HW[looked_HW]
     counts_BC = np.zeros((len(bins_B), COLUMNS), np.int64)
     counts_BC[:, NORMAL] = np.bincount(bin_N[~anomalous_N], minlength=len(bins_B))
     if anomalous_N.any():
         counts_BC[:, ANOMALOUS] = np.bincount(bin_N[anomalous_N], minlength=len(bins_B))
         regions_HW, count = label(anomalous_HW, structure=NEIGHBOURS)
-        regions_N = regions_HW.ravel()
+        regions_N = regions_HW[looked_HW]
         for region in range(1, count + 1):
             _share(bin_N[regions_N == region], counts_BC[:, OVERLAP])
     return ScoreBins.empty(limit, COLUMNS).merge(ScoreBins(limit, 0, bins_B, counts_BC))

@@ -59,7 +59,13 @@ class Quality:
     groups: dict[ImageGroup, Summary] = field(default_factory=dict)
 
     def add(
-        self, group: ImageGroup, key: str, image_score: float, map_HW: np.ndarray | None, mask_HW: np.ndarray | None
+        self,
+        group: ImageGroup,
+        key: str,
+        image_score: float,
+        map_HW: np.ndarray | None,
+        mask_HW: np.ndarray | None,
+        looked_HW: np.ndarray | None = None,
     ) -> None:
         """Adds one image.
 
@@ -69,12 +75,15 @@ class Quality:
             image_score: raw.
             map_HW: anomaly map, None if pixels are not evaluated.
             mask_HW: of the map's size, None if unknown.
+            looked_HW: the pixels that count; None = all.
 
         Raises:
             ValueError: a score or value is not finite, or the sizes differ.
         """
         image = ScoreBins.of(np.asarray([image_score]), IMAGE_BINS)
-        pixels = pixels_of(map_HW, mask_HW, PIXEL_BINS) if map_HW is not None and mask_HW is not None else None
+        pixels = None
+        if map_HW is not None and mask_HW is not None:
+            pixels = pixels_of(map_HW, mask_HW, PIXEL_BINS, looked_HW)
         summary = self.groups.setdefault(group, Summary())
         summary.add(key, image, pixels)
         summary.without_mask += map_HW is not None and mask_HW is None

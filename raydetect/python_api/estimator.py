@@ -4,14 +4,14 @@ Fits and scores are bit-identical to those of jobs (`python_api/in_process.py`).
 `raydetect score` reads.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
 from raydetect.artifacts.store import load_artifact, save_artifact
-from raydetect.config import AT_LEAST_2X, DetectorSpec, FitSpec, FlagSpec, JpegScale
+from raydetect.config import AT_LEAST_2X, STRETCH, DetectorSpec, FitSpec, FlagSpec, JpegScale, ViewSpec
 from raydetect.config.validation import validate
 from raydetect.detectors._base import NotFittedError
 from raydetect.detectors._describe import call_text, full_params, plain_spec, spec_of_record, with_class_name
@@ -22,10 +22,11 @@ from raydetect.fitting.fit_run import Fitted
 from raydetect.fitting.timings import torch_threads
 from raydetect.metrics import conformal
 from raydetect.progress import shown
-from raydetect.python_api.in_process import Settings, fit_inputs, resized, score_inputs
+from raydetect.python_api.in_process import Settings, fit_inputs, score_inputs
 from raydetect.python_api.inputs import as_input_images, refuse_duplicates
 from raydetect.scoring.batches import Scored
 from raydetect.storage import Storage, normalise_uri
+from raydetect.views.placement import placed
 
 SHOW_AFTER_SECONDS = 2.0
 NOT_SAVED = "not saved"
@@ -91,6 +92,7 @@ class Estimator:
         *,
         holdout_ratio: float = 0.1,
         jpeg_scale: JpegScale = AT_LEAST_2X,
+        view: ViewSpec | Mapping[str, Any] = STRETCH,
         progress: bool = True,
     ) -> "Estimator":
         """Fits on normal images and returns the model; replaces an earlier fit.
@@ -103,6 +105,8 @@ class Estimator:
             jpeg_scale: how JPEGs given by path or URI are decoded, now and whenever the model scores: "at_least_2x", at
                 the smallest of 1/1, 1/2, 1/4 and 1/8 of their size that has at least twice the px of the input, or
                 "full". Arrays and PIL images are taken as they are.
+            view: which parts of an image the detector looks at and at which size, now and whenever the model scores;
+                a mapping as in a job file, such as `{"tile": {"overlap": 32}}`.
             progress: whether to show the progress of a fit that takes more than two seconds.
 
         Raises:
@@ -113,7 +117,7 @@ class Estimator:
         refuse_duplicates(inputs)
         if learns_from_labels(build_from(self.spec, self.seed)) and all(image.label != 1 for image in inputs):
             raise SpecError(f"{self.spec.title}: needs labelled anomalous images. Call fit(images, y=labels).")
-        spec = self._fit_spec(len(inputs), holdout_ratio, jpeg_scale)
+        spec = self._fit_spec(len(inputs), holdout_ratio, jpeg_scale, view)
         with torch_threads(spec.resources.cpus_per_worker), shown(progress, SHOW_AFTER_SECONDS) as on_progress:
             self._fitted = fit_inputs(spec, inputs, torch.device(self.settings.device), on_progress)
         self._is_renamed = False
@@ -150,12 +154,13 @@ class Estimator:
     def predict_anomaly_map(self, images: Any, *, progress: bool = True) -> "np.ndarray | list[np.ndarray]":
         """Anomaly maps (N, H, W) float32, each at its image's original size; a list of arrays if sizes differ.
 
-        Uses 4 bytes of memory for every pixel of all images.
+        A map is NaN where the view does not look. Uses 4 bytes of memory for every pixel of all images.
 
         Raises:
             NotFittedError, BadImagesError: as `predict_proba`.
         """
-        maps = [resized(scored.anomaly_map(), size_px) for scored, size_px in self._scored(images, progress)]
+        scored = self._scored(images, progress)
+        maps = [placed(item.anomaly_map(), item.layout, size_px) for item, size_px in scored]
         return np.stack(maps) if len({found.shape for found in maps}) == 1 else maps
 
     def threshold(self, alpha: float = 0.01) -> float:
@@ -231,7 +236,9 @@ class Estimator:
         """The call that creates this model, with only the arguments that differ from the preset."""
         return call_text(self.spec, self.seed)
 
-    def _fit_spec(self, count: int, holdout_ratio: float, jpeg_scale: str) -> FitSpec:
+    def _fit_spec(
+        self, count: int, holdout_ratio: float, jpeg_scale: str, view: ViewSpec | Mapping[str, Any]
+    ) -> FitSpec:
         """The equivalent fit job, for the fitting code and for the record."""
         settings = self.settings
         gpus = 0 if settings.device == "cpu" else 1
@@ -245,6 +252,7 @@ class Estimator:
             "batch_size": settings.batch_size,
             "calibration": {"holdout_ratio": holdout_ratio},
             "preprocess": {"jpeg_scale": jpeg_scale},
+            "view": view,
             "resources": {"cpus_per_worker": settings.num_threads, "gpus_per_worker": gpus},
         }
         return validate(FitSpec, values, "fit")

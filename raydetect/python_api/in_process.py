@@ -4,9 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
-import numpy as np
 import torch
-from PIL import Image
 from pydantic import ConfigDict, Field
 
 from raydetect.artifacts.fit_preprocess import fit_preprocess
@@ -105,11 +103,3 @@ def _noted(
         if isinstance(item, Pixels):
             sizes.append((item.height or 0, item.width or 0))
         yield item
-
-
-def resized(anomaly_map_HW: np.ndarray, size_px: tuple[int, int]) -> np.ndarray:
-    """Resizes a map to (height, width) by antialiased bilinear interpolation, as images are; no-op for equal sizes."""
-    if anomaly_map_HW.shape == size_px:
-        return anomaly_map_HW
-    image = Image.fromarray(anomaly_map_HW.astype(np.float32))
-    return np.asarray(image.resize(size_px[::-1], Image.Resampling.BILINEAR))

@@ -29,6 +29,7 @@ from raydetect.scoring.device_queue import DeviceQueue
 from raydetect.sinks.heatmaps import map_png, overlay_png
 from raydetect.sinks.parquet import ResultsSink
 from raydetect.sinks.scored_chunk import ScoredChunk
+from raydetect.views.placement import placed, whole_size
 from raydetect.views.view import Box, Layout
 from raydetect.views.windows import Input
 
@@ -189,7 +190,8 @@ class Scorer:
 
     def _draw(self, item: Scored, loaded: LoadedDetector, work: "_Work") -> None:
         if self.spec.sink.style == "map":
-            picture, clipped = map_png(item.anomaly_map(), loaded.map_low, loaded.map_high)
+            whole_HW = placed(item.anomaly_map(), item.layout, whole_size(item.layout))
+            picture, clipped = map_png(whole_HW, loaded.map_low, loaded.map_high)
             work.result.clipped_pixels += clipped
         else:
             image = decode_image(work.chunk.members[item.position].data, self.rules, OVERLAY_MAX_PX)

@@ -43,8 +43,8 @@ class Stitched:
             return
         if self._map_HW is None:
             self._map_HW = torch.full(self.layout.canvas, math.nan, device=map_HW.device)
-        left, upper, right, lower = window.cell
-        self._map_HW[upper:lower, left:right] = self._on_canvas(window, placed_HW)
+        shown = window.on_canvas(self.layout.reduction)
+        self._map_HW[shown] = torch.fmax(self._map_HW[shown], self._on_canvas(window, placed_HW))
 
     def anomaly_map(self) -> Tensor:
         """The map of the picture, float32 (H, W) of the layout's canvas; NaN where it is not looked at."""
@@ -56,12 +56,18 @@ class Stitched:
         return torch.where(looked, self._map_HW, math.nan)
 
     def _on_canvas(self, window: Window, placed_HW: Tensor) -> Tensor:
-        """The part of a window's map that its cell shows."""
+        """The part of a window's map that its cell shows; of a reduced canvas, the highest of each block of px there.
+
+        A block that lies in several cells gets the highest of all of them.
+        """
         size = (window.size[1], window.size[0])
         if tuple(placed_HW.shape) != size:
             placed_HW = F.interpolate(placed_HW[None, None].float(), size, mode="bilinear")[0, 0]
         step = self.layout.reduction
-        left, upper, right, lower = (side * step for side in window.cell)
+        left, upper, right, lower = window.cell
         x, y = window.origin
         part_HW = placed_HW[upper - y : lower - y, left - x : right - x].float()
-        return part_HW if step == 1 else F.max_pool2d(part_HW[None, None], step, ceil_mode=True)[0, 0]
+        if step == 1:
+            return part_HW
+        padded_HW = F.pad(part_HW, (left % step, 0, upper % step, 0), value=-math.inf)
+        return F.max_pool2d(padded_HW[None, None], step, ceil_mode=True)[0, 0]

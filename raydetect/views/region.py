@@ -3,14 +3,17 @@
 import base64
 import hashlib
 import io
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
+from raydetect.config import ViewSpec
+from raydetect.config.validation import validate
 from raydetect.errors import SpecError
 
 MAX_SIDE_PX = 8192  # of a mask
@@ -39,8 +42,13 @@ class Region:
         """
         if entry is None:
             return None
+        if not isinstance(entry, Mapping) or list(entry) not in (["polygons"], ["png"]):
+            raise SpecError("preprocess.view.region: has neither polygons nor a mask, or something else")
         if "polygons" in entry:
-            return cls(polygons=tuple(tuple((float(x), float(y)) for x, y in corners) for corners in entry["polygons"]))
+            polygons = validate(ViewSpec, {"region": entry["polygons"]}, "preprocess.view").region
+            if not isinstance(polygons, tuple):
+                raise SpecError("preprocess.view.region: polygons are no list of corners")
+            return cls(polygons=polygons)
         try:
             png = base64.b64decode(entry["png"], validate=True)
             _pixels(png)
@@ -78,15 +86,10 @@ def _looked(
     left, upper, right, lower = box[0] / picture[0], box[1] / picture[1], box[2] / picture[0], box[3] / picture[1]
     height, width = size
     if region.polygons:
-        canvas = Image.new("1", (width, height))
-        draw = ImageDraw.Draw(canvas)
+        looked_HW = np.zeros(size, bool)
         for corners in region.polygons:
-            scaled = [
-                ((x - left) / (right - left) * width - 0.5, (y - upper) / (lower - upper) * height - 0.5)
-                for x, y in corners
-            ]
-            draw.polygon(scaled, fill=1)
-        looked_HW = np.asarray(canvas, dtype=bool)
+            x, y = np.array(corners, np.float64).T
+            looked_HW |= _inside((x - left) / (right - left) * width, (y - upper) / (lower - upper) * height, size)
     else:
         mask_HW = _pixels(region.png)
         rows = _sampled(upper, lower, height, mask_HW.shape[0])
@@ -94,6 +97,20 @@ def _looked(
         looked_HW = mask_HW[rows[:, None], columns]
     looked_HW.flags.writeable = False  # may be shared by a cache
     return looked_HW
+
+
+def _inside(x_P: np.ndarray, y_P: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Pixels of (height, width) `size` whose centre lies in a polygon with corners in px, by the even-odd rule."""
+    height, width = size
+    crossed = np.zeros((height, width + 1), np.int32)  # edges that cross a row between the centres before and here
+    for x0, y0, x1, y1 in zip(x_P, y_P, np.roll(x_P, -1), np.roll(y_P, -1), strict=True):
+        first, last = (math.ceil(min(max(side - 0.5, 0), height)) for side in (min(y0, y1), max(y0, y1)))
+        if first < last:
+            rows = np.arange(first, last)
+            across = x0 + (rows + 0.5 - y0) / (y1 - y0) * (x1 - x0)
+            crossed[rows, np.ceil(np.clip(across - 0.5, 0, width)).astype(np.int64)] += 1
+    odd_HW: np.ndarray = crossed[:, :width].cumsum(axis=1) % 2 == 1
+    return odd_HW
 
 
 _looked_input = lru_cache(maxsize=64)(_looked)

@@ -4,10 +4,10 @@ A picture of any size has one or several windows. A window is a box of the uprig
 input; the rest of the input is filled with one colour (`FILL`, the mean of ImageNet), which the detector sees and which
 is not looked at. The maps of the windows are put together on a canvas, which covers a box of the picture.
 
-Every pixel of the canvas is decided by one window: of the tiles that overlap there, the one in which it lies farthest
-from an edge, which is the first or second half of each overlap. There is no mean of two tiles, so a map has the values
-that the detector gave. The image score of a picture in tiles is the highest of its tiles' scores, since a defect in one
-tile makes the picture anomalous; with a single tile it is the detector's own score.
+Every pixel of the scaled picture is decided by one window: of the tiles that overlap there, the one in which it lies
+farthest from an edge, which is the first or second half of each overlap. There is no mean of two tiles, so a map has
+the values that the detector gave. The image score of a picture in tiles is the highest of its tiles' scores, since a
+defect in one tile makes the picture anomalous; with a single tile it is the detector's own score.
 
 Beyond a region, inputs have the same fill in the fit and in scoring, so that nothing there can be learnt or change a
 score, and the map is NaN.
@@ -42,9 +42,9 @@ class Window:
         column: likewise.
         box: (left, upper, right, lower) in px of the upright picture as stored.
         place: (left, upper, right, lower) in px of the input; the rest of the input is fill.
-        cell: (left, upper, right, lower) in px of the canvas that this window decides.
-        origin: (left, upper) in px of the canvas where its map begins, before the canvas is reduced.
-        size: (width, height) in px of its map on the canvas, before the canvas is reduced.
+        cell: (left, upper, right, lower) in px of the scaled picture that this window decides.
+        origin: (left, upper) in px of the scaled picture where its map begins.
+        size: (width, height) in px of its map on the scaled picture.
     """
 
     row: int
@@ -54,6 +54,11 @@ class Window:
     cell: Place
     origin: tuple[int, int]
     size: tuple[int, int]
+
+    def on_canvas(self, reduction: int) -> tuple[slice, slice]:
+        """(rows, columns) of the canvas that its cell touches."""
+        left, upper, right, lower = self.cell
+        return slice(upper // reduction, -(-lower // reduction)), slice(left // reduction, -(-right // reduction))
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,18 @@ class Layout:
     @cached_property
     def looked(self) -> np.ndarray | None:
         """Pixels of the canvas that are looked at; None = all."""
-        return None if self.region is None else self.region.looked(self.box, self.canvas, self.picture)
+        if self.region is None:
+            return None
+        shown_HW = np.zeros(self.canvas, bool)
+        for window in self.windows:
+            shown_HW[window.on_canvas(self.reduction)] = True
+        looked_HW: np.ndarray = shown_HW & self.region.looked(self.box, self.canvas, self.picture)
+        return looked_HW
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing of the picture is looked at."""
+        return not self.windows or (self.looked is not None and not self.looked.any())
 
     def looked_input(self, window: Window, image_size: tuple[int, int]) -> np.ndarray | None:
         """Pixels of an input, bool (H, W), that show the picture and lie in the region; None = all."""
@@ -192,8 +208,8 @@ def _tiled(view: View, size: tuple[int, int], image_size: tuple[int, int]) -> La
     scaled = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
     reduction = math.ceil(max(scaled) / MAX_CANVAS_PX)
     overlap = view.spec.tile.overlap
-    columns = _axis(scaled[0], tile[1], overlap, reduction)
-    rows = _axis(scaled[1], tile[0], overlap, reduction)
+    columns = _axis(scaled[0], tile[1], overlap)
+    rows = _axis(scaled[1], tile[0], overlap)
     across, down = size[0] / scaled[0], size[1] / scaled[1]
     windows = []
     for row, (upper, lower, first_y, last_y) in enumerate(rows):
@@ -212,13 +228,13 @@ def _resized_side(length: int, tile: int, image_side: int) -> int:
     return max(1, round(length * image_side / tile))
 
 
-def _axis(length: int, tile: int, overlap: int, reduction: int) -> list[tuple[int, int, int, int]]:
-    """(start, stop, first px of the canvas, last px + 1) of every tile along one side of the scaled picture.
+def _axis(length: int, tile: int, overlap: int) -> list[tuple[int, int, int, int]]:
+    """(start, stop, first px that it decides, last px + 1) of every tile along one side of the scaled picture.
 
     The last tile ends with the picture and shares more px with the one before.
     """
     starts = [0] if length <= tile else [*range(0, length - tile, tile - overlap), length - tile]
     stops = [min(start + tile, length) for start in starts]
-    cuts = [(start + stop) // 2 // reduction for start, stop in zip(starts[1:], stops[:-1], strict=True)]
-    ends = [0, *cuts, math.ceil(length / reduction)]
+    cuts = [(start + stop) // 2 for start, stop in zip(starts[1:], stops[:-1], strict=True)]
+    ends = [0, *cuts, length]
     return list(zip(starts, stops, ends[:-1], ends[1:], strict=True))

@@ -29,9 +29,9 @@ from raydetect.planning.plan import plan_score
 from raydetect.progress import FitDisplay
 from raydetect.python_api import estimator as estimator_module
 from raydetect.python_api import models as models_module
-from raydetect.python_api.in_process import resized
 from raydetect.python_api.inputs import BadImagesError
 from raydetect.storage import Storage
+from raydetect.views.placement import resized
 from tests.builders.images import DEFECTS, defect_image, encode, normal_image
 from tests.whole_jobs.runs import rows_of
 

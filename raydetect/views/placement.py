@@ -1,0 +1,58 @@
+"""Puts an anomaly map at its place in the whole picture."""
+
+import numpy as np
+from PIL import Image
+
+from raydetect.views.view import Layout
+
+
+def whole_size(layout: Layout) -> tuple[int, int]:
+    """(height, width) in px of the whole picture at the scale of its map."""
+    left, upper, right, lower = layout.box
+    height, width = layout.canvas
+    across, down = layout.picture[0] / (right - left), layout.picture[1] / (lower - upper)
+    return max(height, round(height * down)), max(width, round(width * across))
+
+
+def placed(map_HW: np.ndarray, layout: Layout, size: tuple[int, int]) -> np.ndarray:
+    """Returns the map of the whole picture at (height, width) `size` px, float32; NaN where nothing is looked at.
+
+    Args:
+        map_HW: of the layout's canvas, NaN outside of the region.
+        layout: where the map belongs.
+        size: of the result.
+    """
+    across, down = size[1] / layout.picture[0], size[0] / layout.picture[1]
+    left, upper, right, lower = (
+        round(side * scale) for side, scale in zip(layout.box, (across, down) * 2, strict=True)
+    )
+    inside_HW = resized(map_HW, (max(1, lower - upper), max(1, right - left)))
+    if inside_HW.shape == size:
+        return inside_HW
+    whole_HW = np.full(size, np.nan, np.float32)
+    shown_HW = whole_HW[upper : upper + inside_HW.shape[0], left : left + inside_HW.shape[1]]
+    shown_HW[...] = inside_HW[: shown_HW.shape[0], : shown_HW.shape[1]]
+    return whole_HW
+
+
+def resized(map_HW: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resizes a map to (height, width) by antialiased bilinear interpolation, as images are; no-op for equal sizes.
+
+    NaN stays NaN and does not spread: around it, only the other px count.
+    """
+    if map_HW.shape == size:
+        return map_HW
+    known_HW = ~np.isnan(map_HW)
+    if known_HW.all():
+        return _bilinear(map_HW, size)
+    weight_HW = _bilinear(known_HW, size)
+    values_HW = _bilinear(np.where(known_HW, map_HW, 0.0), size)
+    nearest_HW = np.asarray(Image.fromarray(known_HW).resize(size[::-1], Image.Resampling.NEAREST))
+    shown_HW = nearest_HW & (weight_HW > 0)
+    mean_HW: np.ndarray = np.divide(values_HW, weight_HW, out=np.full(size, np.nan, np.float32), where=shown_HW)
+    return mean_HW
+
+
+def _bilinear(values_HW: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    picture = Image.fromarray(values_HW.astype(np.float32))
+    return np.asarray(picture.resize(size[::-1], Image.Resampling.BILINEAR))
