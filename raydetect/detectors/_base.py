@@ -85,6 +85,21 @@ class Scores:
     anomaly_map_BHW: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class PatchGrid:
+    """A grid of patches.
+
+    Attributes:
+        height: rows of patches.
+        width: columns of patches.
+        reach_px: how far a patch's score spreads in the map, in px of the input, beyond the patch.
+    """
+
+    height: int
+    width: int
+    reach_px: int
+
+
 class Detector(abc.ABC):
     """One anomaly detection algorithm.
 
@@ -145,6 +160,18 @@ class Detector(abc.ABC):
     def collect(self, batch: Batch) -> dict[str, Tensor]:
         """Rows to store for a batch of normal images, by name: (B, R, D); only when "collect" is in `phases`."""
         raise TypeError(f"{type(self).__name__} has no collect phase")
+
+    @property
+    def scores_by_map(self) -> bool:
+        """Whether the image score is the highest of the map or of its patches, so that pixels can be left out."""
+        return False
+
+    def patch_grids(self) -> Mapping[str, "PatchGrid"]:
+        """The grids of collected rows that are a set of patches, by name; patches that nothing depends on are left out.
+
+        Only for detectors with `scores_by_map`, as patches that were left out score high.
+        """
+        return {}
 
     def finish(self, state: FitState, on_progress: ProgressCallback) -> None:
         """Fits from the rows collected by all workers, replacing any earlier fit. Called on every worker.

@@ -256,6 +256,11 @@ class CFlow(NetworkDetector):
         flows.highest_L.copy_(state.rows[HIGHEST].all_rows().amax(0))
         self.freeze()
 
+    @property
+    def scores_by_map(self) -> bool:
+        """Yes."""
+        return True
+
     @torch.inference_mode()
     def score(self, images_BCHW: Tensor) -> Scores:
         """Likelihoods of all levels, each relative to its maximum, upsampled and summed (sec. 4.2)."""

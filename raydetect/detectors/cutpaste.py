@@ -236,6 +236,11 @@ class CutPaste(FineTuned):
         self.freeze()
         self.is_fitted = False
 
+    @property
+    def scores_by_map(self) -> bool:
+        """Whether windows are scored, and not only whole images."""
+        return self.params.level == "patch"
+
     def collect(self, batch: Batch) -> dict[str, Tensor]:
         """The embedding of every image, or of each of its windows."""
         return {EMBEDDINGS: unit(self._pooled(batch.images_BCHW)).flatten(1, -2)}

@@ -28,7 +28,7 @@ from raydetect.blocks.backbones.backbone import Backbone
 from raydetect.blocks.backbones.patch_embeddings import patch_embeddings
 from raydetect.blocks.coresets.coreset import Coreset, choose_coreset
 from raydetect.blocks.coresets.keyed_rows import FitState
-from raydetect.blocks.maps.anomaly_map import smooth_upsampled
+from raydetect.blocks.maps.anomaly_map import smooth_upsampled, smoothing_reach
 from raydetect.blocks.networks.image_flow import (
     image_flow,
     negative_log_likelihood,
@@ -37,7 +37,16 @@ from raydetect.blocks.networks.image_flow import (
 )
 from raydetect.blocks.search.difference import DifferenceNet, Differences, NormalPatches
 from raydetect.blocks.seeding import keyed_generator, keyed_seed, keyed_unit
-from raydetect.detectors._base import Batch, Detector, DetectorInfo, Phase, ProgressCallback, Scores, TrainingPlan
+from raydetect.detectors._base import (
+    Batch,
+    Detector,
+    DetectorInfo,
+    PatchGrid,
+    Phase,
+    ProgressCallback,
+    Scores,
+    TrainingPlan,
+)
 from raydetect.detectors._networks import NetworkDetector
 from raydetect.detectors._weights import WeightsName, load_backbone
 from raydetect.errors import ArtifactError
@@ -235,6 +244,17 @@ class DifferNet(NetworkDetector):
         degrees = [2 * params.max_degrees * (number - count // 2) / count for number in range(count)]
         head, sigma = self.networks[HEAD], params.smoothing_sigma
         return Scores(*scores_and_gradient_maps(self._backbone(), head, images_BCHW, params.num_scales, degrees, sigma))
+
+    @property
+    def scores_by_map(self) -> bool:
+        """Whether patches are compared with those of normal images."""
+        return "collect" in self.phases
+
+    def patch_grids(self) -> dict[str, PatchGrid]:
+        """The grid of the first layer."""
+        _, height, width = self._backbone().shapes(self.params.image_size)[0]
+        reach_px = smoothing_reach((height, width), self.params.image_size, self.params.smoothing_sigma)
+        return {EMBEDDINGS: PatchGrid(height, width, reach_px)}
 
     def collect(self, batch: Batch) -> dict[str, Tensor]:
         """Patch embeddings of every image."""

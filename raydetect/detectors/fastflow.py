@@ -158,6 +158,11 @@ class FastFlow(NetworkDetector):
         """Freezes the flows."""
         self.freeze()
 
+    @property
+    def scores_by_map(self) -> bool:
+        """Yes."""
+        return True
+
     @torch.inference_mode()
     def score(self, images_BCHW: Tensor) -> Scores:
         """Negative log-likelihood map of z, averaged over channels and levels; the score is its maximum (sec. 3.4).

@@ -20,12 +20,12 @@ from raydetect.blocks.backbones.backbone import Backbone
 from raydetect.blocks.backbones.patch_embeddings import patch_embeddings
 from raydetect.blocks.coresets.coreset import Coreset, CoresetMode, choose_coreset
 from raydetect.blocks.coresets.keyed_rows import FitState, KeyedRows
-from raydetect.blocks.maps.anomaly_map import smooth_upsampled
+from raydetect.blocks.maps.anomaly_map import smooth_upsampled, smoothing_reach
 from raydetect.blocks.search.faiss_search import BANK_INDEX, FaissSearch, IvfPqSearch, recall_at_1, require_faiss
 from raydetect.blocks.search.neighbors import BankSearch
 from raydetect.blocks.search.search import Search
 from raydetect.blocks.seeding import SkipInitialisation
-from raydetect.detectors._base import Batch, Detector, DetectorInfo, NotFittedError, ProgressCallback, Scores
+from raydetect.detectors._base import Batch, Detector, DetectorInfo, NotFittedError, PatchGrid, ProgressCallback, Scores
 from raydetect.detectors._weights import WeightsName, load_backbone
 from raydetect.errors import ArtifactError
 
@@ -108,6 +108,18 @@ class PatchCore(Detector):
         backbone, source = load_backbone(p.backbone, p.layers, p.weights, self.seed, p.precision)
         self.backbone = backbone.freeze().to(self.device)
         return source
+
+    @property
+    def scores_by_map(self) -> bool:
+        """Yes; without pixels that are ignored, the image score is re-weighted besides (eq. 7)."""
+        return True
+
+    def patch_grids(self) -> dict[str, PatchGrid]:
+        """The grid of the first layer."""
+        assert self.backbone is not None
+        _, height, width = self.backbone.shapes(self.params.image_size)[0]
+        reach_px = smoothing_reach((height, width), self.params.image_size, self.params.smoothing_sigma)
+        return {EMBEDDINGS: PatchGrid(height, width, reach_px)}
 
     def collect(self, batch: Batch) -> dict[str, Tensor]:
         """Patch embeddings of every image."""

@@ -164,6 +164,11 @@ class RIAD(NetworkDetector):
         """Freezes the U-Net."""
         self.freeze()
 
+    @property
+    def scores_by_map(self) -> bool:
+        """Yes."""
+        return True
+
     @torch.inference_mode()
     def score(self, images_BCHW: Tensor) -> Scores:
         """Smoothed dissimilarity, averaged over cell sizes (eq. 6); the image score is its maximum (sec. 3.3)."""

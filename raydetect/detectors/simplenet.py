@@ -153,6 +153,11 @@ class SimpleNet(NetworkDetector):
         """Freezes the adaptor and the discriminator."""
         self.freeze()
 
+    @property
+    def scores_by_map(self) -> bool:
+        """Yes."""
+        return True
+
     @torch.inference_mode()
     def score(self, images_BCHW: Tensor) -> Scores:
         """Negated discriminator output per patch (eq. 8); the image score is the maximum over patches."""

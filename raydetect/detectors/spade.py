@@ -130,6 +130,11 @@ class SPADE(Detector):
         sizes = [tuple((level.shape[-2], level.shape[-1]) for level in part) for part in parts]
         return [(PyramidLayout.of(grids, levels[0].device), part) for grids, part in zip(sizes, parts, strict=True)]
 
+    @property
+    def scores_by_map(self) -> bool:
+        """Whether `image_score` is the map."""
+        return self.params.image_score == "map"
+
     def finish(self, state: FitState, on_progress: ProgressCallback) -> None:
         """Gathers the images of all workers."""
         tensors = {name: rows.all_rows() for name, rows in sorted(state.rows.items())}

@@ -93,6 +93,11 @@ class STFPM(NetworkDetector):
         """Freezes the student."""
         self.freeze()
 
+    @property
+    def scores_by_map(self) -> bool:
+        """Yes."""
+        return True
+
     @torch.inference_mode()
     def score(self, images_BCHW: Tensor) -> Scores:
         """Product over levels of the upsampled errors (eq. 4); the image score is its maximum."""

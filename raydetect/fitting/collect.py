@@ -1,13 +1,15 @@
 """Collects keyed rows: one forward pass of the detector over each image of a worker."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from raydetect.blocks.coresets.group import Group
 from raydetect.blocks.coresets.keyed_rows import PAD_KEY, FitState
-from raydetect.detectors._base import Batch, Detector
+from raydetect.detectors._base import Batch, Detector, PatchGrid
 from raydetect.fitting.image_cache import ImageCache
 
 
@@ -25,7 +27,7 @@ def collect(
     Every forward pass has exactly `batch_size` images (zero-padded), so an image gives the same rows for any number
     of workers.
     """
-    state = FitState(group, max_bytes)
+    state, kept = FitState(group, max_bytes), _kept_patches(detector, cache)
     for start in range(0, len(keys), batch_size):
         part = keys[start : start + batch_size]
         images_BHWC = np.zeros((batch_size, *cache.shape), dtype=np.uint8)
@@ -33,6 +35,29 @@ def collect(
         images_BCHW = torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).to(detector.device)
         padded = [*part, *[PAD_KEY] * (batch_size - len(part))]
         with torch.inference_mode():
-            state.add(padded, detector.collect(Batch(images_BCHW, padded)))
+            state.add(padded, detector.collect(Batch(images_BCHW, padded)), kept(part))
         on_progress(len(part))
     return state
+
+
+def _kept_patches(detector: Detector, cache: ImageCache) -> Callable[[list[str]], Mapping[str, Tensor]]:
+    """Returns the rows to keep of inputs, by name, bool (B, R).
+
+    These are the patches that have, within the reach of their score, a pixel that is looked at.
+    """
+    if not cache.preprocess.view.ignores:
+        return lambda keys: {}
+    grids = detector.patch_grids()
+
+    def kept(keys: list[str]) -> Mapping[str, Tensor]:
+        looked_BHW = torch.from_numpy(cache.looked(keys)).float()
+        return {name: _near(looked_BHW, grid) for name, grid in grids.items()}
+
+    return kept
+
+
+def _near(looked_BHW: Tensor, grid: PatchGrid) -> Tensor:
+    around = 2 * grid.reach_px + 1
+    reached_BHW = F.max_pool2d(looked_BHW, (1, around), 1, (0, grid.reach_px))
+    reached_BHW = F.max_pool2d(reached_BHW, (around, 1), 1, (grid.reach_px, 0))
+    return F.adaptive_max_pool2d(reached_BHW, (grid.height, grid.width)).flatten(1) > 0

@@ -24,6 +24,7 @@ from raydetect.images.preprocess import Preprocess
 from raydetect.left_out import LeftOutCount, left_out_of, left_out_text
 from raydetect.records import OK, Chunk, LeftOut, Member
 from raydetect.storage import Scratch
+from raydetect.views.view import Layout, Window
 from raydetect.views.windows import Input
 
 SHARED_PER_BROADCAST = 64
@@ -119,10 +120,24 @@ class ImageCache:
                 inputs[image.image_key].append(image)
         for images in inputs.values():
             for image in images:
-                layout = self.preprocess.layout(image.size if image.size[0] else self.preprocess.image_size[::-1])
-                window = next(w for w in layout.windows if (w.row, w.column) == (image.row, image.column))
-                yield Input(layout, window, self.pixels([image.key])[0])
+                layout, window = self._shown(image)
+                looked_HW = layout.looked_input(window, self.preprocess.image_size)
+                yield Input(layout, window, self.pixels([image.key])[0], looked_HW)
             yield Pixels()
+
+    def looked(self, keys: Sequence[str]) -> np.ndarray:
+        """Pixels of inputs that are looked at, bool (B, H, W)."""
+        looked_BHW = np.ones((len(keys), *self.shape[:2]), bool)
+        for i, key in enumerate(keys):
+            layout, window = self._shown(self.images[key])
+            looked_HW = layout.looked_input(window, self.preprocess.image_size)
+            looked_BHW[i] = True if looked_HW is None else looked_HW
+        return looked_BHW
+
+    def _shown(self, image: CachedImage) -> tuple[Layout, Window]:
+        """The layout of an input's picture, and its window."""
+        layout = self.preprocess.layout(image.size if image.size[0] else self.preprocess.image_size[::-1])
+        return layout, next(w for w in layout.windows if (w.row, w.column) == (image.row, image.column))
 
     def of_category(self, category: str) -> "ImageCache":
         """Returns a view of the images of one category."""

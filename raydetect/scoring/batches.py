@@ -76,7 +76,8 @@ def score_batches(
     running: deque[tuple[list[Entry], Future[_Result]]] = deque()
     pictures = _Pictures()
     for entries, images_BHWC in _batches(decoded, batch_size, pictures):
-        running.append((entries, submit(partial(_forward, detector, images_BHWC))))
+        looked_BHW = _looked(entries, images_BHWC) if detector.scores_by_map else None
+        running.append((entries, submit(partial(_forward, detector, images_BHWC, looked_BHW))))
         if len(running) > BATCHES_AHEAD:
             _fetch(*running.popleft())
             yield from pictures.complete()
@@ -137,8 +138,25 @@ def _batches(
         yield entries, np.concatenate([np.stack(images), padding])
 
 
-def _forward(detector: Detector, batch_BHWC: np.ndarray) -> _Result:
-    """Scores a batch without waiting for a CUDA device: copies in both directions use pinned memory."""
+def _looked(entries: list[Entry], batch_BHWC: np.ndarray) -> np.ndarray | None:
+    """The pixels that are looked at, bool (batch_size, H, W), if the view ignores some."""
+    if not entries[0][1].layout.ignores:
+        return None
+    looked_BHW = np.ones(batch_BHWC.shape[:3], bool)
+    for i, (_, item) in enumerate(entries):
+        if item.looked_HW is not None:
+            looked_BHW[i] = item.looked_HW
+    return looked_BHW
+
+
+def _forward(detector: Detector, batch_BHWC: np.ndarray, looked_BHW: np.ndarray | None = None) -> _Result:
+    """Scores a batch without waiting for a CUDA device: copies in both directions use pinned memory.
+
+    Args:
+        detector: fitted detector.
+        batch_BHWC: uint8 RGB.
+        looked_BHW: the pixels from whose map the image score is taken; None = the detector's own score.
+    """
     is_cuda = detector.device.type == "cuda"
     host_BHWC = torch.from_numpy(batch_BHWC)
     if is_cuda:
@@ -146,7 +164,11 @@ def _forward(detector: Detector, batch_BHWC: np.ndarray) -> _Result:
     with torch.inference_mode():
         scores = detector.score(host_BHWC.permute(0, 3, 1, 2).to(detector.device, non_blocking=True))
         low_B, high_B = scores.anomaly_map_BHW.flatten(1).aminmax(dim=1)  # NaN if a pixel is
-        scores_B3 = torch.stack([scores.image_score_B.float(), low_B.float(), high_B.float()], dim=1)
+        score_B = scores.image_score_B
+        if looked_BHW is not None:
+            looked = torch.from_numpy(looked_BHW).to(detector.device, non_blocking=True)
+            score_B = torch.where(looked, scores.anomaly_map_BHW, -math.inf).flatten(1).amax(1)
+        scores_B3 = torch.stack([score_B.float(), low_B.float(), high_B.float()], dim=1)
         if not is_cuda:
             return _Result(scores_B3, scores.anomaly_map_BHW, None)
         host_B3 = torch.empty(scores_B3.shape, pin_memory=True)

@@ -10,7 +10,9 @@ the values that the detector gave. The image score of a picture in tiles is the 
 defect in one tile makes the picture anomalous; with a single tile it is the detector's own score.
 
 Beyond a region, inputs have the same fill in the fit and in scoring, so that nothing there can be learnt or change a
-score, and the map is NaN.
+score, and the map is NaN. With a region or padding, a detector whose image score is the highest of its map or patches
+gets the highest pixel that is looked at as image score, and its memory bank has no patch that lies wholly outside
+(`Detector.scores_by_map`, `Detector.patch_grids`); other detectors score the filled input.
 """
 
 import math
@@ -72,6 +74,7 @@ class Layout:
         reduction: px of the scaled picture for each px of the canvas, along each side.
         region: where to look; None = everywhere.
         picture: (width, height) in px of the upright picture.
+        ignores: whether pixels of inputs are ignored, by a region or padding; image scores then come from maps.
     """
 
     windows: tuple[Window, ...]
@@ -80,6 +83,7 @@ class Layout:
     reduction: int
     region: Region | None
     picture: tuple[int, int]
+    ignores: bool = False
 
     @cached_property
     def looked(self) -> np.ndarray | None:
@@ -122,6 +126,11 @@ class View:
     spec: ViewSpec
     region: Region | None = None
     _layouts: dict[tuple[int, ...], Layout] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def ignores(self) -> bool:
+        """Whether parts of inputs are ignored, in the fit and in scoring."""
+        return self.region is not None or self.spec.resize == "pad"
 
     @property
     def has_tiles(self) -> bool:
@@ -172,7 +181,7 @@ def _layout(view: View, size: tuple[int, int], image_size: tuple[int, int]) -> L
     box, place = _resized(view.spec, size, image_size)
     width, height = place[2] - place[0], place[3] - place[1]
     window = Window(0, 0, box, place, (0, 0, width, height), (0, 0), (width, height))
-    return Layout((window,), (height, width), box, 1, view.region, size)
+    return Layout((window,), (height, width), box, 1, view.region, size, view.ignores)
 
 
 def _resized(spec: ViewSpec, size: tuple[int, int], image_size: tuple[int, int]) -> tuple[Box, Place]:
@@ -221,7 +230,9 @@ def _tiled(view: View, size: tuple[int, int], image_size: tuple[int, int]) -> La
                 cell = (first_x, first_y, last_x, last_y)
                 windows.append(Window(row, column, box, (0, 0, *inside), cell, (left, upper), (width, height)))
     canvas = (math.ceil(scaled[1] / reduction), math.ceil(scaled[0] / reduction))
-    return Layout(tuple(windows), canvas, (0.0, 0.0, float(size[0]), float(size[1])), reduction, view.region, size)
+    return Layout(
+        tuple(windows), canvas, (0.0, 0.0, float(size[0]), float(size[1])), reduction, view.region, size, view.ignores
+    )
 
 
 def _resized_side(length: int, tile: int, image_side: int) -> int:

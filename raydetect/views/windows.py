@@ -18,11 +18,13 @@ class Input:
         layout: the windows of its picture.
         window: the window that it shows.
         image_HWC: uint8 RGB at the detector's input size.
+        looked_HW: its pixels that are looked at, bool (H, W); None = all.
     """
 
     layout: Layout
     window: Window
     image_HWC: np.ndarray
+    looked_HW: np.ndarray | None = None
 
     @classmethod
     def of(cls, image_HWC: np.ndarray) -> "Input":
@@ -89,4 +91,4 @@ def input_of(upright: Upright, layout: Layout, window: Window, image_size: tuple
         filled_HWC[upper:lower, left:right] = image_HWC
         filled_HWC[~looked_HW] = FILL
         image_HWC = filled_HWC
-    return Input(layout, window, image_HWC), np.asarray(shown.convert("L"))
+    return Input(layout, window, image_HWC, looked_HW), np.asarray(shown.convert("L"))

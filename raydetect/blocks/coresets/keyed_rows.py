@@ -205,15 +205,27 @@ class FitState:
         self.max_bytes = max_bytes
         self.rows: dict[str, KeyedRows] = {}
 
-    def add(self, keys: Sequence[str], collected: Mapping[str, Tensor]) -> None:
-        """Adds the rows of a batch, by name, (B, R, D); images with PAD_KEY are ignored."""
+    def add(
+        self, keys: Sequence[str], collected: Mapping[str, Tensor], kept: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Adds the rows of a batch; images with PAD_KEY are ignored.
+
+        Args:
+            keys: keys of the B images.
+            collected: rows by name, (B, R, D).
+            kept: rows to add by name, bool (at most B, R), for the first images; all rows of other names are added.
+        """
+        chosen = kept or {}
         with torch.inference_mode(False):  # the rows outlive the forward pass
             for name, rows_BRD in collected.items():
                 if name not in self.rows:
                     self.rows[name] = KeyedRows(rows_BRD.shape[2], self.group, self.max_bytes // len(collected))
                 rows_BRD = rows_BRD.detach().float().cpu()
                 for i, key in enumerate(keys):
-                    self.rows[name].add(key, rows_BRD[i])
+                    rows_RD = rows_BRD[i]
+                    if name in chosen and i < len(chosen[name]):
+                        rows_RD = rows_RD[chosen[name][i]]
+                    self.rows[name].add(key, rows_RD)
 
     def agree(self) -> None:
         """Adds missing row names on workers without images, so that all can merge. Call once, after collecting."""

@@ -1,5 +1,6 @@
 """Anomaly maps from grids of patch scores: upsampling and Gaussian smoothing."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -68,6 +69,18 @@ def smooth_upsampled(grid_Bhw: Tensor, size_px: tuple[int, int], sigma_px: float
     wide_BhW = product(grid_Bhw.float().reshape(batch * height, width), columns_Ww).view(batch, height, -1)
     transposed_BWh = wide_BhW.transpose(1, 2).reshape(-1, height)
     return product(transposed_BWh, rows_Hh).view(batch, -1, size_px[0]).transpose(1, 2).contiguous()
+
+
+def smoothing_reach(grid: tuple[int, int], size_px: tuple[int, int], sigma_px: float) -> int:
+    """How far `smooth_upsampled` spreads a patch's score beyond the patch, in px.
+
+    Args:
+        grid: (height, width) of the grid of patches.
+        size_px: (height, width) of the map.
+        sigma_px: of the Gaussian.
+    """
+    patch_px = max(math.ceil(side / patches) for side, patches in zip(size_px, grid, strict=True))
+    return patch_px + len(gaussian_kernel(sigma_px)) // 2 if sigma_px else patch_px
 
 
 @kept_on_device
