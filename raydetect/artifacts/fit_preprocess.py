@@ -5,12 +5,47 @@ from dataclasses import replace
 from raydetect.artifacts.record import read_record
 from raydetect.config import AT_LEAST_2X, STRETCH, FitSpec, ViewSpec
 from raydetect.detectors._registry import build_from
-from raydetect.errors import SpecError
+from raydetect.errors import MissingError, SpecError
 from raydetect.images.preprocess import Preprocess
 from raydetect.images.region_masks import region_of_mask
 from raydetect.storage import Storage, normalise_uri
 from raydetect.views.region import Region
 from raydetect.views.view import View
+
+
+class FitRules:
+    """The decoding rules of a fit, for images of each category.
+
+    Attributes:
+        common: those of images without a category, and of all images if the categories have the same region.
+    """
+
+    def __init__(self, spec: FitSpec) -> None:
+        """Reads the mask of the region; those of categories are read when an image of the category is met.
+
+        Raises:
+            SpecError, ArtifactError, StorageError: see `fit_preprocess`.
+        """
+        self._spec = spec
+        self._of_category: dict[str, Preprocess] = {}
+        without = replace(spec, view=replace(spec.view, region=None)) if spec.view.has_region_of_category else spec
+        self.common = fit_preprocess(without)
+
+    def of(self, category: str | None) -> Preprocess:
+        """Returns the rules for images of a category.
+
+        Raises:
+            SpecError: the category has no mask, or it cannot be used.
+            StorageError: the mask cannot be read.
+        """
+        if category is None or not self._spec.view.has_region_of_category:
+            return self.common
+        if category not in self._of_category:
+            view = view_of(
+                self._spec.view.of_category(category), self.common.image_size, Storage(self._spec.storage), category
+            )
+            self._of_category[category] = replace(self.common, view=view)
+        return self._of_category[category]
 
 
 def fit_preprocess(spec: FitSpec) -> Preprocess:
@@ -26,9 +61,23 @@ def fit_preprocess(spec: FitSpec) -> Preprocess:
     image_size = build_from(spec.detector, spec.seed).params.image_size
     if spec.extend is not None:
         return _extended(spec, image_size)
-    _require_crop(spec.view, image_size)
-    view = View(replace(spec.view, region=None), _region(spec))
+    view = view_of(spec.view, image_size, Storage(spec.storage))
     return Preprocess(image_size, spec.preprocess.jpeg_scale or AT_LEAST_2X, view)
+
+
+def view_of(spec: ViewSpec, image_size: tuple[int, int], storage: Storage, category: str | None = None) -> View:
+    """Returns the view of a job for inputs of (height, width) px; reads the mask of its region.
+
+    Raises:
+        SpecError: the crop is not the input, or the mask is missing or unusable.
+        StorageError: the mask cannot be read.
+    """
+    if spec.crop not in (None, image_size):
+        raise SpecError(
+            f"view.crop = {list(spec.crop or ())}: the detector's image_size is {list(image_size)}, and the crop is "
+            "its input. Set detector.params.image_size to the crop."
+        )
+    return View(replace(spec, region=None), _region(spec, storage, category))
 
 
 def _extended(spec: FitSpec, image_size: tuple[int, int]) -> Preprocess:
@@ -47,19 +96,15 @@ def _extended(spec: FitSpec, image_size: tuple[int, int]) -> Preprocess:
     return Preprocess(image_size, earlier.jpeg_scale, earlier.view)
 
 
-def _require_crop(view: ViewSpec, image_size: tuple[int, int]) -> None:
-    if view.crop not in (None, image_size):
-        raise SpecError(
-            f"view.crop = {list(view.crop or ())}: the detector's image_size is {list(image_size)}, and the crop is "
-            "its input. Set detector.params.image_size to the crop."
-        )
-
-
-def _region(spec: FitSpec) -> Region | None:
-    region = spec.view.region
+def _region(spec: ViewSpec, storage: Storage, category: str | None) -> Region | None:
+    region = spec.region
     if region is None:
         return None
     if not isinstance(region, str):
         return Region(polygons=region)
     uri = normalise_uri(region)
-    return region_of_mask(Storage(spec.storage).read(uri), uri)
+    try:
+        return region_of_mask(storage.read(uri), uri)
+    except MissingError:
+        of = "" if category is None else f" of category {category!r}"
+        raise SpecError(f"view.region: the mask {uri}{of} does not exist. Add it or correct the URI.") from None

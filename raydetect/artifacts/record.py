@@ -150,6 +150,7 @@ class RecordShape:
     bank: BankShape | None = None
     images: Mapping[str, Count] = field(default_factory=dict)
     images_per_second: Annotated[Finite, Field(ge=0)] = 0.0
+    tiles_per_second: Annotated[Finite, Field(ge=0)] = 0.0
     spec: SpecShape = field(default_factory=SpecShape)
     weights: str = ""
     packages: Mapping[str, str] = field(default_factory=dict)

@@ -3,7 +3,7 @@
 from raydetect.archives.formats.loose_files import loose_names
 from raydetect.archives.open import open_archive
 from raydetect.archives.path_patterns import Naming
-from raydetect.artifacts.fit_preprocess import fit_preprocess
+from raydetect.artifacts.fit_preprocess import FitRules, fit_preprocess
 from raydetect.check.locations import Check, first_shard, reachable
 from raydetect.config import FitSpec, ResourceSpec, source_storage
 from raydetect.detectors._ensemble import learns_from_labels, parts
@@ -20,6 +20,7 @@ def fit_checks(spec: FitSpec) -> list[Check]:
         lambda: reachable(spec.artifact, spec.storage, "artifact"),
         lambda: _trainable(spec),
         lambda: _labelled(spec),
+        lambda: _masks(spec),
     ]
     extra = spec.calibration.source
     if extra is not None:
@@ -40,6 +41,22 @@ def _trainable(spec: FitSpec) -> None:
         if "collect" not in phases:
             raise SpecError(f"extend: {spec.detector.name} has no memory bank to extend. Fit it again on all images.")
         fit_preprocess(spec)
+
+
+def _masks(spec: FitSpec) -> None:
+    """Reads the mask of the region, and those of the categories that the paths of loose images name.
+
+    Raises:
+        SpecError: a mask is missing or cannot be used.
+    """
+    rules = FitRules(spec)
+    if not spec.view.has_region_of_category:
+        return
+    naming = Naming.of(spec.source)
+    for shard in open_archive(spec.source, Storage(source_storage(spec, spec.source))).shards():
+        if shard.format == "prefix":
+            for facts in map(naming.read, loose_names(shard)):
+                rules.of(None if facts is None else facts.category)
 
 
 def _labelled(spec: FitSpec) -> None:

@@ -10,9 +10,11 @@ from raydetect.archives.labels import labels_text
 from raydetect.archives.open import open_archive
 from raydetect.config import AuditSpec, CalibrateSpec, FitSpec, JobSpec, ScoreSpec, SourceSpec, source_storage
 from raydetect.errors import SpecError
+from raydetect.images.opening import DecodeRules, header_size
 from raydetect.left_out import LeftOutCount, left_out_text
 from raydetect.records import Member
 from raydetect.storage import Storage
+from raydetect.views.hints import hints
 
 MAX_IMAGES, MAX_BYTES = 1000, 128 << 20
 
@@ -28,12 +30,16 @@ def source_lines(spec: JobSpec) -> list[str]:
     archive = open_archive(spec.source, Storage(source_storage(spec, spec.source)))
     listing, left_out = archive.listing(), LeftOutCount()
     counts: Counter[tuple[int | None, str]] = Counter()
+    sizes: Counter[tuple[int, int]] = Counter()
+    rules = DecodeRules.of(spec.source)
     is_all = False
     for member in _first_members(archive, listing, spec.source, left_out):
         if member is None:
             is_all = True
         else:
             counts[member.label, member.raw_label] += 1
+            size = header_size(member.data, rules) if isinstance(spec, FitSpec) else None
+            sizes.update([size] if size else [])
     if is_all:
         _refuse_useless(spec, counts, left_out)
     of = "" if is_all else f", of the first {counts.total():,} images"
@@ -42,7 +48,15 @@ def source_lines(spec: JobSpec) -> list[str]:
         lines.append(f"label: {labels_text([(*key, count) for key, count in counts.items()])}{of}")
     if left_out.counts:
         lines.append(f"Left out{of}: {left_out_text(left_out.counts)}")
-    return lines
+    return lines + (_hint_lines(spec, sizes) if isinstance(spec, FitSpec) else [])
+
+
+def _hint_lines(spec: FitSpec, sizes: Counter[tuple[int, int]]) -> list[str]:
+    """Hints on the view of a fit; imports torch, as its other checks did."""
+    from raydetect.artifacts.fit_preprocess import FitRules
+
+    preprocess = FitRules(spec).common
+    return [f"Hint: {hint}" for hint in hints(sizes, preprocess.view, preprocess.image_size)]
 
 
 def _refuse_useless(spec: JobSpec, counts: Counter[tuple[int | None, str]], left_out: LeftOutCount) -> None:

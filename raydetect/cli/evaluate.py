@@ -79,6 +79,8 @@ def _report(spec: "EvaluateSpec", finished_cells: list[dict[str, Any]]) -> None:
     from raydetect.storage import Storage, normalise_uri
 
     uris = write_leaderboard(normalise_uri(spec.output), Storage(spec.storage), finished_cells)
+    for hint in dict.fromkeys(hint for cell in finished_cells for hint in cell.get("hints", ())):
+        click.echo(f"Hint: {hint}", err=True)
     sys.stdout.write(markdown(leaderboard(finished_cells)))
     images = sum(cell["test_images"] for cell in finished_cells)
     click.echo(f"Judged {images:,} images in {len(finished_cells):,} cells.")

@@ -127,6 +127,8 @@ def _print_fit(spec: "FitSpec", report: "FitReport") -> None:
     click.echo(f"Weights: {facts['weights']}")
     if "random seed:" in str(facts["weights"]):
         click.echo("Note: random weights find only coarse defects; set `weights:` to a file for real use.")
+    for hint in facts.get("hints", ()):
+        click.echo(f"Hint: {hint}")
     for reason in facts["bad_reasons"]:
         click.echo(f"Bad: {reason}")
     left_out = f"{images['bad']} bad and {images['labelled_anomalous_left_out']} labelled anomalous left out"

@@ -46,6 +46,8 @@ def _print_forecast(result: "Forecast") -> None:
     click.echo(f"Shards     {result.shards_left:,} left of {result.shards:,}")
     click.echo(f"Bytes      {bytes_text(result.bytes_left)} to read")
     click.echo(f"Images     {result.images:,} ({result.images_from})")
+    if result.tiles:
+        click.echo(f"Tiles      {result.tiles:,} ({result.tiles_from})")
     click.echo(f"Chunks     {result.chunks:,}")
     click.echo(f"PUTs       {result.puts:,} at most")
     if not result.images_per_second:

@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field
 from raydetect.config.fit import DetectorSpec, PreprocessSpec
 from raydetect.config.shared import ResourceSpec, SourceSpec, StorageOptions
 from raydetect.config.validation import STRICT
+from raydetect.config.view import STRETCH, ViewSpec
 
 Layout = Literal["mvtec_ad", "mvtec_ad2", "visa", "btad", "manifest"]
 
@@ -65,6 +66,9 @@ class EvaluateSpec:
         float, Field(gt=0, lt=1, description="as in a fit job, so that detectors are the same")
     ] = 0.1
     preprocess: PreprocessSpec = field(default_factory=PreprocessSpec)
+    view: Annotated[
+        ViewSpec, Field(description="which parts of a picture every detector looks at, and at which size")
+    ] = STRETCH
     batch_size: Annotated[int, Field(ge=1, description="images in one forward pass")] = 16
     storage: Annotated[StorageOptions, Field(description="storage for everything that has none of its own")] = field(
         default_factory=StorageOptions
@@ -80,5 +84,11 @@ class EvaluateSpec:
             raise ValueError("grid and seeds apply to detectors that are fitted; remove them with results")
         if self.grid and any(detector.ensemble for detector in self.detectors):
             raise ValueError("grid sets parameters of single detectors; list ensembles in a job of their own")
+        if self.results and self.view != STRETCH:
+            raise ValueError("view applies to detectors that are fitted; remove it with results")
+        if self.view.has_region_of_category and self.data is None:
+            raise ValueError(
+                "view.region has a mask for each {category}, but archive fits one detector for all; name one"
+            )
         if self.resources.bank_shards != 1:
             raise ValueError("resources.bank_shards applies to scoring jobs only; remove it")

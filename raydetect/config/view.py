@@ -1,12 +1,13 @@
 """`view`: which parts of a picture a detector looks at, and at which size."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
 from raydetect.config.validation import STRICT
 
+CATEGORY = "{category}"
 Resize = Literal["stretch", "pad", "short_side"]
 Pixels = Annotated[int, Field(ge=8, le=16_384)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -57,8 +58,9 @@ class ViewSpec:
     region: Annotated[
         str | tuple[Polygon, ...] | None,
         Field(
-            description="where to look: URI of a mask ({category} is replaced in fits with per_category), or polygons "
-            "of (x, y) from 0 to 1; the rest of the picture is neither learnt nor scored nor drawn"
+            description="where to look: URI of a mask ({category} is replaced where each category has its own "
+            "detector), or polygons of (x, y) from 0 to 1; the rest of the picture is neither learnt nor scored nor "
+            "drawn"
         ),
     ] = None
 
@@ -77,16 +79,31 @@ class ViewSpec:
         if self.region == ():
             raise ValueError("region has no polygon; remove it")
 
+    @property
+    def has_region_of_category(self) -> bool:
+        """Whether each category has a mask of its own."""
+        return isinstance(self.region, str) and CATEGORY in self.region
+
+    def of_category(self, category: str) -> "ViewSpec":
+        """The view of one category."""
+        region = self.region.replace(CATEGORY, category) if isinstance(self.region, str) else self.region
+        return replace(self, region=region)
+
     def recorded(self) -> dict[str, Any]:
-        """The settings that differ from the defaults, without the region."""
+        """The settings that differ from the defaults, without the region, as plain values."""
+        tile = self.tile
         whole = {
             "resize": self.resize,
-            "size": self.size,
-            "crop": self.crop,
+            "size": _listed(self.size),
+            "crop": _listed(self.crop),
             "scale": self.scale,
-            "tile": None if self.tile is None else {"size": self.tile.size, "overlap": self.tile.overlap},
+            "tile": None if tile is None else {"size": _listed(tile.size), "overlap": tile.overlap},
         }
         return {name: value for name, value in whole.items() if value not in (None, "stretch")}
+
+
+def _listed(size: tuple[int, int] | None) -> list[int] | None:
+    return None if size is None else list(size)
 
 
 STRETCH = ViewSpec()

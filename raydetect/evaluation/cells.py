@@ -9,7 +9,8 @@ from typing import Any
 from raydetect.archives.base import archive_fingerprint
 from raydetect.archives.dataset_layouts import Labelled, read_layout
 from raydetect.archives.open import open_archive
-from raydetect.config import DetectorSpec, EvaluateSpec, public_spec, result_settings, source_storage
+from raydetect.artifacts.fit_preprocess import view_of
+from raydetect.config import DetectorSpec, EvaluateSpec, ViewSpec, public_spec, result_settings, source_storage
 from raydetect.config.validation import digest, to_plain
 from raydetect.detectors._registry import build_from
 from raydetect.errors import DamagedError, SpecError
@@ -92,17 +93,30 @@ def plan_evaluation(spec: EvaluateSpec) -> Evaluation:
     settings = {
         name: value
         for name, value in result_settings(public_spec(spec)).items()
-        if name not in ("detectors", "grid", "seeds", "output")
+        if name not in ("detectors", "grid", "seeds", "output", "view")
     }
     cells = []
     for detector, line in _lines(spec):
         for (category, fingerprint), seed in itertools.product(groups.items(), spec.seeds):
-            build_from(detector, seed)
             own = {"detector": to_plain(detector), "seed": seed, "category": category, "data": fingerprint}
-            cells.append(Cell(detector, line, category, seed, digest({**settings, **own})))
+            cell = Cell(detector, line, category, seed, "")
+            view = _view(spec, cell)
+            cells.append(replace(cell, digest=digest({**settings, **own, **view})))
     if len({cell.digest for cell in cells}) != len(cells):
         raise SpecError("detectors: two of them are identical, with the same parameters. Keep one.")
     return Evaluation(spec, tuple(cells), images)
+
+
+def cell_view(spec: EvaluateSpec, category: str | None) -> ViewSpec:
+    """The view of the cells of a category."""
+    return spec.view if category is None else spec.view.of_category(category)
+
+
+def _view(spec: EvaluateSpec, cell: Cell) -> dict[str, Any]:
+    """The recorded view of a cell, with the pixels of its mask; empty if pictures are stretched."""
+    image_size = build_from(cell.detector, cell.seed).params.image_size
+    view = view_of(cell_view(spec, cell.category), image_size, Storage(spec.storage), cell.category).recorded()
+    return {"view": view} if view else {}
 
 
 def _data(spec: EvaluateSpec) -> tuple[tuple[Labelled, ...], dict[str | None, str]]:

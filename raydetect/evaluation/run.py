@@ -13,7 +13,7 @@ from raydetect.blocks.coresets.group import Group
 from raydetect.config import FIT_CHUNK_BYTES, FIT_CHUNK_IMAGES, FitSpec, SourceSpec, source_storage
 from raydetect.config.validation import to_plain, validate
 from raydetect.errors import RaydetectError
-from raydetect.evaluation.cells import Cell, Evaluation
+from raydetect.evaluation.cells import Cell, Evaluation, cell_view
 from raydetect.evaluation.labelled_images import EvaluationOutcome, evaluate_images, member_chunks, peak_memory_bytes
 from raydetect.fitting.fit_run import ProgressCallback
 from raydetect.fitting.worker import fit_worker
@@ -58,6 +58,7 @@ def run_cell(evaluation: Evaluation, cell: Cell, on_progress: ProgressCallback) 
         "artifact": {"uri": report.uri, "digest": report.digest},
         "weights": facts["weights"],
         "fitted_images": facts["images"]["fitted"],
+        **({"hints": facts["hints"]} if "hints" in facts else {}),
         "fit_seconds": round(sum(facts["seconds"].values()), 3),
         "categories": figures,
         "packages": package_versions(),
@@ -114,6 +115,7 @@ def _fit_spec(evaluation: Evaluation, cell: Cell, uri: str) -> FitSpec:
         "batch_size": spec.batch_size,
         "calibration": {"holdout_ratio": spec.holdout_ratio},
         "preprocess": spec.preprocess,
+        "view": cell_view(spec, cell.category),
         "resources": spec.resources,
     }
     return validate(FitSpec, values, "evaluate")

@@ -135,6 +135,9 @@ class FitRun:
                 detector, self._calibration_images(), held_out, self.spec.batch_size, self.group, on_progress
             )
         counts |= {"held_out": len(calibration.scores), "bad": read.bad}
+        if self.cache.preprocess.view.has_tiles:
+            judged, images = set(held_out), self._calibration_images().images.values()
+            counts["held_out_tiles"] = self._count(sum(image.image_key in judged for image in images))
         facts |= {
             **merged_facts(detector.facts(), trained),
             **measured_facts(self.spec, self.phases, self.group, counts),

@@ -13,6 +13,7 @@ import torch
 
 from raydetect.archives.chunks import refuse_bad_member
 from raydetect.archives.labels import labels_text
+from raydetect.artifacts.fit_preprocess import FitRules
 from raydetect.blocks.coresets.group import Group
 from raydetect.config import SourceSpec
 from raydetect.config.validation import to_plain
@@ -69,9 +70,10 @@ class ImageCache:
         preprocess: how the images were decoded, which is what the artifact records.
     """
 
-    def __init__(self, preprocess: Preprocess) -> None:
-        """Creates an empty cache for images decoded by these rules."""
+    def __init__(self, preprocess: Preprocess, of_category: Callable[[str], Preprocess] | None = None) -> None:
+        """Creates an empty cache for images decoded by these rules; categories may have regions of their own."""
         self.preprocess = preprocess
+        self._preprocess_of = of_category or (lambda _: preprocess)
         self.shape = (*preprocess.image_size, 3)
         self.images: dict[str, CachedImage] = {}
         self._rows: dict[str, int] = {}
@@ -140,8 +142,13 @@ class ImageCache:
         return layout, next(w for w in layout.windows if (w.row, w.column) == (image.row, image.column))
 
     def of_category(self, category: str) -> "ImageCache":
-        """Returns a view of the images of one category."""
+        """Returns a view of the images of one category, with the rules by which they were decoded.
+
+        Raises:
+            SpecError: the category has no mask although the fit needs one.
+        """
         view = copy.copy(self)
+        view.preprocess = self._preprocess_of(category)
         view.images = {key: image for key, image in self.images.items() if image.category == category}
         return view
 
@@ -195,10 +202,12 @@ class ReadFacts:
         bad_reasons: reasons of the first ones.
         labels: (label, value it was read from, number of images).
         left_out: files that are not images, by reason.
+        hints: what another view may do better, one sentence each.
     """
 
     bad: int = 0
     bad_reasons: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
     labels: tuple[tuple[int | None, str, int], ...] = ()
     left_out: Mapping[str, LeftOut] = field(default_factory=dict)
 
@@ -208,6 +217,7 @@ class ReadFacts:
             "labels": to_plain(self.labels),
             "left_out": to_plain(self.left_out),
             "bad_reasons": list(self.bad_reasons),
+            **({"hints": list(self.hints)} if self.hints else {}),
         }
 
     @property
@@ -219,7 +229,11 @@ class ReadFacts:
 
 @dataclass(slots=True)
 class ReadImages:
-    """Counts of usable and bad images of this worker, their labels, and the first reasons for bad ones."""
+    """Counts of usable and bad images of this worker, their labels and sizes, and the first reasons for bad ones.
+
+    Attributes:
+        sizes: number of images by (width, height) in px of the upright image; of all workers after `checked_total`.
+    """
 
     good: int = 0
     bad: int = 0
@@ -228,6 +242,7 @@ class ReadImages:
     left_out: LeftOutCount = field(default_factory=LeftOutCount)
     shards: int = 0
     bad_shards: int = 0
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
 
     def note_chunk(self, chunk: Chunk) -> None:
         """Counts a chunk; the last chunk of a shard shows whether the shard could be read."""
@@ -247,6 +262,7 @@ class ReadImages:
             return
         self.good += 1
         self.labels[member.label, member.raw_label] += 1
+        self.sizes[pixels.width or 0, pixels.height or 0] += 1
 
     def note_bad(self, reason: str) -> None:
         """Counts a bad image."""
@@ -262,10 +278,12 @@ class ReadImages:
         """
         labels = [[*key, count] for key, count in self.labels.items()]
         counts = [self.good, self.bad, self.shards, self.bad_shards]
-        fields = [counts, self.reasons, labels, to_plain(self.left_out.counts)]
+        sizes = [[*size, count] for size, count in self.sizes.items()]
+        fields = [counts, self.reasons, labels, to_plain(self.left_out.counts), sizes]
         sums = ReadImages()
         for text in group.gather_bytes(json.dumps(fields).encode()):
             sums._add(json.loads(text))
+        self.sizes = sums.sizes
         bad, total = sums.bad, sums.bad + sums.good
         if total == 0:
             left_out = left_out_text(sums.left_out.counts) or "nothing"
@@ -277,20 +295,21 @@ class ReadImages:
                 f"than max_bad_fraction = {limit}. First: {'; '.join(reasons)}"
             )
         all_labels = tuple((label, value, count) for (label, value), count in sums.labels.items())
-        return ReadFacts(bad, reasons, all_labels, sums.left_out.counts)
+        return ReadFacts(bad, reasons, labels=all_labels, left_out=sums.left_out.counts)
 
     def _add(self, fields: list[Any]) -> None:
-        (good, bad, shards, bad_shards), reasons, labels, left_out = fields
+        (good, bad, shards, bad_shards), reasons, labels, left_out, sizes = fields
         self.good, self.bad, self.reasons = self.good + good, self.bad + bad, self.reasons + reasons
         self.shards, self.bad_shards = self.shards + shards, self.bad_shards + bad_shards
         self.labels.update({(label, value): count for label, value, count in labels})
         self.left_out.add_all(left_out_of(left_out))
+        self.sizes.update({(width, height): count for width, height, count in sizes})
 
 
 def read_images(
     chunks: Iterable[Chunk],
     source: SourceSpec,
-    preprocess: Preprocess,
+    rules: FitRules,
     threads: int,
     on_progress: Callable[[int], None],
 ) -> tuple[ImageCache, ReadImages]:
@@ -299,20 +318,25 @@ def read_images(
     Args:
         chunks: encoded images.
         source: settings of the source.
-        preprocess: decoding rules of the detector.
+        rules: decoding rules of the fit.
         threads: number of decoding threads.
         on_progress: called with the number of images of each chunk.
 
     Raises:
         BadMemberError: an image is bad and `on_bad_member` is `fail`.
+        SpecError: a category has no mask although the fit needs one.
     """
-    cache, counts, rules = ImageCache(preprocess), ReadImages(), DecodeRules.of(source)
+    cache, counts = ImageCache(rules.common, rules.of), ReadImages()
     with ThreadPoolExecutor(threads) as pool:
         for chunk in chunks:
             counts.note_chunk(chunk)
-            decoded = decode_stream(chunk.members, rules, preprocess, pool)
+            groups: dict[Preprocess, list[Member]] = {}
             for member in chunk.members:
-                counts.note(member, cache.add_decoded(member, decoded), source)
+                groups.setdefault(rules.of(member.category), []).append(member)
+            for preprocess, members in groups.items():
+                decoded = decode_stream(members, DecodeRules.of(source), preprocess, pool)
+                for member in members:
+                    counts.note(member, cache.add_decoded(member, decoded), source)
             on_progress(len(chunk.members))
     return cache, counts
 

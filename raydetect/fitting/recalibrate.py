@@ -156,6 +156,7 @@ def _write(spec: CalibrateSpec, record: ArtifactRecord, calibration: Calibration
         entry = body["tensors"]
         storage.write(join_uri(uri, entry["file"]), storage.read(tensors_uri(record.uri, entry)))
     images: dict[str, Any] = {**body.get("images", {}), "held_out": len(calibration.scores)}
+    images.pop("held_out_tiles", None)  # those of the fit, by which its rate was measured
     entry = {"artifact": record.uri, "digest": record.digest, "images": body.get("images", {})}
     changed = {
         "calibration": to_plain(calibration),

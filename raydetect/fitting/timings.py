@@ -42,12 +42,15 @@ class Phases:
 def measured_facts(spec: FitSpec, phases: Phases, group: Group, counts: Mapping[str, int]) -> dict[str, Any]:
     """The record's fields on how a fit went; `counts` is the number of images by their use."""
     measured = phases.over(group)
-    rate = counts["held_out"] / max(measured["seconds"]["calibrate"], 1e-9) / group.size
+    seconds = max(measured["seconds"]["calibrate"], 1e-9) * group.size
+    rate = counts["held_out"] / seconds
+    tiles = {"tiles_per_second": round(counts["held_out_tiles"] / seconds, 3)} if "held_out_tiles" in counts else {}
     return {
         "spec": public_spec(spec),
         "images": dict(counts),
         "workers": group.size,
         "images_per_second": round(rate, 3),
+        **tiles,
         **measured,
     }
 

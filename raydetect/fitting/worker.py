@@ -1,10 +1,11 @@
 """One worker's part of a fit job: reads and decodes the archive once, then fits one detector or a fleet."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
-from raydetect.artifacts.fit_preprocess import fit_preprocess
+from raydetect.artifacts.fit_preprocess import FitRules
 from raydetect.blocks.coresets.group import Group
 from raydetect.config import FitSpec, SourceSpec
 from raydetect.fitting.fit_run import FitRun, ProgressCallback
@@ -15,6 +16,7 @@ from raydetect.fitting.shared_errors import shared_errors
 from raydetect.fitting.timings import Phases
 from raydetect.records import Chunk, FitReport
 from raydetect.storage import normalise_uri
+from raydetect.views.hints import hints
 
 
 def fit_worker(
@@ -64,8 +66,9 @@ def _read(
 ) -> tuple[ImageCache, ReadFacts]:
     threads = spec.resources.cpus_per_worker
     with shared_errors(group):
-        preprocess = fit_preprocess(spec)
-        cache, counts = read_images(chunks, source, preprocess, threads, lambda done: on_progress(phase, done, None))
+        rules = FitRules(spec)
+        cache, counts = read_images(chunks, source, rules, threads, lambda done: on_progress(phase, done, None))
     read = counts.checked_total(group, spec.max_bad_fraction, ", ".join(source.uris()))
+    read = replace(read, hints=tuple(hints(counts.sizes, cache.preprocess.view, cache.preprocess.image_size)))
     drop_duplicates(cache, group)
     return cache, read

@@ -113,6 +113,15 @@ def loaded_image(data: bytes, rules: DecodeRules, preprocess: Preprocess | None 
         yield _loaded(opened, rules)
 
 
+def header_size(data: bytes, rules: DecodeRules) -> tuple[int, int] | None:
+    """Returns (width, height) in px of an upright image from its header alone; None if it cannot be read."""
+    try:
+        picture = _open(data, rules.max_pixels).picture
+    except MemberError:
+        return None
+    return upright_size(picture.size, orientation_of(picture)[0] if rules.apply_exif else 1)
+
+
 def _loaded(opened: "_Opened", rules: DecodeRules) -> Loaded:
     try:
         try:

@@ -1,5 +1,6 @@
 """Fits and scores images given in Python with the code that jobs use: the same images give bit-identical results."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
@@ -20,6 +21,7 @@ from raydetect.python_api.inputs import BadImagesError, InputImage, decode_input
 from raydetect.records import Member
 from raydetect.scoring.batches import Scored, score_batches
 from raydetect.storage import Storage
+from raydetect.views.hints import hints
 from raydetect.views.windows import Input
 
 WHERE = "fit(images)"
@@ -65,12 +67,14 @@ def fit_inputs(spec: FitSpec, inputs: list[InputImage], device: torch.device, on
     preprocess = fit_preprocess(spec)
     phases = Phases()
     with phases.phase("read"):
-        cache = ImageCache(preprocess)
+        cache, sizes = ImageCache(preprocess), Counter[tuple[int, int]]()
         decoded = decode_inputs(inputs, preprocess, Storage(spec.storage), spec.resources.cpus_per_worker)
         for image in inputs:
-            cache.add_decoded(Member(image.key, image.key, label=image.label), decoded)
+            pixels = cache.add_decoded(Member(image.key, image.key, label=image.label), decoded)
+            sizes[pixels.width or 0, pixels.height or 0] += 1
             on_progress("read", 1, len(inputs))
-    return FitRun(spec, None, Group(), cache, None, on_progress, device, WHERE, phases).fit(ReadFacts())
+    read = ReadFacts(hints=tuple(hints(sizes, preprocess.view, preprocess.image_size)))
+    return FitRun(spec, None, Group(), cache, None, on_progress, device, WHERE, phases).fit(read)
 
 
 def score_inputs(
