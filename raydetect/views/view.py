@@ -80,6 +80,34 @@ class Layout:
         """Pixels of the canvas that are looked at; None = all."""
         return None if self.region is None else self.region.looked(self.box, self.canvas, self.picture)
 
+    @cached_property
+    def cuts(self) -> tuple[np.ndarray, np.ndarray]:
+        """First px of the picture in each column and each row of the canvas, and one after the last; int64.
+
+        A px of the picture lies where its centre does, so a column or row of a fine canvas may have none.
+        """
+        across, down = self._pitch
+        columns = _cuts(self.box[0], across, self.canvas[1], self.picture[0])
+        return columns, _cuts(self.box[1], down, self.canvas[0], self.picture[1])
+
+    def shown(self, column: int, row: int) -> tuple[int, int]:
+        """The (x, y) of the px of the picture at the centre of a px of the canvas."""
+        across, down = self._pitch
+        x, y = self.box[0] + (column + 0.5) * across, self.box[1] + (row + 0.5) * down
+        return min(int(x), self.picture[0] - 1), min(int(y), self.picture[1] - 1)
+
+    def box_on(self, size: tuple[int, int]) -> Box:
+        """The box of the canvas on the picture shrunk to (width, height) `size`, in its px."""
+        across, down = size[0] / self.picture[0], size[1] / self.picture[1]
+        left, upper, right, lower = self.box
+        return left * across, upper * down, right * across, lower * down
+
+    @property
+    def _pitch(self) -> tuple[float, float]:
+        """Width and height of a px of the canvas in px of the picture; a reduced canvas may end beyond the picture."""
+        (left, upper, right, lower), (width, height) = self.windows[0].box, self.windows[0].size
+        return (right - left) / width * self.reduction, (lower - upper) / height * self.reduction
+
     def looked_input(self, window: Window, image_size: tuple[int, int]) -> np.ndarray | None:
         """Pixels of an input, bool (H, W), that show the picture and lie in the region; None = all."""
         left, upper, right, lower = window.place
@@ -140,6 +168,13 @@ class View:
         across = (right - left) / (window.box[2] - window.box[0])
         down = (lower - upper) / (window.box[3] - window.box[1])
         return size[0] * across, size[1] * down
+
+
+def _cuts(start: float, pitch: float, count: int, length: int) -> np.ndarray:
+    """First px with its centre at or after each of `count + 1` equally spaced places; int64 in 0..length."""
+    edges = start + np.arange(count + 1) * pitch
+    first: np.ndarray = np.clip(np.ceil(edges - 0.5), 0, length).astype(np.int64)
+    return first
 
 
 @lru_cache(maxsize=16)

@@ -52,6 +52,15 @@ GOLDEN = [
     "meta: string not null",
     "note: string not null",
     "sha256: string not null",
+    "regions: list<item: struct<x: int64 not null, y: int64 not null, width: int64 not null, height: int64 not null, "
+    "area_px: int64 not null, peak_score: double not null, peak_x: int64 not null, peak_y: int64 not null>>",
+    "  child 0, item: struct<x: int64 not null, y: int64 not null, width: int64 not null, height: int64 not null, "
+    "area_px: int64 not null, peak_score: double not null, peak_x: int64 not null, peak_y: int64 not null>",
+    *(
+        f"      child {i}, {name}: {'double' if name == 'peak_score' else 'int64'} not null"
+        for i, name in enumerate(("x", "y", "width", "height", "area_px", "peak_score", "peak_x", "peak_y"))
+    ),
+    "regions_left_out: int64",
 ]
 
 
