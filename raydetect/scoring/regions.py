@@ -31,36 +31,46 @@ def find_regions(
     if not high_HW.any():
         return (), 0
     labelled_HW, count = ndimage.label(high_HW, structure=TOUCHING)
-    across, down = layout.cuts
     rows_N, columns_N = np.nonzero(high_HW)
-    labels_N = labelled_HW[rows_N, columns_N] - 1
-    areas_R = np.bincount(labels_N, np.diff(down)[rows_N] * np.diff(across)[columns_N], count)
-    order_N = np.lexsort((np.arange(len(labels_N)), -map_HW[rows_N, columns_N], labels_N))
+    labels_N, values_N = labelled_HW[rows_N, columns_N] - 1, map_HW[rows_N, columns_N]
+    order_N = np.lexsort((-values_N, labels_N))  # stable, so the first of equal values stays first
     peaks_R = order_N[np.searchsorted(labels_N[order_N], np.arange(count))]
-    values_R = map_HW[rows_N[peaks_R], columns_N[peaks_R]]
-    boxes = ndimage.find_objects(labelled_HW)
+    kept_R = np.lexsort((peaks_R, -values_N[peaks_R]))[:limit]
+    boxes_R4, areas_R = _boxes(rows_N, columns_N, labels_N, count, layout)
     regions = []
-    for label in np.lexsort((peaks_R, -values_R))[:limit].tolist():
-        peak = (int(columns_N[peaks_R[label]]), int(rows_N[peaks_R[label]]))
-        regions.append(_region(boxes[label], int(areas_R[label]), peak, float(values_R[label]), layout))
+    for label in kept_R.tolist():
+        peak = peaks_R[label]
+        x, y = layout.shown(int(columns_N[peak]), int(rows_N[peak]))
+        left, upper, right, lower = boxes_R4[label].tolist()
+        left, upper, right, lower = min(left, x), min(upper, y), max(right, x + 1), max(lower, y + 1)
+        region = AnomalousRegion(
+            x=left,
+            y=upper,
+            width=right - left,
+            height=lower - upper,
+            area_px=max(1, int(areas_R[label])),
+            peak_score=float(values_N[peak]),
+            peak_x=x,
+            peak_y=y,
+        )
+        regions.append(region)
     return tuple(regions), count - len(regions)
 
 
-def _region(
-    box: tuple[slice, slice], area_px: int, peak: tuple[int, int], value: float, layout: Layout
-) -> AnomalousRegion:
-    """Converts a region from px of the map to px of the picture."""
+def _boxes(
+    rows_N: np.ndarray, columns_N: np.ndarray, labels_N: np.ndarray, count: int, layout: Layout
+) -> tuple[np.ndarray, np.ndarray]:
+    """(left, upper, right, lower) and area of every region in px of the picture.
+
+    A region without any has a box that is no larger than nothing.
+    """
     across, down = layout.cuts
-    peak_x, peak_y = layout.shown(*peak)
-    left, right = min(int(across[box[1].start]), peak_x), max(int(across[box[1].stop]), peak_x + 1)
-    upper, lower = min(int(down[box[0].start]), peak_y), max(int(down[box[0].stop]), peak_y + 1)
-    return AnomalousRegion(
-        x=left,
-        y=upper,
-        width=right - left,
-        height=lower - upper,
-        area_px=max(1, area_px),
-        peak_score=value,
-        peak_x=peak_x,
-        peak_y=peak_y,
-    )
+    areas_N = np.diff(down)[rows_N] * np.diff(across)[columns_N]
+    seen_N = areas_N > 0
+    rows_N, columns_N, seen_labels_N = rows_N[seen_N], columns_N[seen_N], labels_N[seen_N]
+    boxes_R4 = np.tile(np.array([*layout.picture, 0, 0]), (count, 1))
+    np.minimum.at(boxes_R4[:, 0], seen_labels_N, across[columns_N])
+    np.minimum.at(boxes_R4[:, 1], seen_labels_N, down[rows_N])
+    np.maximum.at(boxes_R4[:, 2], seen_labels_N, across[columns_N + 1])
+    np.maximum.at(boxes_R4[:, 3], seen_labels_N, down[rows_N + 1])
+    return boxes_R4, np.bincount(labels_N, areas_N, count)

@@ -27,6 +27,7 @@ from raydetect.views.region import Region
 
 FILL = (124, 116, 104)
 MAX_CANVAS_PX = 4096  # longest side of a canvas; the map of a larger picture keeps the highest of each block of px
+DECIMALS = 9  # of px, beyond which places are equal: a quotient of sizes is seldom exact
 
 Box = tuple[float, float, float, float]
 Place = tuple[int, int, int, int]
@@ -93,8 +94,14 @@ class Layout:
     def shown(self, column: int, row: int) -> tuple[int, int]:
         """The (x, y) of the px of the picture at the centre of a px of the canvas."""
         across, down = self._pitch
-        x, y = self.box[0] + (column + 0.5) * across, self.box[1] + (row + 0.5) * down
+        x, y = round(self.box[0] + (column + 0.5) * across, DECIMALS), round(self.box[1] + (row + 0.5) * down, DECIMALS)
         return min(int(x), self.picture[0] - 1), min(int(y), self.picture[1] - 1)
+
+    def beneath(self, x: int, y: int) -> tuple[slice, slice]:
+        """Rows and columns of the canvas that a px of the picture touches; at least one of each."""
+        across, down = self._pitch
+        columns = _touched(x - self.box[0], across, self.canvas[1])
+        return _touched(y - self.box[1], down, self.canvas[0]), columns
 
     def box_on(self, size: tuple[int, int]) -> Box:
         """The box of the canvas on the picture shrunk to (width, height) `size`, in its px."""
@@ -173,8 +180,14 @@ class View:
 def _cuts(start: float, pitch: float, count: int, length: int) -> np.ndarray:
     """First px with its centre at or after each of `count + 1` equally spaced places; int64 in 0..length."""
     edges = start + np.arange(count + 1) * pitch
-    first: np.ndarray = np.clip(np.ceil(edges - 0.5), 0, length).astype(np.int64)
+    first: np.ndarray = np.clip(np.ceil(np.round(edges - 0.5, DECIMALS)), 0, length).astype(np.int64)
     return first
+
+
+def _touched(start: float, pitch: float, count: int) -> slice:
+    """Indices of the places of width `pitch` that an interval of length 1 touches."""
+    first = min(max(math.floor(start / pitch), 0), count - 1)
+    return slice(first, max(first + 1, min(math.ceil((start + 1) / pitch), count)))
 
 
 @lru_cache(maxsize=16)
