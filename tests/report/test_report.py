@@ -199,7 +199,13 @@ def test_a_real_run_names_its_detector_and_measures_its_pictures() -> None:
     plan, manifest = run("sink.heatmaps=all", "sink.style=map")
     text = report_html(plan.ledger, 5)
     assert f"patchcore ({plan.artifact.digest[:16]})" in text and "p-value at most 0.1" in text
-    assert len([1 for tag, of in Page(text).tags if tag == "img"]) == 10  # overlays are drawn from maps
+    pictures = [of for tag, of in Page(text).tags if tag == "img"]
+    assert len([of for of in pictures if of["class"] != "zoom"]) == 10  # overlays are drawn from maps
+    located = sorted(all_rows(plan.ledger), key=lambda row: -row["image_score"])[:5]
+    assert len(pictures) - 10 == sum(bool(row["regions"]) for row in located) > 0
+    for row in located:
+        for region in (row["regions"] or ())[:1]:
+            assert f"of {region['width']} x {region['height']} px, {region['peak_score']:.4g} at (" in text
     for row in all_rows(plan.ledger):
         assert 0 < row["brightness"] < 1 and row["sharpness"] > 0
     fit("seed=1")
