@@ -34,7 +34,7 @@ def zoomed(picture: Image.Image, regions: Sequence[Region], size: tuple[int, int
     """The surroundings of the first region, `ZOOM_PX` large, with the boxes of all; arguments as in `with_boxes`."""
     left, upper, right, lower = zoom_box(regions[0], size)
     across, down = picture.width / size[0], picture.height / size[1]
-    part = (left * across, upper * down, right * across, lower * down)
+    part = (left * across, upper * down, min(right * across, picture.width), min(lower * down, picture.height))
     zoom = ZOOM_PX[0] / (right - left)
     target = (ZOOM_PX[0], max(1, round((lower - upper) * zoom)))
     shown = picture.resize(target, Image.Resampling.BICUBIC, part)

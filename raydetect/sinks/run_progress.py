@@ -33,6 +33,7 @@ class RunProgress:
         fdr: the manifest's entry `fdr` once the run is finished.
         lost: number of records that are missing although the manifest exists.
         gaps: description of missing files of committed shards; "" if there are none or they were not checked.
+        regions: number of regions of the committed rows, and what limits them; "" if an older version began the run.
     """
 
     uri: str
@@ -44,6 +45,7 @@ class RunProgress:
     fdr: Mapping[str, Any] | None = None
     lost: int = 0
     gaps: str = ""
+    regions: str = ""
 
     @property
     def flagged(self) -> int | None:
@@ -73,6 +75,8 @@ class RunProgress:
             f"Flagged    {'when all shards are committed (flag.fdr)' if self.flagged is None else f'{self.flagged:,}'}",
             f"Heatmaps   {totals.heatmaps:,}",
         ]
+        if self.regions:
+            lines.append(f"Regions    {self.regions}")
         if totals.left_out.counts:
             lines.append(f"Left out   {left_out_text(totals.left_out.counts)}")
         if self.num_categories:
@@ -128,7 +132,10 @@ class ProgressReader:
             waits = not finished and run["result"]["spec"].get("flag", {}).get("fdr") is not None
             fdr = manifest.get("fdr") if manifest is not None and finished else None
             lost = 0 if manifest is None else missing
-            return RunProgress(self._ledger.uri, shards, totals, finished, categories, waits, fdr, lost)
+            regions = regions_text({**run, **totals.plain()}) if "region_threshold" in run else ""
+            return RunProgress(
+                self._ledger.uri, shards, totals, finished, categories, waits, fdr, lost, regions=regions
+            )
 
 
 def progress(ledger: Ledger) -> RunProgress:

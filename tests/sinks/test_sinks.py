@@ -52,14 +52,18 @@ GOLDEN = [
     "meta: string not null",
     "note: string not null",
     "sha256: string not null",
-    "regions: list<item: struct<x: int64 not null, y: int64 not null, width: int64 not null, height: int64 not null, "
-    "area_px: int64 not null, peak_score: double not null, peak_x: int64 not null, peak_y: int64 not null>>",
-    "  child 0, item: struct<x: int64 not null, y: int64 not null, width: int64 not null, height: int64 not null, "
-    "area_px: int64 not null, peak_score: double not null, peak_x: int64 not null, peak_y: int64 not null>",
-    *(
-        f"      child {i}, {name}: {'double' if name == 'peak_score' else 'int64'} not null"
-        for i, name in enumerate(("x", "y", "width", "height", "area_px", "peak_score", "peak_x", "peak_y"))
-    ),
+    "regions: list<item: struct<x: int32 not null, y: int32 not null, width: int32 not null, height: int32 not nul "
+    "(... 105 chars omitted)",
+    "  child 0, item: struct<x: int32 not null, y: int32 not null, width: int32 not null, height: int32 not null, area_px: "
+    "(... 93 chars omitted)",
+    "      child 0, x: int32 not null",
+    "      child 1, y: int32 not null",
+    "      child 2, width: int32 not null",
+    "      child 3, height: int32 not null",
+    "      child 4, area_px: int64 not null",
+    "      child 5, peak_score: double not null",
+    "      child 6, peak_x: int32 not null",
+    "      child 7, peak_y: int32 not null",
     "regions_left_out: int64",
 ]
 
