@@ -54,8 +54,8 @@ GOLDEN = [
     "sha256: string not null",
     "regions: list<item: struct<x: int32 not null, y: int32 not null, width: int32 not null, height: int32 not nul "
     "(... 105 chars omitted)",
-    "  child 0, item: struct<x: int32 not null, y: int32 not null, width: int32 not null, height: int32 not null, area_px: "
-    "(... 93 chars omitted)",
+    "  child 0, item: struct<x: int32 not null, y: int32 not null, width: int32 not null, height: int32 not null, "
+    "area_px: (... 93 chars omitted)",
     "      child 0, x: int32 not null",
     "      child 1, y: int32 not null",
     "      child 2, width: int32 not null",
