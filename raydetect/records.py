@@ -127,6 +127,31 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AnomalousRegion:
+    """Touching pixels of an image whose anomaly is above that of normal images, in px of the upright stored image.
+
+    Attributes:
+        x: first column.
+        y: first row.
+        width: of the box.
+        height: of the box.
+        area_px: pixels of the region itself.
+        peak_score: highest anomaly map value, raw as `image_score`.
+        peak_x: column of that value.
+        peak_y: row of that value.
+    """
+
+    x: int
+    y: int
+    width: int
+    height: int
+    area_px: int
+    peak_score: float
+    peak_x: int
+    peak_y: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One row of the results. Contains no time and no host name, so that a resumed run gives identical rows.
 
@@ -135,7 +160,9 @@ class Row:
     if flags depend on the whole archive (`flag.fdr`). `brightness` and `sharpness` describe the image itself, to
     distinguish a change of camera or light from a change of parts. `note` has remarks on an image that is not bad, such
     as "exif_ignored" and "pages_not_read: 3", joined by "; ". `sha256` is the hex digest of the encoded bytes that were
-    scored; "" if they could not be read.
+    scored; "" if they could not be read. `regions` says where an image that is flagged, or with `flag.fdr` may be, is
+    anomalous, highest peak first, and `regions_left_out` how many more there are; both are None for other images, and
+    if the artifact or the job allows none.
     """
 
     key: str
@@ -160,6 +187,8 @@ class Row:
     meta: str = ""
     note: str = ""
     sha256: str = ""
+    regions: tuple[AnomalousRegion, ...] | None = None
+    regions_left_out: int | None = None
 
 
 def note_kinds(note: str) -> list[str]:
@@ -217,6 +246,8 @@ class Part:
     heatmap_bytes: int = 0
     zips: tuple[HeatmapZip, ...] = ()
     clipped_pixels: int = 0
+    regions: int = 0
+    regions_left_out: int = 0
     p_counts: Mapping[float, int] = field(default_factory=dict)
     left_out: Mapping[str, LeftOut] = field(default_factory=dict)
     notes: Mapping[str, int] = field(default_factory=dict)

@@ -42,11 +42,14 @@ class Calibration:
         scores: image scores in ascending order.
         map_low: smallest anomaly map value of these images.
         map_high: largest anomaly map value of these images.
+        map_peaks: highest anomaly map value of each of these images, in ascending order; empty if the detector does not
+            localise, None in artifacts of older versions.
     """
 
     scores: tuple[float, ...]
     map_low: float
     map_high: float
+    map_peaks: tuple[float, ...] | None = None
 
     def map_scale(self) -> tuple[float, float]:
         """Returns (low, high) of the fixed heatmap scale: ten times the range of normal images, from its low end."""
@@ -75,11 +78,14 @@ class CalibrationShape:
     scores: Annotated[tuple[Finite, ...], AfterValidator(_ascending), Field(min_length=1)]
     map_low: Finite
     map_high: Finite
+    map_peaks: Annotated[tuple[Finite, ...], AfterValidator(_ascending)] | None = None
 
     def __post_init__(self) -> None:
-        """Refuses an inverted range."""
+        """Refuses an inverted range, and peaks of other images."""
         if self.map_high < self.map_low:
             raise ValueError(f"map_high = {self.map_high} is below map_low = {self.map_low}")
+        if self.map_peaks and len(self.map_peaks) != len(self.scores):
+            raise ValueError(f"map_peaks has {len(self.map_peaks)} values, but scores has {len(self.scores)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,7 +188,13 @@ class ArtifactRecord:
     def calibration(self) -> Calibration:
         """The stored calibration."""
         stored = self.body["calibration"]
-        return Calibration(scores=tuple(stored["scores"]), map_low=stored["map_low"], map_high=stored["map_high"])
+        peaks = stored.get("map_peaks")
+        return Calibration(
+            scores=tuple(stored["scores"]),
+            map_low=stored["map_low"],
+            map_high=stored["map_high"],
+            map_peaks=None if peaks is None else tuple(peaks),
+        )
 
     @property
     def image_size(self) -> tuple[int, int]:

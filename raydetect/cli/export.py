@@ -14,9 +14,7 @@ MISSING_SHOWN = 10
 @click.argument("results")
 @click.option("--as", "form", type=click.Choice(["csv", "coco", "folder"]), required=True, help="What to make.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="[default: rows.csv, coco.json or flagged]")
-@click.option(
-    "--map-threshold", type=float, help="coco: a pixel is anomalous from here on. [default: above normal images]"
-)
+@click.option("--map-threshold", type=float, help="coco: cut maps from this value on. [default: regions of the rows]")
 @click.option("--polygons", is_flag=True, help="coco: polygons along pixel edges instead of run lengths.")
 @storage_options
 def export(
@@ -31,8 +29,8 @@ def export(
 ) -> None:
     """Write a run's rows, outlines or flagged images for other tools.
 
-    csv: all rows in one file. coco: regions of anomaly maps (of runs with sink.style: map) as run lengths or polygons.
-    folder: the flagged images as they are stored, their overlays, and a table of them.
+    csv: all rows in one file. coco: the regions of rows as run lengths or polygons: outlines if the run has
+    sink.style: map, else boxes. folder: the flagged images as they are stored, their overlays, and a table of them.
     """
     with errors(BAD_JOB):
         if form != "coco" and (map_threshold is not None or polygons):
@@ -45,7 +43,7 @@ def export(
         run = started(ledger)
         pictures = Pictures(ledger, run, reach_of(run).source)
         if form == "coco":
-            require_maps(pictures)
+            require_maps(pictures, map_threshold)
         if form == "folder" and run["spec"]["flag"].get("fdr") is not None and ledger.manifest() is None:
             raise SpecError(f"{results}: flags are decided when the run is finished (flag.fdr). Let it end first.")
         place = output or Path({"csv": "rows.csv", "coco": "coco.json", "folder": "flagged"}[form])
@@ -59,7 +57,7 @@ def export(
             from raydetect.export.coco import write_coco
 
             images, regions = write_coco(pictures, place, map_threshold, polygons)
-            click.echo(f"Wrote {regions:,} regions of {images:,} images with an anomaly map.\nAnnotations: {place}")
+            click.echo(f"Wrote {regions:,} regions of {images:,} images.\nAnnotations: {place}")
         else:
             from raydetect.export.folder import write_folder
 

@@ -26,7 +26,7 @@ from raydetect.config.jobs import (
     sink_storage,
     source_storage,
 )
-from raydetect.config.score import Heatmaps, ScoreSpec, SinkSpec
+from raydetect.config.score import MAX_REGIONS, Heatmaps, ScoreSpec, SinkSpec
 from raydetect.config.serve import AllowSpec, LimitSpec, ServedSpec, ServeSpec
 from raydetect.config.shared import FlagSpec, MiB, ResourceSpec, SourceSpec, StorageOptions
 from raydetect.config.view import STRETCH, TileSpec, ViewSpec
@@ -37,6 +37,7 @@ __all__ = [
     "ENSEMBLE",
     "FIT_CHUNK_BYTES",
     "FIT_CHUNK_IMAGES",
+    "MAX_REGIONS",
     "STRETCH",
     "AllowSpec",
     "ArchiveSpec",

@@ -6,7 +6,7 @@ from raydetect.config.audit import AuditSpec
 from raydetect.config.calibrate import CalibrateSpec
 from raydetect.config.evaluate import EvaluateSpec
 from raydetect.config.fit import FitSpec
-from raydetect.config.score import ScoreSpec
+from raydetect.config.score import MAX_REGIONS, ScoreSpec
 from raydetect.config.serve import ServeSpec
 from raydetect.config.shared import SourceSpec, StorageOptions
 from raydetect.config.validation import apply_overrides, digest, nearest, to_plain, validate
@@ -84,10 +84,16 @@ def result_digest(spec: JobSpec) -> str:
 
 
 def result_settings(public: dict[str, Any]) -> dict[str, Any]:
-    """The part of a public spec that determines the rows."""
+    """The part of a public spec that determines the rows.
+
+    The default of `sink.max_regions` is left out, so that results of older versions, which have no regions, can be
+    resumed.
+    """
     settings = {k: _without_storage(v) for k, v in public.items() if k not in ("storage", "max_bad_fraction")}
     for name in ("max_failures", "max_bank_bytes", "checkpoint_epochs", "engine"):
         settings.pop(name, None)
+    if "sink" in settings:
+        settings["sink"] = {k: v for k, v in settings["sink"].items() if (k, v) != ("max_regions", MAX_REGIONS)}
     settings["resources"] = {k: v for k, v in settings["resources"].items() if k not in FREE_RESOURCES}
     return settings
 

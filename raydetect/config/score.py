@@ -9,6 +9,7 @@ from raydetect.config.shared import FlagSpec, MiB, ResourceSpec, SourceSpec, Sto
 from raydetect.config.validation import STRICT
 
 Heatmaps = Literal["none", "flagged", "top_k", "all"]
+MAX_REGIONS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +29,9 @@ class SinkSpec:
         Literal["overlay", "map"],
         Field(description="overlay on the image, or the map as 16-bit PNG with the manifest's scale"),
     ] = "overlay"
+    max_regions: Annotated[
+        int, Field(ge=0, le=10_000, description="regions in the row of a flagged image, those with the highest peaks")
+    ] = MAX_REGIONS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -186,3 +186,8 @@ def parts(detector: Detector) -> list[tuple[int | None, Detector]]:
 def learns_from_labels(detector: Detector) -> bool:
     """Whether the detector, or one of its members, needs anomalous images."""
     return any(part.info.labels != "none" for _, part in parts(detector))
+
+
+def localises(detector: Detector) -> bool:
+    """Whether the anomaly map of the detector, or of one of its members, locates defects."""
+    return any(part.info.localises for _, part in parts(detector))

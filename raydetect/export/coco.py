@@ -1,7 +1,7 @@
-"""Exports thresholded anomaly maps of a run as COCO annotations."""
+"""Exports the regions of rows, or thresholded anomaly maps, as COCO annotations."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,43 +11,47 @@ from PIL import Image
 from raydetect import __version__
 from raydetect.errors import SpecError
 from raydetect.export.naming import file_name
-from raydetect.export.outlines import MaskRegion, length_text, polygon, regions, run_lengths
-from raydetect.report.pictures import Pictures, heatmap_style, map_scale
+from raydetect.export.outlines import MaskRegion, length_text, polygons_of, regions, run_lengths
+from raydetect.export.row_regions import boxes_of, outlines_of
+from raydetect.report.pictures import Pictures, has_regions, heatmap_style, map_scale, region_threshold
 from raydetect.sinks.heatmaps import NORMAL_SHARE
 from raydetect.sinks.rows import read_rows
 from raydetect.storage import Scratch, whole_text
+from raydetect.views.view import Layout
 
 CLASS = {"id": 1, "name": "anomaly", "supercategory": "anomaly"}
 
 
 def write_coco(pictures: Pictures, output: Path, threshold: float | None, polygons: bool) -> tuple[int, int]:
-    """Writes a COCO file of all images with a stored anomaly map; one image is in memory at a time.
+    """Writes a COCO file of all images with regions or a stored anomaly map; one image is in memory at a time.
 
     Args:
         pictures: images and heatmaps of the run.
         output: the file to write.
-        threshold: smallest map value of anomalous pixels; None = just above all pixels of held-out normal images.
+        threshold: smallest map value of anomalous pixels; None = the regions of the rows, or for a run without them
+            just above all pixels of held-out normal images.
         polygons: write outlines along pixel edges, which fill holes, instead of run lengths.
 
     Returns:
         Number of images and number of annotations.
 
     Raises:
-        SpecError: the run stored no anomaly maps.
+        SpecError: the run has neither regions nor anomaly maps.
         StorageError: a part or map is missing or damaged, or the file cannot be written; an existing file stays.
     """
-    require_maps(pictures)
+    require_maps(pictures, threshold)
+    found = _row_regions(pictures) if threshold is None and has_regions(pictures.run) else _cut(pictures, threshold)
     images = annotations = 0
     annotation_file = Scratch("outlines")
     with whole_text(output) as out:
         info = json.dumps(_info(pictures, threshold, polygons))
         out.write(f'{{"info": {info}, "licenses": [], "categories": [{json.dumps(CLASS)}], "images": [')
-        for row, map_HW in _maps(pictures):
+        for row, masks in found:
             images += 1
             out.write(_entry(images == 1, _image(images, row)))
-            for region in regions(map_HW >= limit_of(pictures, row, threshold)):
+            for mask, facts in masks:
                 annotations += 1
-                annotation = _annotation(annotations, images, region, polygons)
+                annotation = {**_annotation(annotations, images, mask, polygons), **facts}
                 annotation_file.append(_entry(annotations == 1, annotation).encode())
         out.write('\n], "annotations": [')
         for part in annotation_file.parts():
@@ -56,14 +60,14 @@ def write_coco(pictures: Pictures, output: Path, threshold: float | None, polygo
     return images, annotations
 
 
-def require_maps(pictures: Pictures) -> None:
-    """Refuses a run without stored anomaly maps.
+def require_maps(pictures: Pictures, threshold: float | None) -> None:
+    """Refuses a run without stored anomaly maps, unless the regions of its rows are wanted.
 
     Raises:
         SpecError: the run stored overlays or no heatmaps.
     """
     selection = pictures.run["spec"]["sink"]["heatmaps"]
-    if heatmap_style(pictures.run) != "map" or selection == "none":
+    if not _has_maps(pictures) and (threshold is not None or not has_regions(pictures.run)):
         stored = "overlays" if selection != "none" else "no heatmaps"
         raise SpecError(
             f"{pictures.ledger.uri}: stores {stored}, but outlines need anomaly maps. Score with sink.style: map and "
@@ -79,19 +83,52 @@ def limit_of(pictures: Pictures, row: Mapping[str, Any], threshold: float | None
     return float(np.nextafter(scale.low + NORMAL_SHARE * (scale.high - scale.low), np.inf))
 
 
-def sized(map_HW: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Resizes a map to its image, bilinear between pixel centres; returns float32."""
-    picture = Image.fromarray(map_HW.astype(np.float32))
-    return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
+def placed(map_HW: np.ndarray, layout: Layout) -> np.ndarray:
+    """Resizes a map to its place in the picture, bilinear between pixel centres; returns float32, -inf elsewhere."""
+    left, upper, right, lower = (round(side) for side in layout.box)
+    resized = Image.fromarray(map_HW.astype(np.float32)).resize(
+        (right - left, lower - upper), Image.Resampling.BILINEAR
+    )
+    stored_HW = np.full(layout.picture[::-1], -np.inf, np.float32)
+    stored_HW[upper:lower, left:right] = np.asarray(resized)
+    return stored_HW
 
 
-def _maps(pictures: Pictures) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+Masks = Iterable[tuple[MaskRegion, dict[str, Any]]]
+
+
+def _cut(pictures: Pictures, threshold: float | None) -> Iterator[tuple[dict[str, Any], Masks]]:
+    """Rows with a stored map, and the masks of its pixels from a threshold on."""
     for _, part, table in read_rows(pictures.ledger):
-        if part.heatmaps:
-            for row in table.to_pylist():
-                map_HW = pictures.anomaly_map(row)
-                if map_HW is not None:
-                    yield row, sized(map_HW, row["width"], row["height"])
+        for row in table.to_pylist() if part.heatmaps else ():
+            map_HW = pictures.anomaly_map(row)
+            if map_HW is not None:
+                stored_HW = placed(map_HW, pictures.layout(row, (map_HW.shape[0], map_HW.shape[1])))
+                yield row, ((mask, {}) for mask in regions(stored_HW >= limit_of(pictures, row, threshold)))
+
+
+def _row_regions(pictures: Pictures) -> Iterator[tuple[dict[str, Any], Masks]]:
+    """Rows that have regions or a stored map, and the masks of their regions."""
+    has_maps = _has_maps(pictures)
+    for _, _, table in read_rows(pictures.ledger):
+        for row in table.to_pylist():
+            map_HW = pictures.anomaly_map(row) if has_maps else None
+            if map_HW is None:
+                masks = boxes_of(row)
+            else:
+                layout = pictures.layout(row, (map_HW.shape[0], map_HW.shape[1]))
+                limit = region_threshold(pictures.run, row["category"])
+                masks = outlines_of(row, map_HW, layout, limit or 0.0, map_scale(pictures.run, row["category"]))
+            if row["regions"] is not None or map_HW is not None:
+                yield row, zip(masks, map(_facts, row["regions"] or ()), strict=True)
+
+
+def _facts(region: Mapping[str, Any]) -> dict[str, Any]:
+    return {"score": region["peak_score"], "peak": [region["peak_x"], region["peak_y"]]}
+
+
+def _has_maps(pictures: Pictures) -> bool:
+    return heatmap_style(pictures.run) == "map" and pictures.run["spec"]["sink"]["heatmaps"] != "none"
 
 
 def _entry(first: bool, body: Mapping[str, Any]) -> str:
@@ -99,13 +136,16 @@ def _entry(first: bool, body: Mapping[str, Any]) -> str:
 
 
 def _info(pictures: Pictures, threshold: float | None, polygons: bool) -> dict[str, Any]:
-    map_threshold = threshold if threshold is not None else "above the highest value of held-out normal images"
+    usual = (
+        "region_threshold of run.json" if has_regions(pictures.run) else "above the highest value of held-out images"
+    )
+    outlines = "polygons; holes are filled" if polygons else "run lengths"
     return {
         "description": f"anomalies found by raydetect {__version__}, not labelled by people",
         "results": pictures.ledger.uri,
         "artifact": str(pictures.run["result"]["artifact"]),
-        "map_threshold": map_threshold,
-        "outlines": "polygons; holes are filled" if polygons else "run lengths",
+        "map_threshold": usual if threshold is None else threshold,
+        "outlines": outlines if _has_maps(pictures) else "boxes, since the run stored no anomaly maps",
     }
 
 
@@ -120,6 +160,7 @@ def _image(number: int, row: Mapping[str, Any]) -> dict[str, Any]:
         "product": row["category"],
         "image_score": row["image_score"],
         "flagged": row["flagged"],
+        "regions_left_out": row["regions_left_out"],
     }
 
 
@@ -130,7 +171,7 @@ def _annotation(number: int, image: int, region: MaskRegion, polygons: bool) -> 
         "id": number,
         "image_id": image,
         "category_id": CLASS["id"],
-        "segmentation": [polygon(region)] if polygons else lengths,
+        "segmentation": polygons_of(region) if polygons else lengths,
         "area": region.area_px,
         "bbox": list(region.box),
         "iscrowd": 0,

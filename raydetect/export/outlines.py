@@ -60,6 +60,11 @@ def length_text(lengths: list[int]) -> str:
     return "".join(chars)
 
 
+def polygons_of(region: MaskRegion) -> list[list[int]]:
+    """Returns the outer outlines of the parts of a region that touch at corners only; see `polygon`."""
+    return [polygon(part) for part in regions(region.mask_HW)]
+
+
 def polygon(region: MaskRegion) -> list[int]:
     """Returns the outer outline of a region along pixel edges as x, y, x, y, ..., clockwise; holes are filled."""
     steps = _edges(region)

@@ -1,4 +1,4 @@
-"""Scores held-out normal images, from which thresholds, p-values and the heatmap scale are derived."""
+"""Scores held-out normal images: p-values, the thresholds of images and pixels and the heatmap scale follow."""
 
 from collections.abc import Callable
 
@@ -8,6 +8,7 @@ import torch
 from raydetect.artifacts.record import Calibration
 from raydetect.blocks.coresets.group import Group
 from raydetect.detectors._base import Detector
+from raydetect.detectors._ensemble import localises
 from raydetect.errors import RaydetectError
 from raydetect.fitting.image_cache import ImageCache
 from raydetect.scoring.batches import score_batches
@@ -25,26 +26,29 @@ def calibrate(
     group: Group,
     on_progress: Callable[[int], None],
 ) -> Calibration:
-    """Scores the images of `keys` on every worker and gathers all scores.
+    """Scores the images of `keys` on every worker and gathers all scores, and the highest pixel of every map.
 
     Raises:
         CalibrationError: there are no images, or a score is not finite.
     """
-    scores: list[float] = []
+    scored_M2: list[tuple[float, float]] = []  # image score, highest pixel
     ends = torch.full((2,), -torch.inf, dtype=torch.float64)  # (-minimum, maximum) of all maps
     for scored in score_batches(detector, cache.decoded(keys), batch_size):
-        scores.append(scored.image_score)
         map_HW = scored.anomaly_map()
         here = torch.tensor([-float(np.nanmin(map_HW)), float(np.nanmax(map_HW))])
+        scored_M2.append((scored.image_score, float(here[1])))
         ends = torch.maximum(ends, here.double()) if scored.is_finite else torch.full_like(ends, torch.inf)
         on_progress(1)
-    gathered = torch.cat(group.gather(torch.tensor(scores, dtype=torch.float64)))
+    gathered_M2 = torch.cat(group.gather(torch.tensor(scored_M2, dtype=torch.float64).reshape(-1, 2)))
     ends = group.max(ends)
-    if not len(gathered):
+    if not len(gathered_M2):
         raise CalibrationError("there is no usable image to calibrate on. Add normal images.")
-    if not (torch.isfinite(gathered).all() and torch.isfinite(ends).all()):
+    if not (torch.isfinite(gathered_M2).all() and torch.isfinite(ends).all()):
         raise CalibrationError(
             "a held-out normal image has a score that is not finite; check the weights and parameters."
         )
     low, high = -float(ends[0]), float(ends[1])
-    return Calibration(scores=tuple(gathered.sort().values.tolist()), map_low=low, map_high=high)
+    scores, peaks = gathered_M2.sort(dim=0).values.T.tolist()
+    return Calibration(
+        scores=tuple(scores), map_low=low, map_high=high, map_peaks=tuple(peaks) if localises(detector) else ()
+    )

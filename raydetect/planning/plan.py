@@ -1,6 +1,6 @@
 """Plans the remaining shards of a scoring job, which are the listing minus the ledger, and finishes the job."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ from raydetect.archives.base import Archive, Listing, archive_fingerprint
 from raydetect.archives.open import open_archive
 from raydetect.artifacts.fleet import ArtifactIndex, read_index, read_records
 from raydetect.artifacts.record import ArtifactRecord
+from raydetect.artifacts.region_threshold import RegionThreshold
 from raydetect.config import FlagSpec, ScoreSpec, SourceSpec, public_spec, result_settings, sink_storage, source_storage
 from raydetect.config.validation import to_plain
 from raydetect.errors import SpecError, TooManyBadRows
@@ -161,17 +162,25 @@ def refuse_without_categories(source: SourceSpec, artifact: ArtifactIndex, shard
         )
 
 
-def heatmap_scale(records: Mapping[str | None, ArtifactRecord]) -> dict[str, Any]:
-    """`low` and `high` of heatmaps with style `map`; for a fleet, those of every category under `categories`."""
+def by_category(
+    records: Mapping[str | None, ArtifactRecord], describe: Callable[[ArtifactRecord], dict[str, Any]]
+) -> dict[str, Any]:
+    """An entry of `run.json` about a detector; for a fleet, those of every category under `categories`."""
     single = records.get(None)
     if single is not None:
-        return _scale(single)
-    return {"categories": {category: _scale(record) for category, record in records.items()}}
+        return describe(single)
+    return {"categories": {category: describe(record) for category, record in records.items()}}
 
 
 def _scale(record: ArtifactRecord) -> dict[str, Any]:
+    """`low` and `high` of heatmaps with style `map`."""
     low, high = record.calibration.map_scale()
     return {"low": low, "high": high}
+
+
+def _view(record: ArtifactRecord) -> dict[str, Any]:
+    """What tells where maps lie in their pictures: the size of the inputs and the view, without its region."""
+    return {"image_size": list(record.image_size), **to_plain(record.preprocess.view.spec.recorded())}
 
 
 def describe_run(
@@ -194,7 +203,11 @@ def describe_run(
         },
         "num_shards": len(shards),
         "num_bytes": sum(shard.size_bytes for shard in shards),
-        "heatmap_scale": heatmap_scale(records),
+        "heatmap_scale": by_category(records, _scale),
+        "region_threshold": by_category(
+            records, lambda record: RegionThreshold.of(record.calibration, spec.flag, spec.sink.max_regions).plain()
+        ),
+        "view": by_category(records, _view),
         "packages": artifact.body.get("packages", {}),
     }
 
@@ -207,7 +220,7 @@ def finish(plan: ScorePlan) -> dict[str, Any]:
         ResumeError: another job has taken over the results directory.
         TooManyBadRows: more bad rows or shards than the job allows; everything is still written.
     """
-    facts = {key: plan.run[key] for key in ("kind", "result", "num_bytes", "heatmap_scale")}
+    facts = {key: plan.run[key] for key in ("kind", "result", "num_bytes", "heatmap_scale", "region_threshold")}
     facts["heatmap_style"] = plan.spec.sink.style
     whole = partial(complete, plan.ledger, shards=plan.shards, run=rows_digest(plan.run))
     plan.ledger.require_own(plan.run)

@@ -11,6 +11,7 @@ from PIL import Image
 from raydetect.archives.base import split_key
 from raydetect.errors import MemberError, RaydetectError
 from raydetect.report.pictures import Pictures, missing_reason
+from raydetect.report.region_pictures import needed_px, regions_text, with_boxes, zoomed
 
 SIDE_PX, QUALITY = 360, 78
 DRAWN_PX = 1024  # the longest side of an image over which a heatmap is drawn
@@ -26,8 +27,10 @@ class Card:
         name: member name, without its container.
         shard: URI of the container or folder.
         product: the category, unless it is part of the name.
-        image: data URI of a thumbnail, "" if there is none.
+        image: data URI of a thumbnail with the boxes of the regions, "" if there is none.
         overlay: the same with the heatmap overlaid.
+        zoom: data URI of the strongest region, "" if there is none.
+        regions: describes the regions, "" if there are none.
         note: the reason if a picture is missing, else "".
     """
 
@@ -44,6 +47,8 @@ class Card:
     size: str
     image: str
     overlay: str
+    zoom: str
+    regions: str
     note: str
 
 
@@ -58,8 +63,13 @@ def cards(rows: Sequence[Mapping[str, Any]], pictures: Pictures) -> list[Card]:
 def _card(place: int, row: Mapping[str, Any], pictures: Pictures) -> Card:
     notes: list[str] = []
     image = overlay = None
+    regions, stored = row["regions"] or (), (row["width"], row["height"])
+    zoom = ""
     try:
-        image = pictures.decoded(pictures.encoded(row["image_uri"]), DRAWN_PX)
+        longest_px = needed_px(regions, stored, DRAWN_PX) if regions else DRAWN_PX
+        image = pictures.decoded(pictures.encoded(row["image_uri"]), longest_px)
+        zoom = data_uri(zoomed(image, regions, stored)) if regions else ""
+        image.thumbnail((DRAWN_PX, DRAWN_PX))
     except (MemberError, RaydetectError) as error:
         notes.append(f"No image: {missing_reason(error)}")
     try:
@@ -80,18 +90,27 @@ def _card(place: int, row: Mapping[str, Any], pictures: Pictures) -> Card:
         image_score=row["image_score"],
         p_value=row["p_value"],
         size=size,
-        image=data_uri(image),
-        overlay=data_uri(overlay),
+        image=data_uri(image, regions, stored),
+        overlay=data_uri(overlay, regions, stored),
+        zoom=zoom,
+        regions=regions_text(row),
         note=" ".join(notes),
     )
 
 
-def data_uri(picture: Image.Image | None) -> str:
-    """A JPEG thumbnail as a data URI; "" for None."""
+def data_uri(
+    picture: Image.Image | None, regions: Sequence[Mapping[str, Any]] = (), stored: tuple[int, int] = (1, 1)
+) -> str:
+    """A JPEG thumbnail with the boxes of regions as a data URI; "" for None.
+
+    Args:
+        picture: the upright picture at any size.
+        regions: of its row, in px of the stored picture.
+        stored: (width, height) of the stored picture in px.
+    """
     if picture is None:
         return ""
-    small = picture.copy()
-    small.thumbnail((SIDE_PX, SIDE_PX), Image.Resampling.LANCZOS)
+    small = with_boxes(picture, regions, stored, SIDE_PX)
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=QUALITY)
     return JPEG_URI + base64.b64encode(buffer.getvalue()).decode()

@@ -21,7 +21,7 @@ from raydetect.report.pictures import Pictures
 from raydetect.report.run_charts import Chart, distribution_chart, p_limit, timeline_chart
 from raydetect.report.tally import MAX_BAD_PER_STATUS, CategorySums, Tally
 from raydetect.sinks.ledger import Ledger
-from raydetect.sinks.run_progress import fdr_text, labelled_auroc, notes_text
+from raydetect.sinks.run_progress import fdr_text, labelled_auroc, notes_text, regions_text
 
 MAX_LABELLED = 1_000_000  # omit the AUROC above, as it needs all labelled scores in memory
 MAX_CATEGORY_ROWS = 300
@@ -86,7 +86,7 @@ def render(
         script=script,
         style=style,
         policy=_policy(script),
-        scored=_scored(run, detector, manifest),
+        scored=[*_scored(run, detector, manifest), *_regions(run, tally)],
         facts=facts(ledger, run, tally, manifest),
         finished=tally.totals.shards >= int(run["num_shards"]),
         shards_left=int(run["num_shards"]) - tally.totals.shards,
@@ -158,6 +158,11 @@ def _scored(run: Mapping[str, Any], detector: str, manifest: Mapping[str, Any] |
         ("Detector", f"{detector}, {spec['artifact']}"),
         ("Flagged when", _rule(spec["flag"], manifest)),
     ]
+
+
+def _regions(run: Mapping[str, Any], tally: Tally) -> list[tuple[str, str]]:
+    """How many regions the rows have; nothing for a run that an older version began."""
+    return [("Regions", regions_text({**run, **tally.totals.plain()}))] if "region_threshold" in run else []
 
 
 def _rule(flag: Mapping[str, Any], manifest: Mapping[str, Any] | None) -> str:

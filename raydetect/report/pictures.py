@@ -16,8 +16,9 @@ from raydetect.images.decode import decode_image
 from raydetect.images.opening import DecodeRules
 from raydetect.records import PART_FILE
 from raydetect.sinks.heatmaps import overlay_png, read_map_png, read_png
-from raydetect.sinks.ledger import Ledger
+from raydetect.sinks.ledger import Ledger, repair_hint
 from raydetect.storage import Storage, check_uri, join_uri, translate
+from raydetect.views.view import Layout, View
 
 MAX_HEATMAP_BYTES = 256 << 20
 CONTAINERS = ("tar", "zip", "parquetrow", "member", "tarzst")
@@ -122,6 +123,22 @@ class Pictures:
         scale = map_scale(self.run, row["category"])
         return read_map_png(data, scale.low, scale.high)
 
+    def layout(self, row: Mapping[str, Any], size: tuple[int, int]) -> Layout:
+        """Where a stored anomaly map of (height, width) `size` lies in the picture of its row.
+
+        Raises:
+            StorageError: the map has another size than the detector's.
+        """
+        entry = dict(_of_category(self.run.get("view", {}), row["category"]))
+        image_size = entry.pop("image_size", size)  # runs of older versions state no view: maps cover the picture
+        layout = View.of_record(entry).layout((row["width"], row["height"]), (image_size[0], image_size[1]))
+        if layout.canvas != size:
+            raise StorageError(
+                f"{row['heatmap_uri']}: has {size[1]} x {size[0]} px instead of {layout.canvas[1]} x "
+                f"{layout.canvas[0]}. {repair_hint(self.ledger.uri)}"
+            )
+        return layout
+
     def overlay(self, row: Mapping[str, Any], image: Image.Image | None) -> Image.Image | None:
         """The image with its heatmap overlaid; None if no heatmap is stored, or only a map without its image.
 
@@ -135,7 +152,8 @@ class Pictures:
             scale = map_scale(self.run, row["category"])
             data = None
             if map_HW is not None and image is not None:
-                data = overlay_png(np.asarray(image), map_HW, scale.low, scale.high)
+                box = self.layout(row, (map_HW.shape[0], map_HW.shape[1])).box_on(image.size)
+                data = overlay_png(np.asarray(image), map_HW, scale.low, scale.high, box)
         return None if data is None else _png(data)
 
     def _archive(self, scheme: str, container: str) -> Any:
@@ -155,9 +173,26 @@ def heatmap_style(run: Mapping[str, Any]) -> str:
 
 def map_scale(run: Mapping[str, Any], category: str | None) -> MapScale:
     """The heatmap scale of a category."""
-    scale = run["heatmap_scale"]
-    entry = scale.get("categories", {}).get(category, scale)
+    entry = _of_category(run["heatmap_scale"], category)
     return MapScale(float(entry["low"]), float(entry["high"]))
+
+
+def region_threshold(run: Mapping[str, Any], category: str | None) -> float | None:
+    """The lowest anomaly map value of the regions of a category; None if rows have no regions."""
+    value = _of_category(run.get("region_threshold", {}), category).get("value")
+    return None if value is None else float(value)
+
+
+def has_regions(run: Mapping[str, Any]) -> bool:
+    """Whether rows of the run, of some category at least, may have regions."""
+    entry = run.get("region_threshold", {})
+    return any(one.get("value") is not None for one in entry.get("categories", {"": entry}).values())
+
+
+def _of_category(entry: Mapping[str, Any], category: str | None) -> Mapping[str, Any]:
+    """What an entry of `run.json` says about a category; for a run without a fleet, the entry itself."""
+    found: Mapping[str, Any] = entry.get("categories", {}).get(category, entry)
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -47,6 +47,10 @@ class Scored:
         """Copies the map from the device: float32 of shape (H, W), NaN where the image is not looked at."""
         map_HW: np.ndarray = self.map_on_device_HW.float().cpu().numpy()
         return map_HW
+
+    def on_host(self) -> "Scored":
+        """The same with a map that has left the device already, to read it more than once."""
+        return replace(self, map_on_device_HW=self.map_on_device_HW.float().cpu())
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 
 from raydetect.artifacts.fleet import ArtifactRef
+from raydetect.artifacts.region_threshold import RegionThreshold
 from raydetect.artifacts.store import Artifact, DetectorSource
 from raydetect.config import FlagSpec
 from raydetect.scoring.decision import DecisionRule
@@ -18,10 +19,10 @@ T = TypeVar("T")
 
 
 class LoadedDetector:
-    """An artifact loaded for scoring: its detector on the device, its decision rule and its heatmap scale."""
+    """An artifact loaded for scoring: its detector on the device, its thresholds and its heatmap scale."""
 
-    def __init__(self, artifact: Artifact, flag: FlagSpec, device: torch.device) -> None:
-        """Moves the detector to the device and computes the decision rule.
+    def __init__(self, artifact: Artifact, flag: FlagSpec, max_regions: int, device: torch.device) -> None:
+        """Moves the detector to the device and computes the thresholds of images and pixels.
 
         Raises:
             SpecError: the calibration is too small for `flag.alpha`.
@@ -31,6 +32,7 @@ class LoadedDetector:
         self.preprocess = artifact.record.preprocess
         self.detector = artifact.detector.to(device)
         self.decision = DecisionRule(flag, calibration)
+        self.region_threshold = RegionThreshold.of(calibration, flag, max_regions).value
         self.map_low, self.map_high = calibration.map_scale()
 
 
@@ -41,7 +43,9 @@ class DetectorCache:
     them is not in use.
     """
 
-    def __init__(self, source: DetectorSource, flag: FlagSpec, queue: DeviceQueue, limit: int) -> None:
+    def __init__(
+        self, source: DetectorSource, flag: FlagSpec, queue: DeviceQueue, limit: int, max_regions: int = 0
+    ) -> None:
         """Loads the detector for images without a category, if there is one; a fleet's detectors are loaded later.
 
         Args:
@@ -50,11 +54,13 @@ class DetectorCache:
             queue: the device; detectors are loaded on its thread, so that nothing is scored meanwhile: to truncate a
                 backbone, torch.fx patches module calls in all threads of the process.
             limit: maximum number of loaded detectors, at least 1.
+            max_regions: regions of a row, at most.
 
         Raises:
             ArtifactError, SpecError: the artifact cannot be loaded or does not fit the rule.
         """
         self._source, self._flag, self._queue, self._limit = source, flag, queue, limit
+        self._max_regions = max_regions
         self._kept: OrderedDict[ArtifactRef, LoadedDetector] = OrderedDict()
         self._users: Counter[ArtifactRef] = Counter()
         self._changed = threading.Condition()
@@ -94,7 +100,7 @@ class DetectorCache:
         self._kept[ref] = self._queue.online(lambda: self._loaded(ref)).result()
 
     def _loaded(self, ref: ArtifactRef) -> LoadedDetector:
-        return LoadedDetector(self._source.load(ref), self._flag, self._queue.device)
+        return LoadedDetector(self._source.load(ref), self._flag, self._max_regions, self._queue.device)
 
     def _unused(self) -> list[ArtifactRef]:
         return [ref for ref in self._kept if not self._users[ref]]

@@ -26,11 +26,11 @@ from raydetect.records import OK, Chunk, Member, Row
 from raydetect.scoring.batches import Scored, score_batches
 from raydetect.scoring.detector_cache import DetectorCache, LoadedDetector
 from raydetect.scoring.device_queue import DeviceQueue
+from raydetect.scoring.regions import find_regions
 from raydetect.sinks.heatmaps import map_png, overlay_png
 from raydetect.sinks.parquet import ResultsSink
 from raydetect.sinks.scored_chunk import ScoredChunk
 from raydetect.views.placement import placed, whole_size
-from raydetect.views.view import Box, Layout
 from raydetect.views.windows import Input
 
 OVERLAY_MAX_PX = 1024
@@ -82,7 +82,9 @@ class Scorer:
         self.index = source.index
         self.spec = spec
         queue = queue or DeviceQueue("cpu")
-        self.detectors = DetectorCache(source, spec.flag, queue, spec.resources.detectors_in_memory)
+        self.detectors = DetectorCache(
+            source, spec.flag, queue, spec.resources.detectors_in_memory, spec.sink.max_regions
+        )
         self.rules = DecodeRules.of(spec.source)
         self._submit = queue.online if online else queue.bulk
         self._decoding = ThreadPoolExecutor(spec.resources.cpus_per_worker, thread_name_prefix="decode")
@@ -136,7 +138,8 @@ class Scorer:
     def _chosen(self, scored: Iterable[Scored], loaded: LoadedDetector, work: "_Work") -> Iterator[Scored]:
         """Notes the outcome of every image and yields the images that get a heatmap.
 
-        `top_k` compares images of one artifact only, since raw scores of different detectors are not comparable.
+        A map leaves the device only for regions or a heatmap. `top_k` compares images of one artifact only, since raw
+        scores of different detectors are not comparable.
         """
         best: list[tuple[float, int, Scored]] = []
         for item in scored:
@@ -144,13 +147,22 @@ class Scorer:
             if not item.is_finite:
                 continue
             heatmaps = work.wanted[item.position]
-            if heatmaps == "all" or (heatmaps == "flagged" and loaded.decision.may_flag(item.image_score)):
+            may_flag = loaded.decision.may_flag(item.image_score)
+            if may_flag and loaded.region_threshold is not None:
+                item = item.on_host()
+                work.outcomes[item.position] |= self._located(item, loaded.region_threshold)
+            if heatmaps == "all" or (heatmaps == "flagged" and may_flag):
                 yield item
             elif heatmaps == "top_k":
                 heapq.heappush(best, (item.image_score, -item.position, item))
                 if len(best) > self.spec.sink.top_k:
                     heapq.heappop(best)
         yield from (item for _, _, item in sorted(best, key=lambda entry: -entry[1]))
+
+    def _located(self, item: Scored, threshold: float) -> dict[str, Any]:
+        """The columns that say where an image is anomalous."""
+        regions, left_out = find_regions(item.anomaly_map(), item.layout, threshold, self.spec.sink.max_regions)
+        return {"regions": regions, "regions_left_out": left_out}
 
     def _undecoded(self, member: Member) -> Pixels:
         """Why a member was not decoded: it could not be read, or there is no detector for its category."""
@@ -195,16 +207,9 @@ class Scorer:
             work.result.clipped_pixels += clipped
         else:
             image = decode_image(work.chunk.members[item.position].data, self.rules, OVERLAY_MAX_PX)
-            box = _box_on(image.size, item.layout)
+            box = item.layout.box_on(image.size)
             picture = overlay_png(np.asarray(image), item.anomaly_map(), loaded.map_low, loaded.map_high, box)
         work.result.pictures[item.position] = picture
-
-
-def _box_on(size: tuple[int, int], layout: Layout) -> Box:
-    """The box of a map on a picture that was shrunk to (width, height) `size`."""
-    across, down = size[0] / layout.picture[0], size[1] / layout.picture[1]
-    left, upper, right, lower = layout.box
-    return left * across, upper * down, right * across, lower * down
 
 
 def _outcome(item: Scored, loaded: LoadedDetector, member: Member) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from raydetect.records import Part, Receipt
 
 NEEDED = ("p_value", "category")
+REGIONS = ("regions", "regions_left_out")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +26,21 @@ class ArchiveFlags:
     thresholds: Mapping[str | None, float | None]
 
     def apply(self, table: pa.Table) -> pa.Table:
-        """Fills in `flagged` and `threshold`; rows without a p-value keep null.
+        """Fills in `flagged` and `threshold`, and removes the regions of images that are not flagged.
+
+        Rows without a p-value keep null.
 
         Args:
             table: rows with the columns `NEEDED` and any other columns of the results.
         """
+        limit = -1.0 if self.p_threshold is None else self.p_threshold
+        flagged = pc.less_equal(table["p_value"], pa.scalar(limit, pa.float64()))
         if "flagged" in table.column_names:
-            limit = -1.0 if self.p_threshold is None else self.p_threshold
-            table = _with(table, "flagged", pc.less_equal(table["p_value"], pa.scalar(limit, pa.float64())))
+            table = _with(table, "flagged", flagged)
+        for name in REGIONS:
+            if name in table.column_names:
+                column = table[name]
+                table = _with(table, name, pc.if_else(flagged, column, pa.scalar(None, column.type)))
         if "threshold" in table.column_names:
             thresholds = [
                 None if p_value is None else self._threshold(category)

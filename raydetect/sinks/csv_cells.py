@@ -7,6 +7,7 @@ every character that may separate cells or lines, with blanks and quotes in betw
 Removing one apostrophe at each match of `PUT` restores the text.
 """
 
+import json
 import re
 from typing import Any
 
@@ -21,7 +22,9 @@ PUT = re.compile(f"({BEGIN})'(?='*{SIGNS})")
 
 
 def cell(value: Any) -> Any:
-    """Converts a value to the content of a CSV cell."""
+    """Converts a value to the content of a CSV cell; lists become JSON."""
+    if isinstance(value, list):
+        value = json.dumps(value)
     if isinstance(value, bool):
         return "true" if value else "false"
     return GUARDED.sub(r"\1'", value) if isinstance(value, str) else value

@@ -298,6 +298,8 @@ class Totals:
     heatmaps: int = 0
     parts: int = 0
     clipped_pixels: int = 0
+    regions: int = 0
+    regions_left_out: int = 0
     bad_shards: int = 0
     statuses: Counter[str] = field(default_factory=Counter)
     p_counts: Counter[float] = field(default_factory=Counter)
@@ -318,6 +320,8 @@ class Totals:
             self.labelled += part.labelled
             self.heatmaps += part.heatmaps
             self.clipped_pixels += part.clipped_pixels
+            self.regions += part.regions
+            self.regions_left_out += part.regions_left_out
             self.p_counts.update(part.p_counts)
             self.left_out.add_all(part.left_out)
             self.notes.update(part.notes)
@@ -340,6 +344,8 @@ class Totals:
             "heatmaps": self.heatmaps,
             "parts": self.parts,
             "clipped_pixels": self.clipped_pixels,
+            "regions": self.regions,
+            "regions_left_out": self.regions_left_out,
             "statuses": dict(sorted(self.statuses.items())),
             "left_out": to_plain(dict(sorted(self.left_out.counts.items()))),
             "notes": dict(sorted(self.notes.items())),

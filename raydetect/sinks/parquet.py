@@ -112,6 +112,8 @@ class ResultsSink:
             zips=tuple(zips),
             heatmaps=sum(one.pictures for one in zips),
             clipped_pixels=sum(fact.clipped_pixels for fact in facts),
+            regions=pc.sum(pc.list_value_length(table["regions"])).as_py() or 0,
+            regions_left_out=pc.sum(table["regions_left_out"]).as_py() or 0,
             left_out=facts[-1].left_out,
             seconds=round(sum(fact.seconds for fact in facts), 3),
             host=",".join(sorted({fact.host for fact in facts if fact.host})),

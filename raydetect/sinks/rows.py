@@ -9,11 +9,12 @@ from raydetect.errors import StorageError
 from raydetect.records import Part, Receipt
 from raydetect.sinks.archive_flags import NEEDED, ArchiveFlags, archive_flags
 from raydetect.sinks.ledger import Ledger
+from raydetect.sinks.scored_chunk import SCHEMA
 from raydetect.storage import join_uri
 from raydetect.storage.read_ahead import read_ahead
 
 READERS = 4
-NEW_COLUMNS = ("note", "sha256")  # missing in parts of older versions
+NEW_COLUMNS = ("note", "sha256", "regions", "regions_left_out")  # the last ones, missing in parts of older versions
 
 
 def read_rows(ledger: Ledger, columns: Sequence[str] | None = None) -> Iterator[tuple[Receipt, Part, pa.Table]]:
@@ -70,9 +71,10 @@ def read_part(ledger: Ledger, part: Part, columns: Sequence[str] | None = None) 
 
 
 def _completed(table: pa.Table, columns: Sequence[str] | None) -> pa.Table:
-    """Adds the columns missing in parts of older versions; these are the last ones and contain strings."""
-    missing = [name for name in NEW_COLUMNS if name not in table.column_names and (columns is None or name in columns)]
+    """Adds the columns missing in parts of older versions: empty texts, and null for the others."""
+    wanted = SCHEMA.names if columns is None else list(columns)
+    missing = [name for name in NEW_COLUMNS if name in wanted and name not in table.column_names]
     for name in missing:
-        empty = pa.array([""] * table.num_rows, pa.string())
-        table = table.append_column(pa.field(name, pa.string(), nullable=False), empty)
-    return table if columns is None or not missing else table.select(list(columns))
+        field = SCHEMA.field(name)
+        table = table.append_column(field, pa.array([None if field.nullable else ""] * table.num_rows, field.type))
+    return table.select(wanted) if missing else table

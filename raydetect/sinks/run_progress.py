@@ -15,7 +15,7 @@ from raydetect.errors import MissingError
 from raydetect.left_out import left_out_text
 from raydetect.metrics.roc import auroc
 from raydetect.records import Receipt
-from raydetect.sinks.consistency import Gaps, listed_files, named_files
+from raydetect.sinks.consistency import Gaps, listed_files, named_files, names_text
 from raydetect.sinks.ledger import Ledger, Totals
 
 
@@ -33,6 +33,7 @@ class RunProgress:
         fdr: the manifest's entry `fdr` once the run is finished.
         lost: number of records that are missing although the manifest exists.
         gaps: description of missing files of committed shards; "" if there are none or they were not checked.
+        regions: number of regions of the committed rows, and what limits them; "" if an older version began the run.
     """
 
     uri: str
@@ -44,6 +45,7 @@ class RunProgress:
     fdr: Mapping[str, Any] | None = None
     lost: int = 0
     gaps: str = ""
+    regions: str = ""
 
     @property
     def flagged(self) -> int | None:
@@ -73,6 +75,8 @@ class RunProgress:
             f"Flagged    {'when all shards are committed (flag.fdr)' if self.flagged is None else f'{self.flagged:,}'}",
             f"Heatmaps   {totals.heatmaps:,}",
         ]
+        if self.regions:
+            lines.append(f"Regions    {self.regions}")
         if totals.left_out.counts:
             lines.append(f"Left out   {left_out_text(totals.left_out.counts)}")
         if self.num_categories:
@@ -128,7 +132,10 @@ class ProgressReader:
             waits = not finished and run["result"]["spec"].get("flag", {}).get("fdr") is not None
             fdr = manifest.get("fdr") if manifest is not None and finished else None
             lost = 0 if manifest is None else missing
-            return RunProgress(self._ledger.uri, shards, totals, finished, categories, waits, fdr, lost)
+            regions = regions_text({**run, **totals.plain()}) if "region_threshold" in run else ""
+            return RunProgress(
+                self._ledger.uri, shards, totals, finished, categories, waits, fdr, lost, regions=regions
+            )
 
 
 def progress(ledger: Ledger) -> RunProgress:
@@ -152,6 +159,26 @@ def progress(ledger: Ledger) -> RunProgress:
 def notes_text(notes: Mapping[str, int]) -> str:
     """Formats the counts of notes by kind: `3 exif_ignored, 2 pages_not_read`."""
     return ", ".join(f"{count:,} {kind}" for kind, count in sorted(notes.items()))
+
+
+def regions_text(manifest: Mapping[str, Any]) -> str:
+    """Says how many regions the rows have and what limits them: `12; 3 left out by sink.max_regions`.
+
+    A reason that concerns some categories of a fleet is followed by the first of them.
+    """
+    entry = manifest.get("region_threshold", {})
+    categories_by_note: dict[str, list[str]] = {}
+    for category, one in entry.get("categories", {"": entry}).items():
+        categories_by_note.setdefault(one.get("note", ""), []).append(category)
+    notes = [
+        note if categories == [""] else f"{note} ({names_text(categories)})"
+        for note, categories in sorted(categories_by_note.items())
+        if note
+    ]
+    left_out = manifest.get("regions_left_out", 0)
+    cut = [f"{left_out:,} left out by sink.max_regions"] if left_out else []
+    count = [f"{manifest.get('regions', 0):,}"] if "" in categories_by_note or manifest.get("regions") else []
+    return "; ".join([*count, *cut, *notes])
 
 
 def fdr_text(fdr: Mapping[str, Any]) -> str:

@@ -30,6 +30,8 @@ class Run:
     num_bytes: Count = 0
     spec: Mapping[str, Any] = field(default_factory=dict)
     heatmap_scale: Mapping[str, Any] = field(default_factory=dict)
+    region_threshold: Mapping[str, Any] = field(default_factory=dict)
+    view: Mapping[str, Any] = field(default_factory=dict)
     packages: Mapping[str, str] = field(default_factory=dict)
 
 

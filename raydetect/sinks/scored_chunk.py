@@ -9,8 +9,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raydetect.config.validation import to_plain, validate
-from raydetect.records import OK, HeatmapZip, LeftOut, Row
+from raydetect.records import OK, AnomalousRegion, HeatmapZip, LeftOut, Row
 
+REGION_TYPES = {"area_px": pa.int64(), "peak_score": pa.float64()}  # the others are columns and rows of the picture
+REGION_FIELDS = tuple(f.name for f in dataclasses.fields(AnomalousRegion))
+REGION = pa.struct([pa.field(name, REGION_TYPES.get(name, pa.int32()), nullable=False) for name in REGION_FIELDS])
 TYPES = {
     "width": pa.int32(),
     "height": pa.int32(),
@@ -21,6 +24,8 @@ TYPES = {
     "threshold": pa.float64(),
     "flagged": pa.bool_(),
     "label": pa.int8(),
+    "regions": pa.list_(REGION),
+    "regions_left_out": pa.int64(),
 }
 REQUIRED = ("key", "image_uri", "chunk", "status", "error", "artifact", "meta", "note", "sha256")
 SCHEMA = pa.schema(
@@ -113,4 +118,10 @@ class ScoredChunk:
 
 def rows_table(rows: Sequence[Row]) -> pa.Table:
     """Converts rows to a table with the columns of SCHEMA."""
-    return pa.table({name: [getattr(row, name) for row in rows] for name in SCHEMA.names}, schema=SCHEMA)
+    columns = {name: [getattr(row, name) for row in rows] for name in SCHEMA.names}
+    columns["regions"] = [None if found is None else [_plain(one) for one in found] for found in columns["regions"]]
+    return pa.table(columns, schema=SCHEMA)
+
+
+def _plain(region: AnomalousRegion) -> dict[str, Any]:
+    return {name: getattr(region, name) for name in REGION_FIELDS}

@@ -30,6 +30,7 @@ from raydetect.views.region import Region
 FILL = (124, 116, 104)
 MAX_CANVAS_PX = 4096  # longest side of a canvas; the map of a larger picture keeps the highest of each block of px
 KEPT_LAYOUTS = 16  # of different picture sizes
+DECIMALS = 9  # of px, beyond which places are equal: a quotient of sizes is seldom exact
 
 Box = tuple[float, float, float, float]
 Place = tuple[int, int, int, int]
@@ -100,6 +101,40 @@ class Layout:
     def is_empty(self) -> bool:
         """Whether nothing of the picture is looked at."""
         return not self.windows or (self.looked is not None and not self.looked.any())
+
+    @cached_property
+    def cuts(self) -> tuple[np.ndarray, np.ndarray]:
+        """First px of the picture in each column and each row of the canvas, and one after the last; int64.
+
+        A px of the picture lies where its centre does, so a column or row of a fine canvas may have none.
+        """
+        across, down = self._pitch
+        columns = _cuts(self.box[0], across, self.canvas[1], self.picture[0])
+        return columns, _cuts(self.box[1], down, self.canvas[0], self.picture[1])
+
+    def shown(self, column: int, row: int) -> tuple[int, int]:
+        """The (x, y) of the px of the picture at the centre of a px of the canvas."""
+        across, down = self._pitch
+        x, y = round(self.box[0] + (column + 0.5) * across, DECIMALS), round(self.box[1] + (row + 0.5) * down, DECIMALS)
+        return min(int(x), self.picture[0] - 1), min(int(y), self.picture[1] - 1)
+
+    def beneath(self, x: int, y: int) -> tuple[slice, slice]:
+        """Rows and columns of the canvas that a px of the picture touches; at least one of each."""
+        across, down = self._pitch
+        columns = _touched(x - self.box[0], across, self.canvas[1])
+        return _touched(y - self.box[1], down, self.canvas[0]), columns
+
+    def box_on(self, size: tuple[int, int]) -> Box:
+        """The box of the canvas on the picture shrunk to (width, height) `size`, in its px."""
+        across, down = size[0] / self.picture[0], size[1] / self.picture[1]
+        left, upper, right, lower = self.box
+        return left * across, upper * down, right * across, lower * down
+
+    @property
+    def _pitch(self) -> tuple[float, float]:
+        """Width and height of a px of the canvas in px of the picture; a reduced canvas may end beyond the picture."""
+        (left, upper, right, lower), (width, height) = self.windows[0].box, self.windows[0].size
+        return (right - left) / width * self.reduction, (lower - upper) / height * self.reduction
 
     def looked_input(self, window: Window, image_size: tuple[int, int]) -> np.ndarray | None:
         """Pixels of an input, bool (H, W), that show the picture and lie in the region; None = all."""
@@ -173,6 +208,19 @@ class View:
         across = (right - left) / (window.box[2] - window.box[0])
         down = (lower - upper) / (window.box[3] - window.box[1])
         return size[0] * across, size[1] * down
+
+
+def _cuts(start: float, pitch: float, count: int, length: int) -> np.ndarray:
+    """First px with its centre at or after each of `count + 1` equally spaced places; int64 in 0..length."""
+    edges = start + np.arange(count + 1) * pitch
+    first: np.ndarray = np.clip(np.ceil(np.round(edges - 0.5, DECIMALS)), 0, length).astype(np.int64)
+    return first
+
+
+def _touched(start: float, pitch: float, count: int) -> slice:
+    """Indices of the places of width `pitch` that an interval of length 1 touches."""
+    first = min(max(math.floor(start / pitch), 0), count - 1)
+    return slice(first, max(first + 1, min(math.ceil((start + 1) / pitch), count)))
 
 
 def _layout(view: View, size: tuple[int, int], image_size: tuple[int, int]) -> Layout:

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import time
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,21 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as coco
 
 from raydetect.cli.main import main
+from raydetect.errors import SpecError
+from raydetect.export.coco import write_coco
 from raydetect.export.naming import file_name
 from raydetect.export.outlines import length_text, polygon, regions, run_lengths
+from raydetect.export.table import write_csv
 from raydetect.report.build import started
 from raydetect.report.pictures import Pictures
 from raydetect.sinks.csv_cells import PUT, cell
 from raydetect.sinks.rows import read_rows
 from raydetect.storage import Storage
+from tests.builders.archives import mixed_files, normal_files, pack
 from tests.builders.results import HOSTILE, make_results, names_of
+from tests.local.test_local import fit, run
+from tests.reference.regions import flood
+from tests.scoring.test_regions import maps_of
 
 masks = st.integers(1, 9).flatmap(
     lambda height: st.integers(1, 9).flatmap(
@@ -181,6 +189,81 @@ def test_coco_holds_the_thresholded_maps(tmp_path: Path, polygons: bool) -> None
     assert sum(annotation["area"] for annotation in body["annotations"]) == sum(
         int((pictures.anomaly_map(row) >= 3).sum()) for row in rows.values()
     )
+
+
+@pytest.mark.parametrize("polygons", [False, True])
+@pytest.mark.parametrize("view", ["{}", "{size: [96, 96], crop: [64, 64]}"])
+def test_coco_has_one_annotation_for_each_region_with_the_numbers_of_its_row(
+    tmp_path: Path, view: str, polygons: bool
+) -> None:
+    pack("memory://data/normal", ".tar", normal_files(30), 2)
+    pack("memory://data/mixed", ".tar", mixed_files(8, 3), 3)
+    fit(f"view={view}")
+    plan, manifest = run("sink.style=map", "sink.heatmaps=flagged")
+    pictures = Pictures(plan.ledger, started(plan.ledger), Storage())
+    counts = write_coco(pictures, tmp_path / "c.json", None, polygons)
+    body = json.loads((tmp_path / "c.json").read_text())
+    flagged = {row["key"]: row for _, _, table in read_rows(plan.ledger) for row in table.to_pylist() if row["flagged"]}
+    assert counts == (len(flagged), manifest["regions"]) == (len(body["images"]), len(body["annotations"]))
+    assert manifest["regions"] > 5
+    maps = maps_of(plan, list(flagged))
+    corner, pitch = (Fraction(0), Fraction(3, 2)) if view == "{}" else (Fraction(16), Fraction(1))
+    for image in body["images"]:
+        row = flagged[image["key"]]
+        found = [one for one in body["annotations"] if one["image_id"] == image["id"]]
+        told = sorted(flood(maps[row["key"]], manifest["region_threshold"]["value"]), key=lambda region: -max(
+            maps[row["key"]][pixel] for pixel in region
+        ))  # fmt: skip
+        for annotation, region, pixels in zip(found, row["regions"], told, strict=True):
+            assert annotation["bbox"] == [region[name] for name in ("x", "y", "width", "height")]
+            assert (annotation["area"], annotation["score"]) == (region["area_px"], region["peak_score"])
+            expected = np.zeros((96, 96), dtype=bool)
+            for y, x in np.ndindex(96, 96):
+                half = Fraction(1, 2)
+                expected[y, x] = (int((y + half - corner) // pitch), int((x + half - corner) // pitch)) in pixels
+            if polygons:
+                drawn = np.zeros((96, 96), dtype=bool)
+                for outline in annotation["segmentation"]:
+                    drawn |= slow_filled(outline, 96, 96)
+            else:
+                drawn = slow_mask(slow_lengths(annotation["segmentation"]["counts"]), 96, 96)
+            assert not (expected & ~drawn).any()  # the stored map is rounded: some pixels more
+            whole = without_holes(expected) if polygons else expected
+            assert (drawn & ~whole).sum() <= 4
+            rows, columns = np.nonzero(drawn)
+            assert (columns.min(), rows.min()) == (region["x"], region["y"])
+            assert (np.ptp(columns) + 1, np.ptp(rows) + 1) == (region["width"], region["height"])
+
+
+def test_coco_of_a_run_with_overlays_has_the_boxes_of_the_regions(tmp_path: Path) -> None:
+    pack("memory://data/normal", ".tar", normal_files(30), 2)
+    pack("memory://data/mixed", ".tar", mixed_files(8, 3), 3)
+    fit()
+    plan, manifest = run("sink.heatmaps=none")
+    pictures = Pictures(plan.ledger, started(plan.ledger), Storage())
+    assert write_coco(pictures, tmp_path / "c.json", None, True)[1] == manifest["regions"] > 0
+    body = json.loads((tmp_path / "c.json").read_text())
+    assert body["info"]["outlines"].startswith("boxes")
+    for annotation in body["annotations"]:
+        x, y, width, height = annotation["bbox"]
+        box = np.zeros((96, 96), dtype=bool)
+        box[y : y + height, x : x + width] = True
+        assert (slow_filled(annotation["segmentation"][0], 96, 96) == box).all()
+    with pytest.raises(SpecError, match="outlines need anomaly maps"):
+        write_coco(pictures, tmp_path / "d.json", 3.0, True)
+
+
+def test_csv_holds_regions_as_json(tmp_path: Path) -> None:
+    pack("memory://data/normal", ".tar", normal_files(30), 2)
+    pack("memory://data/mixed", ".tar", mixed_files(8, 3), 3)
+    fit()
+    ledger = run()[0].ledger
+    assert write_csv(ledger, tmp_path / "rows.csv") == 17
+    rows = [row for _, _, table in read_rows(ledger) for row in table.to_pylist()]
+    with (tmp_path / "rows.csv").open(newline="") as handle:
+        for line, row in zip(csv.DictReader(handle), rows, strict=True):
+            assert (json.loads(line["regions"]) if line["regions"] else None) == row["regions"]
+    assert any(row["regions"] for row in rows)
 
 
 def test_outlines_of_overlays_are_refused(tmp_path: Path) -> None:

@@ -77,6 +77,10 @@ def test_scores_are_those_of_a_job_and_heatmaps_come_inline_or_by_uri(data_dir: 
         assert found["image_score"] == pytest.approx(row["image_score"], rel=1e-6)
         assert (found["p_value"], found["flagged"]) == (row["p_value"], row["flagged"])
         assert (found["width"], found["height"], found["artifact"]) == (row["width"], row["height"], row["artifact"])
+        assert (found["regions"] is None) == (row["regions"] is None) == (not row["flagged"])
+        for region, told in zip(row["regions"] or (), found["regions"] or (), strict=True):
+            assert told.pop("peak_score") == pytest.approx(region.pop("peak_score"), rel=1e-6) and told == region
+        assert found["regions_left_out"] == row["regions_left_out"]
         picture = Image.open(io.BytesIO(base64.b64decode(found["heatmap_png"])))
         assert picture.size == (row["width"], row["height"])
         assert (kept["heatmap_uri"] is not None) == kept["flagged"] and kept["heatmap_png"] is None

@@ -9,12 +9,17 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
 
 from raydetect.cli.main import main
 from raydetect.records import Part, Receipt
 from raydetect.report.build import report_html, started
+from raydetect.report.region_pictures import needed_px, with_boxes, zoom_box, zoomed
 from raydetect.report.tally import MAX_BAD_PER_STATUS, tally
 from raydetect.report.timeline import MAX_SPANS, Timeline
 from raydetect.report.top_images import PER_CATEGORY, TopImages
@@ -199,11 +204,55 @@ def test_a_real_run_names_its_detector_and_measures_its_pictures() -> None:
     plan, manifest = run("sink.heatmaps=all", "sink.style=map")
     text = report_html(plan.ledger, 5)
     assert f"patchcore ({plan.artifact.digest[:16]})" in text and "p-value at most 0.1" in text
-    assert len([1 for tag, of in Page(text).tags if tag == "img"]) == 10  # overlays are drawn from maps
+    pictures = [of for tag, of in Page(text).tags if tag == "img"]
+    assert len([of for of in pictures if of["class"] != "zoom"]) == 10  # overlays are drawn from maps
+    located = sorted(all_rows(plan.ledger), key=lambda row: -row["image_score"])[:5]
+    assert len(pictures) - 10 == sum(bool(row["regions"]) for row in located) > 0
+    for row in located:
+        for region in (row["regions"] or ())[:1]:
+            assert f"of {region['width']} x {region['height']} px, {region['peak_score']:.4g} at (" in text
     for row in all_rows(plan.ledger):
         assert 0 < row["brightness"] < 1 and row["sharpness"] > 0
     fit("seed=1")
     assert "(since replaced)" in report_html(plan.ledger, 0) and manifest["rows"] == 7
+
+
+@given(
+    st.tuples(st.integers(1, 5000), st.integers(1, 5000)),
+    st.tuples(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1)),
+    st.integers(1, 1024),
+)
+@settings(max_examples=100, deadline=None)
+def test_the_zoomed_part_holds_the_region_and_stays_in_the_picture(
+    size: tuple[int, int], place: tuple[float, float, float, float], longest_px: int
+) -> None:
+    width, height = size
+    x, y = int(place[0] * (width - 1)), int(place[1] * (height - 1))
+    region = {
+        "x": x,
+        "y": y,
+        "width": 1 + int(place[2] * (width - 1 - x)),
+        "height": 1 + int(place[3] * (height - 1 - y)),
+    }
+    left, upper, right, lower = zoom_box(region, size)
+    assert 0 <= left <= x + 1e-6 and x + region["width"] <= right + 1e-6 <= width + 2e-6
+    assert 0 <= upper <= y + 1e-6 and y + region["height"] <= lower + 1e-6 <= height + 2e-6
+    shown = max(size) * min(1.0, 360 / (right - left))
+    assert needed_px([region], size, 1) >= min(shown, max(size)) - 1e-6
+    scale = min(1.0, longest_px / max(size))
+    picture = Image.new("RGB", (max(1, round(width * scale)), max(1, round(height * scale))), (90, 90, 90))
+    zoom = zoomed(picture, [region], size)
+    assert zoom.width == 360
+    boxed = np.asarray(with_boxes(picture, [region], size, 360))
+    assert ((boxed == (0, 229, 255)).all(-1).any() or min(picture.size) < 8) and picture.getextrema()[0] == (90, 90)
+
+
+def test_a_box_is_drawn_around_its_region() -> None:
+    region = {"x": 300, "y": 200, "width": 100, "height": 60}
+    drawn = (np.asarray(with_boxes(Image.new("RGB", (800, 400)), [region], (800, 400), 400)) == (0, 229, 255)).all(-1)
+    rows, columns = np.nonzero(drawn)
+    assert (columns.min(), columns.max(), rows.min(), rows.max()) == (150 - 3, 199 + 3, 100 - 3, 129 + 3)
+    assert not drawn[100:130, 150:200].any()
 
 
 def test_memory_does_not_grow_with_the_run(tmp_path: Path) -> None:

@@ -52,6 +52,19 @@ GOLDEN = [
     "meta: string not null",
     "note: string not null",
     "sha256: string not null",
+    "regions: list<item: struct<x: int32 not null, y: int32 not null, width: int32 not null, height: int32 not nul "
+    "(... 105 chars omitted)",
+    "  child 0, item: struct<x: int32 not null, y: int32 not null, width: int32 not null, height: int32 not null, "
+    "area_px: (... 93 chars omitted)",
+    "      child 0, x: int32 not null",
+    "      child 1, y: int32 not null",
+    "      child 2, width: int32 not null",
+    "      child 3, height: int32 not null",
+    "      child 4, area_px: int64 not null",
+    "      child 5, peak_score: double not null",
+    "      child 6, peak_x: int32 not null",
+    "      child 7, peak_y: int32 not null",
+    "regions_left_out: int64",
 ]
 
 

@@ -14,7 +14,7 @@ from raydetect.gateway.allowed_uris import Prefixes
 from raydetect.gateway.backend import Busy
 from raydetect.gateway.fetch import Fetcher
 from raydetect.gateway.http.errors import Mistake
-from raydetect.gateway.http.schemas import Score, ScoreRequest
+from raydetect.gateway.http.schemas import FoundRegion, Score, ScoreRequest
 from raydetect.records import Answer, Member
 from raydetect.storage import Storage, join_uri
 
@@ -123,6 +123,10 @@ def score_of(answer: Answer, heatmaps_uri: str | None, storage: Storage) -> Scor
         heatmap_png=inline,
         heatmap_uri=stored,
         note=row.note,
+        regions=None
+        if row.regions is None
+        else [FoundRegion.model_validate(r, from_attributes=True) for r in row.regions],
+        regions_left_out=row.regions_left_out,
     )
 
 

@@ -19,6 +19,19 @@ SCORED: Body = {
     "heatmap_png": None,
     "heatmap_uri": f"s3://results/heatmaps/{VERSION[:16]}/5b1d0c.png",
     "note": "",
+    "regions": [
+        {
+            "x": 412,
+            "y": 250,
+            "width": 63,
+            "height": 28,
+            "area_px": 1133,
+            "peak_score": 5.37,
+            "peak_x": 441,
+            "peak_y": 263,
+        }
+    ],
+    "regions_left_out": 0,
 }
 UNREAD: Body = {
     **dict.fromkeys(SCORED),

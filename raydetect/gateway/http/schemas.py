@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from raydetect.config import Heatmaps
+from raydetect.config import MAX_REGIONS, Heatmaps
 
 OnlineHeatmaps = Literal["none", "flagged", "all"]
 
@@ -30,6 +30,19 @@ class ScoreRequest(Strict):
     store_heatmaps: Annotated[bool, Field(description="write heatmaps to the server's folder and return URIs")] = False
 
 
+class FoundRegion(BaseModel):
+    """Where an image is anomalous, in px of the upright image."""
+
+    x: Annotated[int, Field(description="first column of the box")]
+    y: Annotated[int, Field(description="first row of the box")]
+    width: int
+    height: int
+    area_px: Annotated[int, Field(description="pixels of the region itself")]
+    peak_score: Annotated[float, Field(description="highest value of the anomaly map")]
+    peak_x: int
+    peak_y: int
+
+
 class Score(BaseModel):
     """The result of one image. `image_score`, `p_value`, `threshold` and `flagged` are null unless `status` is `ok`."""
 
@@ -51,6 +64,11 @@ class Score(BaseModel):
     note: Annotated[
         str, Field(description="remarks on an image that is still scored: exif_ignored, pages_not_read: 3")
     ] = ""
+    regions: Annotated[
+        list[FoundRegion] | None,
+        Field(description="where a flagged image is anomalous, highest peak first; null if the artifact has no peaks"),
+    ] = None
+    regions_left_out: Annotated[int | None, Field(description="regions beyond the first 20")] = None
 
 
 class ScoreAnswer(BaseModel):
@@ -106,6 +124,7 @@ class RunSink(Strict):
     heatmaps: Heatmaps = "flagged"
     top_k: Annotated[int, Field(ge=1)] = 8
     style: Literal["overlay", "map"] = "overlay"
+    max_regions: Annotated[int, Field(ge=0, le=10_000)] = MAX_REGIONS
 
 
 class RunRequest(Strict):
