@@ -207,7 +207,10 @@ def _open(data: bytes, max_pixels: int) -> _Opened:
 
 
 def _too_many(what: str, max_pixels: int) -> MemberError:
-    message = f"{what} more than source.max_pixels = {max_pixels:,}. Raise it if the image is genuine."
+    message = (
+        f"{what} more than source.max_pixels = {max_pixels:,}. Raise it if the image is genuine, or store it as a "
+        "tiled TIFF, which detectors with view.tile read in windows."
+    )
     return MemberError("too_many_pixels", message)
 
 
