@@ -196,7 +196,18 @@ def describe_run(
         "num_bytes": sum(shard.size_bytes for shard in shards),
         "heatmap_scale": heatmap_scale(records),
         "packages": artifact.body.get("packages", {}),
+        **_rasters(records),
     }
+
+
+def _rasters(records: Mapping[str | None, ArtifactRecord]) -> dict[str, Any]:
+    """The bands and range by which pictures are shown in reports, if all artifacts look at the same ones."""
+    specs = {record.preprocess.view.spec for record in records.values()}
+    stated = {(spec.bands, spec.range) for spec in specs}
+    if len(stated) != 1 or stated == {(None, None)}:
+        return {}
+    ((bands, values),) = stated
+    return {"rasters": {"bands": bands, "range": values}}
 
 
 def finish(plan: ScorePlan) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import rasterio
 from rasterio.io import MemoryFile
 from rasterio.windows import Window
 
@@ -40,34 +41,29 @@ def turned(data: bytes, orientation: int) -> bytes:
 def large_raster(path: str, side: int, defects: tuple[tuple[int, int], ...] = (), seed: int = 0) -> None:
     """Writes a tiled, compressed 8-bit colour GeoTIFF of a woven texture; a defect is a bright square at (x, y)."""
     random = np.random.default_rng(seed)
-    with MemoryFile() as file, file.open(**_profile(side, 3)) as dataset:
-        block_HW = random.integers(0, 24, (TILE, TILE)).astype(np.uint8)
-        y, x = np.mgrid[0:TILE, 0:TILE]
-        weave_HW = (90 + 40 * ((x // 32 + y // 32) % 2)).astype(np.uint8)
-        tile_CHW = np.stack([weave_HW + block_HW, weave_HW, weave_HW - block_HW])
+    block_HW = random.integers(0, 24, (TILE // 4, TILE // 4)).astype(np.uint8).repeat(4, 0).repeat(4, 1)
+    y, x = np.mgrid[0:TILE, 0:TILE]
+    weave_HW = (90 + 40 * ((x // 32 + y // 32) % 2)).astype(np.uint8)
+    tile_CHW = np.stack([weave_HW + block_HW, weave_HW, weave_HW - block_HW])
+    with rasterio.open(path, "w", **_profile(side, 3)) as dataset:
         for top in range(0, side, TILE):
             for left in range(0, side, TILE):
                 height, width = min(TILE, side - top), min(TILE, side - left)
                 part_CHW = tile_CHW[:, :height, :width].copy()
                 for at_x, at_y in defects:
                     inside_x, inside_y = max(0, at_x - left), max(0, at_y - top)
-                    part_CHW[
-                        :, inside_y : max(0, at_y + DEFECT_PX - top), inside_x : max(0, at_x + DEFECT_PX - left)
-                    ] = 250
+                    end_x, end_y = max(0, at_x + DEFECT_PX - left), max(0, at_y + DEFECT_PX - top)
+                    part_CHW[:, inside_y:end_y, inside_x:end_x] = 250
                 dataset.write(part_CHW, window=Window(left, top, width, height))
-        dataset.close()
-        file.seek(0)
-        with open(path, "wb") as target:
-            target.write(file.read())
 
 
 def large_mask(path: str, side: int, defects: tuple[tuple[int, int], ...]) -> None:
-    """Writes the mask of `large_raster`: one bit per px, in strips."""
-    mask_HW = np.zeros((side, side), np.uint8)
-    for x, y in defects:
-        mask_HW[y : y + DEFECT_PX, x : x + DEFECT_PX] = 1
-    with open(path, "wb") as target:
-        target.write(raster(mask_HW, nbits=1, compress="deflate", blockysize=64))
+    """Writes the mask of `large_raster`: one bit per px."""
+    profile = {**_profile(side, 1), "photometric": "MINISBLACK", "nbits": 1}
+    with rasterio.open(path, "w", **profile) as dataset:
+        for x, y in defects:
+            ones_CHW = np.ones((1, min(DEFECT_PX, side - y), min(DEFECT_PX, side - x)), np.uint8)
+            dataset.write(ones_CHW, window=Window(x, y, ones_CHW.shape[2], ones_CHW.shape[1]))
 
 
 def _profile(side: int, count: int) -> dict[str, Any]:

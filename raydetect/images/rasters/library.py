@@ -17,9 +17,7 @@ from typing import Any
 from raydetect.errors import MemberError
 from raydetect.images import tiff
 
-CACHE_BYTES = (
-    128 << 20
-)  # of decoded blocks in a process: a row of tiles in a picture of 20,000 px, if it is stored in strips
+CACHE_BYTES = 64 << 20  # of decoded blocks in a process
 OPTIONS = {
     "GDAL_CACHEMAX": CACHE_BYTES,
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",

@@ -5,6 +5,7 @@
 - TIFF that is only shown (overlays, reports): if it has more than `SHOWN_PIXELS`.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from raydetect.config import STRETCH, ViewSpec
 from raydetect.errors import MemberError
 from raydetect.images import tiff
 from raydetect.images.memory_budget import PIXEL_BUDGET
-from raydetect.images.opening import EXIF_IGNORED, PAGES_NOT_READ, DecodeRules
+from raydetect.images.opening import EXIF_IGNORED, PAGES_NOT_READ, DecodeRules, too_many
 from raydetect.images.orientation import TURNS, orientation_in_xmp
 from raydetect.images.preprocess import Preprocess
 from raydetect.images.rasters.kinds import Kind, is_exact, kind_in_memory, kind_of
@@ -98,12 +99,21 @@ class Raster:
             overviews = dataset.overviews(1)
         share = 1.0 if longest_px is None else min(1.0, longest_px / max(sides))
         fitting = [i for i, by in enumerate(overviews) if 1 / by >= OVERVIEW * share]
-        with self.opened(fitting[-1] if fitting else None) as picture:
+        if share == 1 and math.prod(sides) > self.rules.max_pixels:
+            raise too_many("{} x {} px is".format(*sides), self.rules.max_pixels)
+        if fitting:
+            try:
+                return self._shrunk(share, fitting[-1])
+            except MemberError as error:
+                if error.status != "corrupt":
+                    raise  # else only the overview may be damaged
+        return self._shrunk(share, None)
+
+    def _shrunk(self, share: float, level: int | None) -> Image.Image:
+        with self.opened(level) as picture:
             width, height = picture.size
             size = (max(1, round(width * share)), max(1, round(height * share)))
-            if share == 1 and width * height > self.rules.max_pixels:
-                picture.pixels_of((0, 0, width, height), size)
-            with PIXEL_BUDGET.reserve(BAND_PIXELS + picture.block_pixels, self.rules.max_pixels):
+            with PIXEL_BUDGET.reserve(2 * BAND_PIXELS + picture.block_pixels, self.rules.max_pixels):
                 return picture.shrunk(size)
 
     def _orientation(self, dataset: Any) -> tuple[int, tuple[str, ...]]:

@@ -15,7 +15,7 @@ from raydetect.images.resize import FROM_THE_END, FROM_THE_RIGHT, upright_size
 from raydetect.views.view import Box, Place
 from raydetect.views.windows import UprightPicture
 
-BAND_PIXELS = 1 << 22  # px read at a time where a whole raster is walked through
+BAND_PIXELS = 1 << 21  # px read at a time where a whole raster is walked through
 
 
 class RasterPicture:
@@ -80,39 +80,37 @@ class RasterPicture:
         Raises:
             MemberError: corrupt, too_many_pixels.
         """
-        place = self.needed(box, size)
-        # Pillow keeps boxes as 32-bit floats; they are rounded before they are moved, so that it sees the same ones
-        left, upper, right, lower = (float(np.float32(side)) for side in self._scaled(box))
-        picture = self.read(place)
-        inner = (left - place[0], upper - place[1], right - place[0], lower - place[1])
-        return UprightPicture(picture, picture.size, (0, 0, *picture.size)).cut(inner, size)
-
-    def needed(self, box: Box, size: tuple[int, int]) -> Place:
-        """Returns the px that a box resized to (width, height) `size` is computed from.
-
-        Raises:
-            MemberError: too_many_pixels.
-        """
-        width, height = upright_size(self._here, self.orientation)
-        left, upper, right, lower = self._scaled(box)
-        beyond_x, beyond_y = (max(1.0, side) + 1 for side in ((right - left) / size[0], (lower - upper) / size[1]))
-        place = (
-            max(0, math.floor(left - beyond_x)),
-            max(0, math.floor(upper - beyond_y)),
-            min(width, math.ceil(right + beyond_x)),
-            min(height, math.ceil(lower + beyond_y)),
-        )
+        place = self._needed(box, size)
         if _area(place) > self._max_pixels:
             raise MemberError(
                 "too_many_pixels",
                 f"a window of {place[2] - place[0]} x {place[3] - place[1]} px is more than source.max_pixels = "
                 f"{self._max_pixels:,}. Set view.tile to read it in windows, or raise the limit.",
             )
-        return place
+        return self._cut(box, size, place)
 
     def pixels_of(self, box: Box, size: tuple[int, int]) -> int:
         """Number of px that are held while a box is cut."""
-        return _area(self.needed(box, size))
+        return _area(self._needed(box, size))
+
+    def _cut(self, box: Box, size: tuple[int, int], place: Place) -> Image.Image:
+        # Pillow keeps boxes as 32-bit floats; they are rounded before they are moved, so that it sees the same ones
+        left, upper, right, lower = (float(np.float32(side)) for side in self._scaled(box))
+        picture = self.read(place)
+        inner = (left - place[0], upper - place[1], right - place[0], lower - place[1])
+        return UprightPicture(picture, picture.size, (0, 0, *picture.size)).cut(inner, size)
+
+    def _needed(self, box: Box, size: tuple[int, int]) -> Place:
+        """The px that a box resized to (width, height) `size` is computed from."""
+        width, height = upright_size(self._here, self.orientation)
+        left, upper, right, lower = self._scaled(box)
+        beyond_x, beyond_y = (max(1.0, side) + 1 for side in ((right - left) / size[0], (lower - upper) / size[1]))
+        return (
+            max(0, math.floor(left - beyond_x)),
+            max(0, math.floor(upper - beyond_y)),
+            min(width, math.ceil(right + beyond_x)),
+            min(height, math.ceil(lower + beyond_y)),
+        )
 
     def read(self, place: Place) -> Image.Image:
         """Returns a part of the upright picture, in mode L or RGB.
@@ -146,14 +144,15 @@ class RasterPicture:
         """Returns the whole in RGB, resized to (width, height) `size` in strips of bounded memory.
 
         Raises:
-            MemberError: corrupt, too_many_pixels.
+            MemberError: corrupt.
         """
         across, down = self.size[0] / size[0], self.size[1] / size[1]
         rows = max(1, int(BAND_PIXELS / (self._here[0] * self._here[1] / size[1])))
         whole = Image.new("RGB", size)
         for top in range(0, size[1], rows):
             end = min(top + rows, size[1])
-            strip = self.cut((0.0, top * down, size[0] * across, end * down), (size[0], end - top))
+            box, here = (0.0, top * down, size[0] * across, end * down), (size[0], end - top)
+            strip = self._cut(box, here, self._needed(box, here))
             whole.paste(strip.convert("RGB"), (0, top))
         return whole
 
