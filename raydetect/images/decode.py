@@ -11,6 +11,8 @@ Warnings of libjpeg are errors (`jpeg.py` lists detectable damage): a JPEG with 
 one without end marker is fine. EXIF orientation is applied exactly once for every format, unless the source says
 `ignore`; then pixels are returned as stored. Any exception of a decoder becomes the status of that image only.
 
+TIFF and JPEG 2000 are read window by window for views with tiles, and by the view's bands and range (`rasters/`).
+
 Two facts are noted without making an image bad: `exif_ignored` (damaged EXIF, so orientation is not applied) and
 `pages_not_read: N` (only the first of several pages or frames is read).
 
