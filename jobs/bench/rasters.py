@@ -27,16 +27,20 @@ SIDE_PX, FIT_PX = 20_000, 2_560
 INPUT_PX, SCALE, OVERLAP = 128, 0.1, 32
 LIMIT_BYTES = 1 << 30
 WINDOW_PIXELS = 1 << 22  # source.max_pixels: no picture here could be decoded as a whole
-RUN = """
-import sys
-from jobs.bench.rasters import evaluated, peak_bytes
-from raydetect.cli.main import main
-if sys.argv[1] == "evaluate":
-    print(evaluated(sys.argv[2]))
-else:
-    main([*sys.argv[1:], "--local"], standalone_mode=False)
-print(peak_bytes())
+PEAK = """
+status = open("/proc/self/status").read()  # ru_maxrss would count the memory of the parent, too
+print(int(status.split("VmHWM:")[1].split()[0]) << 10)
 """
+RUN = f"""
+import sys
+from raydetect.cli.main import main
+main([*sys.argv[1:], "--local"], standalone_mode=False)
+{PEAK}"""
+EVALUATE = f"""
+import sys
+from jobs.bench.rasters import evaluated
+print(evaluated(sys.argv[1]))
+{PEAK}"""
 
 
 def defects_of(side: int) -> tuple[tuple[int, int], ...]:
@@ -78,17 +82,11 @@ def jobs(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def peak_bytes() -> int:
-    """Peak bytes of this process in RAM; `ru_maxrss` would count those of its parent, too."""
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) << 10
-
-
-def run(command: str, path: Path) -> tuple[float, int, list[str]]:
-    """Runs a command in a process of its own; returns its seconds, its peak bytes in RAM and its other lines."""
+def run(code: str, *arguments: str) -> tuple[float, int, list[str]]:
+    """Runs code in a process of its own; returns its seconds, its peak bytes in RAM and its other lines."""
     started = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", RUN, command, str(path)], capture_output=True, text=True
-    )
+    command = [sys.executable, "-W", "ignore", "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-2000:]
     *lines, peak = done.stdout.splitlines()
     return time.perf_counter() - started, int(peak), lines
@@ -98,10 +96,10 @@ def evaluated(folder: str) -> str:
     """Evaluates the artifact on a normal picture and the large one with its mask; returns figures as JSON."""
     artifact = load_artifact(f"{folder}/artifact", Storage())
     normal, large = Path(folder, "data/normal/0.tif"), Path(folder, "data/test/spot/1.tif")
-    members = [
-        Member("normal", str(normal), normal.read_bytes(), label=0),
-        Member("spot", str(large), large.read_bytes(), label=1, mask_uri=f"{folder}/data/mask/1.tif"),
-    ]
+    members = (
+        Member(path.name, str(path), path.read_bytes(), label=label, mask_uri=mask)
+        for path, label, mask in ((normal, 0, None), (large, 1, f"{folder}/data/mask/1.tif"))
+    )
     source = SourceSpec(uri=folder, max_pixels=WINDOW_PIXELS)
     outcome = evaluate_images(artifact, member_chunks(members, 1), source, Storage(), 16, 1)
     figures = pixel_figures(outcome.quality, 0, 10)
@@ -111,9 +109,9 @@ def evaluated(folder: str) -> str:
 def measure(folder: Path, side: int) -> dict[str, Any]:
     """Fits on small pictures, scores the large one in a process of its own, and returns the figures."""
     make(folder, side)
-    run("fit", folder / "fit.yaml")
-    seconds, peak, _ = run("score", folder / "score.yaml")
-    evaluation_seconds, evaluation_peak, (found,) = run("evaluate", folder)
+    run(RUN, "fit", str(folder / "fit.yaml"))
+    seconds, peak, _ = run(RUN, "score", str(folder / "score.yaml"))
+    evaluation_seconds, evaluation_peak, (found,) = run(EVALUATE, str(folder))
     rows = ds.dataset(sorted((folder / "results").glob("scores/**/*.parquet"))).to_table().to_pylist()
     (row,) = rows
     assert row["status"] == "ok" and row["flagged"], row

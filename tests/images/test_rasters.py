@@ -20,7 +20,7 @@ from raydetect.images.opening import DecodeRules, loaded_image
 from raydetect.images.preprocess import Preprocess
 from raydetect.images.rasters import library, opening
 from raydetect.images.rasters.opening import raster_for_windows
-from raydetect.images.tiff import Reader
+from raydetect.images.tiff import COMPRESSION, Reader
 from raydetect.records import Member
 from raydetect.views.view import FILL, View
 from raydetect.views.windows import Input
@@ -355,3 +355,24 @@ def test_gdal_reads_nothing_but_the_bytes() -> None:
 
 def test_turning_keeps_the_tag() -> None:
     assert turned(LAYOUTS["orientation 1"], 6) == LAYOUTS["orientation 6"]
+
+
+def test_a_damaged_overview_spoils_no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "SHOWN_PIXELS", 100)
+    data = raster(COLOUR, photometric="RGB", compress="lzw", overviews=[2, 4], **TILED)
+    reader = Reader(data)
+    for offset in list(reader.offsets())[1:]:
+        offsets = reader.numbers(offset, TILE_OFFSETS)
+        assert offsets is not None
+        for start in map(int, offsets):
+            data = data[:start] + b"\xff" * 60 + data[start + 60 :]
+    whole = decode_image(data, RULES).resize((60, 45), Image.Resampling.BILINEAR)
+    picture = decode_image(data, RULES, 60)
+    assert np.abs(np.asarray(picture).astype(int) - np.asarray(whole)).max() <= 1
+
+
+def test_compressions_that_gdal_may_lack_are_decoded_in_memory() -> None:
+    data, reader = LAYOUTS["lzw"], Reader(LAYOUTS["lzw"])
+    offset = reader.directory(reader.start).value_offsets[COMPRESSION]
+    data = data[:offset] + (50001).to_bytes(2, "little") + data[offset + 2 :]  # WebP
+    assert raster_for_windows(data, RULES, VIEWS["own size"]) is None

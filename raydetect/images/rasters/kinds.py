@@ -21,6 +21,7 @@ JPEG, PALETTE, YCBCR = 7, 3, 6  # of TIFF's compression and photometric interpre
 GREY_SAMPLES = {(1, ()), (2, (0,)), (2, (2,))}  # (samples, ExtraSamples) without premultiplied alpha
 COLOUR_SAMPLES = {(3, ()), (4, (0,)), (4, (2,)), (4, ())}
 ALPHA = "alpha"
+COMPRESSIONS = {1, 2, 3, 4, 5, JPEG, 8, 32773, 32946, 50000}  # of TIFF, which both libraries decode
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ def kind_in_memory(data: bytes, page: tiff.TiffDirectory) -> Kind | None:
     colour, samples = page.first(tiff.PHOTOMETRIC, -1), page.first(tiff.SAMPLES, 1)
     bits, extra = page.values.get(tiff.BITS, (1,)), page.values.get(tiff.EXTRA_SAMPLES, ())
     if len(set(bits)) != 1 or page.first(tiff.SAMPLE_FORMAT, 1) != 1 or page.first(tiff.FILL_ORDER, 1) != 1:
+        return None
+    if page.first(tiff.COMPRESSION, 1) not in COMPRESSIONS:
         return None
     if colour in (0, 1) and (samples, extra) in GREY_SAMPLES and bits[0] in (1, 8, 16):
         return Kind((1,), bits[0], inverted=colour == 0) if samples == 1 or bits[0] == 8 else None

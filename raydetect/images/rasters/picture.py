@@ -15,7 +15,7 @@ from raydetect.images.resize import FROM_THE_END, FROM_THE_RIGHT, upright_size
 from raydetect.views.view import Box, Place
 from raydetect.views.windows import UprightPicture
 
-BAND_PIXELS = 1 << 21  # px read at a time where a whole raster is walked through
+BAND_PIXELS = 1 << 20  # px read at a time where a whole raster is walked through
 
 
 class RasterPicture:
