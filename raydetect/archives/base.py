@@ -14,6 +14,7 @@ from raydetect.storage import FileInfo
 
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm", ".avif",
+    ".jp2", ".j2k",
 )  # fmt: skip
 LEFT_BY_SYSTEMS = frozenset(
     {"__macosx", "@eadir", "thumbs.db", "ehthumbs.db", "desktop.ini", "#recycle", "$recycle.bin", "lost+found"}
@@ -21,7 +22,7 @@ LEFT_BY_SYSTEMS = frozenset(
 # First bytes of the supported image formats; RIFF, AVIF and PNM are checked further in `begins_as_image`.
 IMAGE_STARTS = (
     b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+",
-    b"P1", b"P2", b"P3", b"P4", b"P5", b"P6",
+    b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51",
 )  # fmt: skip
 
 

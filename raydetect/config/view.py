@@ -1,5 +1,6 @@
 """`view`: which parts of a picture a detector looks at, and at which size."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -10,6 +11,7 @@ from raydetect.config.validation import STRICT
 CATEGORY = "{category}"
 Resize = Literal["stretch", "pad", "short_side"]
 Pixels = Annotated[int, Field(ge=8, le=16_384)]
+Band = Annotated[int, Field(ge=1, le=65_535)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Polygon = Annotated[tuple[tuple[Share, Share], ...], Field(min_length=3)]
 
@@ -55,6 +57,20 @@ class ViewSpec:
         Field(gt=0, le=8, description="with tile: factor by which the stored picture is resized first; none = 1"),
     ] = None
     tile: Annotated[TileSpec | None, Field(description="look at the picture in overlapping windows")] = None
+    bands: Annotated[
+        tuple[Band, ...] | None,
+        Field(
+            description="one or three bands of a TIFF or JPEG 2000, from 1, shown as grey or as red, green and blue; "
+            "none = all, if there are one or three besides alpha"
+        ),
+    ] = None
+    range: Annotated[
+        tuple[float, float] | None,
+        Field(
+            description="values of a TIFF or JPEG 2000 that become 0 and 255; those between are mapped linearly and "
+            "rounded, those beyond are clipped; none = the fixed scale of 8 and 16 bits"
+        ),
+    ] = None
     region: Annotated[
         str | tuple[Polygon, ...] | None,
         Field(
@@ -76,6 +92,10 @@ class ViewSpec:
             raise ValueError("tile looks at the picture at its own size times scale; remove resize, size and crop")
         if self.scale is not None and self.tile is None:
             raise ValueError("scale applies to tiles only; add tile, or set the detector's image_size")
+        if self.bands is not None and len(self.bands) not in (1, 3):
+            raise ValueError(f"bands {list(self.bands)}: name one band for grey, or three for red, green and blue")
+        if self.range is not None and not (math.isfinite(sum(self.range)) and self.range[0] < self.range[1]):
+            raise ValueError(f"range {list(self.range)}: the first value becomes 0 and must be less than the second")
         if self.region == ():
             raise ValueError("region has no polygon; remove it")
 
@@ -89,6 +109,11 @@ class ViewSpec:
         region = self.region.replace(CATEGORY, category) if isinstance(self.region, str) else self.region
         return replace(self, region=region)
 
+    @property
+    def reads_bands(self) -> bool:
+        """Whether pictures must be rasters, read by the view's own rule of bands and values."""
+        return self.bands is not None or self.range is not None
+
     def recorded(self) -> dict[str, Any]:
         """The settings that differ from the defaults, without the region, as plain values."""
         tile = self.tile
@@ -98,12 +123,14 @@ class ViewSpec:
             "crop": _listed(self.crop),
             "scale": self.scale,
             "tile": None if tile is None else {"size": _listed(tile.size), "overlap": tile.overlap},
+            "bands": _listed(self.bands),
+            "range": _listed(self.range),
         }
         return {name: value for name, value in whole.items() if value not in (None, "stretch")}
 
 
-def _listed(size: tuple[int, int] | None) -> list[int] | None:
-    return None if size is None else list(size)
+def _listed(values: tuple[float, ...] | None) -> list[float] | None:
+    return None if values is None else list(values)
 
 
 STRETCH = ViewSpec()

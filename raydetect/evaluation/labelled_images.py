@@ -2,7 +2,7 @@
 
 Maps are not stored or sent: every image goes straight into mergeable summaries (`metrics/quality.py`). Maps and masks
 are compared at the size of the map, in the part of the image that the view shows; masks are read by the rules of
-`masks.py` and resized by nearest neighbour. Pixels outside of a region do not count.
+`masks.py` and sampled by nearest neighbour. Pixels outside of a region do not count.
 An anomalous image without a mask, or whose mask has no pixel left at that size, counts in the image metrics and not in
 the pixel metrics.
 """
@@ -17,14 +17,13 @@ from typing import Any, TypeVar
 import fsspec
 import numpy as np
 import torch
-from PIL import Image
 
 from raydetect.artifacts.store import Artifact
 from raydetect.config import SourceSpec
 from raydetect.detectors._base import Detector
 from raydetect.errors import MemberError, RaydetectError, StorageError
 from raydetect.images.decode import Pixels, decode_stream
-from raydetect.images.masks import decode_mask
+from raydetect.images.masks import sampled_mask
 from raydetect.images.opening import DecodeRules
 from raydetect.metrics.quality import ImageGroup, Quality
 from raydetect.records import OK, Chunk, Member
@@ -192,17 +191,16 @@ def read_mask(member: Member, layout: Layout, pixels: Pixels, masks: Masks) -> n
     if member.mask_uri is None:
         return None
     try:
-        values = decode_mask(masks.read(member.mask_uri), pixels, masks.rules)
+        data = masks.read(member.mask_uri)
+        mask_HW, size = sampled_mask(data, pixels, masks.rules, layout.canvas, layout.box)
     except (StorageError, MemberError) as error:
         message = f"{member.key}: its mask {member.mask_uri} cannot be read ({error}). Repair or remove it."
         raise MaskError(message) from None
-    if values.shape != (pixels.height, pixels.width):
+    if size != (pixels.width, pixels.height):
         raise MaskError(
-            f"{member.key}: is {pixels.width} x {pixels.height} px and its mask {values.shape[1]} x {values.shape[0]}. "
+            f"{member.key}: is {pixels.width} x {pixels.height} px and its mask {size[0]} x {size[1]}. "
             "Provide a mask of the image's size."
         )
-    resized = Image.fromarray(values).resize(layout.canvas[::-1], Image.Resampling.NEAREST, layout.box)
-    mask_HW = np.asarray(resized)
     if layout.looked is not None:
         mask_HW = mask_HW & layout.looked
     return mask_HW if mask_HW.any() else None

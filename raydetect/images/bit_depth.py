@@ -42,7 +42,7 @@ def resolved_depth(picture: Image.Image, depth: GreyDepth) -> GreyDepth:
     if picture.mode not in SIXTEEN_BIT:
         return depth
     if picture.mode == "I" and not all(_fits(values) for values in _strips(picture)):
-        raise MemberError("unsupported_mode", "32-bit integer pixels have no fixed 8-bit scale. Convert them first.")
+        raise MemberError("unsupported_mode", "32-bit integer pixels have no fixed 8-bit scale. State view.range.")
     if depth.maybe_bits is None:
         return depth
     in_lower = _in_lower_bits(picture, depth.maybe_bits)

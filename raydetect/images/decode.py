@@ -11,6 +11,8 @@ Warnings of libjpeg are errors (`jpeg.py` lists detectable damage): a JPEG with 
 one without end marker is fine. EXIF orientation is applied exactly once for every format, unless the source says
 `ignore`; then pixels are returned as stored. Any exception of a decoder becomes the status of that image only.
 
+TIFF and JPEG 2000 are read window by window for views with tiles, and by the view's bands and range (`rasters/`).
+
 Two facts are noted without making an image bad: `exif_ignored` (damaged EXIF, so orientation is not applied) and
 `pages_not_read: N` (only the first of several pages or frames is read).
 
@@ -20,16 +22,17 @@ antialiased bilinear filter. Large JPEGs are decoded at a reduced DCT scale firs
 
 Memory: a process decodes at most max(`source.max_pixels`, 2^26) pixels at a time (`memory_budget.py`); further threads
 wait. Peak bytes per pixel including the decoder's memory: bilevel and grey 2, 16-bit grey 4 (PPM 6), palette, colour
-and LA 5, RGBA and CMYK 8, a TIFF in one strip 2 more, a rotated image 4 more, progressive JPEG 12, AVIF 12 (more than
-8 bits: 16), WebP 16. A reduced JPEG in one scan counts with its reduced pixels and 32 rows; a progressive one in full,
-as its decoder holds all frequencies.
+and LA 5, RGBA and CMYK 8, a TIFF in one strip 2 more, a rotated image 4 more, progressive JPEG 12, AVIF 12 (more than 8
+bits: 16), WebP 16. A TIFF that is read window by window holds its windows, not the picture. A reduced JPEG in one scan
+counts with its reduced pixels and 32 rows; a progressive one in full, as its decoder holds all frequencies.
 """
 
 import hashlib
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, TypeVar
@@ -37,10 +40,13 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
+from raydetect.config import ViewSpec
 from raydetect.errors import MemberError
-from raydetect.images.opening import DecodeRules, loaded_image, short
+from raydetect.images.opening import DecodeRules, Loaded, loaded_image, short
 from raydetect.images.orientation import SIDEWAYS
 from raydetect.images.preprocess import Preprocess
+from raydetect.images.rasters.opening import raster_for_showing, raster_for_windows
+from raydetect.images.rasters.picture import RasterPicture
 from raydetect.records import OK, Member
 from raydetect.views.view import Window
 from raydetect.views.windows import Input, input_of
@@ -96,13 +102,26 @@ class Pixels:
         return (self.height, self.width) if self.orientation in SIDEWAYS else (self.width, self.height)
 
 
-def decode_image(data: bytes, rules: DecodeRules, longest_px: int | None = None) -> Image.Image:
+def decode_image(
+    data: bytes, rules: DecodeRules, longest_px: int | None = None, spec: ViewSpec | None = None
+) -> Image.Image:
     """Decodes an image to RGB at its own size, or shrunk to at most `longest_px` per side; JPEGs always in full.
+
+    Large TIFFs are shrunk strip by strip, from an overview if they have one (`rasters/opening.py`).
+
+    Args:
+        data: the file.
+        rules: decoding rules of its source.
+        longest_px: of each side of the result; None = as stored.
+        spec: the view of the artifact, which may choose bands; None = unknown.
 
     Raises:
         MemberError: empty, too_many_pixels, not_an_image, unsupported_mode or corrupt.
     """
     try:
+        raster = raster_for_showing(data, rules, spec) if longest_px is not None or spec is not None else None
+        if raster is not None:
+            return raster.shown(longest_px)
         with loaded_image(data, rules) as loaded:
             picture = loaded.rgb()
             if longest_px is not None:
@@ -176,7 +195,7 @@ class _Facts:
 def _inputs(
     data: bytes, rules: DecodeRules, preprocess: Preprocess, facts: _Facts, pool: Executor | None
 ) -> Iterator[Input]:
-    with loaded_image(data, rules, preprocess) as loaded:
+    with _opened(data, rules, preprocess, pool) as (loaded, pool):
         facts.size, facts.notes, facts.orientation = loaded.size, loaded.notes, loaded.orientation
         upright, layout = loaded.upright(), preprocess.layout(loaded.size)
         if layout.is_empty:
@@ -189,6 +208,21 @@ def _inputs(
         for shown, measured in _in_order(cut, layout.windows, pool):
             facts.measures.append(measured)
             yield shown
+        facts.notes = loaded.notes
+
+
+@contextmanager
+def _opened(
+    data: bytes, rules: DecodeRules, preprocess: Preprocess, pool: Executor | None
+) -> Iterator[tuple[Loaded | RasterPicture, Executor | None]]:
+    """Opens an image for the windows of a view; yields it and the threads that may cut them, within the budget."""
+    raster = raster_for_windows(data, rules, preprocess.view.spec)
+    if raster is None:
+        with loaded_image(data, rules, preprocess) as loaded:
+            yield loaded, pool
+        return
+    with raster.for_windows(preprocess, 1 if pool is None else WINDOWS_AHEAD + 1) as (picture, fits):
+        yield picture, pool if fits else None
 
 
 def _in_order(work: Callable[[A], B], items: Sequence[A], pool: Executor | None) -> Iterator[B]:
@@ -197,12 +231,15 @@ def _in_order(work: Callable[[A], B], items: Sequence[A], pool: Executor | None)
         yield from map(work, items)
         return
     running: deque[Future[B]] = deque()
-    for item in items:
-        running.append(pool.submit(work, item))
-        if len(running) > WINDOWS_AHEAD:
+    try:
+        for item in items:
+            running.append(pool.submit(work, item))
+            if len(running) > WINDOWS_AHEAD:
+                yield running.popleft().result()
+        while running:
             yield running.popleft().result()
-    while running:
-        yield running.popleft().result()
+    finally:  # nothing may read from the picture when it is closed
+        wait([future for future in running if not future.cancel()])
 
 
 def brightness_and_sharpness(grey_HW: np.ndarray) -> tuple[float, float]:

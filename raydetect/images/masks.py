@@ -12,10 +12,17 @@ from PIL import Image
 from raydetect.errors import MemberError
 from raydetect.images.bit_depth import LEVELS, SIXTEEN_BIT
 from raydetect.images.decode import Pixels
+from raydetect.images.memory_budget import PIXEL_BUDGET
 from raydetect.images.opening import JPEGS, DecodeRules, Loaded, loaded_image
 from raydetect.images.orientation import SIDEWAYS, apply_orientation
+from raydetect.images.rasters.opening import raster_for_showing
+from raydetect.images.rasters.picture import BAND_PIXELS, RasterPicture
+from raydetect.images.resize import upright_size
+from raydetect.images.tiff import COMPRESSION
+from raydetect.views.view import Box
 
 MAX_IDS = 16
+LOSSY = (6, 7, 50001)  # compressions of TIFF: old JPEG, JPEG, WebP
 COLOURS = {"RGB": 3, "RGBA": 3, "RGBX": 3, "L": 1, "LA": 1, "P": 1, "PA": 1, "1": 1}  # number of channels without alpha
 
 
@@ -34,10 +41,76 @@ def decode_mask(data: bytes, image: Pixels, rules: DecodeRules) -> np.ndarray:
     """
     with loaded_image(data, rules) as loaded:
         defects_HW = _defects(loaded, data)
-    orientation, size = loaded.orientation, defects_HW.shape[::-1]
-    if orientation == 1 and image.orientation in SIDEWAYS and size == image.stored_size != (image.width, image.height):
-        orientation = image.orientation
+    orientation = _turned_with(image, loaded.orientation, defects_HW.shape[::-1])
     return np.asarray(apply_orientation(Image.fromarray(defects_HW), orientation))
+
+
+def sampled_mask(
+    data: bytes, image: Pixels, rules: DecodeRules, canvas: tuple[int, int], box: Box
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Decodes a mask to the pixels of a map by nearest neighbour; large TIFFs are read in bands of rows.
+
+    Args:
+        data: the mask file.
+        image: its decoded image.
+        rules: decoding rules of the image's source.
+        canvas: (height, width) in px of the map.
+        box: (left, upper, right, lower) of the map in px of the upright image.
+
+    Returns:
+        Defect pixels, bool of the shape `canvas`, and (width, height) of the mask in the orientation of its image.
+
+    Raises:
+        MemberError: the mask cannot be decoded.
+    """
+    raster = raster_for_showing(data, rules, None)
+    if raster is None:
+        defects_HW = decode_mask(data, image, rules)
+        resized = Image.fromarray(defects_HW).resize(canvas[::-1], Image.Resampling.NEAREST, box)
+        return np.asarray(resized), defects_HW.shape[::-1]
+    with raster.opened() as picture:
+        stored = upright_size(picture.size, picture.orientation)
+        picture.turn(_turned_with(image, picture.orientation, stored))
+        with PIXEL_BUDGET.reserve(BAND_PIXELS + picture.block_pixels, rules.max_pixels):
+            levels_HW, seen = _sampled(picture, canvas, box)
+    exact = raster.page is not None and raster.page.first(COMPRESSION, 1) not in LOSSY
+    return _is_defect(levels_HW, seen, picture.kind.full_scale, exact), picture.size
+
+
+def _turned_with(image: Pixels, orientation: int, size: tuple[int, ...]) -> int:
+    """The orientation of a mask of `size` as stored: its own, or that of its image if it was not turned like it."""
+    alone = orientation == 1 and image.orientation in SIDEWAYS
+    return image.orientation if alone and size == image.stored_size != (image.width, image.height) else orientation
+
+
+def _sampled(picture: RasterPicture, canvas: tuple[int, int], box: Box) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the levels at the pixels of a map, (H, W), and which levels the whole mask has, bool by level."""
+    width, height = picture.size
+    columns, rows = _nearest(box[0], box[2], canvas[1], width), _nearest(box[1], box[3], canvas[0], height)
+    levels_HW = np.zeros(canvas, np.uint16)
+    seen = np.zeros(LEVELS, bool)
+    step = max(1, BAND_PIXELS // width)
+    for top in range(0, height, step):
+        band_HW = picture.mask_levels((0, top, width, min(top + step, height)))
+        seen |= np.bincount(band_HW.reshape(-1), minlength=LEVELS).astype(bool)
+        first, last = np.searchsorted(rows, (top, top + step))
+        levels_HW[first:last] = band_HW[rows[first:last] - top][:, columns]
+    return levels_HW, seen
+
+
+def _nearest(start: float, stop: float, count: int, length: int) -> np.ndarray:
+    """The pixels that Pillow takes by nearest neighbour along one side; it adds up 64-bit steps from a 32-bit box."""
+    start, stop = float(np.float32(start)), float(np.float32(stop))
+    step = (stop - start) / count
+    return np.clip(np.cumsum(np.r_[start + step * 0.5, np.full(count - 1, step)]).astype(np.int64), 0, length - 1)
+
+
+def _is_defect(levels_HW: np.ndarray, seen: np.ndarray, full_scale: int, exact: bool) -> np.ndarray:
+    """Which levels are a defect, given those of the whole mask."""
+    half = (full_scale + 1) // 2
+    are_ids = not seen[half:].any() or (exact and int(seen.sum()) <= MAX_IDS)
+    defects_HW: np.ndarray = levels_HW != 0 if are_ids else levels_HW >= half
+    return defects_HW
 
 
 def mask_pixels(data: bytes, rules: DecodeRules) -> np.ndarray:

@@ -201,7 +201,7 @@ def _open(data: bytes, max_pixels: int) -> _Opened:
     except MemberError:
         raise
     except Image.DecompressionBombError:
-        raise _too_many("its header says", max_pixels) from None
+        raise too_many("its header says", max_pixels) from None
     except UnidentifiedImageError:
         raise _unidentified(data) from None
     except Exception as error:
@@ -209,14 +209,18 @@ def _open(data: bytes, max_pixels: int) -> _Opened:
             raise tiff.refusal(data) from None
         raise MemberError("corrupt", f"the image header cannot be read ({short(error)}).") from None
     if math.prod(opened.picture.size) > max_pixels:
-        raise _too_many("{} x {} px is".format(*opened.picture.size), max_pixels)
+        raise too_many("{} x {} px is".format(*opened.picture.size), max_pixels)
     if math.prod(opened.tile) > max_pixels:
-        raise _too_many("a TIFF's tile of {} x {} px is".format(*opened.tile), max_pixels)
+        raise too_many("a TIFF's tile of {} x {} px is".format(*opened.tile), max_pixels)
     return opened
 
 
-def _too_many(what: str, max_pixels: int) -> MemberError:
-    message = f"{what} more than source.max_pixels = {max_pixels:,}. Raise it if the image is genuine."
+def too_many(what: str, max_pixels: int) -> MemberError:
+    """The status of an image or part of it that has more pixels than its source allows."""
+    message = (
+        f"{what} more than source.max_pixels = {max_pixels:,}. Raise it if the image is genuine, or store it as a "
+        "tiled TIFF, which detectors with view.tile read in windows."
+    )
     return MemberError("too_many_pixels", message)
 
 

@@ -69,5 +69,10 @@ def _stored(picture: Image.Image) -> int | None:
 
 def _of_xmp(picture: Image.Image) -> int:
     text = picture.info.get("XML:com.adobe.xmp") or picture.info.get("xmp") or b""
+    return orientation_in_xmp(text)
+
+
+def orientation_in_xmp(text: str | bytes) -> int:
+    """Returns the digit of the orientation in an XMP packet, which may be invalid; 1 if it has none."""
     match = XMP.search(text.encode() if isinstance(text, str) else bytes(text))
     return int(match.group(1)) if match else 1

@@ -74,7 +74,7 @@ def _upright(picture: Image.Image, depth: GreyDepth, orientation: int, mode: str
     if picture.mode == mode and orientation == 1:
         return picture
     if picture.mode not in (*CONVERTED, *SIXTEEN_BIT):
-        message = f"pixels of mode {picture.mode} have no fixed 8-bit scale. Convert them first."
+        message = f"pixels of mode {picture.mode} have no fixed 8-bit scale. Convert them first, or state view.range."
         raise MemberError("unsupported_mode", message)
     depth = resolved_depth(picture, depth)
     upright = Image.new(mode, upright_size(picture.size, orientation))

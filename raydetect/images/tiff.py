@@ -4,6 +4,8 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from raydetect.errors import MemberError
 
 MAX_PAGES = 10_000
@@ -12,9 +14,12 @@ MAX_VALUES = 8  # per tag; further samples per pixel do not matter here
 UNSIGNED = {1: "B", 3: "H", 4: "L", 13: "L", 16: "Q"}  # TIFF type: struct code
 SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC = 254, 256, 257, 258, 259, 262
-ORIENTATION, SAMPLES, TILE_WIDTH, TILE_HEIGHT, SAMPLE_FORMAT = 274, 277, 322, 323, 339
+FILL_ORDER, ORIENTATION, SAMPLES, TILE_WIDTH, TILE_HEIGHT = 266, 274, 277, 322, 323
+EXTRA_SAMPLES, SAMPLE_FORMAT = 338, 339
+STRIP_BYTES, COLOUR_MAP, TILE_BYTES = 279, 320, 325
 READ = {
-    SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, ORIENTATION, SAMPLES, TILE_WIDTH, TILE_HEIGHT, SAMPLE_FORMAT
+    SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, FILL_ORDER, ORIENTATION, SAMPLES, TILE_WIDTH, TILE_HEIGHT,
+    EXTRA_SAMPLES, SAMPLE_FORMAT,
 }  # fmt: skip
 SAMPLE_FORMATS = {1: "unsigned integers", 2: "signed integers", 3: "floating point", 4: "undefined"}
 COMPRESSIONS = {
@@ -88,6 +93,24 @@ class Reader:
                 values.setdefault(tag, self._values(kind, number, inline))
         return TiffDirectory(values, value_offsets, self._next_offset(entries + count * step))
 
+    def numbers(self, offset: int, wanted: int) -> np.ndarray | None:
+        """Reads all values of a tag of the directory at an offset; None if it has none of unsigned integers.
+
+        Raises:
+            DamagedTiffError: the directory is truncated, or the values lie outside the file.
+        """
+        count, entries, step = self._extent(offset)
+        for entry in range(entries, entries + min(count, MAX_TAGS) * step, step):
+            tag, kind, number = self._unpack("HHQ" if self.big else "HHL", entry)
+            if tag == wanted and kind in UNSIGNED:
+                start, size = entry + (12 if self.big else 8), SIZES[kind]
+                if number * size > (8 if self.big else 4):
+                    (start,) = self._unpack("Q" if self.big else "L", start)
+                if start + number * size > len(self.data):
+                    raise DamagedTiffError("values of a directory lie beyond the end")
+                return np.frombuffer(self.data, f"{self.order}u{size}", number, start)
+        return None
+
     def offsets(self) -> Iterator[int]:
         """Yields the offsets of the directories in order; stops where the chain is damaged or forms a loop."""
         offset, seen = self.start, set[int]()
@@ -144,7 +167,16 @@ def refusal(data: bytes) -> MemberError:
         return MemberError("corrupt", f"truncated or damaged TIFF directory ({error}). Write it again at its source.")
     if WIDTH not in page.values or HEIGHT not in page.values:
         return MemberError("corrupt", "damaged TIFF directory: it has no image size. Write it again at its source.")
-    return MemberError("unsupported_mode", f"{_described(page)}: not supported. Convert it to 8 or 16 bits per sample.")
+    message = f"{_described(page)}: not supported. Convert it to 8 or 16 bits per sample{_instead(page)}."
+    return MemberError("unsupported_mode", message)
+
+
+def _instead(page: TiffDirectory) -> str:
+    """What a view can state so that rasters are read as they are."""
+    settings = ["view.bands"] if page.first(SAMPLES, 1) not in (1, 3) else []
+    if page.first(SAMPLE_FORMAT, 1) != 1 or page.first(BITS, 1) not in (1, 8, 16):
+        settings.append("view.range")
+    return f", or state {' and '.join(settings)} in the fit" if settings else ""
 
 
 def _described(page: TiffDirectory) -> str:
@@ -167,6 +199,26 @@ def has_scale(page: TiffDirectory) -> bool:
 def tile_size(page: TiffDirectory) -> tuple[int, int]:
     """Returns (width, height) of tiles in px, (0, 0) if there are none; a tile may be larger than its image."""
     return page.first(TILE_WIDTH, 0), page.first(TILE_HEIGHT, 0)
+
+
+def holes(data: bytes) -> bool:
+    """Whether strips or tiles of the first picture are not stored, as in a sparse file."""
+    try:
+        reader = Reader(data)
+        found = (reader.numbers(reader.start, tag) for tag in (STRIP_BYTES, TILE_BYTES))
+        return any(sizes is not None and not sizes.all() for sizes in found)
+    except DamagedTiffError:
+        return True
+
+
+def colours(data: bytes) -> np.ndarray | None:
+    """The palette of the first picture, uint8 (P, 3); None if it has none that is whole."""
+    try:
+        reader = Reader(data)
+        found = reader.numbers(reader.start, COLOUR_MAP)
+    except DamagedTiffError:
+        return None
+    return None if found is None or len(found) % 3 else (found.reshape(3, -1).T // 256).astype(np.uint8)
 
 
 def first_page(data: bytes) -> TiffDirectory | None:

@@ -19,6 +19,7 @@ from raydetect.metrics.score_bins import ScoreBins, aligned, order_of
 NORMAL, ANOMALOUS, OVERLAP = range(3)
 UNIT = 1 << 32
 COLUMNS = 3
+PIXELS = 1 << 20  # counted at a time, which bounds the memory for large maps and changes no bin
 
 
 def pixels_of(map_HW: np.ndarray, mask_HW: np.ndarray, limit: int, looked_HW: np.ndarray | None = None) -> ScoreBins:
@@ -36,18 +37,35 @@ def pixels_of(map_HW: np.ndarray, mask_HW: np.ndarray, limit: int, looked_HW: np
     if map_HW.shape != mask_HW.shape:
         raise ValueError(f"the map has shape {map_HW.shape} and its mask {mask_HW.shape}; they must be equal.")
     looked_HW = np.ones(map_HW.shape, bool) if looked_HW is None else looked_HW
-    bins_B, bin_N = np.unique(order_of(map_HW[looked_HW]), return_inverse=True)
     anomalous_HW = (mask_HW != 0) & looked_HW
-    anomalous_N = anomalous_HW[looked_HW]
-    counts_BC = np.zeros((len(bins_B), COLUMNS), np.int64)
-    counts_BC[:, NORMAL] = np.bincount(bin_N[~anomalous_N], minlength=len(bins_B))
+    orders_N, anomalous_N = order_of(map_HW[looked_HW]), anomalous_HW[looked_HW]
+    parts = [
+        _counted(orders_N[start : start + PIXELS], anomalous_N[start : start + PIXELS], limit)
+        for start in range(0, orders_N.size, PIXELS)
+    ]
     if anomalous_N.any():
-        counts_BC[:, ANOMALOUS] = np.bincount(bin_N[anomalous_N], minlength=len(bins_B))
-        regions_HW, count = label(anomalous_HW, structure=NEIGHBOURS)
-        regions_N = regions_HW[looked_HW]
-        for region in range(1, count + 1):
-            _share(bin_N[regions_N == region], counts_BC[:, OVERLAP])
+        parts.append(_overlap(orders_N[anomalous_N], anomalous_HW, limit))
+    return ScoreBins.empty(limit, COLUMNS).merge(*parts)
+
+
+def _counted(orders_N: np.ndarray, anomalous_N: np.ndarray, limit: int) -> ScoreBins:
+    """Counts normal and anomalous pixels."""
+    bins_B, bin_N = np.unique(orders_N, return_inverse=True)
+    counts_BC = np.zeros((len(bins_B), COLUMNS), np.int64)
+    for column, chosen_N in ((NORMAL, ~anomalous_N), (ANOMALOUS, anomalous_N)):
+        counts_BC[:, column] = np.bincount(bin_N[chosen_N], minlength=len(bins_B))
     return ScoreBins.empty(limit, COLUMNS).merge(ScoreBins(limit, 0, bins_B, counts_BC))
+
+
+def _overlap(orders_A: np.ndarray, anomalous_HW: np.ndarray, limit: int) -> ScoreBins:
+    """Shares the units of all regions among the anomalous pixels, which `orders_A` has in the order of the mask."""
+    bins_B, bin_A = np.unique(orders_A, return_inverse=True)
+    counts_BC = np.zeros((len(bins_B), COLUMNS), np.int64)
+    regions_HW, count = label(anomalous_HW, structure=NEIGHBOURS)
+    regions_A = regions_HW[anomalous_HW]
+    for region in range(1, count + 1):
+        _share(bin_A[regions_A == region], counts_BC[:, OVERLAP])
+    return ScoreBins(limit, 0, bins_B, counts_BC)
 
 
 def _share(bin_R: np.ndarray, overlap_B: np.ndarray) -> None:

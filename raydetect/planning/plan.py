@@ -209,7 +209,18 @@ def describe_run(
         ),
         "view": by_category(records, _view),
         "packages": artifact.body.get("packages", {}),
+        **_rasters(records),
     }
+
+
+def _rasters(records: Mapping[str | None, ArtifactRecord]) -> dict[str, Any]:
+    """The bands and range by which pictures are shown in reports, if all artifacts look at the same ones."""
+    specs = {record.preprocess.view.spec for record in records.values()}
+    stated = {(spec.bands, spec.range) for spec in specs}
+    if len(stated) != 1 or stated == {(None, None)}:
+        return {}
+    ((bands, values),) = stated
+    return {"rasters": {"bands": bands, "range": values}}
 
 
 def finish(plan: ScorePlan) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import fsspec
 import numpy as np
 from PIL import Image
 
-from raydetect.config import StorageOptions
+from raydetect.config import StorageOptions, ViewSpec
 from raydetect.errors import MemberError, RaydetectError, SpecError, StorageError
 from raydetect.images.decode import decode_image
 from raydetect.images.opening import DecodeRules
@@ -87,7 +87,7 @@ class Pictures:
         """
         source = self.run["spec"]["source"]
         rules = DecodeRules(int(source["max_pixels"]), source["exif_orientation"] == "apply")
-        return decode_image(data, rules, longest_px)
+        return decode_image(data, rules, longest_px, _view(self.run))
 
     def heatmap(self, row: Mapping[str, Any]) -> bytes | None:
         """The stored heatmap PNG of a row; None if it has none.
@@ -164,6 +164,15 @@ class Pictures:
             self._opened = fsspec.core.url_to_fs(f"{scheme}://x::{container}", **{protocol: options})[0]
             self._container = name
         return self._opened
+
+
+def _view(run: Mapping[str, Any]) -> ViewSpec | None:
+    """The bands and range that the run looked at; None if every picture has its colours."""
+    shown = run.get("rasters")
+    if shown is None:
+        return None
+    bands, values = shown.get("bands"), shown.get("range")
+    return ViewSpec(bands=None if bands is None else tuple(bands), range=None if values is None else tuple(values))
 
 
 def heatmap_style(run: Mapping[str, Any]) -> str:

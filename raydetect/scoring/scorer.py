@@ -206,7 +206,8 @@ class Scorer:
             picture, clipped = map_png(whole_HW, loaded.map_low, loaded.map_high)
             work.result.clipped_pixels += clipped
         else:
-            image = decode_image(work.chunk.members[item.position].data, self.rules, OVERLAY_MAX_PX)
+            data = work.chunk.members[item.position].data
+            image = decode_image(data, self.rules, OVERLAY_MAX_PX, loaded.preprocess.view.spec)
             box = item.layout.box_on(image.size)
             picture = overlay_png(np.asarray(image), item.anomaly_map(), loaded.map_low, loaded.map_high, box)
         work.result.pictures[item.position] = picture

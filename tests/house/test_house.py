@@ -73,6 +73,7 @@ def test_dependencies_are_pinned() -> None:
     requirements = [
         *project["dependencies"],
         *project["optional-dependencies"]["cpu"],
+        *project["optional-dependencies"]["rasters"],
         *project["optional-dependencies"]["dev"],
         *project["optional-dependencies"]["bench"],
     ]

@@ -9,6 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score, roc_curve
 
+from raydetect.metrics import pixels
 from raydetect.metrics.curves import Estimate, ranking_figures
 from raydetect.metrics.figures import image_figures, pixel_figures
 from raydetect.metrics.pixels import ANOMALOUS, COLUMNS, NORMAL, UNIT, aupro_of, pixels_of
@@ -249,3 +250,15 @@ def test_memory_does_not_grow_with_the_number_of_maps() -> None:
 
 def test_a_figure_tells_the_larger_side_of_its_bounds() -> None:
     assert Estimate(0.5, 0.4, 0.8).error == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("limit", [64, 1 << 20])
+def test_pixels_counted_in_parts_give_the_same_bins(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    map_HW, mask_HW = random.normal(size=(90, 70)).astype(np.float32), np.zeros((90, 70), bool)
+    mask_HW[10:30, 5:40], mask_HW[80:, 60:] = True, True
+    whole = pixels.pixels_of(map_HW, mask_HW, limit)
+    monkeypatch.setattr(pixels, "PIXELS", 1000)
+    parts = pixels.pixels_of(map_HW, mask_HW, limit)
+    assert parts.shift == whole.shift and (parts.bins_B == whole.bins_B).all()
+    assert (parts.counts_BC == whole.counts_BC).all()
