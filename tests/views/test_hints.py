@@ -1,10 +1,18 @@
 """Hints: when they are given, and their numbers."""
 
+import io
+
+import numpy as np
 import pytest
+from PIL import Image
 
 from raydetect.config import ViewSpec
 from raydetect.config.validation import validate
-from raydetect.views.hints import hints
+from raydetect.images.decode import decode_member
+from raydetect.images.opening import DecodeRules
+from raydetect.images.preprocess import Preprocess
+from raydetect.records import Member
+from raydetect.views.hints import dark_hints, hints
 from raydetect.views.view import View
 
 INPUT = (256, 256)
@@ -61,3 +69,16 @@ def test_what_is_left_out_is_said(settings: dict[str, object], size: tuple[int, 
     input_px = (224, 224) if "crop" in settings else INPUT
     assert any(words in hint for hint in hints({size: 2}, view(**settings), input_px))
     assert not any("leaves out" in hint for hint in hints({(270, 256): 2}, view(resize="short_side"), INPUT))
+
+
+def test_grey_of_sixteen_bits_that_uses_little_of_its_range() -> None:
+    found = []
+    for white in (4095, 65535):
+        buffer = io.BytesIO()
+        Image.fromarray(np.linspace(0, white, 64 * 64).reshape(64, 64).astype(np.uint16)).save(buffer, "PNG")
+        member = Member("k", "", data=buffer.getvalue())
+        found.append(decode_member(member, DecodeRules(10**6, True), Preprocess((32, 32))).levels)
+    assert found == [16, 255]
+    assert dark_hints({}) == dark_hints({255: 2, 16: 2}) == []
+    (hint,) = dark_hints({16: 3, 255: 2})
+    assert hint.startswith("3 of 5 16-bit grey images use less than an eighth of their range")
