@@ -47,6 +47,7 @@ bench: $(STAMP) ## every benchmark of jobs/bench (long)
 	$(BIN)/python -m jobs.bench.jpeg
 	$(BIN)/python -m jobs.bench.pipeline
 	$(BIN)/python -m jobs.bench.driver
+	$(BIN)/python -m jobs.bench.tiles
 
 reproduce: $(STAMP) ## fit every detector on real images and compare (long)
 	$(BIN)/python -m jobs.reproduce.run

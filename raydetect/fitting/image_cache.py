@@ -233,6 +233,7 @@ class ReadImages:
 
     Attributes:
         sizes: number of images by (width, height) in px of the upright image; of all workers after `checked_total`.
+        levels: number of 16-bit grey images by the levels of 256 that they span; likewise.
     """
 
     good: int = 0
@@ -243,6 +244,7 @@ class ReadImages:
     shards: int = 0
     bad_shards: int = 0
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    levels: Counter[int] = field(default_factory=Counter)
 
     def note_chunk(self, chunk: Chunk) -> None:
         """Counts a chunk; the last chunk of a shard shows whether the shard could be read."""
@@ -263,6 +265,7 @@ class ReadImages:
         self.good += 1
         self.labels[member.label, member.raw_label] += 1
         self.sizes[pixels.width or 0, pixels.height or 0] += 1
+        self.levels.update([] if pixels.levels is None else [pixels.levels])
 
     def note_bad(self, reason: str) -> None:
         """Counts a bad image."""
@@ -279,11 +282,11 @@ class ReadImages:
         labels = [[*key, count] for key, count in self.labels.items()]
         counts = [self.good, self.bad, self.shards, self.bad_shards]
         sizes = [[*size, count] for size, count in self.sizes.items()]
-        fields = [counts, self.reasons, labels, to_plain(self.left_out.counts), sizes]
+        fields = [counts, self.reasons, labels, to_plain(self.left_out.counts), sizes, list(self.levels.items())]
         sums = ReadImages()
         for text in group.gather_bytes(json.dumps(fields).encode()):
             sums._add(json.loads(text))
-        self.sizes = sums.sizes
+        self.sizes, self.levels = sums.sizes, sums.levels
         bad, total = sums.bad, sums.bad + sums.good
         if total == 0:
             left_out = left_out_text(sums.left_out.counts) or "nothing"
@@ -298,12 +301,13 @@ class ReadImages:
         return ReadFacts(bad, reasons, labels=all_labels, left_out=sums.left_out.counts)
 
     def _add(self, fields: list[Any]) -> None:
-        (good, bad, shards, bad_shards), reasons, labels, left_out, sizes = fields
+        (good, bad, shards, bad_shards), reasons, labels, left_out, sizes, levels = fields
         self.good, self.bad, self.reasons = self.good + good, self.bad + bad, self.reasons + reasons
         self.shards, self.bad_shards = self.shards + shards, self.bad_shards + bad_shards
         self.labels.update({(label, value): count for label, value, count in labels})
         self.left_out.add_all(left_out_of(left_out))
         self.sizes.update({(width, height): count for width, height, count in sizes})
+        self.levels.update(dict(levels))
 
 
 def read_images(

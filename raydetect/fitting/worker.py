@@ -16,7 +16,7 @@ from raydetect.fitting.shared_errors import shared_errors
 from raydetect.fitting.timings import Phases
 from raydetect.records import Chunk, FitReport
 from raydetect.storage import normalise_uri
-from raydetect.views.hints import hints
+from raydetect.views.hints import dark_hints, hints
 
 
 def fit_worker(
@@ -69,6 +69,7 @@ def _read(
         rules = FitRules(spec)
         cache, counts = read_images(chunks, source, rules, threads, lambda done: on_progress(phase, done, None))
     read = counts.checked_total(group, spec.max_bad_fraction, ", ".join(source.uris()))
-    read = replace(read, hints=tuple(hints(counts.sizes, cache.preprocess.view, cache.preprocess.image_size)))
+    found = hints(counts.sizes, cache.preprocess.view, cache.preprocess.image_size) + dark_hints(counts.levels)
+    read = replace(read, hints=tuple(found))
     drop_duplicates(cache, group)
     return cache, read

@@ -42,6 +42,7 @@ from PIL import Image
 
 from raydetect.config import ViewSpec
 from raydetect.errors import MemberError
+from raydetect.images.bit_depth import SIXTEEN_BIT
 from raydetect.images.opening import DecodeRules, Loaded, loaded_image, short
 from raydetect.images.orientation import SIDEWAYS
 from raydetect.images.preprocess import Preprocess
@@ -49,7 +50,7 @@ from raydetect.images.rasters.opening import raster_for_showing, raster_for_wind
 from raydetect.images.rasters.picture import RasterPicture
 from raydetect.records import OK, Member
 from raydetect.views.view import Window
-from raydetect.views.windows import Input, input_of
+from raydetect.views.windows import Input, UprightPicture, input_of
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -73,6 +74,7 @@ class Pixels:
         notes: facts to report that do not make the image bad: "exif_ignored", "pages_not_read: 3".
         orientation: the EXIF orientation that was applied; 1 = as stored.
         sha256: sha256 of the encoded bytes in hex; "" if they could not be read.
+        levels: levels of 256 between the darkest and the brightest px of 16-bit grey; None for others.
     """
 
     inputs: tuple[Input, ...] = ()
@@ -85,6 +87,7 @@ class Pixels:
     notes: tuple[str, ...] = ()
     orientation: int = 1
     sha256: str = ""
+    levels: int | None = None
 
     def facts(self) -> dict[str, Any]:
         """Returns the columns of a row that describe the image itself."""
@@ -174,6 +177,7 @@ def decode_windows(
             notes=(*member.notes, *facts.notes),
             orientation=facts.orientation,
             sha256=sha256,
+            levels=facts.levels,
         )
 
 
@@ -184,6 +188,7 @@ class _Facts:
     size: tuple[int, int] = (0, 0)
     notes: tuple[str, ...] = ()
     orientation: int = 1
+    levels: int | None = None
     measures: list[tuple[float, float]] = field(default_factory=list)
 
     def means(self) -> tuple[float, float]:
@@ -198,6 +203,9 @@ def _inputs(
     with _opened(data, rules, preprocess, pool) as (loaded, pool):
         facts.size, facts.notes, facts.orientation = loaded.size, loaded.notes, loaded.orientation
         upright, layout = loaded.upright(), preprocess.layout(loaded.size)
+        if isinstance(upright, UprightPicture) and isinstance(loaded, Loaded) and loaded.picture.mode in SIXTEEN_BIT:
+            low, high = np.array(upright.picture.getextrema(), np.int64)
+            facts.levels = int(high - low)
         if layout.is_empty:
             raise MemberError("unsupported_mode", "nothing of it lies in the region that the artifact looks at.")
 

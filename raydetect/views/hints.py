@@ -12,6 +12,7 @@ OBLONG = 1.2  # ratio of the sides
 MOST = 0.5  # share of the pictures that a hint must concern
 LARGE = 4  # px of a picture for each px of the input, along a side
 VARIED = 4  # ratio of the 90th to the 10th percentile of the long sides
+FEW_LEVELS = 32  # of 256: an eighth of the range
 LEFT_OUT = 0.1  # share of a picture
 ROUND_PX = 32  # a suggested side is a multiple of this
 
@@ -35,6 +36,22 @@ def hints(sizes: Mapping[tuple[int, int], int], view: View, image_size: tuple[in
             _left_out(sizes, view, image_size),
         ]
     return [hint for hint in found if hint]
+
+
+def dark_hints(levels: Mapping[int, int]) -> list[str]:
+    """Returns a sentence if most 16-bit grey pictures use little of their range, else nothing.
+
+    Args:
+        levels: number of 16-bit grey pictures by the levels of 256 that they span.
+    """
+    narrow = sum(count for spanned, count in levels.items() if spanned < FEW_LEVELS)
+    if narrow <= MOST * sum(levels.values()):
+        return []
+    return [
+        f"{narrow:,} of {sum(levels.values()):,} 16-bit grey images use less than an eighth of their range, which is "
+        f"read as fewer than {FEW_LEVELS} of 256 levels; write them with the full range, or name their significant "
+        "bits in the file (sBIT in a PNG, 12 bits in a TIFF)."
+    ]
 
 
 def _oblong(sizes_N2: np.ndarray, spec: ViewSpec, image_size: tuple[int, int]) -> str:

@@ -191,3 +191,41 @@ def test_an_error_of_one_worker_is_that_of_all() -> None:
     assert together(3, work) == ["BadMemberError: a.tar#b.png: corrupt. Repair it."] * 3
     with shared_errors(Group()):
         pass
+
+
+def digests(uri: str) -> dict[str | None, tuple[str, Any]]:
+    """Tensors and calibration of every member of a fleet."""
+    records = read_records(read_index(uri, Storage()), Storage())
+    return {name: (r.body["tensors"]["sha256"], r.body["calibration"]) for name, r in records.items()}
+
+
+def test_an_image_that_two_workers_read_counts_once_wherever_its_category_is_fitted() -> None:
+    spec = spec_of("", "memory://fleet/model", source=make_three(), per_category=True)
+    fit_over(spec, 1)
+    expected = digests("memory://fleet/model")
+    archive = open_archive(spec.source, Storage())
+    chunks = [c for s in archive.shards() for c in chunk_members(s, archive.read(s), 5, 1 << 30)]
+
+    def work(group: Group) -> object:
+        mine = [chunk for i, chunk in enumerate(chunks) if i % 2 == group.rank or i < 4]
+        return fit_worker(spec, mine, None, group, lambda *_: None, torch.device("cpu"))
+
+    together(2, work)
+    assert digests("memory://fleet/model") == expected
+
+
+def test_a_mask_for_each_category_is_read_by_the_worker_that_fits_it() -> None:
+    source, found = make_three(), []
+    for number, category in enumerate(("cable", "Hex nut", "bolt")):
+        mask = np.zeros((24, 24), np.uint8)
+        mask[:, 8 * number : 8 * number + 8] = 255
+        Storage().write(f"memory://fleet/masks/{category}.png", encode(mask))
+    view = {"region": "memory://fleet/masks/{category}.png", "tile": {"size": [32, 32], "overlap": 8}}
+    spec = spec_of("", "memory://fleet/model", source=source, per_category=True, view=view)
+    for size in (1, 2, 3):
+        fit_over(spec, size)
+        found.append(digests("memory://fleet/model"))
+    assert found[0] == found[1] == found[2]
+    records = read_records(read_index("memory://fleet/model", Storage()), Storage())
+    tiles = {name: len(record.preprocess.layout((48, 48)).windows) for name, record in records.items()}
+    assert tiles == {"cable": 2, "Hex nut": 4, "bolt": 2}

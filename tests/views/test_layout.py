@@ -318,3 +318,24 @@ def test_nan_does_not_spread_when_a_map_is_resized() -> None:
     large_HW = resized(map_HW, (48, 48))
     np.testing.assert_allclose(large_HW[:, :24], 3.0, rtol=1e-6)
     assert np.isnan(large_HW[:, 24:]).all()
+
+
+@pytest.mark.parametrize(("scale", "orientation", "expected"), [(None, 1, 1), (0.25, 1, 2), (0.25, 6, 2), (0.1, 8, 4)])
+def test_jpegs_are_reduced_as_far_as_the_scale_of_the_tiles_allows(
+    scale: float | None, orientation: int, expected: int
+) -> None:
+    rules = Preprocess((256, 256), "at_least_2x", tiled((256, 256), 32, scale))
+    assert rules.reduction((4000, 3000), orientation) == expected
+
+
+@pytest.mark.parametrize(("view", "expected"), [({"resize": "pad"}, 4), ({"resize": "short_side"}, 4), ({}, 4)])
+def test_jpegs_keep_twice_the_px_that_are_shown(view: dict[str, Any], expected: int) -> None:
+    rules = Preprocess((256, 256), "at_least_2x", View(validate(ViewSpec, view, "view")))
+    reduction = rules.reduction((4000, 3000), 1)
+    across, down = rules.view.needed((4000, 3000), (256, 256))
+    assert reduction == expected
+    assert (
+        min(4000 / reduction / across, 3000 / reduction / down)
+        >= 2
+        > min(2000 / reduction / across, 1500 / reduction / down)
+    )
