@@ -81,11 +81,9 @@ class CalibrationShape:
     map_peaks: Annotated[tuple[Finite, ...], AfterValidator(_ascending)] | None = None
 
     def __post_init__(self) -> None:
-        """Refuses an inverted range, and peaks of other images."""
+        """Refuses an inverted range."""
         if self.map_high < self.map_low:
             raise ValueError(f"map_high = {self.map_high} is below map_low = {self.map_low}")
-        if self.map_peaks and len(self.map_peaks) != len(self.scores):
-            raise ValueError(f"map_peaks has {len(self.map_peaks)} values, but scores has {len(self.scores)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,10 +162,13 @@ class RecordShape:
     members: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuses a calibration with missing scores."""
+        """Refuses a calibration with missing scores or peaks."""
         count, recorded = len(self.calibration.scores), self.images.get("held_out")
         if recorded not in (None, count):
             raise ValueError(f"images.held_out is {recorded}, but calibration.scores has {count}")
+        peaks = self.calibration.map_peaks
+        if peaks and len(peaks) != count:
+            raise ValueError(f"calibration.map_peaks has {len(peaks)} values, but calibration.scores has {count}")
 
 
 @dataclass(frozen=True, slots=True)
