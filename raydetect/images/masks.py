@@ -58,7 +58,8 @@ def sampled_mask(
         box: (left, upper, right, lower) of the map in px of the upright image.
 
     Returns:
-        Defect pixels, bool of the shape `canvas`, and (width, height) of the mask in the orientation of its image.
+        Defect pixels, bool of the shape `canvas`, and (width, height) of the mask in the orientation of its image; no
+        defect if that is not the size of the image.
 
     Raises:
         MemberError: the mask cannot be decoded.
@@ -66,11 +67,15 @@ def sampled_mask(
     raster = raster_for_showing(data, rules, None)
     if raster is None:
         defects_HW = decode_mask(data, image, rules)
-        resized = Image.fromarray(defects_HW).resize(canvas[::-1], Image.Resampling.NEAREST, box)
-        return np.asarray(resized), defects_HW.shape[::-1]
+        size: tuple[int, int] = (defects_HW.shape[1], defects_HW.shape[0])
+        if defects_HW.shape != (image.height, image.width):
+            return np.zeros(canvas, bool), size
+        return np.asarray(Image.fromarray(defects_HW).resize(canvas[::-1], Image.Resampling.NEAREST, box)), size
     with raster.opened() as picture:
         stored = upright_size(picture.size, picture.orientation)
         picture.turn(_turned_with(image, picture.orientation, stored))
+        if picture.size != (image.width, image.height):
+            return np.zeros(canvas, bool), picture.size
         with PIXEL_BUDGET.reserve(BAND_PIXELS + picture.block_pixels, rules.max_pixels):
             levels_HW, seen = _sampled(picture, canvas, box)
     exact = raster.page is not None and raster.page.first(COMPRESSION, 1) not in LOSSY

@@ -332,6 +332,14 @@ def loaded_size(data: bytes) -> tuple[int, int]:
         return loaded.size
 
 
+def test_a_mask_of_another_size_tells_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Pixels(width=400, height=400)
+    for limit in (1 << 24, 100):
+        monkeypatch.setattr(opening, "SHOWN_PIXELS", limit)
+        found, size = sampled_mask(raster(MASK), image, RULES, (40, 40), (0.0, 0.0, 400.0, 400.0))
+        assert size == SIZE[::-1] and not found.any()
+
+
 def test_a_mask_without_orientation_is_turned_with_its_image(monkeypatch: pytest.MonkeyPatch) -> None:
     image = Pixels(width=SIZE[0], height=SIZE[1], orientation=6)
     box = (0.0, 0.0, *map(float, SIZE))

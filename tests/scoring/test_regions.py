@@ -73,9 +73,9 @@ def test_regions_are_those_of_a_flood_fill(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(views, "MAX_CANVAS_PX", most_px)
-        views._layout.cache_clear()
+
         layout = View(spec).layout((width, height), INPUT)
-    views._layout.cache_clear()
+
     random = np.random.default_rng(seed)
     map_HW = random.integers(0, 6, layout.canvas).astype(np.float32)  # with many equal peaks
     map_HW[random.random(layout.canvas) > share] = -1
