@@ -18,6 +18,7 @@ from raydetect.records import PART_FILE
 from raydetect.sinks.heatmaps import overlay_png, read_map_png, read_png
 from raydetect.sinks.ledger import Ledger, repair_hint
 from raydetect.storage import Storage, check_uri, join_uri, translate
+from raydetect.views.align import shift_in
 from raydetect.views.placement import canvas_on_whole, whole_size
 from raydetect.views.view import Layout, View
 
@@ -138,6 +139,7 @@ class Pictures:
         entry = dict(_of_category(self.run.get("view", {}), row["category"]))
         image_size = entry.pop("image_size", size)  # runs of older versions state no view: maps cover the picture
         layout = View.of_record(entry).layout((row["width"], row["height"]), (image_size[0], image_size[1]))
+        layout = layout.moved(shift_in(row["note"] or ""))
         expected = whole_size(layout)
         if expected != size:
             raise StorageError(
