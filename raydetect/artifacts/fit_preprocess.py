@@ -7,8 +7,9 @@ from raydetect.config import AT_LEAST_2X, STRETCH, FitSpec, ViewSpec
 from raydetect.detectors._registry import build_from
 from raydetect.errors import MissingError, SpecError
 from raydetect.images.preprocess import Preprocess
-from raydetect.images.region_masks import region_of_mask
+from raydetect.images.view_files import alignment_of, region_of_mask
 from raydetect.storage import Storage, normalise_uri
+from raydetect.views.align import Alignment
 from raydetect.views.region import Region
 from raydetect.views.view import View
 
@@ -17,28 +18,27 @@ class FitRules:
     """The decoding rules of a fit, for images of each category.
 
     Attributes:
-        common: those of images without a category, and of all images if the categories have the same region.
+        common: those of images without a category, and of all images if the categories have the same.
     """
 
     def __init__(self, spec: FitSpec) -> None:
-        """Reads the mask of the region; those of categories are read when an image of the category is met.
+        """Reads the mask and picture of the view; those of categories are read when an image of the category is met.
 
         Raises:
             SpecError, ArtifactError, StorageError: see `fit_preprocess`.
         """
         self._spec = spec
         self._of_category: dict[str, Preprocess] = {}
-        without = replace(spec, view=replace(spec.view, region=None)) if spec.view.has_region_of_category else spec
-        self.common = fit_preprocess(without)
+        self.common = fit_preprocess(replace(spec, view=spec.view.without_files_of_category))
 
     def of(self, category: str | None) -> Preprocess:
         """Returns the rules for images of a category.
 
         Raises:
-            SpecError: the category has no mask, or it cannot be used.
-            StorageError: the mask cannot be read.
+            SpecError: the category has no mask or picture to align to, or it cannot be used.
+            StorageError: it cannot be read.
         """
-        if category is None or not self._spec.view.has_region_of_category:
+        if category is None or not self._spec.view.has_files_of_category:
             return self.common
         if category not in self._of_category:
             view = view_of(
@@ -56,7 +56,7 @@ def fit_preprocess(spec: FitSpec) -> Preprocess:
     Raises:
         SpecError: a parameter is invalid, or the job states another rule than the artifact it extends.
         ArtifactError: that artifact is missing or damaged.
-        StorageError: the mask of the region cannot be read.
+        StorageError: the mask of the region or the picture to align to cannot be read.
     """
     image_size = build_from(spec.detector, spec.seed).params.image_size
     if spec.extend is not None:
@@ -66,18 +66,18 @@ def fit_preprocess(spec: FitSpec) -> Preprocess:
 
 
 def view_of(spec: ViewSpec, image_size: tuple[int, int], storage: Storage, category: str | None = None) -> View:
-    """Returns the view of a job for inputs of (height, width) px; reads the mask of its region.
+    """Returns the view of a job for inputs of (height, width) px; reads the files that it names.
 
     Raises:
-        SpecError: the crop is not the input, or the mask is missing or unusable.
-        StorageError: the mask cannot be read.
+        SpecError: the crop is not the input, or a file is missing or unusable.
+        StorageError: a file cannot be read.
     """
     if spec.crop not in (None, image_size):
         raise SpecError(
             f"view.crop = {list(spec.crop or ())}: the detector's image_size is {list(image_size)}, and the crop is "
             "its input. Set detector.params.image_size to the crop."
         )
-    return View(replace(spec, region=None), _region(spec, storage, category))
+    return View(spec.settings, _region(spec, storage, category), _alignment(spec, storage, category))
 
 
 def _extended(spec: FitSpec, image_size: tuple[int, int]) -> Preprocess:
@@ -103,8 +103,19 @@ def _region(spec: ViewSpec, storage: Storage, category: str | None) -> Region | 
     if not isinstance(region, str):
         return Region(polygons=region)
     uri = normalise_uri(region)
+    return region_of_mask(_read(uri, "view.region: the mask", storage, category), uri)
+
+
+def _alignment(spec: ViewSpec, storage: Storage, category: str | None) -> Alignment | None:
+    if spec.align_to is None:
+        return None
+    uri = normalise_uri(spec.align_to)
+    return alignment_of(_read(uri, "view.align_to: the picture", storage, category), uri, spec)
+
+
+def _read(uri: str, what: str, storage: Storage, category: str | None) -> bytes:
     try:
-        return region_of_mask(storage.read(uri), uri)
+        return storage.read(uri)
     except MissingError:
         of = "" if category is None else f" of category {category!r}"
-        raise SpecError(f"view.region: the mask {uri}{of} does not exist. Add it or correct the URI.") from None
+        raise SpecError(f"{what} {uri}{of} does not exist. Add it or correct the URI.") from None

@@ -44,13 +44,13 @@ def _trainable(spec: FitSpec) -> None:
 
 
 def _masks(spec: FitSpec) -> None:
-    """Reads the mask of the region, and those of the categories that the paths of loose images name.
+    """Reads the mask and picture that the view names, and those of the categories in the paths of loose images.
 
     Raises:
-        SpecError: a mask is missing or cannot be used.
+        SpecError: one is missing or cannot be used.
     """
     rules = FitRules(spec)
-    if not spec.view.has_region_of_category:
+    if not spec.view.has_files_of_category:
         return
     naming = Naming.of(spec.source)
     for shard in open_archive(spec.source, Storage(source_storage(spec, spec.source))).shards():

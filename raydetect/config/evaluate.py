@@ -86,9 +86,10 @@ class EvaluateSpec:
             raise ValueError("grid sets parameters of single detectors; list ensembles in a job of their own")
         if self.results and self.view != STRETCH:
             raise ValueError("view applies to detectors that are fitted; remove it with results")
-        if self.view.has_region_of_category and self.data is None:
+        if self.view.has_files_of_category and self.data is None:
             raise ValueError(
-                "view.region has a mask for each {category}, but archive fits one detector for all; name one"
+                "view.region has a mask for each {category}, or view.align_to a picture, but archive fits one detector "
+                "for all; name one"
             )
         if self.resources.bank_shards != 1:
             raise ValueError("resources.bank_shards applies to scoring jobs only; remove it")

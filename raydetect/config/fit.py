@@ -172,9 +172,10 @@ class FitSpec:
             raise ValueError("extend adds to one memory bank; refit an ensemble on all images")
         if self.resources.bank_shards != 1:
             raise ValueError("resources.bank_shards applies to scoring jobs only; remove it")
-        if self.view.has_region_of_category and not self.per_category:
+        if self.view.has_files_of_category and not self.per_category:
             raise ValueError(
-                "view.region has a mask for each {category}, but the job fits one detector; set per_category"
+                "view.region has a mask for each {category}, or view.align_to a picture, but the job fits one "
+                "detector; set per_category"
             )
         if self.precision is not None:
             object.__setattr__(self, "detector", self.detector.at_precision(self.precision))

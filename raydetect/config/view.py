@@ -10,6 +10,8 @@ from raydetect.config.validation import STRICT
 
 CATEGORY = "{category}"
 Resize = Literal["stretch", "pad", "short_side"]
+Align = Literal["none", "phase"]
+ALIGN_MAX = 0.1
 Pixels = Annotated[int, Field(ge=8, le=16_384)]
 Band = Annotated[int, Field(ge=1, le=65_535)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -79,8 +81,26 @@ class ViewSpec:
             "drawn"
         ),
     ] = None
+    align: Annotated[
+        Align,
+        Field(
+            description="phase: what is looked at follows a part that is shifted a little against the picture "
+            "align_to, found by phase correlation"
+        ),
+    ] = "none"
+    align_to: Annotated[
+        str | None,
+        Field(
+            description="with align: URI of a picture with the part in its usual place ({category} is replaced where "
+            "each category has its own detector)"
+        ),
+    ] = None
+    align_max: Annotated[
+        float, Field(gt=0, le=0.25, description="with align: largest shift along a side, as a share of it")
+    ] = ALIGN_MAX
 
     def __post_init__(self) -> None:
+        self._check_align()
         if (self.size is None) != (self.crop is None):
             raise ValueError("size and crop belong together: a picture is resized to size, and its centre is used")
         if self.crop is not None and self.size is not None:
@@ -99,15 +119,40 @@ class ViewSpec:
         if self.region == ():
             raise ValueError("region has no polygon; remove it")
 
+    def _check_align(self) -> None:
+        if self.align == "none" and (self.align_to is not None or self.align_max != ALIGN_MAX):
+            raise ValueError("align_to and align_max apply to align: phase only; add it, or remove them")
+        if self.align == "phase" and self.align_to is None:
+            raise ValueError(
+                "align: phase needs align_to, the URI of a picture with the part in its usual place; images are "
+                "decoded before all of them are known, so none can be chosen"
+            )
+        if self.align == "phase" and self.tile is not None:
+            raise ValueError("align moves a picture with one input, and tile cuts several; remove one of them")
+
     @property
-    def has_region_of_category(self) -> bool:
-        """Whether each category has a mask of its own."""
-        return isinstance(self.region, str) and CATEGORY in self.region
+    def has_files_of_category(self) -> bool:
+        """Whether each category has a mask or a picture to align to of its own."""
+        return any(isinstance(uri, str) and CATEGORY in uri for uri in (self.region, self.align_to))
+
+    @property
+    def without_files_of_category(self) -> "ViewSpec":
+        """The view of images without a category."""
+        region = None if isinstance(self.region, str) and CATEGORY in self.region else self.region
+        if self.align_to is None or CATEGORY not in self.align_to:
+            return replace(self, region=region)
+        return replace(self, region=region, align="none", align_to=None, align_max=ALIGN_MAX)
 
     def of_category(self, category: str) -> "ViewSpec":
         """The view of one category."""
         region = self.region.replace(CATEGORY, category) if isinstance(self.region, str) else self.region
-        return replace(self, region=region)
+        align_to = None if self.align_to is None else self.align_to.replace(CATEGORY, category)
+        return replace(self, region=region, align_to=align_to)
+
+    @property
+    def settings(self) -> "ViewSpec":
+        """The view without the files that it names, which an artifact keeps by their content."""
+        return replace(self, region=None, align="none", align_to=None, align_max=ALIGN_MAX)
 
     @property
     def reads_bands(self) -> bool:
@@ -115,7 +160,7 @@ class ViewSpec:
         return self.bands is not None or self.range is not None
 
     def recorded(self) -> dict[str, Any]:
-        """The settings that differ from the defaults, without the region, as plain values."""
+        """The settings that differ from the defaults, without region and align, as plain values."""
         tile = self.tile
         whole = {
             "resize": self.resize,

@@ -103,7 +103,7 @@ def _cut(pictures: Pictures, threshold: float | None) -> Iterator[tuple[dict[str
         for row in table.to_pylist() if part.heatmaps else ():
             map_HW = pictures.anomaly_map(row)
             if map_HW is not None:
-                stored_HW = placed(map_HW, pictures.layout(row, (map_HW.shape[0], map_HW.shape[1])))
+                stored_HW = placed(*pictures.located(row, map_HW))
                 yield row, ((mask, {}) for mask in regions(stored_HW >= limit_of(pictures, row, threshold)))
 
 
@@ -116,9 +116,9 @@ def _row_regions(pictures: Pictures) -> Iterator[tuple[dict[str, Any], Masks]]:
             if map_HW is None:
                 masks = boxes_of(row)
             else:
-                layout = pictures.layout(row, (map_HW.shape[0], map_HW.shape[1]))
-                limit = region_threshold(pictures.run, row["category"])
-                masks = outlines_of(row, map_HW, layout, limit or 0.0, map_scale(pictures.run, row["category"]))
+                limit = region_threshold(pictures.run, row["category"]) or 0.0
+                scale = map_scale(pictures.run, row["category"])
+                masks = outlines_of(row, *pictures.located(row, map_HW), limit, scale)
             if row["regions"] is not None or map_HW is not None:
                 yield row, zip(masks, map(_facts, row["regions"] or ()), strict=True)
 

@@ -25,6 +25,7 @@ from raydetect.images.preprocess import Preprocess
 from raydetect.left_out import LeftOutCount, left_out_of, left_out_text
 from raydetect.records import OK, Chunk, LeftOut, Member
 from raydetect.storage import Scratch
+from raydetect.views.align import NOT_MOVED, Shift
 from raydetect.views.view import Layout, Window
 from raydetect.views.windows import Input
 
@@ -45,6 +46,7 @@ class CachedImage:
         size: (width, height) in px of the upright image; (0, 0) = that of the input.
         row: of the tile; 0 without tiles.
         column: likewise.
+        shift: of the layout of its picture.
     """
 
     key: str
@@ -54,6 +56,7 @@ class CachedImage:
     size: tuple[int, int] = (0, 0)
     row: int = 0
     column: int = 0
+    shift: Shift = NOT_MOVED
 
     @property
     def image_key(self) -> str:
@@ -138,7 +141,8 @@ class ImageCache:
 
     def _shown(self, image: CachedImage) -> tuple[Layout, Window]:
         """The layout of an input's picture, and its window."""
-        layout = self.preprocess.layout(image.size if image.size[0] else self.preprocess.image_size[::-1])
+        size = image.size if image.size[0] else self.preprocess.image_size[::-1]
+        layout = self.preprocess.layout(size, image.shift)
         return layout, next(w for w in layout.windows if (w.row, w.column) == (image.row, image.column))
 
     def of_category(self, category: str) -> "ImageCache":
@@ -169,7 +173,7 @@ class ImageCache:
         mine = list(self.images.values())
         texts = group.gather_bytes(json.dumps([astuple(image) for image in mine]).encode())
         for root, text in enumerate(texts):
-            images = [replace(CachedImage(*fields), size=tuple(fields[4])) for fields in json.loads(text)]
+            images = [_restored(fields) for fields in json.loads(text)]
             for start in range(0, len(images), SHARED_PER_BROADCAST):
                 self._share_block(group, root, images[start : start + SHARED_PER_BROADCAST], wanted)
 
@@ -190,7 +194,14 @@ def _cached(member: Member, shown: Input, preprocess: Preprocess) -> CachedImage
     row, column, key = shown.window.row, shown.window.column, member.key
     if preprocess.view.has_tiles:
         key = f"{key}@{row},{column}"
-    return CachedImage(key, member.label, member.category, member.key, shown.layout.picture, row, column)
+    layout = shown.layout
+    return CachedImage(key, member.label, member.category, member.key, layout.picture, row, column, layout.shift)
+
+
+def _restored(fields: list[Any]) -> CachedImage:
+    image = CachedImage(*fields)
+    (width, height), (across, down) = image.size, image.shift
+    return replace(image, size=(width, height), shift=(across, down))
 
 
 @dataclass(frozen=True, slots=True)

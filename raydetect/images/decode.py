@@ -13,8 +13,9 @@ one without end marker is fine. EXIF orientation is applied exactly once for eve
 
 TIFF and JPEG 2000 are read window by window for views with tiles, and by the view's bands and range (`rasters/`).
 
-Two facts are noted without making an image bad: `exif_ignored` (damaged EXIF, so orientation is not applied) and
-`pages_not_read: N` (only the first of several pages or frames is read).
+Facts are noted without making an image bad: `exif_ignored` (damaged EXIF, so orientation is not applied),
+`pages_not_read: N` (only the first of several pages or frames is read) and, with `view.align`, `aligned: X, Y` (px by
+which its part lies right of and below the reference's) or `not_aligned`.
 
 The view of the artifact (`views/view.py`) says which parts of an image become inputs; they are resized with Pillow's
 antialiased bilinear filter. Large JPEGs are decoded at a reduced DCT scale first if the artifact says so
@@ -49,8 +50,9 @@ from raydetect.images.preprocess import Preprocess
 from raydetect.images.rasters.opening import raster_for_showing, raster_for_windows
 from raydetect.images.rasters.picture import RasterPicture
 from raydetect.records import OK, Member
-from raydetect.views.view import Window
-from raydetect.views.windows import Input, UprightPicture, input_of
+from raydetect.views.align import NOT_ALIGNED, note_of
+from raydetect.views.view import Layout, Window
+from raydetect.views.windows import Input, Upright, UprightPicture, grey_of, input_of
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -202,7 +204,8 @@ def _inputs(
 ) -> Iterator[Input]:
     with _opened(data, rules, preprocess, pool) as (loaded, pool):
         facts.size, facts.notes, facts.orientation = loaded.size, loaded.notes, loaded.orientation
-        upright, layout = loaded.upright(), preprocess.layout(loaded.size)
+        upright = loaded.upright()
+        layout, aligned = _aligned(upright, loaded.size, preprocess)
         if isinstance(upright, UprightPicture) and isinstance(loaded, Loaded) and loaded.picture.mode in SIXTEEN_BIT:
             low, high = np.array(upright.picture.getextrema(), np.int64)
             facts.levels = int(high - low)
@@ -216,7 +219,19 @@ def _inputs(
         for shown, measured in _in_order(cut, layout.windows, pool):
             facts.measures.append(measured)
             yield shown
-        facts.notes = loaded.notes
+        facts.notes = (*loaded.notes, *aligned)
+
+
+def _aligned(upright: Upright, size: tuple[int, int], preprocess: Preprocess) -> tuple[Layout, tuple[str, ...]]:
+    """The windows of a picture, which follow its part, and the note that says so."""
+    alignment, layout = preprocess.view.alignment, preprocess.layout(size)
+    if alignment is None:
+        return layout, ()
+    shift = None
+    if alignment.fits(size):
+        shift = alignment.shift_of(grey_of(upright, size, alignment.size), size)
+    moved = layout if shift is None else layout.moved(shift)
+    return moved, (NOT_ALIGNED if shift != moved.shift else note_of(shift),)
 
 
 @contextmanager

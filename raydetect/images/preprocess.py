@@ -16,6 +16,7 @@ from typing import Any
 
 from raydetect.config import AT_LEAST_2X, STRETCH, JpegScale
 from raydetect.images.orientation import SIDEWAYS
+from raydetect.views.align import NOT_MOVED, Shift
 from raydetect.views.view import Layout, View
 
 REDUCTIONS = (8, 4, 2)  # the powers of two, largest first
@@ -42,9 +43,9 @@ class Preprocess:
         view = self.view.recorded()
         return {"jpeg_scale": self.jpeg_scale, **({"view": view} if view else {})}
 
-    def layout(self, size: tuple[int, int]) -> Layout:
-        """Returns the windows of an upright picture of (width, height) px."""
-        return self.view.layout(size, self.image_size)
+    def layout(self, size: tuple[int, int], shift: Shift = NOT_MOVED) -> Layout:
+        """Returns the windows of an upright picture of (width, height) px whose part is shifted by (x, y) px."""
+        return self.view.layout(size, self.image_size).moved(shift)
 
     def reduction(self, stored_size: tuple[int, int], orientation: int) -> int:
         """Returns 1, 2, 4 or 8: by how much both sides of a JPEG are divided when it is decoded.

@@ -18,6 +18,8 @@ from raydetect.records import PART_FILE
 from raydetect.sinks.heatmaps import overlay_png, read_map_png, read_png
 from raydetect.sinks.ledger import Ledger, repair_hint
 from raydetect.storage import Storage, check_uri, join_uri, translate
+from raydetect.views.align import shift_in
+from raydetect.views.placement import canvas_on_whole, whole_size
 from raydetect.views.view import Layout, View
 
 MAX_HEATMAP_BYTES = 256 << 20
@@ -123,21 +125,28 @@ class Pictures:
         scale = map_scale(self.run, row["category"])
         return read_map_png(data, scale.low, scale.high)
 
-    def layout(self, row: Mapping[str, Any], size: tuple[int, int]) -> Layout:
-        """Where a stored anomaly map of (height, width) `size` lies in the picture of its row.
+    def located(self, row: Mapping[str, Any], whole_HW: np.ndarray) -> tuple[np.ndarray, Layout]:
+        """The part of a stored anomaly map that the detector gave, (H, W) float32, and where it lies in the picture.
+
+        Args:
+            row: the row.
+            whole_HW: its stored map, which covers the whole picture.
 
         Raises:
             StorageError: the map has another size than the detector's.
         """
+        size = (whole_HW.shape[0], whole_HW.shape[1])
         entry = dict(_of_category(self.run.get("view", {}), row["category"]))
         image_size = entry.pop("image_size", size)  # runs of older versions state no view: maps cover the picture
         layout = View.of_record(entry).layout((row["width"], row["height"]), (image_size[0], image_size[1]))
-        if layout.canvas != size:
+        layout = layout.moved(shift_in(row["note"] or ""))
+        expected = whole_size(layout)
+        if expected != size:
             raise StorageError(
-                f"{row['heatmap_uri']}: has {size[1]} x {size[0]} px instead of {layout.canvas[1]} x "
-                f"{layout.canvas[0]}. {repair_hint(self.ledger.uri)}"
+                f"{row['heatmap_uri']}: has {size[1]} x {size[0]} px instead of {expected[1]} x {expected[0]}. "
+                f"{repair_hint(self.ledger.uri)}"
             )
-        return layout
+        return whole_HW[canvas_on_whole(layout)], layout
 
     def overlay(self, row: Mapping[str, Any], image: Image.Image | None) -> Image.Image | None:
         """The image with its heatmap overlaid; None if no heatmap is stored, or only a map without its image.
@@ -152,8 +161,8 @@ class Pictures:
             scale = map_scale(self.run, row["category"])
             data = None
             if map_HW is not None and image is not None:
-                box = self.layout(row, (map_HW.shape[0], map_HW.shape[1])).box_on(image.size)
-                data = overlay_png(np.asarray(image), map_HW, scale.low, scale.high, box)
+                inner_HW, layout = self.located(row, map_HW)
+                data = overlay_png(np.asarray(image), inner_HW, scale.low, scale.high, layout.box_on(image.size))
         return None if data is None else _png(data)
 
     def _archive(self, scheme: str, container: str) -> Any:

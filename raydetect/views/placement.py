@@ -14,6 +14,16 @@ def whole_size(layout: Layout) -> tuple[int, int]:
     return max(height, round(height * down)), max(width, round(width * across))
 
 
+def canvas_on_whole(layout: Layout) -> tuple[slice, slice]:
+    """Rows and columns of a map of `whole_size` px that are the canvas, px by px."""
+    whole = whole_size(layout)
+    first = (layout.box[1] / layout.picture[1] * whole[0], layout.box[0] / layout.picture[0] * whole[1])
+    upper, left = (
+        min(round(side), length - shown) for side, length, shown in zip(first, whole, layout.canvas, strict=True)
+    )
+    return slice(upper, upper + layout.canvas[0]), slice(left, left + layout.canvas[1])
+
+
 def placed(map_HW: np.ndarray, layout: Layout, size: tuple[int, int]) -> np.ndarray:
     """Returns the map of the whole picture at (height, width) `size` px, float32; NaN where nothing is looked at.
 
@@ -22,6 +32,10 @@ def placed(map_HW: np.ndarray, layout: Layout, size: tuple[int, int]) -> np.ndar
         layout: where the map belongs.
         size: of the result.
     """
+    if size == whole_size(layout):
+        exact_HW = np.full(size, np.nan, np.float32)
+        exact_HW[canvas_on_whole(layout)] = map_HW
+        return exact_HW
     across, down = size[1] / layout.picture[0], size[0] / layout.picture[1]
     left, upper, right, lower = (
         round(side * scale) for side, scale in zip(layout.box, (across, down) * 2, strict=True)

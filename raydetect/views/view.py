@@ -4,6 +4,9 @@ A picture of any size has one or several windows. A window is a box of the uprig
 input; the rest of the input is filled with one colour (`FILL`, the mean of ImageNet), which the detector sees and which
 is not looked at. The maps of the windows are put together on a canvas, which covers a box of the picture.
 
+With an alignment, box and region follow the part by its shift. What of the box then lies outside of the picture is
+fill, as with padding; the canvas and its box end there, at whole px of the input.
+
 Every pixel of the scaled picture is decided by one window: of the tiles that overlap there, the one in which it lies
 farthest from an edge, which is the first or second half of each overlap. There is no mean of two tiles, so a map has
 the values that the detector gave. The image score of a picture in tiles is the highest of its tiles' scores, since a
@@ -17,7 +20,7 @@ gets the highest pixel that is looked at as image score, and its memory bank has
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +28,8 @@ import numpy as np
 
 from raydetect.config import ViewSpec
 from raydetect.config.validation import validate
+from raydetect.errors import SpecError
+from raydetect.views.align import NOT_MOVED, Alignment, Shift
 from raydetect.views.region import Region
 
 FILL = (124, 116, 104)
@@ -75,7 +80,9 @@ class Layout:
         reduction: px of the scaled picture for each px of the canvas, along each side.
         region: where to look; None = everywhere.
         picture: (width, height) in px of the upright picture.
-        ignores: whether pixels of inputs are ignored, by a region or padding; image scores then come from maps.
+        ignores: whether pixels of inputs are ignored, by a region, padding or a shift; image scores then come from
+            maps.
+        shift: (x, y) in px of the picture by which windows and region follow the part.
     """
 
     windows: tuple[Window, ...]
@@ -85,6 +92,7 @@ class Layout:
     region: Region | None
     picture: tuple[int, int]
     ignores: bool = False
+    shift: Shift = NOT_MOVED
 
     @cached_property
     def looked(self) -> np.ndarray | None:
@@ -94,7 +102,7 @@ class Layout:
         shown_HW = np.zeros(self.canvas, bool)
         for window in self.windows:
             shown_HW[window.on_canvas(self.reduction)] = True
-        looked_HW: np.ndarray = shown_HW & self.region.looked(self.box, self.canvas, self.picture)
+        looked_HW: np.ndarray = shown_HW & self._in_region(self.region, self.box, self.canvas)
         return looked_HW
 
     @property
@@ -144,9 +152,39 @@ class Layout:
         looked_HW = np.zeros(image_size, bool)
         inside = (lower - upper, right - left)
         looked_HW[upper:lower, left:right] = (
-            True if self.region is None else self.region.looked(window.box, inside, self.picture)
+            True if self.region is None else self._in_region(self.region, window.box, inside)
         )
         return looked_HW
+
+    def moved(self, shift: Shift) -> "Layout":
+        """Returns the layout for a picture whose part is shifted by (x, y) px; itself if nothing would be left.
+
+        Only for layouts with one window.
+        """
+        if shift == NOT_MOVED:
+            return self
+        (window,) = self.windows
+        across, down = (
+            _inside(window.box[i] + shift[i], window.box[i + 2] + shift[i], window.size[i], self.picture[i])
+            for i in (0, 1)
+        )
+        if across is None or down is None:
+            return self
+        (left, right, first_x, last_x), (upper, lower, first_y, last_y) = across, down
+        x, y = window.place[:2]
+        width, height = last_x - first_x, last_y - first_y
+        shown = replace(
+            window,
+            box=(left, upper, right, lower),
+            place=(x + first_x, y + first_y, x + last_x, y + last_y),
+            cell=(0, 0, width, height),
+            size=(width, height),
+        )
+        return replace(self, windows=(shown,), canvas=(height, width), box=shown.box, shift=shift)
+
+    def _in_region(self, region: Region, box: Box, size: tuple[int, int]) -> np.ndarray:
+        (x, y), (left, upper, right, lower) = self.shift, box
+        return region.looked((left - x, upper - y, right - x, lower - y), size, self.picture)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,16 +194,18 @@ class View:
     Attributes:
         spec: its settings.
         region: where to look; None = everywhere.
+        alignment: what pictures are aligned to; None = nothing.
     """
 
     spec: ViewSpec
     region: Region | None = None
+    alignment: Alignment | None = None
     _layouts: dict[tuple[int, ...], Layout] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def ignores(self) -> bool:
         """Whether parts of inputs are ignored, in the fit and in scoring."""
-        return self.region is not None or self.spec.resize == "pad"
+        return self.region is not None or self.alignment is not None or self.spec.resize == "pad"
 
     @property
     def has_tiles(self) -> bool:
@@ -175,7 +215,8 @@ class View:
     def recorded(self) -> dict[str, Any]:
         """The entry for an artifact's record; empty if every picture is stretched to the input."""
         region = {} if self.region is None else {"region": self.region.recorded()}
-        return {**self.spec.recorded(), **region}
+        align = {} if self.alignment is None else {"align": self.alignment.recorded()}
+        return {**self.spec.recorded(), **region, **align}
 
     @classmethod
     def of_record(cls, entry: Mapping[str, Any]) -> "View":
@@ -184,8 +225,11 @@ class View:
         Raises:
             SpecError: it is damaged.
         """
-        settings = {name: value for name, value in entry.items() if name != "region"}
-        return cls(validate(ViewSpec, settings, "preprocess.view"), Region.of_record(entry.get("region")))
+        settings = {name: value for name, value in entry.items() if name not in ("region", "align")}
+        spec, alignment = validate(ViewSpec, settings, "preprocess.view"), Alignment.of_record(entry.get("align"))
+        if spec != spec.settings or (alignment is not None and spec.tile is not None):
+            raise SpecError("preprocess.view: names a file, or aligns tiles, which no fit does")
+        return cls(spec, Region.of_record(entry.get("region")), alignment)
 
     def layout(self, size: tuple[int, int], image_size: tuple[int, int]) -> Layout:
         """Returns the windows of an upright picture of (width, height) px for inputs of (height, width) px."""
@@ -207,7 +251,23 @@ class View:
         left, upper, right, lower = window.place
         across = (right - left) / (window.box[2] - window.box[0])
         down = (lower - upper) / (window.box[3] - window.box[1])
-        return size[0] * across, size[1] * down
+        if self.alignment is None:
+            return size[0] * across, size[1] * down
+        seen = self.alignment.size
+        return max(size[0] * across, seen[0]), max(size[1] * down, seen[1])
+
+
+def _inside(start: float, stop: float, count: int, length: int) -> tuple[float, float, int, int] | None:
+    """(start, stop, first, last + 1) of those of `count` equal parts of an interval that lie within 0..length.
+
+    None if there is none.
+    """
+    pitch = (stop - start) / count
+    first = max(0, math.ceil(round(-start / pitch, DECIMALS)))
+    last = min(count, math.floor(round((length - start) / pitch, DECIMALS)))
+    if first >= last:
+        return None
+    return max(0.0, start + first * pitch), min(float(length), start + last * pitch), first, last
 
 
 def _cuts(start: float, pitch: float, count: int, length: int) -> np.ndarray:

@@ -75,6 +75,16 @@ class UprightPicture:
         return (left + box[0] * across, upper + box[1] * down, left + box[2] * across, upper + box[3] * down)
 
 
+def grey_of(upright: Upright, size: tuple[int, int], shown: tuple[int, int]) -> np.ndarray:
+    """Returns the luminance of a whole upright picture of (width, height) `size` at `shown` px, uint8 (H, W).
+
+    Raises:
+        MemberError: the pixels cannot be read.
+    """
+    whole = upright.cut((0.0, 0.0, float(size[0]), float(size[1])), shown)
+    return np.asarray((whole if whole.mode in ("L", "RGB") else whole.convert("RGB")).convert("L"))
+
+
 def input_of(upright: Upright, layout: Layout, window: Window, image_size: tuple[int, int]) -> tuple[Input, np.ndarray]:
     """Returns the input that shows a window, and its luminance without the fill, uint8 (H, W).
 

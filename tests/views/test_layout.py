@@ -17,7 +17,7 @@ from raydetect.errors import SpecError
 from raydetect.images.decode import decode_member
 from raydetect.images.opening import DecodeRules
 from raydetect.images.preprocess import Preprocess
-from raydetect.images.region_masks import region_of_mask
+from raydetect.images.view_files import region_of_mask
 from raydetect.records import Member
 from raydetect.scoring.stitching import Stitched
 from raydetect.views import view as views

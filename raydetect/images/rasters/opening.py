@@ -81,8 +81,11 @@ class Raster:
             MemberError: see `opened`; also if a window is too large.
         """
         with self.opened() as picture:
-            windows = preprocess.layout(picture.size).windows
-            largest = max((picture.pixels_of(w.box, _size(w.place)) for w in windows), default=0)
+            view, windows = preprocess.view, preprocess.layout(picture.size).windows
+            shown = [(window.box, _size(window.place)) for window in windows]
+            if view.alignment is not None:
+                shown.append(((0.0, 0.0, float(picture.size[0]), float(picture.size[1])), view.alignment.size))
+            largest = max((picture.pixels_of(box, size) for box, size in shown), default=0)
             fits = at_once * largest + picture.block_pixels <= self.rules.max_pixels
             held = (at_once if fits else 1) * largest + picture.block_pixels
             with PIXEL_BUDGET.reserve(held, self.rules.max_pixels):
