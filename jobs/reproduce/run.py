@@ -199,7 +199,8 @@ def write_table() -> None:
     text = (
         "# What the detectors reached\n\nWritten by `make reproduce` from the JSON files of this folder, which hold "
         "the settings, the machine and the packages. Images/s are of scoring at 256 px in batches of 8; the last "
-        "column is the median ratio to a bare ResNet-18 up to layer3, in turns.\n\n"
+        "column is the median ratio to a bare ResNet-18 up to layer3, in turns. "
+        "[views/](views/README.md) compares views.\n\n"
     )
     (RESULTS / "README.md").write_text(text + table(results) + "\n")
 
