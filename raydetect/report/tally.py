@@ -20,7 +20,7 @@ MAX_CATEGORIES, OTHERS = 2000, "(others)"
 MAX_BAD_PER_STATUS = 40
 COLUMNS = (
     "key", "image_uri", "status", "error", "width", "height", "brightness", "sharpness", "image_score", "p_value",
-    "threshold", "flagged", "heatmap_uri", "artifact", "label", "category", "defect", "regions",
+    "threshold", "flagged", "heatmap_uri", "artifact", "label", "category", "defect", "note", "regions",
     "regions_left_out",
 )  # fmt: skip
 

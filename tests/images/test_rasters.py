@@ -253,7 +253,7 @@ def test_bands_and_ranges_without_meaning_are_refused(bands: Any, values: Any) -
 
 def test_a_view_is_recorded_with_its_bands() -> None:
     view = View(ViewSpec(bands=(4, 3, 2), range=(0, 10_000)))
-    assert view.recorded() == {"bands": (4, 3, 2), "range": (0, 10_000)}
+    assert view.recorded() == {"bands": [4, 3, 2], "range": [0, 10_000]}
     assert View.of_record({"bands": [4, 3, 2], "range": [0, 10_000]}) == view
 
 
