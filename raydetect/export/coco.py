@@ -85,7 +85,7 @@ def limit_of(pictures: Pictures, row: Mapping[str, Any], threshold: float | None
 
 def placed(map_HW: np.ndarray, layout: Layout) -> np.ndarray:
     """Resizes a map to its place in the picture, bilinear between pixel centres; returns float32, -inf elsewhere."""
-    left, upper, right, lower = (round(side) for side in layout.box)
+    left, upper, right, lower = layout.box_on(layout.picture)
     resized = Image.fromarray(map_HW.astype(np.float32)).resize(
         (right - left, lower - upper), Image.Resampling.BILINEAR
     )
@@ -101,9 +101,9 @@ def _cut(pictures: Pictures, threshold: float | None) -> Iterator[tuple[dict[str
     """Rows with a stored map, and the masks of its pixels from a threshold on."""
     for _, part, table in read_rows(pictures.ledger):
         for row in table.to_pylist() if part.heatmaps else ():
-            map_HW = pictures.anomaly_map(row)
-            if map_HW is not None:
-                stored_HW = placed(map_HW, pictures.layout(row, (map_HW.shape[0], map_HW.shape[1])))
+            shown = pictures.shown_map(row)
+            if shown is not None:
+                stored_HW = placed(*shown)
                 yield row, ((mask, {}) for mask in regions(stored_HW >= limit_of(pictures, row, threshold)))
 
 
@@ -112,14 +112,13 @@ def _row_regions(pictures: Pictures) -> Iterator[tuple[dict[str, Any], Masks]]:
     has_maps = _has_maps(pictures)
     for _, _, table in read_rows(pictures.ledger):
         for row in table.to_pylist():
-            map_HW = pictures.anomaly_map(row) if has_maps else None
-            if map_HW is None:
+            shown = pictures.shown_map(row) if has_maps else None
+            if shown is None:
                 masks = boxes_of(row)
             else:
-                layout = pictures.layout(row, (map_HW.shape[0], map_HW.shape[1]))
                 limit = region_threshold(pictures.run, row["category"])
-                masks = outlines_of(row, map_HW, layout, limit or 0.0, map_scale(pictures.run, row["category"]))
-            if row["regions"] is not None or map_HW is not None:
+                masks = outlines_of(row, *shown, limit or 0.0, map_scale(pictures.run, row["category"]))
+            if row["regions"] is not None or shown is not None:
                 yield row, zip(masks, map(_facts, row["regions"] or ()), strict=True)
 
 

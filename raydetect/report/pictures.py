@@ -18,6 +18,7 @@ from raydetect.records import PART_FILE
 from raydetect.sinks.heatmaps import overlay_png, read_map_png, read_png
 from raydetect.sinks.ledger import Ledger, repair_hint
 from raydetect.storage import Storage, check_uri, join_uri, translate
+from raydetect.views.placement import of_whole, whole_size
 from raydetect.views.view import Layout, View
 
 MAX_HEATMAP_BYTES = 256 << 20
@@ -110,7 +111,7 @@ class Pictures:
             raise StorageError(f"{path}: contains no {match.group(1)} ({type(error).__name__}).") from None
 
     def anomaly_map(self, row: Mapping[str, Any]) -> np.ndarray | None:
-        """The stored anomaly map of a row, (H, W) float32; None if it has none.
+        """The stored anomaly map of the whole picture of a row, (H, W) float32; None if it has none.
 
         Raises:
             StorageError: it is missing or damaged, or the run stored overlays.
@@ -123,21 +124,26 @@ class Pictures:
         scale = map_scale(self.run, row["category"])
         return read_map_png(data, scale.low, scale.high)
 
-    def layout(self, row: Mapping[str, Any], size: tuple[int, int]) -> Layout:
-        """Where a stored anomaly map of (height, width) `size` lies in the picture of its row.
+    def shown_map(self, row: Mapping[str, Any]) -> tuple[np.ndarray, Layout] | None:
+        """The part of a row's anomaly map that the detector looked at, and where it lies; None if no map is stored.
 
         Raises:
-            StorageError: the map has another size than the detector's.
+            StorageError: the map is missing or damaged, has another size than the detector's, or is an overlay.
         """
+        map_HW = self.anomaly_map(row)
+        if map_HW is None:
+            return None
+        size = (map_HW.shape[0], map_HW.shape[1])
         entry = dict(_of_category(self.run.get("view", {}), row["category"]))
         image_size = entry.pop("image_size", size)  # runs of older versions state no view: maps cover the picture
         layout = View.of_record(entry).layout((row["width"], row["height"]), (image_size[0], image_size[1]))
-        if layout.canvas != size:
+        height, width = whole_size(layout)
+        if size != (height, width):
             raise StorageError(
-                f"{row['heatmap_uri']}: has {size[1]} x {size[0]} px instead of {layout.canvas[1]} x "
-                f"{layout.canvas[0]}. {repair_hint(self.ledger.uri)}"
+                f"{row['heatmap_uri']}: has {size[1]} x {size[0]} px instead of {width} x {height}. "
+                f"{repair_hint(self.ledger.uri)}"
             )
-        return layout
+        return of_whole(map_HW, layout), layout
 
     def overlay(self, row: Mapping[str, Any], image: Image.Image | None) -> Image.Image | None:
         """The image with its heatmap overlaid; None if no heatmap is stored, or only a map without its image.
@@ -148,12 +154,12 @@ class Pictures:
         if heatmap_style(self.run) == "overlay":
             data = self.heatmap(row)
         else:
-            map_HW = self.anomaly_map(row) if image is not None else None
+            shown = self.shown_map(row) if image is not None else None
             scale = map_scale(self.run, row["category"])
             data = None
-            if map_HW is not None and image is not None:
-                box = self.layout(row, (map_HW.shape[0], map_HW.shape[1])).box_on(image.size)
-                data = overlay_png(np.asarray(image), map_HW, scale.low, scale.high, box)
+            if shown is not None and image is not None:
+                map_HW, layout = shown
+                data = overlay_png(np.asarray(image), map_HW, scale.low, scale.high, layout.box_on(image.size))
         return None if data is None else _png(data)
 
     def _archive(self, scheme: str, container: str) -> Any:

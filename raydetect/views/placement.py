@@ -35,6 +35,25 @@ def placed(map_HW: np.ndarray, layout: Layout, size: tuple[int, int]) -> np.ndar
     return whole_HW
 
 
+def in_whole(map_HW: np.ndarray, layout: Layout) -> np.ndarray:
+    """Returns the map of the whole picture, float32, with a map of the layout's canvas at its place, px for px."""
+    whole_HW = np.full(whole_size(layout), np.nan, np.float32)
+    whole_HW[_within_whole(layout)] = map_HW
+    return whole_HW
+
+
+def of_whole(whole_HW: np.ndarray, layout: Layout) -> np.ndarray:
+    """Returns the map of the layout's canvas that `in_whole` put in the map of the whole picture."""
+    return whole_HW[_within_whole(layout)]
+
+
+def _within_whole(layout: Layout) -> tuple[slice, slice]:
+    (height, width), (rows, columns) = whole_size(layout), layout.canvas
+    left = min(round(layout.box[0] / layout.picture[0] * width), width - columns)
+    upper = min(round(layout.box[1] / layout.picture[1] * height), height - rows)
+    return slice(upper, upper + rows), slice(left, left + columns)
+
+
 def resized(map_HW: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resizes a map to (height, width) by antialiased bilinear interpolation, as images are; no-op for equal sizes.
 
