@@ -69,13 +69,18 @@ def view_of(spec: ViewSpec, image_size: tuple[int, int], storage: Storage, categ
     """Returns the view of a job for inputs of (height, width) px; reads the files that it names.
 
     Raises:
-        SpecError: the crop is not the input, or a file is missing or unusable.
+        SpecError: the crop is not the input, tiles overlap by more than half, or a file is missing or unusable.
         StorageError: a file cannot be read.
     """
     if spec.crop not in (None, image_size):
         raise SpecError(
             f"view.crop = {list(spec.crop or ())}: the detector's image_size is {list(image_size)}, and the crop is "
             "its input. Set detector.params.image_size to the crop."
+        )
+    if spec.tile is not None and spec.tile.size is None and spec.tile.overlap > min(image_size) // 2:
+        raise SpecError(
+            f"view.tile.overlap = {spec.tile.overlap}: is more than half of a tile of the detector's "
+            f"image_size, {list(image_size)} px. Set it to {min(image_size) // 2} or less."
         )
     return View(spec.settings, _region(spec, storage, category), _alignment(spec, storage, category))
 

@@ -19,7 +19,7 @@ from raydetect.sinks.heatmaps import overlay_png, read_map_png, read_png
 from raydetect.sinks.ledger import Ledger, repair_hint
 from raydetect.storage import Storage, check_uri, join_uri, translate
 from raydetect.views.align import shift_in
-from raydetect.views.placement import canvas_on_whole, whole_size
+from raydetect.views.placement import of_whole, whole_size
 from raydetect.views.view import Layout, View
 
 MAX_HEATMAP_BYTES = 256 << 20
@@ -146,7 +146,7 @@ class Pictures:
                 f"{row['heatmap_uri']}: has {size[1]} x {size[0]} px instead of {expected[1]} x {expected[0]}. "
                 f"{repair_hint(self.ledger.uri)}"
             )
-        return whole_HW[canvas_on_whole(layout)], layout
+        return of_whole(whole_HW, layout), layout
 
     def overlay(self, row: Mapping[str, Any], image: Image.Image | None) -> Image.Image | None:
         """The image with its heatmap overlaid; None if no heatmap is stored, or only a map without its image.

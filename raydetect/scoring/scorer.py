@@ -30,7 +30,7 @@ from raydetect.scoring.regions import find_regions
 from raydetect.sinks.heatmaps import map_png, overlay_png
 from raydetect.sinks.parquet import ResultsSink
 from raydetect.sinks.scored_chunk import ScoredChunk
-from raydetect.views.placement import placed, whole_size
+from raydetect.views.placement import in_whole
 from raydetect.views.windows import Input
 
 OVERLAY_MAX_PX = 1024
@@ -202,7 +202,7 @@ class Scorer:
 
     def _draw(self, item: Scored, loaded: LoadedDetector, work: "_Work") -> None:
         if self.spec.sink.style == "map":
-            whole_HW = placed(item.anomaly_map(), item.layout, whole_size(item.layout))
+            whole_HW = in_whole(item.anomaly_map(), item.layout)
             picture, clipped = map_png(whole_HW, loaded.map_low, loaded.map_high)
             work.result.clipped_pixels += clipped
         else:

@@ -35,7 +35,7 @@ def overlay_png(
     map_HW: np.ndarray,
     low: float,
     high: float,
-    box: tuple[float, float, float, float] | None = None,
+    box: tuple[int, int, int, int] | None = None,
 ) -> bytes:
     """Draws an anomaly map over its image; returns PNG bytes.
 
@@ -51,7 +51,7 @@ def overlay_png(
     """
     height, width = image_HW3.shape[:2]
     drawn_HW3 = image_HW3.copy()
-    left, upper, right, lower = (round(side) for side in box or (0, 0, width, height))
+    left, upper, right, lower = box or (0, 0, width, height)
     shown_HW3 = drawn_HW3[upper:lower, left:right]
     share_HW = _share(map_HW, low, high, (shown_HW3.shape[0], shown_HW3.shape[1]))
     step = max(1, BAND_PIXELS // width)

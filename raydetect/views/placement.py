@@ -14,16 +14,6 @@ def whole_size(layout: Layout) -> tuple[int, int]:
     return max(height, round(height * down)), max(width, round(width * across))
 
 
-def canvas_on_whole(layout: Layout) -> tuple[slice, slice]:
-    """Rows and columns of a map of `whole_size` px that are the canvas, px by px."""
-    whole = whole_size(layout)
-    first = (layout.box[1] / layout.picture[1] * whole[0], layout.box[0] / layout.picture[0] * whole[1])
-    upper, left = (
-        min(round(side), length - shown) for side, length, shown in zip(first, whole, layout.canvas, strict=True)
-    )
-    return slice(upper, upper + layout.canvas[0]), slice(left, left + layout.canvas[1])
-
-
 def placed(map_HW: np.ndarray, layout: Layout, size: tuple[int, int]) -> np.ndarray:
     """Returns the map of the whole picture at (height, width) `size` px, float32; NaN where nothing is looked at.
 
@@ -32,10 +22,6 @@ def placed(map_HW: np.ndarray, layout: Layout, size: tuple[int, int]) -> np.ndar
         layout: where the map belongs.
         size: of the result.
     """
-    if size == whole_size(layout):
-        exact_HW = np.full(size, np.nan, np.float32)
-        exact_HW[canvas_on_whole(layout)] = map_HW
-        return exact_HW
     across, down = size[1] / layout.picture[0], size[0] / layout.picture[1]
     left, upper, right, lower = (
         round(side * scale) for side, scale in zip(layout.box, (across, down) * 2, strict=True)
@@ -47,6 +33,25 @@ def placed(map_HW: np.ndarray, layout: Layout, size: tuple[int, int]) -> np.ndar
     shown_HW = whole_HW[upper : upper + inside_HW.shape[0], left : left + inside_HW.shape[1]]
     shown_HW[...] = inside_HW[: shown_HW.shape[0], : shown_HW.shape[1]]
     return whole_HW
+
+
+def in_whole(map_HW: np.ndarray, layout: Layout) -> np.ndarray:
+    """Returns the map of the whole picture, float32, with a map of the layout's canvas at its place, px for px."""
+    whole_HW = np.full(whole_size(layout), np.nan, np.float32)
+    whole_HW[_within_whole(layout)] = map_HW
+    return whole_HW
+
+
+def of_whole(whole_HW: np.ndarray, layout: Layout) -> np.ndarray:
+    """Returns the map of the layout's canvas that `in_whole` put in the map of the whole picture."""
+    return whole_HW[_within_whole(layout)]
+
+
+def _within_whole(layout: Layout) -> tuple[slice, slice]:
+    (height, width), (rows, columns) = whole_size(layout), layout.canvas
+    left = min(round(layout.box[0] / layout.picture[0] * width), width - columns)
+    upper = min(round(layout.box[1] / layout.picture[1] * height), height - rows)
+    return slice(upper, upper + rows), slice(left, left + columns)
 
 
 def resized(map_HW: np.ndarray, size: tuple[int, int]) -> np.ndarray:

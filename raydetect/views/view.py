@@ -132,11 +132,11 @@ class Layout:
         columns = _touched(x - self.box[0], across, self.canvas[1])
         return _touched(y - self.box[1], down, self.canvas[0]), columns
 
-    def box_on(self, size: tuple[int, int]) -> Box:
-        """The box of the canvas on the picture shrunk to (width, height) `size`, in its px."""
+    def box_on(self, size: tuple[int, int]) -> Place:
+        """The box of the canvas on the picture shrunk to (width, height) `size`, in whole px of it."""
         across, down = size[0] / self.picture[0], size[1] / self.picture[1]
         left, upper, right, lower = self.box
-        return left * across, upper * down, right * across, lower * down
+        return whole_box((left * across, upper * down, right * across, lower * down), size)
 
     @property
     def _pitch(self) -> tuple[float, float]:
@@ -268,6 +268,13 @@ def _inside(start: float, stop: float, count: int, length: int) -> tuple[float, 
     if first >= last:
         return None
     return max(0.0, start + first * pitch), min(float(length), start + last * pitch), first, last
+
+
+def whole_box(box: Box, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Rounds a box to px of a picture of (width, height) `size`; it keeps at least one px along each side."""
+    left, upper = (min(round(start), side - 1) for start, side in zip(box[:2], size, strict=True))
+    right, lower = (max(round(box[2]), left + 1), max(round(box[3]), upper + 1))
+    return left, upper, right, lower
 
 
 def _cuts(start: float, pitch: float, count: int, length: int) -> np.ndarray:
