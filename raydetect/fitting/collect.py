@@ -51,12 +51,18 @@ def _kept_patches(detector: Detector, cache: ImageCache) -> Callable[[list[str]]
 
     def kept(keys: list[str]) -> Mapping[str, Tensor]:
         looked_BHW = torch.from_numpy(cache.looked(keys)).float()
-        return {name: _near(looked_BHW, grid) for name, grid in grids.items()}
+        return {name: near_patches(looked_BHW, grid) for name, grid in grids.items()}
 
     return kept
 
 
-def _near(looked_BHW: Tensor, grid: PatchGrid) -> Tensor:
+def near_patches(looked_BHW: Tensor, grid: PatchGrid) -> Tensor:
+    """Patches with a pixel that is looked at within the reach of their score, bool (B, R).
+
+    Args:
+        looked_BHW: float32, 1 = looked at.
+        grid: R = height * width patches, row by row.
+    """
     around = 2 * grid.reach_px + 1
     reached_BHW = F.max_pool2d(looked_BHW, (1, around), 1, (0, grid.reach_px))
     reached_BHW = F.max_pool2d(reached_BHW, (around, 1), 1, (grid.reach_px, 0))
