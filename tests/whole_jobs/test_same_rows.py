@@ -15,11 +15,13 @@ from tests.whole_jobs.runs import (
     listening_addresses,
     open_heatmaps,
     rows_of,
+    run_here,
     run_on,
     scoring_actors,
     start,
     two_nodes,
     wait_until,
+    write_job,
 )
 
 LOOPBACK = {
@@ -93,3 +95,27 @@ def test_a_killed_run_resumes_on_two_nodes_and_losing_a_node_changes_nothing(
             run_on(cluster.address, "score", line.job("node", workers=1))
     for results in ("driver", "nodes", "node"):
         same_as_truth(line, results, truth)
+
+
+def test_tiles_in_a_region_match_one_process_even_if_a_worker_is_killed(line: Line, tmp_path: Path) -> None:
+    fit = {
+        "kind": "fit",
+        "source": {"uri": line.store.uri("normal")},
+        "detector": {
+            "name": "patchcore",
+            "params": {"backbone": "resnet18", "weights": "random", "image_size": [64, 64], "max_bank_vectors": 200},
+        },
+        "artifact": line.store.uri("tiled"),
+        "storage": line.store.settings,
+        "calibration": {"holdout_ratio": 0.25},
+        "view": {"tile": {"overlap": 16}, "region": [[[0, 0], [1, 0], [1, 0.9], [0, 0.8]]]},
+        "resources": {"cpus_per_worker": 1},
+    }
+    run_here("fit", write_job(line.folder / "fit-tiled.yaml", fit))
+    run_here("score", line.job("tiles", workers=1, artifact=line.store.uri("tiled")))
+    truth = line.store.uri("tiles")
+    assert any(row["regions"] for row in rows_of(truth, line.store.storage))
+    running = begin(line, "tiles-killed", tmp_path, artifact=line.store.uri("tiled"))
+    os.kill(scoring_actors(running.process.pid)[0], signal.SIGKILL)
+    assert running.wait() == 0, running.text()
+    same_as_truth(line, "tiles-killed", truth)
