@@ -107,6 +107,11 @@ class Ensemble(Detector):
         sources = zip(self.params.members, [member.load_weights() for member in self.members], strict=True)
         return "; ".join(f"{spec.name}: {source}" for spec, source in sources)
 
+    @property
+    def scores_by_map(self) -> bool:
+        """Whether all members do."""
+        return all(member.scores_by_map for member in self.members)
+
     def score(self, images_BCHW: Tensor) -> Scores:
         """Weighted mean on the common scale; the map averages the members that localise, if any."""
         if not self.scales:

@@ -21,13 +21,15 @@ def collect(
     group: Group,
     max_bytes: int,
     on_progress: Callable[[int], None],
+    all_patches: bool = False,
 ) -> FitState:
     """Collects the rows of the images in `keys` on this worker.
 
     Every forward pass has exactly `batch_size` images (zero-padded), so an image gives the same rows for any number
-    of workers.
+    of workers. Patches that no looked-at pixel depends on are left out, unless `all_patches`: members of an ensemble
+    need them if its image scores do not come from maps.
     """
-    state, kept = FitState(group, max_bytes), _kept_patches(detector, cache)
+    state, kept = FitState(group, max_bytes), _kept_patches(detector, cache, all_patches)
     for start in range(0, len(keys), batch_size):
         part = keys[start : start + batch_size]
         images_BHWC = np.zeros((batch_size, *cache.shape), dtype=np.uint8)
@@ -40,12 +42,14 @@ def collect(
     return state
 
 
-def _kept_patches(detector: Detector, cache: ImageCache) -> Callable[[list[str]], Mapping[str, Tensor]]:
+def _kept_patches(
+    detector: Detector, cache: ImageCache, all_patches: bool
+) -> Callable[[list[str]], Mapping[str, Tensor]]:
     """Returns the rows to keep of inputs, by name, bool (B, R).
 
     These are the patches that have, within the reach of their score, a pixel that is looked at.
     """
-    if not cache.preprocess.view.ignores:
+    if all_patches or not cache.preprocess.view.ignores:
         return lambda keys: {}
     grids = detector.patch_grids()
 

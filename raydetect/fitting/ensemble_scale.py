@@ -56,7 +56,9 @@ def set_scales(
     """
     scales = []
     for spec, member in zip(ensemble.params.members, ensemble.members, strict=True):
-        measured_M3 = torch.cat(group.gather(_measure(member, cache, keys, batch_size, on_progress)))
+        measured_M3 = torch.cat(
+            group.gather(_measure(member, cache, keys, batch_size, ensemble.scores_by_map, on_progress))
+        )
         if not torch.isfinite(measured_M3).all():
             raise CalibrationError(f"{spec.name}: a held-out normal image has a score that is not finite.")
         scale = Scale.of(measured_M3)
@@ -70,11 +72,16 @@ def set_scales(
 
 
 def _measure(
-    member: Detector, cache: ImageCache, keys: list[str], batch_size: int, on_progress: Callable[[int], None]
+    member: Detector,
+    cache: ImageCache,
+    keys: list[str],
+    batch_size: int,
+    by_map: bool,
+    on_progress: Callable[[int], None],
 ) -> torch.Tensor:
     """Image score, median and maximum of the anomaly map for every image, (M, 3) float64."""
     rows = []
-    for scored in score_batches(member, cache.decoded(keys), batch_size):
+    for scored in score_batches(member, cache.decoded(keys), batch_size, by_map=by_map):
         map_HW = scored.anomaly_map()
         middle, highest = (np.nanmedian(map_HW), np.nanmax(map_HW)) if scored.is_finite else (math.nan, math.nan)
         rows.append((scored.image_score, float(middle), float(highest)))

@@ -124,7 +124,8 @@ class FitRun:
             counts = self._counts(fit_keys)
             self._require_labels(detector, fit_keys)
             trained = [
-                self._run_phases(part, number, fit_keys, storage, checkpoints) for number, part in parts(detector)
+                self._run_phases(part, number, fit_keys, storage, checkpoints, not detector.scores_by_map)
+                for number, part in parts(detector)
             ]
         if isinstance(detector, Ensemble):
             with self.phases.phase("scale"):
@@ -147,7 +148,13 @@ class FitRun:
         return Fitted(detector, calibration, self.cache.preprocess, facts, tuple(checkpoints))
 
     def _run_phases(
-        self, part: Detector, number: int | None, keys: list[str], storage: Storage, checkpoints: list[Checkpoints]
+        self,
+        part: Detector,
+        number: int | None,
+        keys: list[str],
+        storage: Storage,
+        checkpoints: list[Checkpoints],
+        all_patches: bool,
     ) -> dict[str, Any]:
         """Runs the phases of a detector or ensemble member; returns facts about its training."""
         name = "" if number is None else f"{self.spec.detector.members[number].name} {number + 1}: "
@@ -157,7 +164,7 @@ class FitRun:
             keys = normal
         for phase in part.phases:
             if phase == "collect":
-                self._collect(part, normal, name)
+                self._collect(part, normal, name, all_patches)
             else:
                 trainer = self._trainer(part, number, keys, storage)
                 losses = trainer.run(self._on_first(f"{name}train epochs"))
@@ -239,7 +246,7 @@ class FitRun:
     def _calibration_images(self) -> ImageCache:
         return self.cache if self.calibration_cache is None else self.calibration_cache
 
-    def _collect(self, detector: Detector, normal: list[str], name: str) -> None:
+    def _collect(self, detector: Detector, normal: list[str], name: str, all_patches: bool) -> None:
         wanted = detector.num_collected()
         if wanted is not None:
             normal = choose_images(normal, wanted, self.spec.seed, self.group)
@@ -252,6 +259,7 @@ class FitRun:
             self.group,
             self.spec.max_bank_bytes,
             self._phase_progress(f"{name}collect", total),
+            all_patches,
         )
         if self.spec.extend is not None and self.group.rank == 0:
             detector.extend(state)

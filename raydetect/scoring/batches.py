@@ -66,7 +66,11 @@ class _Result:
 
 
 def score_batches(
-    detector: Detector, decoded: Iterable[Input | Pixels], batch_size: int, submit: Submit = run_now
+    detector: Detector,
+    decoded: Iterable[Input | Pixels],
+    batch_size: int,
+    submit: Submit = run_now,
+    by_map: bool | None = None,
 ) -> Iterator[Scored]:
     """Yields the scores of ok images in order; every forward pass has exactly `batch_size` inputs, padded with zeros.
 
@@ -76,11 +80,13 @@ def score_batches(
             skipped.
         batch_size: inputs in one forward pass.
         submit: runs forward passes, which may share a device with others.
+        by_map: whether image scores come from maps if the view ignores pixels; None = as the detector says.
     """
+    by_map = detector.scores_by_map if by_map is None else by_map
     running: deque[tuple[list[Entry], Future[_Result]]] = deque()
     pictures = _Pictures()
     for entries, images_BHWC in _batches(decoded, batch_size, pictures):
-        looked_BHW = _looked(entries, images_BHWC) if detector.scores_by_map else None
+        looked_BHW = _looked(entries, images_BHWC) if by_map else None
         running.append((entries, submit(partial(_forward, detector, images_BHWC, looked_BHW))))
         if len(running) > BATCHES_AHEAD:
             _fetch(*running.popleft())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from raydetect import create_model
+from raydetect import create_ensemble, create_model
 from raydetect.blocks.maps.anomaly_map import smooth_upsampled, smoothing_reach
 from raydetect.detectors._base import PatchGrid
 from raydetect.fitting.collect import near_patches
@@ -68,3 +68,20 @@ def test_the_score_is_the_highest_pixel_that_is_looked_at() -> None:
     np.testing.assert_array_equal(scores, [np.nanmax(map_HW) for map_HW in maps])
     assert np.isnan(maps[0][:, SIDE // 4 :]).all() and not np.isnan(maps[0][:, : SIDE // 4]).any()
     assert scores[2] > 2 * scores[0] and scores[3] == pytest.approx(scores[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(("other", "by_map"), [("stfpm", True), ("cutpaste", False)])
+def test_members_keep_all_patches_unless_the_whole_ensemble_scores_by_map(other: str, by_map: bool) -> None:
+    settings = {"image_size": (SIDE, SIDE), "preset": "smoke", "weights": "random"}
+    members = [create_model(name, **settings) for name in ("patchcore", other)]
+    images = [normal_image(i, SIDE) for i in range(24)]
+    model = create_ensemble(members).fit(images, holdout_ratio=0.25, view=LEFT, progress=False)
+    (bank, *_) = [member for member in model._fitted.detector.members if hasattr(member, "num_embeddings")]
+    patches = bank.num_embeddings / model._fitted.facts["images"]["fitted"]
+    grid = bank.patch_grids()["embeddings"]
+    assert model._fitted.detector.scores_by_map == by_map
+    assert (patches < grid.height * grid.width) == by_map
+    outside = normal_image(100, SIDE)
+    plain = model.predict_proba([outside])
+    outside[20:30, 40:50] = 255
+    assert model.predict_proba([outside]) == pytest.approx(plain, rel=1e-5)
