@@ -102,7 +102,8 @@ class MixedArchive(Archive):
         listed.notes += results
         root = _root(uri) if is_pattern else uri
         files = [file for file in files if self._is_allowed(file, relative_to(file.uri, root), listed)]
-        loose = [file for file in files if not self._add_container(file, root, files, listed)]
+        by_uri = {file.uri: file for file in files}
+        loose = [file for file in files if not self._add_container(file, root, by_uri, listed)]
         if self.source.format in ("auto", "prefix"):
             listed.shards += group_files(root, loose, self.source, listed.left_out)
         else:
@@ -158,23 +159,23 @@ class MixedArchive(Archive):
             )
         listed.shards += loose
 
-    def _add_container(self, file: FileInfo, root: str, files: list[FileInfo], listed: _Collected) -> bool:
+    def _add_container(self, file: FileInfo, root: str, by_uri: dict[str, FileInfo], listed: _Collected) -> bool:
         """Adds a file if it is a container or the index of one; returns whether it is."""
         kind, name = self._kind(file.uri), relative_to(file.uri, root)
-        if self._is_index(file, files):
+        if self._is_index(file, by_uri):
             listed.left_out.add("index", escaped_text(name))
             return True
         if kind is None or is_hidden(name) or file.kind != "file":
             return False
         index = None
         if kind == "tar" and file.uri.endswith(".tar"):
-            index = next((other for other in files if other.uri == tar_index.index_uri(file.uri)), None)
+            index = by_uri.get(tar_index.index_uri(file.uri))
         listed.shards += self._split(file, kind, index, listed.notes)
         return True
 
-    def _is_index(self, file: FileInfo, files: list[FileInfo]) -> bool:
+    def _is_index(self, file: FileInfo, by_uri: dict[str, FileInfo]) -> bool:
         tar_uri = file.uri.removesuffix(tar_index.INDEX_SUFFIX) + ".tar"
-        return file.uri.endswith(tar_index.INDEX_SUFFIX) and any(other.uri == tar_uri for other in files)
+        return file.uri.endswith(tar_index.INDEX_SUFFIX) and tar_uri in by_uri
 
     def _split(self, file: FileInfo, kind: str, index: FileInfo | None, notes: list[str]) -> Iterator[Shard]:
         """Yields one shard, or the parts of a container that is larger than `split_bytes` and can be read in parts."""

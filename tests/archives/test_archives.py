@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from raydetect.archives.base import archive_fingerprint, chunk_members, safe_name
 from raydetect.archives.chunks import BadMemberError, read_members
+from raydetect.archives.formats import tar_index
 from raydetect.archives.open import open_archive
 from raydetect.config import SourceSpec
 from raydetect.errors import ArchiveError, MemberError, SpecError, StorageError
@@ -354,3 +355,19 @@ def test_a_shard_says_where_it_is() -> None:
     shard = next(iter(open_archive(SourceSpec(uri="memory://w/a.tar"), Storage()).shards()))
     assert shard.uri == "memory:///w/a.tar" and shard.name == "00000"
     assert replace(shard, index=123).name == "00123"
+
+
+def test_tars_find_their_indexes_in_one_walk(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, count, looked = Storage(), 300, []
+    for i in range(count):
+        storage.write(f"memory://many/{i:04d}.tar", b"")
+    storage.write("memory://many/0007.idx", b"v1.2 0\n")
+    plain = tar_index.index_uri
+
+    def counted(uri: str) -> str:
+        looked.append(uri)
+        return plain(uri)
+
+    monkeypatch.setattr(tar_index, "index_uri", counted)
+    shards = open_archive(SourceSpec(uri="memory://many"), storage).shards()
+    assert len(shards) == count and len(looked) <= 2 * count
