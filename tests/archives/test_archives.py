@@ -369,5 +369,5 @@ def test_tars_find_their_indexes_in_one_walk(monkeypatch: pytest.MonkeyPatch) ->
         return plain(uri)
 
     monkeypatch.setattr(tar_index, "index_uri", counted)
-    shards = open_archive(SourceSpec(uri="memory://many"), storage).shards()
+    shards = list(open_archive(SourceSpec(uri="memory://many"), storage).shards())
     assert len(shards) == count and len(looked) <= 2 * count
