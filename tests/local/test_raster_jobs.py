@@ -49,7 +49,7 @@ def test_bands_are_fitted_scored_drawn_and_reported(tile: Any, tmp_path: Path) -
     }
     run(tmp_path / "fit.yaml", fit)
     recorded = read_record(f"file://{tmp_path}/artifact", Storage()).preprocess.view.recorded()
-    assert (recorded["bands"], recorded["range"]) == ((4, 3, 2), (0, 10_000))
+    assert (recorded["bands"], recorded["range"]) == ([4, 3, 2], [0, 10_000])
     score = {
         "kind": "score",
         "source": {"uri": f"{tmp_path}/data"},
