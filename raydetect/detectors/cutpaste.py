@@ -123,7 +123,10 @@ class CutPaste(FineTuned):
         patch_size_px: Annotated[int, Field(ge=1, description="level patch: side of a window (sec. 4.2)")] = 32
         patch_stride_px: Annotated[int, Field(ge=1, description="level patch: stride between windows (sec. 4.2)")] = 4
         smoothing_sigma: Annotated[
-            float, Field(gt=0, description="level patch: Gaussian sigma for spreading a window's score, in px (FCDD)")
+            float,
+            Field(
+                gt=0, le=1000, description="level patch: Gaussian sigma for spreading a window's score, in px (FCDD)"
+            ),
         ] = 10.0
 
         @model_validator(mode="before")

@@ -106,7 +106,7 @@ class DevNet(FineTuned):
             Field(description="gradient: input gradient of the image score, as published; patches: the patch scores"),
         ] = "gradient"
         smoothing_sigma: Annotated[
-            float, Field(ge=0, description="Gaussian smoothing of the anomaly map in px (authors' code)")
+            float, Field(ge=0, le=1000, description="Gaussian smoothing of the anomaly map in px (authors' code)")
         ] = 4.0
 
     params: Params

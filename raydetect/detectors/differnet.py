@@ -90,7 +90,8 @@ class DifferNet(NetworkDetector):
         weights: WeightsName = "imagenet"
         batch_size: Annotated[int, Field(ge=1, description="images per step (sec. 4.2)")] = 24
         smoothing_sigma: Annotated[
-            float, Field(ge=0, description="Gaussian smoothing of gradients, or of the map, in px (official code)")
+            float,
+            Field(ge=0, le=1000, description="Gaussian smoothing of gradients, or of the map, in px (official code)"),
         ] = 3.0
         head: Annotated[
             Literal["flow", "difference"],

@@ -86,7 +86,7 @@ class PatchCore(Detector):
             ),
         ] = "exact"
         smoothing_sigma: Annotated[
-            float, Field(ge=0, description="Gaussian smoothing of the anomaly map in px (sec. 3.3)")
+            float, Field(ge=0, le=1000, description="Gaussian smoothing of the anomaly map in px (sec. 3.3)")
         ] = 4.0
 
     params: Params

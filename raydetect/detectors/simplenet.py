@@ -86,7 +86,7 @@ class SimpleNet(NetworkDetector):
         learning_rate: Annotated[float, Field(gt=0, description="of Adam, for the discriminator (sec. 4.3)")] = 2e-4
         weight_decay: Annotated[float, Field(ge=0, description="of Adam, for both (sec. 4.3)")] = 1e-5
         smoothing_sigma: Annotated[
-            float, Field(ge=0, description="Gaussian smoothing of the anomaly map in px (sec. 3.6)")
+            float, Field(ge=0, le=1000, description="Gaussian smoothing of the anomaly map in px (sec. 3.6)")
         ] = 4.0
 
     params: Params

@@ -87,7 +87,7 @@ class SPADE(Detector):
             int | None, Field(ge=1, description="maximum number of images to store, chosen by keyed hash; none = all")
         ] = None
         smoothing_sigma: Annotated[
-            float, Field(ge=0, description="Gaussian smoothing of the anomaly map in px (sec. 3.5)")
+            float, Field(ge=0, le=1000, description="Gaussian smoothing of the anomaly map in px (sec. 3.5)")
         ] = 4.0
 
     params: Params

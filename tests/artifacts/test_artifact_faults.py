@@ -118,6 +118,16 @@ def changed(body: Any, number: int, how: str, value: Any) -> tuple[Any, tuple[An
 
 
 @pytest.mark.usefixtures("_placed")
+@pytest.mark.parametrize("sigma", [10**12, 1001.0])
+def test_a_smoothing_wider_than_any_picture_is_refused(stored: Files, sigma: float) -> None:
+    body = body_of(stored)
+    body["params"]["smoothing_sigma"] = sigma
+    rewrite(body)
+    with pytest.raises(ArtifactError, match=r"smoothing_sigma.*Fit again"):
+        scored()
+
+
+@pytest.mark.usefixtures("_placed")
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(number=st.integers(0, 500), how=st.sampled_from(["replace", "remove", "add"]), value=st.sampled_from(VALUES))
 def test_a_record_with_another_leaf_is_refused_or_gives_the_same_rows(
