@@ -98,6 +98,17 @@ def _folder(variable: str, what: str) -> Path:
     return Path(value)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch computes on one thread, so that sums have one order."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _fresh_memory_filesystem() -> Iterator[None]:
     """`memory://` is one per process; every test begins with an empty one."""

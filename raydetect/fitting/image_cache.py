@@ -143,7 +143,7 @@ class ImageCache:
         """The layout of an input's picture, and its window."""
         size = image.size if image.size[0] else self.preprocess.image_size[::-1]
         layout = self.preprocess.layout(size, image.shift)
-        return layout, next(w for w in layout.windows if (w.row, w.column) == (image.row, image.column))
+        return layout, layout.window_at[image.row, image.column]
 
     def of_category(self, category: str) -> "ImageCache":
         """Returns a view of the images of one category, with the rules by which they were decoded.

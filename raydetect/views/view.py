@@ -105,6 +105,11 @@ class Layout:
         looked_HW: np.ndarray = shown_HW & self._in_region(self.region, self.box, self.canvas)
         return looked_HW
 
+    @cached_property
+    def window_at(self) -> dict[tuple[int, int], Window]:
+        """The windows by (row, column)."""
+        return {(window.row, window.column): window for window in self.windows}
+
     @property
     def is_empty(self) -> bool:
         """Whether nothing of the picture is looked at."""

@@ -22,17 +22,12 @@ from raydetect.storage import Storage
 from tests.contracts import cases
 from tests.contracts.cases import CASES, IN_BFLOAT16, SIZE_PX, Case
 
-pytestmark = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+pytestmark = [
+    pytest.mark.parametrize("case", CASES, ids=lambda case: case.id),
+    pytest.mark.usefixtures("one_thread"),
+]
 BY_ID = {case.id: case for case in (*CASES, *IN_BFLOAT16)}
 SEED = 3
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def fitted(case: Case) -> Detector:

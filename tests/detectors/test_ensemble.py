@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,8 @@ from tests.builders.images import DEFECTS, defect_image, normal_image
 from tests.fitting.test_fleet_fit import _one_thread_at_a_time, fit_over  # noqa: F401 (a fixture)
 from tests.whole_jobs.runs import rows_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BANK = {
     "name": "patchcore",
     "preset": "smoke",
@@ -56,14 +58,6 @@ STUDENT = {
     "params": {"weights": "random", "image_size": [48, 48], "epochs": 3, "batch_size": 8},
 }
 QUICK = {**STUDENT, "params": {**STUDENT["params"], "epochs": 1}}  # type: ignore[dict-item]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def model(word: Mapping[str, Any], seed: int = 0) -> Estimator:

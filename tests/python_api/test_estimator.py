@@ -5,7 +5,6 @@ import io
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,18 +34,12 @@ from raydetect.views.placement import resized
 from tests.builders.images import DEFECTS, defect_image, encode, normal_image
 from tests.whole_jobs.runs import rows_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHORT: dict[str, dict[str, Any]] = {
     "patchcore": {"weights": "random", "layers": ("layer1", "layer2"), "smoothing_sigma": 1.0},
     "stfpm": {"weights": "random", "epochs": 2, "batch_size": 8},
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def write_normal(folder: Path, count: int = 20) -> list[str]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torchvision import transforms
 
 from raydetect.config import TileSpec, ViewSpec
 from raydetect.config.validation import validate
@@ -163,7 +164,6 @@ def test_a_crop_is_the_centre_of_the_resized_picture(resize: str, size: tuple[in
 
 
 def test_torchvision_crops_the_same() -> None:
-    transforms = pytest.importorskip("torchvision.transforms")
     picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (512, 512, 3), dtype=np.uint8))
     expected = transforms.Compose([transforms.Resize(64), transforms.CenterCrop(56)])(picture)
     view = View(ViewSpec(resize="short_side", size=(64, 64), crop=(56, 56)))

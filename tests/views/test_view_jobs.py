@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -32,6 +31,7 @@ from raydetect.storage import Storage
 from raydetect.views.view import View
 from tests.builders.archives import pack
 from tests.builders.images import encode, normal_image
+from tests.local.test_local import rows
 
 ROOT = "memory://views"
 PARAMS = {"weights": "random", "image_size": [48, 48], "layers": ["layer1"], "coreset_sampling_ratio": 0.2}
@@ -82,11 +82,7 @@ def score(**changes: Any) -> list[dict[str, Any]]:
     assert isinstance(spec, ScoreSpec)
     plan = plan_score(spec)
     jobs.score(plan, lambda *_: None)
-    found = []
-    for uri in plan.ledger.part_uris():
-        with plan.ledger.storage.open(uri) as handle:
-            found += pq.read_table(handle).to_pylist()
-    return sorted(found, key=lambda row: row["key"])
+    return rows(plan)
 
 
 @pytest.fixture

@@ -1,12 +1,10 @@
 """What holds for every detector that looks at a picture in tiles or in a region."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
 import pytest
-import torch
 
 from raydetect.config import TileSpec, ViewSpec
 from raydetect.detectors._base import Detector
@@ -21,20 +19,15 @@ from tests.builders.images import encode
 from tests.contracts import cases
 from tests.contracts.cases import CASES, SIZE_PX, Case
 
-pytestmark = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+pytestmark = [
+    pytest.mark.parametrize("case", CASES, ids=lambda case: case.id),
+    pytest.mark.usefixtures("one_thread"),
+]
 BY_ID = {case.id: case for case in CASES}
 OVERLAP = 16
 STRIDE = SIZE_PX - OVERLAP
 TILES = View(ViewSpec(tile=TileSpec(overlap=OVERLAP)))
 LEFT = Region(polygons=(((0.05, 0.05), (0.5, 0.05), (0.5, 0.95), (0.05, 0.95)),))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @lru_cache(maxsize=1)
