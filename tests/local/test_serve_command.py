@@ -21,6 +21,7 @@ from raydetect.planning.plan import plan_score
 from raydetect.storage import Storage
 from tests.builders.archives import normal_files, pack
 from tests.builders.server import make_place
+from tests.objectstore import free_port
 from tests.whole_jobs.runs import Run, end_started, rows_of, start, wait_until
 
 SECRET = "a-secret-of-the-command-01"
@@ -44,9 +45,7 @@ def _nothing_left_running() -> Iterator[None]:
 
 def started(place: Path, folder: Path) -> tuple[Run, str]:
     """A server that answers, and its URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     values = {
         "kind": "serve",
         "detectors": {"bottle": {"artifact": f"{place}/models/one", "flag": {"alpha": 0.1}}},

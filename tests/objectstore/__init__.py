@@ -1,6 +1,8 @@
 """Object stores for tests: OpenStack Swift with its S3 API, moto's server as a fallback, and a faulty proxy."""
 
+import secrets
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 
 from raydetect.config import StorageOptions
@@ -38,7 +40,9 @@ class ObjectStore:
 
 
 def free_port() -> int:
-    """A port nobody listens on."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    """A port nobody listens on, below those that the system gives to connections: it stays free for a moment."""
+    while True:
+        port = secrets.choice(range(20_000, 32_000))
+        with socket.socket() as found, suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port

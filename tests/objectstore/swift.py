@@ -1,4 +1,8 @@
-"""OpenStack Swift with its S3 API on loopback: one replica on one folder, its own memcached, ended by process id."""
+"""OpenStack Swift with its S3 API on loopback: one replica on one folder, its own memcached, ended by process id.
+
+Its defaults are for many disks and many machines. With one of each, a disk that is 99 % full (`fallocate_reserve`) or a
+server that was slow ten times (`error_suppression_limit`) would make every request fail as "reduce your request rate".
+"""
 
 import http.client
 import os
@@ -32,6 +36,9 @@ pipeline = head catch_errors gatekeeper healthcheck cache listing_formats bulk s
 
 [app:proxy-server]
 use = egg:swift#proxy
+error_suppression_limit = 1000000
+conn_timeout = 10
+node_timeout = 60
 allow_account_management = true
 account_autocreate = true
 
@@ -60,11 +67,15 @@ user = {user}
 swift_dir = {folder}
 devices = {folder}/devices
 mount_check = false
+fallocate_reserve = 0
 log_udp_host = 127.0.0.1
 log_udp_port = {log_port}
 
 [pipeline:main]
-pipeline = {kind}-server
+pipeline = healthcheck {kind}-server
+
+[filter:healthcheck]
+use = egg:swift#healthcheck
 
 [app:{kind}-server]
 use = egg:swift#{kind}
@@ -92,7 +103,8 @@ def running_swift(folder: Path) -> Iterator[ObjectStore]:
         options = {"stdout": log, "stderr": log, "cwd": folder, "env": ENVIRONMENT}
         processes = [subprocess.Popen(command, **options) for command in commands]
     try:
-        _wait_until_healthy(ports["proxy"], folder)
+        for name, port in ports.items():
+            _wait_until_healthy(name, port, folder)
         yield ObjectStore("swift", f"http://127.0.0.1:{ports['proxy']}", "test:tester", "testing")
     finally:
         for process in processes:
@@ -142,14 +154,22 @@ def _configure(folder: Path, ports: dict[str, int], log_port: int) -> None:
             subprocess.run(step, check=True, capture_output=True, cwd=folder)
 
 
-def _wait_until_healthy(port: int, folder: Path) -> None:
+def _wait_until_healthy(name: str, port: int, folder: Path) -> None:
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end:
-        try:
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
-            connection.request("GET", "/healthcheck")
-            if connection.getresponse().status == 200:
-                return
-        except OSError:
-            time.sleep(0.1)
-    raise RuntimeError(f"Swift did not start: {(folder / 'log').read_text()[-2000:]}")
+        if _answers(name, port):
+            return
+        time.sleep(0.1)
+    raise RuntimeError(f"the {name} of Swift did not start: {(folder / 'log').read_text()[-2000:]}")
+
+
+def _answers(name: str, port: int) -> bool:
+    try:
+        if name == "memcached":
+            with socket.create_connection(("127.0.0.1", port), timeout=2):
+                return True
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
+        connection.request("GET", "/healthcheck")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False

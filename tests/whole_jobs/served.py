@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -58,13 +57,6 @@ class Endpoints:
 def replicas() -> list[int]:
     """Process IDs of scoring replicas."""
     return processes_of(REPLICA, os.getpid())
-
-
-def free_port() -> int:
-    """A free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def metrics_of(message: str) -> str:

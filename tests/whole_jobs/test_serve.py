@@ -18,9 +18,10 @@ import yaml
 
 from raydetect.records import OK
 from raydetect.sinks.ledger import Ledger
+from tests.objectstore import free_port
 from tests.whole_jobs.conftest import Line, Whole
 from tests.whole_jobs.runs import PATIENCE, QUIET_NODE, processes_of, rows_of, run, run_here, start, wait_until
-from tests.whole_jobs.served import PICTURES, Endpoints, asking, free_port, metrics_of, replicas, without_repeats
+from tests.whole_jobs.served import PICTURES, Endpoints, asking, metrics_of, replicas, without_repeats
 
 
 @pytest.fixture(scope="module")

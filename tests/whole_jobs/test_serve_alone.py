@@ -14,8 +14,9 @@ import yaml
 
 from tests.builders.archives import mixed_files
 from tests.builders.server import fit_small
+from tests.objectstore import free_port
 from tests.whole_jobs.runs import PATIENCE, Run, descendants, listening_addresses, processes_of, start, wait_until
-from tests.whole_jobs.served import REPLICA, free_port, metrics_of
+from tests.whole_jobs.served import REPLICA, metrics_of
 
 LOOPBACK = {
     "0100007F",
