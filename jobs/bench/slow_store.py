@@ -9,10 +9,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import boto3
 
 KEY = {"key": "k", "secret": "s"}
+_servers: "list[subprocess.Popen[str]]" = []
 
 
 @contextmanager
@@ -30,16 +32,27 @@ def s3_server() -> Iterator[int]:
         yield port
 
 
+def cpu_seconds() -> float:
+    """CPU time that the servers started here have used so far."""
+    ticks = 0
+    for process in _servers:
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])  # of user and system
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 @contextmanager
 def _printing_port(command: list[str]) -> Iterator[int]:
     """Runs a server that prints its port, and ends it afterwards."""
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
+    _servers.append(process)
     try:
         assert process.stdout is not None
         yield int(process.stdout.readline())
     finally:
+        _servers.remove(process)
         process.terminate()
         process.wait(10)
 

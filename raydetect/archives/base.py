@@ -3,6 +3,7 @@
 import abc
 import hashlib
 import json
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm", ".avif",
     ".jp2", ".j2k",
 )  # fmt: skip
+CONTROL = re.compile(r"[\x00-\x1f]")
 LEFT_BY_SYSTEMS = frozenset(
     {"__macosx", "@eadir", "thumbs.db", "ehthumbs.db", "desktop.ini", "#recycle", "$recycle.bin", "lost+found"}
 )
@@ -103,7 +105,7 @@ def is_hidden(name: str) -> bool:
 
 def escaped_text(text: str) -> str:
     """Escapes bytes, surrogates and control characters as `\\xfc`, `\\ud83d` and `\\n`: one line of valid UTF-8."""
-    if any(ord(letter) < 32 for letter in text):
+    if CONTROL.search(text):
         text = "".join(letter if ord(letter) >= 32 else repr(letter)[1:-1] for letter in text)
     try:
         text.encode()
@@ -145,7 +147,7 @@ def safe_name(name: str) -> str:
 
 def is_unsafe(name: str) -> bool:
     """Whether a name is not allowed in a URI: it contains `..` segments, `::` or control characters."""
-    return ".." in name.split("/") or "::" in name or any(ord(letter) < 32 for letter in name)
+    return ".." in name.split("/") or "::" in name or CONTROL.search(name) is not None
 
 
 def unsafe_name(name: str) -> MemberError:

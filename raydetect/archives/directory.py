@@ -3,6 +3,7 @@
 import abc
 import json
 import math
+import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from raydetect.records import OK, Member
 
 ESCAPED = "member"  # URL scheme of raydetect.archives.filesystem
 PLAIN_LETTERS = frozenset("/-_.,+=@() ")
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")  # of most members: found to be plain at once
 
 
 class ContainerDirectory(abc.ABC):
@@ -74,6 +76,8 @@ class ContainerDirectory(abc.ABC):
 
 def is_plain(name: str) -> bool:
     """Whether fsspec's filesystems open a name without escaping."""
+    if PLAIN_NAME.fullmatch(name):
+        return True
     doubled = "//" in name or name != name.strip()
     return not doubled and escaped_text(name) == name and all(c.isalnum() or c in PLAIN_LETTERS for c in name)
 
@@ -141,7 +145,9 @@ class MemberReader:
             self.left_out.add("mask" if self.naming.is_mask(name) else "pattern", escaped_text(entry.name))
             return None
         member = with_facts(Member(key, self.directory.uri_of(entry)), facts)
-        member = replace(member, mask_uri=self._mask_uri(name, facts, entry, arranged))
+        mask_uri = self._mask_uri(name, facts, entry, arranged)
+        if mask_uri != member.mask_uri:
+            member = replace(member, mask_uri=mask_uri)
         if sample.copy:
             message = f"{key}: a later member has the same name and replaces it when unpacked. Rename one of them."
             return replace(member, status="duplicate_key", error=message)

@@ -10,7 +10,7 @@ the pixel metrics.
 import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from raydetect.artifacts.store import Artifact
 from raydetect.config import SourceSpec
 from raydetect.detectors._base import Detector
 from raydetect.errors import MemberError, RaydetectError, StorageError
-from raydetect.images.decode import Pixels, decode_stream
+from raydetect.images.decode import DecodePool, Pixels, decode_stream
 from raydetect.images.masks import sampled_mask
 from raydetect.images.opening import DecodeRules
 from raydetect.metrics.quality import ImageGroup, Quality
@@ -125,7 +125,7 @@ def evaluate_images(
     found, started = EvaluationOutcome(Quality()), time.perf_counter()
     rules = DecodeRules.of(source)
     masks = Masks(storage, rules, source.max_image_bytes)
-    with ThreadPoolExecutor(threads) as pool:
+    with DecodePool(threads) as pool:
         for chunk in chunks:
             decoded = decode_stream(chunk.members, rules, artifact.record.preprocess, pool)
             _evaluate_chunk(artifact.detector, chunk, decoded, found, masks, batch_size)

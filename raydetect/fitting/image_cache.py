@@ -4,7 +4,6 @@ import copy
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
@@ -19,7 +18,7 @@ from raydetect.config import SourceSpec
 from raydetect.config.validation import to_plain
 from raydetect.detectors._base import Batch
 from raydetect.errors import SpecError, TooManyBadRows
-from raydetect.images.decode import Pixels, decode_stream
+from raydetect.images.decode import DecodePool, Pixels, decode_stream
 from raydetect.images.opening import DecodeRules
 from raydetect.images.preprocess import Preprocess
 from raydetect.left_out import LeftOutCount, left_out_of, left_out_text
@@ -342,7 +341,7 @@ def read_images(
         SpecError: a category has no mask although the fit needs one.
     """
     cache, counts = ImageCache(rules.common, rules.of), ReadImages()
-    with ThreadPoolExecutor(threads) as pool:
+    with DecodePool(threads) as pool:
         for chunk in chunks:
             counts.note_chunk(chunk)
             groups: dict[Preprocess, list[Member]] = {}

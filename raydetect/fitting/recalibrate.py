@@ -5,7 +5,6 @@ calibration for every category, from images of that category.
 """
 
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +22,7 @@ from raydetect.fitting.calibrate import calibrate
 from raydetect.fitting.fit_run import ProgressCallback
 from raydetect.fitting.holdout import normal_keys
 from raydetect.fitting.image_cache import ImageCache, ReadImages
-from raydetect.images.decode import decode_stream
+from raydetect.images.decode import DecodePool, decode_stream
 from raydetect.images.opening import DecodeRules
 from raydetect.records import Chunk, Member
 from raydetect.storage import Storage, join_uri, normalise_uri
@@ -133,7 +132,7 @@ def _read(
 
 
 def _decode(spec: CalibrateSpec, members: list[Member], cache: ImageCache, counts: ReadImages) -> None:
-    with ThreadPoolExecutor(spec.resources.cpus_per_worker) as pool:
+    with DecodePool(spec.resources.cpus_per_worker) as pool:
         decoded = decode_stream(members, DecodeRules.of(spec.source), cache.preprocess, pool)
         for member in members:
             counts.note(member, cache.add_decoded(member, decoded), spec.source)

@@ -21,6 +21,7 @@ from raydetect.planning.plan import ScorePlan, finish, only_record
 from raydetect.planning.stream import Stream
 from raydetect.records import Chunk, FitReport
 from raydetect.scoring.device_queue import DeviceQueue
+from raydetect.scoring.garbage import loaded_is_spared
 from raydetect.scoring.scorer import Scorer, score_and_write
 from raydetect.storage import Storage
 
@@ -62,20 +63,23 @@ def score(plan: ScorePlan, on_progress: OnProgress) -> dict[str, Any]:
         ArchiveError: a shard or member is bad and the source is set to `fail`.
         TooManyBadRows: the run is complete but too many rows are bad.
     """
-    spec = plan.spec
-    torch.set_num_threads(spec.resources.cpus_per_worker)
+    torch.set_num_threads(plan.spec.resources.cpus_per_worker)
     plan.begin()
     if plan.todo:
-        storage, device = Storage(spec.storage), _device(spec.resources.gpus_per_worker)
-        search = None
-        if spec.resources.bank_shards > 1:
-            search = sharded_search(
-                only_record(plan.artifact, plan.records), storage, spec.resources.bank_shards, device
-            )
-        scorer = Scorer(StoredDetectors(plan.artifact, storage, search), spec, DeviceQueue(device))
-        stream = Stream(plan, partial(score_and_write, scorer, plan.sink), CHUNKS_IN_FLIGHT, READERS)
-        commit_all(plan, stream.scored(), on_progress)
+        with loaded_is_spared():
+            _score_todo(plan, on_progress)
     return finish(plan)
+
+
+def _score_todo(plan: ScorePlan, on_progress: OnProgress) -> None:
+    spec = plan.spec
+    storage, device = Storage(spec.storage), _device(spec.resources.gpus_per_worker)
+    search = None
+    if spec.resources.bank_shards > 1:
+        search = sharded_search(only_record(plan.artifact, plan.records), storage, spec.resources.bank_shards, device)
+    scorer = Scorer(StoredDetectors(plan.artifact, storage, search), spec, DeviceQueue(device))
+    stream = Stream(plan, partial(score_and_write, scorer, plan.sink), CHUNKS_IN_FLIGHT, READERS)
+    commit_all(plan, stream.scored(), on_progress)
 
 
 def calibrate(spec: CalibrateSpec, on_progress: ProgressCallback) -> Recalibrated:

@@ -26,6 +26,7 @@ from raydetect.gateway.single_images import online_spec
 from raydetect.planning.plan import ScorePlan
 from raydetect.records import Answer, Chunk, Member
 from raydetect.scoring.device_queue import DeviceQueue
+from raydetect.scoring.garbage import spare_what_is_loaded
 from raydetect.scoring.scorer_pool import ScorerPool, SharedDetectors
 from raydetect.sinks.scored_chunk import ScoredChunk
 from raydetect.storage import Storage
@@ -44,6 +45,7 @@ class LocalBackend:
             ArtifactError, SpecError: one cannot be served.
         """
         torch.set_num_threads(spec.resources.cpus_per_worker)
+        spare_what_is_loaded()
         self._spec, self._storage = spec, Storage(spec.storage)
         self._queue = DeviceQueue("cuda" if spec.resources.gpus_per_worker else "cpu")
         self._pools, self._lock = OrderedDict[str, ScorerPool](), threading.Lock()

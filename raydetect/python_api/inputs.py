@@ -5,7 +5,6 @@ Arrays and PIL images are encoded as uncompressed PPM, so they go through the sa
 
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from PIL import Image
 from raydetect.archives.base import key_of
 from raydetect.config import FIT_CHUNK_IMAGES, SourceSpec
 from raydetect.errors import MemberError, RaydetectError, SpecError, StorageError
-from raydetect.images.decode import Pixels, decode_stream
+from raydetect.images.decode import DecodePool, Pixels, decode_stream
 from raydetect.images.opening import DecodeRules, depth_of
 from raydetect.images.orientation import upright
 from raydetect.images.preprocess import Preprocess
@@ -129,7 +128,7 @@ def decode_inputs(
         StorageError: the storage itself cannot be reached.
     """
     bad: list[tuple[int, str, str]] = []
-    with ThreadPoolExecutor(threads) as pool:
+    with DecodePool(threads) as pool:
         for position, item in _decoded(inputs, preprocess, storage, pool):
             if isinstance(item, Pixels) and item.status != OK:
                 bad.append((position, inputs[position].key, item.error))
@@ -140,7 +139,7 @@ def decode_inputs(
 
 
 def _decoded(
-    inputs: list[InputImage], preprocess: Preprocess, storage: Storage, pool: Executor
+    inputs: list[InputImage], preprocess: Preprocess, storage: Storage, pool: DecodePool
 ) -> Iterator[tuple[int, Input | Pixels]]:
     position = 0
     for start in range(0, len(inputs), FIT_CHUNK_IMAGES):

@@ -1,11 +1,12 @@
 """Scores inputs in batches of one size and puts the results of a picture's windows together.
 
-The result of a batch is fetched after the next one has started.
+The result of a batch is fetched after the next one has started. The thread of the device does nothing but score: on a
+CPU, the threads that fetch results look for their extremes.
 """
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raydetect.detectors._base import Detector
+from raydetect.detectors._base import Detector, Scores
 from raydetect.images.decode import Pixels
 from raydetect.records import OK
 from raydetect.scoring.device_queue import Submit, run_now
@@ -55,14 +56,15 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class _Result:
-    """Result of a batch of size B: image score, lowest and highest pixel on the host, and maps on the device.
+    """Result of a batch of size B.
 
-    On a CUDA device the host values are valid once `copied` has happened.
+    Attributes:
+        anomaly_map_BHW: maps on the device.
+        values: waits for the device; returns image score, lowest and highest pixel of each input.
     """
 
-    scores_B3: Tensor
     anomaly_map_BHW: Tensor
-    copied: torch.cuda.Event | None
+    values: Callable[[], list[list[float]]]
 
 
 def score_batches(
@@ -87,7 +89,8 @@ def score_batches(
     pictures = _Pictures()
     for entries, images_BHWC in _batches(decoded, batch_size, pictures):
         looked_BHW = _looked(entries, images_BHWC) if by_map else None
-        running.append((entries, submit(partial(_forward, detector, images_BHWC, looked_BHW))))
+        images_BCHW = torch.from_numpy(images_BHWC).permute(0, 3, 1, 2)
+        running.append((entries, submit(partial(_forward, detector, images_BCHW, looked_BHW))))
         if len(running) > BATCHES_AHEAD:
             _fetch(*running.popleft())
             yield from pictures.complete()
@@ -159,39 +162,57 @@ def _looked(entries: list[Entry], batch_BHWC: np.ndarray) -> np.ndarray | None:
     return looked_BHW
 
 
-def _forward(detector: Detector, batch_BHWC: np.ndarray, looked_BHW: np.ndarray | None = None) -> _Result:
+def _forward(detector: Detector, batch_BCHW: Tensor, looked_BHW: np.ndarray | None = None) -> _Result:
     """Scores a batch without waiting for a CUDA device: copies in both directions use pinned memory.
 
     Args:
         detector: fitted detector.
-        batch_BHWC: uint8 RGB.
+        batch_BCHW: uint8 RGB on the host, channels last in memory.
         looked_BHW: the pixels from whose map the image score is taken; None = the detector's own score.
     """
-    is_cuda = detector.device.type == "cuda"
-    host_BHWC = torch.from_numpy(batch_BHWC)
-    if is_cuda:
-        host_BHWC = host_BHWC.pin_memory()
     with torch.inference_mode():
-        scores = detector.score(host_BHWC.permute(0, 3, 1, 2).to(detector.device, non_blocking=True))
-        low_B, high_B = scores.anomaly_map_BHW.flatten(1).aminmax(dim=1)  # NaN if a pixel is
-        score_B = scores.image_score_B
-        if looked_BHW is not None:
-            looked = torch.from_numpy(looked_BHW).to(detector.device, non_blocking=True)
-            score_B = torch.where(looked, scores.anomaly_map_BHW, -math.inf).flatten(1).amax(1)
-        scores_B3 = torch.stack([score_B.float(), low_B.float(), high_B.float()], dim=1)
-        if not is_cuda:
-            return _Result(scores_B3, scores.anomaly_map_BHW, None)
-        host_B3 = torch.empty(scores_B3.shape, pin_memory=True)
-        host_B3.copy_(scores_B3, non_blocking=True)
+        if detector.device.type != "cuda":
+            scores = detector.score(batch_BCHW)
+            return _Result(scores.anomaly_map_BHW, partial(_values, scores, looked_BHW))
+        scores = detector.score(batch_BCHW.pin_memory().to(detector.device, non_blocking=True))
+        values_B3 = _values_on_device(scores, looked_BHW)
+        host_B3 = torch.empty(values_B3.shape, pin_memory=True)
+        host_B3.copy_(values_B3, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record(torch.cuda.current_stream(detector.device))
-        return _Result(host_B3, scores.anomaly_map_BHW, copied)
+        return _Result(scores.anomaly_map_BHW, partial(_copied, host_B3, copied))
+
+
+def _values(scores: Scores, looked_BHW: np.ndarray | None) -> list[list[float]]:
+    """Image score, lowest and highest pixel of each input, by NumPy: torch would start threads of its own here."""
+    maps_BHW = scores.anomaly_map_BHW.float().numpy()
+    score_B = scores.image_score_B.float().numpy()
+    if looked_BHW is not None:
+        score_B = np.where(looked_BHW, maps_BHW, -np.inf).max(axis=(1, 2))
+    values_B3 = np.stack([score_B, maps_BHW.min(axis=(1, 2)), maps_BHW.max(axis=(1, 2))], axis=1)  # NaN if a pixel is
+    values: list[list[float]] = values_B3.tolist()
+    return values
+
+
+def _values_on_device(scores: Scores, looked_BHW: np.ndarray | None) -> Tensor:
+    """The same as `_values`, float32 (B, 3) on the device."""
+    low_B, high_B = scores.anomaly_map_BHW.flatten(1).aminmax(dim=1)
+    score_B = scores.image_score_B
+    if looked_BHW is not None:
+        looked = torch.from_numpy(looked_BHW).to(scores.anomaly_map_BHW.device, non_blocking=True)
+        score_B = torch.where(looked, scores.anomaly_map_BHW, -math.inf).flatten(1).amax(1)
+    return torch.stack([score_B.float(), low_B.float(), high_B.float()], dim=1)
+
+
+def _copied(host_B3: Tensor, copied: torch.cuda.Event) -> list[list[float]]:
+    copied.synchronize()
+    values: list[list[float]] = host_B3.tolist()
+    return values
 
 
 def _fetch(entries: list[Entry], future: "Future[_Result]") -> None:
     """Waits for a batch and gives each result to its picture."""
     result = future.result()
-    if result.copied is not None:
-        result.copied.synchronize()
-    for i, ((stitched, item), values) in enumerate(zip(entries, result.scores_B3.tolist(), strict=False)):
-        stitched.add(item.window, values[0], all(map(math.isfinite, values)), result.anomaly_map_BHW[i])
+    found = zip(entries, result.values(), result.anomaly_map_BHW.unbind(), strict=False)  # shorter without the padding
+    for (stitched, item), values, map_HW in found:
+        stitched.add(item.window, values[0], all(map(math.isfinite, values)), map_HW)

@@ -9,7 +9,6 @@ import heapq
 import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +19,7 @@ from raydetect.artifacts.fleet import ArtifactRef
 from raydetect.artifacts.store import DetectorSource
 from raydetect.config import Heatmaps, ScoreSpec
 from raydetect.config.validation import nearest
-from raydetect.images.decode import Pixels, decode_image, decode_stream
+from raydetect.images.decode import DecodePool, Pixels, decode_image, decode_stream
 from raydetect.images.opening import DecodeRules
 from raydetect.records import OK, Chunk, Member, Row
 from raydetect.scoring.batches import Scored, score_batches
@@ -87,7 +86,7 @@ class Scorer:
         )
         self.rules = DecodeRules.of(spec.source)
         self._submit = queue.online if online else queue.bulk
-        self._decoding = ThreadPoolExecutor(spec.resources.cpus_per_worker, thread_name_prefix="decode")
+        self._decoding = DecodePool(spec.resources.cpus_per_worker)
 
     def score_chunk(self, chunk: Chunk, wanted: Sequence[Heatmaps] = ()) -> ChunkResult:
         """Scores a chunk.

@@ -37,7 +37,8 @@ class Stitched:
         self.score = max(self.score, score)
         self.is_finite = self.is_finite and is_finite
         left, upper, right, lower = window.place
-        placed_HW = map_HW[upper:lower, left:right]
+        is_whole = (left, upper) == (0, 0) and (lower, right) == tuple(map_HW.shape)
+        placed_HW = map_HW if is_whole else map_HW[upper:lower, left:right]
         if len(self.layout.windows) == 1 and self.layout.canvas == tuple(placed_HW.shape):
             self._map_HW = placed_HW
             return

@@ -4,7 +4,6 @@ import io
 import struct
 import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
 import numpy as np
@@ -18,7 +17,14 @@ from raydetect.config import SourceSpec
 from raydetect.errors import MemberError
 from raydetect.images import decode, opening
 from raydetect.images.bit_depth import scale_table
-from raydetect.images.decode import Pixels, brightness_and_sharpness, decode_image, decode_member, decode_stream
+from raydetect.images.decode import (
+    DecodePool,
+    Pixels,
+    brightness_and_sharpness,
+    decode_image,
+    decode_member,
+    decode_stream,
+)
 from raydetect.images.jpeg import UnsupportedByTurboError, check_scans, decode_jpeg, sample_bits, segments, without_exif
 from raydetect.images.opening import FORMATS, DecodeRules
 from raydetect.images.pages import gif_frames
@@ -157,7 +163,7 @@ def test_resizing_and_order_and_stored_size() -> None:
     files = [encoded(Image.fromarray(np.full((40 + i, 60, 3), i * 9, np.uint8)), "PNG") for i in range(12)]
     members = [Member(str(i), "", data=data) for i, data in enumerate(files)]
     for threads in (1, 3):
-        with ThreadPoolExecutor(threads) as pool:
+        with DecodePool(threads) as pool:
             stream = list(decode_stream(members, RULES, Preprocess((24, 32)), pool))
         inputs, found = [i for i in stream if isinstance(i, Input)], [p for p in stream if isinstance(p, Pixels)]
         assert [i.image_HWC.shape for i in inputs] == [(24, 32, 3)] * 12
@@ -349,7 +355,7 @@ def test_threads_get_only_the_warnings_of_their_own_image() -> None:
     good = encoded(NOISY, "JPEG", quality=95)
     bad = good[: len(good) // 2] + b"\xff\xd9"
     members = [Member(str(i), "", data=bad if i % 3 == 0 else good) for i in range(60)]
-    with ThreadPoolExecutor(4) as pool:
+    with DecodePool(4) as pool:
         stream = decode_stream(members, RULES, Preprocess((20, 30)), pool)
         found = [item.status for item in stream if isinstance(item, Pixels)]
     assert found == ["corrupt" if i % 3 == 0 else OK for i in range(60)]

@@ -1,7 +1,6 @@
 """Rasters: windows have the pixels of the in-memory path; bands, ranges, damage, and memory."""
 
 import io
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from raydetect.config.validation import validate
 from raydetect.config.view import TileSpec, ViewSpec
 from raydetect.errors import MemberError, SpecError
 from raydetect.images import decode
-from raydetect.images.decode import Pixels, decode_image, decode_member, decode_stream
+from raydetect.images.decode import DecodePool, Pixels, decode_image, decode_member, decode_stream
 from raydetect.images.masks import sampled_mask
 from raydetect.images.opening import DecodeRules, loaded_image
 from raydetect.images.preprocess import Preprocess
@@ -121,7 +120,7 @@ def test_tiles_lift_the_limit_of_the_picture_and_keep_that_of_windows_and_blocks
 
 def test_threads_cut_the_same_windows() -> None:
     rules, members = preprocess(VIEWS["reduced"], 16), [Member("a.tif", "memory://a.tif", LAYOUTS["deflate"])] * 3
-    with ThreadPoolExecutor(4) as pool:
+    with DecodePool(4) as pool:
         items = list(decode_stream(members, RULES, rules, pool))
     alone = decoded(LAYOUTS["deflate"], rules)
     shown = [item for item in items if isinstance(item, Input)]
@@ -157,7 +156,7 @@ SPARSE = raster(np.where(np.arange(330) < 64, GREY, 0).astype(np.uint8), compres
 )
 def test_damage_in_the_middle_is_corrupt(data: bytes, threads: int | None) -> None:
     members = [Member(f"{i}.tif", f"memory://{i}.tif", data) for i in range(2)]
-    with ThreadPoolExecutor(threads or 1) as pool:
+    with DecodePool(threads or 1) as pool:
         found = [
             item
             for _ in range(2)

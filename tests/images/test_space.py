@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ from raydetect.errors import MemberError, StorageError
 from raydetect.images import opening
 from raydetect.images import resize as bands
 from raydetect.images.bit_depth import GreyDepth
-from raydetect.images.decode import Pixels, decode_image, decode_member, decode_stream
+from raydetect.images.decode import TINY_BYTES, DecodePool, Pixels, decode_image, decode_member, decode_stream
 from raydetect.images.memory_budget import BYTES_PER_PIXEL, MIN_PIXELS, PixelBudget
 from raydetect.images.opening import DecodeRules
 from raydetect.images.orientation import TURNS
@@ -271,9 +270,11 @@ def test_threads_decode_no_more_pixels_at_a_time_than_the_source_allows(monkeypa
                 held -= opened.pixels
 
     monkeypatch.setattr(opening, "_loaded", slow)
-    members = [Member(f"k{i}", "u", encoded(plain_picture("L", (20 + i, 30)), "PNG")) for i in range(24)]
+    members = [
+        Member(f"k{i}", "u", encoded(plain_picture("L", (20 + i, 30)), "PNG") + bytes(TINY_BYTES)) for i in range(24)
+    ]
     rules = DecodeRules(2000, True)
-    with ThreadPoolExecutor(8) as pool:
+    with DecodePool(8) as pool:
         found = [p for p in decode_stream(members, rules, Preprocess((8, 8)), pool) if isinstance(p, Pixels)]
     assert [item.width for item in found] == [20 + i for i in range(24)]
     assert 1300 < peak <= 2000  # more than one at a time, none of them refused

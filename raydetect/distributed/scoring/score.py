@@ -42,9 +42,11 @@ class ScoreActor:
 
         from raydetect.artifacts.store import StoredDetectors
         from raydetect.scoring.device_queue import DeviceQueue
+        from raydetect.scoring.garbage import spare_what_is_loaded
         from raydetect.scoring.scorer import Scorer
 
         torch.set_num_threads(spec.resources.cpus_per_worker)
+        spare_what_is_loaded()
         search = None
         if bank is not None:
             from raydetect.distributed.scoring.remote_search import RemoteSearch

@@ -59,8 +59,10 @@ class ScorerReplica:
         import torch
 
         from raydetect.scoring.device_queue import DeviceQueue
+        from raydetect.scoring.garbage import spare_what_is_loaded
 
         torch.set_num_threads(spec.resources.cpus_per_worker)
+        spare_what_is_loaded()
         self._storage, self._meters = Storage(spec.storage), _Meters()
         self._queue = DeviceQueue("cuda" if spec.resources.gpus_per_worker else "cpu")
         room = spec.resources.detectors_in_memory
