@@ -9,6 +9,7 @@ from raydetect.config import FitSpec, ResourceSpec, source_storage
 from raydetect.detectors._ensemble import learns_from_labels, parts
 from raydetect.detectors._registry import build_from
 from raydetect.errors import SpecError
+from raydetect.fitting.holdout import crosses
 from raydetect.storage import Storage
 
 
@@ -34,7 +35,9 @@ def _trainable(spec: FitSpec) -> None:
     Raises:
         SpecError: this detector does not support a setting of the job.
     """
-    phases = {phase for _, part in parts(build_from(spec.detector, spec.seed)) for phase in part.phases}
+    detector = build_from(spec.detector, spec.seed)
+    phases = {phase for _, part in parts(detector) for phase in part.phases}
+    crosses(spec, detector, 0)
     if spec.resources.detectors_in_memory != ResourceSpec().detectors_in_memory:
         raise SpecError("resources.detectors_in_memory: applies to scoring with a fleet, not to a fit. Remove it.")
     if spec.extend is not None:

@@ -132,8 +132,14 @@ def _print_fit(spec: "FitSpec", report: "FitReport") -> None:
     for reason in facts["bad_reasons"]:
         click.echo(f"Bad: {reason}")
     left_out = f"{images['bad']} bad and {images['labelled_anomalous_left_out']} labelled anomalous left out"
-    click.echo(f"Calibrated on {images['held_out']} held-out normal images; {left_out}.")
+    click.echo(f"Calibrated on {_calibrated_text(images['held_out'], facts.get('folds'))}; {left_out}.")
     click.echo(f"Artifact: {report.uri} (sha256 {report.digest[:16]})")
+
+
+def _calibrated_text(images: int, folds: int | None) -> str:
+    if folds is None:
+        return f"{images:,} held-out normal images"
+    return f"{images:,} normal images, each scored by one of {folds} fits that had not seen it"
 
 
 def _print_labels(facts: Mapping[str, Any]) -> None:

@@ -6,8 +6,10 @@ from raydetect.config.evaluate import ArchiveSpec, EvaluateSpec, LabelledSpec, L
 from raydetect.config.fit import (
     AT_LEAST_2X,
     ENSEMBLE,
+    FEW_IMAGES,
     FIT_CHUNK_BYTES,
     FIT_CHUNK_IMAGES,
+    HOLDOUT_RATIO,
     CalibrationSpec,
     DetectorSpec,
     FitSpec,
@@ -35,8 +37,10 @@ from raydetect.moved_modules import names_of
 __all__ = [
     "AT_LEAST_2X",
     "ENSEMBLE",
+    "FEW_IMAGES",
     "FIT_CHUNK_BYTES",
     "FIT_CHUNK_IMAGES",
+    "HOLDOUT_RATIO",
     "MAX_REGIONS",
     "STRETCH",
     "AllowSpec",

@@ -12,8 +12,11 @@ from raydetect.config.view import STRETCH, ViewSpec
 Preset = Literal["paper", "smoke"]
 JpegScale = Literal["at_least_2x", "full"]
 Precision = Literal["float32", "bfloat16"]
+CalibrationMethod = Literal["cross", "holdout"]
 AT_LEAST_2X: JpegScale = "at_least_2x"
 ENSEMBLE = "ensemble"
+HOLDOUT_RATIO = 0.1
+FEW_IMAGES = 990  # of fewer, a tenth are too few for a p-value of 0.01
 FIT_CHUNK_IMAGES, FIT_CHUNK_BYTES = 64, 128 * MiB  # chunk size of a fit; does not affect the artifact
 
 
@@ -90,13 +93,31 @@ class DetectorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationSpec:
-    """Held-out normal images, which the detector is not fitted on; they set the thresholds."""
+    """How thresholds are set: by scores of normal images that the scoring detector was not fitted on."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    method: Annotated[
+        CalibrationMethod | None,
+        Field(
+            description="cross: several fits, each without some of the normal images, which it scores, and then the "
+            "fit on all; for a detector that collects features and trains nothing. holdout: some normal images are "
+            f"only scored. none = cross for such detectors and fewer than {FEW_IMAGES} normal images, else holdout"
+        ),
+    ] = None
+    folds: Annotated[int, Field(ge=2, le=100, description="fits of cross besides the last")] = 5
     holdout_ratio: Annotated[
-        float, Field(gt=0, lt=1, description="share of the source held out, chosen by hash of seed and key")
-    ] = 0.1
+        float | None,
+        Field(gt=0, lt=1, description="share of the source held out, chosen by hash of seed and key; none = 0.1"),
+    ] = None
     source: Annotated[SourceSpec | None, Field(description="separate archive of normal images instead")] = None
+
+    def __post_init__(self) -> None:
+        if self.method == "cross" and self.holdout_ratio is not None:
+            raise ValueError("method: cross holds no image out; remove holdout_ratio, or set method: holdout")
+        if self.method is not None and self.source is not None:
+            raise ValueError("source has the images to calibrate on; remove method")
+        if self.method == "holdout" and self.folds != 5:
+            raise ValueError("folds applies to method: cross; remove it, or set method: cross")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Scores held-out normal images: p-values, the thresholds of images and pixels and the heatmap scale follow."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -21,24 +21,33 @@ class CalibrationError(RaydetectError):
 def calibrate(
     detector: Detector,
     cache: ImageCache,
-    keys: list[str],
+    rounds: Iterable[list[str]],
     batch_size: int,
     group: Group,
     on_progress: Callable[[int], None],
 ) -> Calibration:
-    """Scores the images of `keys` on every worker and gathers all scores, and the highest pixel of every map.
+    """Scores images on every worker and gathers all scores, and the highest pixel of every map.
+
+    Args:
+        detector: fitted detector, or one that each round fits anew before it yields its images.
+        cache: this worker's images.
+        rounds: keys of images that the detector has not seen.
+        batch_size: images in one forward pass.
+        group: the workers.
+        on_progress: called with the number of images scored since the last call.
 
     Raises:
         CalibrationError: there are no images, or a score is not finite.
     """
     scored_M2: list[tuple[float, float]] = []  # image score, highest pixel
     ends = torch.full((2,), -torch.inf, dtype=torch.float64)  # (-minimum, maximum) of all maps
-    for scored in score_batches(detector, cache.decoded(keys), batch_size):
-        map_HW = scored.anomaly_map()
-        here = torch.tensor([-float(np.nanmin(map_HW)), float(np.nanmax(map_HW))])
-        scored_M2.append((scored.image_score, float(here[1])))
-        ends = torch.maximum(ends, here.double()) if scored.is_finite else torch.full_like(ends, torch.inf)
-        on_progress(1)
+    for keys in rounds:
+        for scored in score_batches(detector, cache.decoded(keys), batch_size):
+            map_HW = scored.anomaly_map()
+            here = torch.tensor([-float(np.nanmin(map_HW)), float(np.nanmax(map_HW))])
+            scored_M2.append((scored.image_score, float(here[1])))
+            ends = torch.maximum(ends, here.double()) if scored.is_finite else torch.full_like(ends, torch.inf)
+            on_progress(1)
     gathered_M2 = torch.cat(group.gather(torch.tensor(scored_M2, dtype=torch.float64).reshape(-1, 2)))
     ends = group.max(ends)
     if not len(gathered_M2):

@@ -5,7 +5,7 @@ exchange. The result is the same for any number of workers.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,8 @@ import torch
 from raydetect.artifacts.record import Calibration
 from raydetect.artifacts.store import load_artifact, save_artifact
 from raydetect.blocks.coresets.group import Group
-from raydetect.config import FitSpec, public_spec, result_settings
+from raydetect.blocks.coresets.keyed_rows import FitState
+from raydetect.config import HOLDOUT_RATIO, FitSpec, public_spec, result_settings
 from raydetect.config.validation import differences, digest, to_plain
 from raydetect.detectors._base import Detector
 from raydetect.detectors._ensemble import Ensemble, learns_from_labels, parts
@@ -24,7 +25,7 @@ from raydetect.fitting.calibrate import calibrate
 from raydetect.fitting.checkpoints import Checkpoints
 from raydetect.fitting.collect import collect
 from raydetect.fitting.ensemble_scale import choose_scaling, set_scales
-from raydetect.fitting.holdout import choose_holdout, choose_images, normal_keys
+from raydetect.fitting.holdout import choose_folds, choose_holdout, choose_images, crosses, normal_keys
 from raydetect.fitting.image_cache import ImageCache, ReadFacts
 from raydetect.fitting.timings import Phases, measured_facts, merged_facts
 from raydetect.fitting.train import Trainer
@@ -70,6 +71,7 @@ class FitRun:
         where: the source, for messages.
         phases: measurements so far.
         shared: whether every worker already holds all images.
+        crossed: from the fits that each left out some images; None before, and with held-out images.
     """
 
     spec: FitSpec
@@ -82,6 +84,7 @@ class FitRun:
     where: str
     phases: Phases
     shared: bool = False
+    crossed: Calibration | None = None
 
     def run(self, read: ReadFacts) -> FitReport | None:
         """Fits the detector; the first worker writes the artifact.
@@ -119,22 +122,20 @@ class FitRun:
         detector.to(self.device)
         checkpoints: list[Checkpoints] = []
         with self.phases.phase("fit"):
-            held_out = self._held_out()
-            fit_keys = self._fit_keys(held_out, learns_from_labels(detector))
+            folds = self._folds(detector)
+            held_out = self._held_out(folds)
+            fit_keys = self._fit_keys([] if folds else held_out, learns_from_labels(detector))
             counts = self._counts(fit_keys)
             self._require_labels(detector, fit_keys)
             trained = [
-                self._run_phases(part, number, fit_keys, storage, checkpoints, not detector.scores_by_map)
+                self._run_phases(part, number, fit_keys, storage, checkpoints, not detector.scores_by_map, folds)
                 for number, part in parts(detector)
             ]
         if isinstance(detector, Ensemble):
             with self.phases.phase("scale"):
                 held_out = self._scale(detector, held_out, counts)
         with self.phases.phase("calibrate"):
-            on_progress = self._phase_progress("calibrate", self._count(len(held_out)))
-            calibration = calibrate(
-                detector, self._calibration_images(), held_out, self.spec.batch_size, self.group, on_progress
-            )
+            calibration = self.crossed or self._calibrate(detector, [held_out], self._count(len(held_out)))
         counts |= {"held_out": len(calibration.scores), "bad": read.bad}
         if self.cache.preprocess.view.has_tiles:
             judged, images = set(held_out), self._calibration_images().images.values()
@@ -145,6 +146,8 @@ class FitRun:
             **read.plain(),
             "preprocess": self.cache.preprocess.recorded(),
         }
+        if folds:
+            facts["folds"] = len(folds)
         return Fitted(detector, calibration, self.cache.preprocess, facts, tuple(checkpoints))
 
     def _run_phases(
@@ -155,6 +158,7 @@ class FitRun:
         storage: Storage,
         checkpoints: list[Checkpoints],
         all_patches: bool,
+        folds: list[list[str]],
     ) -> dict[str, Any]:
         """Runs the phases of a detector or ensemble member; returns facts about its training."""
         name = "" if number is None else f"{self.spec.detector.members[number].name} {number + 1}: "
@@ -164,7 +168,7 @@ class FitRun:
             keys = normal
         for phase in part.phases:
             if phase == "collect":
-                self._collect(part, normal, name, all_patches)
+                self._collect(part, normal, name, all_patches, folds)
             else:
                 trainer = self._trainer(part, number, keys, storage)
                 losses = trainer.run(self._on_first(f"{name}train epochs"))
@@ -202,11 +206,20 @@ class FitRun:
         lineage = [*earlier.record.body.get("lineage", []), entry]
         return earlier.detector, {"weights": earlier.record.body["weights"], "lineage": lineage}
 
-    def _held_out(self) -> list[str]:
+    def _folds(self, detector: Detector) -> list[list[str]]:
+        """This worker's normal images by the fit that leaves them out; none if images are held out."""
+        wanted, images = self.spec.calibration, normal_keys(self.cache)
+        if not crosses(self.spec, detector, self._count(len(images))):
+            return []
+        return choose_folds(images, wanted.folds, self.spec.seed, self.group, self.where)
+
+    def _held_out(self, folds: list[list[str]]) -> list[str]:
         """This worker's calibration keys, sorted."""
         if self.calibration_cache is not None:
             return normal_keys(self.calibration_cache)
-        ratio, seed = self.spec.calibration.holdout_ratio, self.spec.seed
+        if folds:
+            return normal_keys(self.cache)
+        ratio, seed = self.spec.calibration.holdout_ratio or HOLDOUT_RATIO, self.spec.seed
         return sorted(choose_holdout(normal_keys(self.cache), ratio, seed, self.group, self.where))
 
     def _fit_keys(self, held_out: list[str], with_labels: bool) -> list[str]:
@@ -246,25 +259,49 @@ class FitRun:
     def _calibration_images(self) -> ImageCache:
         return self.cache if self.calibration_cache is None else self.calibration_cache
 
-    def _collect(self, detector: Detector, normal: list[str], name: str, all_patches: bool) -> None:
-        wanted = detector.num_collected()
-        if wanted is not None:
-            normal = choose_images(normal, wanted, self.spec.seed, self.group)
-        total = self._count(len(normal))
+    def _collect(
+        self, detector: Detector, normal: list[str], name: str, all_patches: bool, folds: list[list[str]]
+    ) -> None:
+        chosen = self._chosen(detector, normal)
+        by_fold = [self._chosen(detector, self._without(normal, fold)) for fold in folds]
+        everything = sorted(set(chosen).union(*by_fold))
         state = collect(
             detector,
             self.cache,
-            normal,
+            everything,
             self.spec.batch_size,
             self.group,
-            self.spec.max_bank_bytes,
-            self._phase_progress(f"{name}collect", total),
+            self.spec.max_bank_bytes // (2 if folds else 1),  # a fold's rows are a copy
+            self._phase_progress(f"{name}collect", self._count(len(everything))),
             all_patches,
         )
         if self.spec.extend is not None and self.group.rank == 0:
             detector.extend(state)
         state.agree()
-        detector.finish(state, self._on_first(f"{name}finish"))
+        if folds:
+            rounds = self._rounds(detector, state, folds, by_fold)
+            self.crossed = self._calibrate(detector, rounds, self._count(sum(map(len, folds))))
+        detector.finish(state if everything == chosen else state.only(set(chosen)), self._on_first(f"{name}finish"))
+
+    def _chosen(self, detector: Detector, normal: list[str]) -> list[str]:
+        wanted = detector.num_collected()
+        return normal if wanted is None else choose_images(normal, wanted, self.spec.seed, self.group)
+
+    def _without(self, keys: list[str], fold: list[str]) -> list[str]:
+        left_out = set(fold)
+        return [key for key in keys if self.cache.images[key].image_key not in left_out]
+
+    def _rounds(
+        self, detector: Detector, state: FitState, folds: list[list[str]], by_fold: list[list[str]]
+    ) -> Iterator[list[str]]:
+        """Yields the images of each fold when the detector is fitted without them."""
+        for number, (fold, fitted) in enumerate(zip(folds, by_fold, strict=True), 1):
+            detector.finish(state.only(set(fitted)), self._on_first(f"fit {number} of {len(folds)} to calibrate"))
+            yield fold
+
+    def _calibrate(self, detector: Detector, rounds: Iterable[list[str]], total: int) -> Calibration:
+        images, on_progress = self._calibration_images(), self._phase_progress("calibrate", total)
+        return calibrate(detector, images, rounds, self.spec.batch_size, self.group, on_progress)
 
     def _trainer(self, detector: Detector, number: int | None, keys: list[str], storage: Storage) -> Trainer:
         """Gives every worker all images and finds the checkpoints of an earlier run that was killed."""

@@ -4,6 +4,8 @@ import torch
 
 from raydetect.blocks.coresets.group import Group
 from raydetect.blocks.seeding import keyed_seed
+from raydetect.config import FEW_IMAGES, FitSpec
+from raydetect.detectors._base import Detector
 from raydetect.errors import SpecError
 from raydetect.fitting.image_cache import ImageCache
 
@@ -37,6 +39,66 @@ def drop_duplicates(cache: ImageCache, group: Group) -> None:
         cache.forget([key for key, duplicate in zip(keys, duplicates.tolist(), strict=True) if duplicate])
 
 
+def crosses(spec: FitSpec, detector: Detector, images: int) -> bool:
+    """Whether a fit scores its normal images by folds instead of holding some out.
+
+    Args:
+        spec: the job.
+        detector: of the job, before the fit.
+        images: number of normal images.
+
+    Raises:
+        SpecError: the job asks for folds and the detector trains, or is extended.
+    """
+    wanted = spec.calibration
+    is_cheap = set(detector.phases) == {"collect"} and spec.extend is None
+    if wanted.method is None:
+        return is_cheap and wanted.source is None and wanted.holdout_ratio is None and images < FEW_IMAGES
+    if wanted.method == "cross" and not is_cheap:
+        if spec.extend is not None:
+            why = "a bank that is extended holds images of earlier fits, which no fit can leave out"
+        elif spec.detector.ensemble:
+            why = "an ensemble sets the scale of its members by images held out"
+        else:
+            why = f"{spec.detector.title} trains, and would be trained {wanted.folds + 1} times"
+        raise SpecError(f"calibration.method: cross: {why}. Set method: holdout.")
+    return wanted.method == "cross"
+
+
+def choose_folds(keys: list[str], count: int, seed: int, group: Group, where: str) -> list[list[str]]:
+    """Splits this worker's normal images: those of all workers are dealt to the folds in the order of a keyed hash.
+
+    Args:
+        keys: this worker's normal images.
+        count: of folds; as many as there are images, if they are fewer.
+        seed: of the job.
+        group: the workers.
+        where: the source, for the message.
+
+    Returns:
+        The images of each fold among `keys`; the same number of folds on every worker.
+
+    Raises:
+        SpecError: there are fewer than two normal images in total.
+    """
+    hash_I = keyed_hashes(keys, seed)
+    all_marks = torch.cat(group.gather(hash_I)).sort().values
+    _require_two(len(all_marks), where)
+    count = min(count, len(all_marks))
+    folds: list[list[str]] = [[] for _ in range(count)]
+    for key, place in zip(keys, torch.searchsorted(all_marks, hash_I).tolist(), strict=True):
+        folds[place % count].append(key)
+    return folds
+
+
+def _require_two(images: int, where: str) -> None:
+    if images < 2:
+        raise SpecError(
+            f"{where}: has {images} usable normal image(s); at least one to fit and one to calibrate are "
+            "needed. Add images or set calibration.source."
+        )
+
+
 def choose_holdout(keys: list[str], ratio: float, seed: int, group: Group, where: str) -> frozenset[str]:
     """Selects the calibration images among the normal images of all workers: those with the smallest keyed hash.
 
@@ -55,11 +117,7 @@ def choose_holdout(keys: list[str], ratio: float, seed: int, group: Group, where
     """
     hash_I = keyed_hashes(keys, seed)
     all_marks = torch.cat(group.gather(hash_I)).sort().values
-    if len(all_marks) < 2:
-        raise SpecError(
-            f"{where}: has {len(all_marks)} usable normal image(s); at least one to fit and one to calibrate are "
-            "needed. Add images or set calibration.source."
-        )
+    _require_two(len(all_marks), where)
     count = min(max(1, round(ratio * len(all_marks))), len(all_marks) - 1)
     limit = int(all_marks[count - 1])
     return frozenset(key for key, mark in zip(keys, hash_I.tolist(), strict=True) if mark <= limit)

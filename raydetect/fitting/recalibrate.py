@@ -145,7 +145,9 @@ def _new_calibration(
     if not keys:
         raise SpecError(f"{record.uri}: the source has no normal image to calibrate it on. Add some.")
     detector = load_artifact(record.uri, Storage(spec.storage)).detector.to(device)
-    return calibrate(detector, cache, keys, spec.batch_size, Group(), lambda done: on_progress("calibrate", done, None))
+    return calibrate(
+        detector, cache, [keys], spec.batch_size, Group(), lambda done: on_progress("calibrate", done, None)
+    )
 
 
 def _write(spec: CalibrateSpec, record: ArtifactRecord, calibration: Calibration, uri: str, bad: int) -> str:

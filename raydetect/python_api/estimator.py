@@ -90,7 +90,7 @@ class Estimator:
         images: Any,
         y: Any = None,
         *,
-        holdout_ratio: float = 0.1,
+        holdout_ratio: float | None = None,
         jpeg_scale: JpegScale = AT_LEAST_2X,
         view: ViewSpec | Mapping[str, Any] = STRETCH,
         progress: bool = True,
@@ -101,7 +101,9 @@ class Estimator:
             images: see the class.
             y: labels 0 (normal) and 1 (anomalous); None = all are normal. Anomalous images are ignored, unless the
                 detector learns from them.
-            holdout_ratio: share of the normal images held out to set thresholds, chosen by keyed hash.
+            holdout_ratio: share of the normal images held out to set thresholds, chosen by keyed hash. None = for a
+                detector that trains nothing and fewer than 990 images, none is: each is scored by one of five fits that
+                has not seen it, and the model is fitted on all; else 0.1.
             jpeg_scale: how JPEGs given by path or URI are decoded, now and whenever the model scores: "at_least_2x", at
                 the smallest of 1/1, 1/2, 1/4 and 1/8 of their size that has at least twice the px of the input, or
                 "full". Arrays and PIL images are taken as they are.
@@ -237,7 +239,7 @@ class Estimator:
         return call_text(self.spec, self.seed)
 
     def _fit_spec(
-        self, count: int, holdout_ratio: float, jpeg_scale: str, view: ViewSpec | Mapping[str, Any]
+        self, count: int, holdout_ratio: float | None, jpeg_scale: str, view: ViewSpec | Mapping[str, Any]
     ) -> FitSpec:
         """The equivalent fit job, for the fitting code and for the record."""
         settings = self.settings

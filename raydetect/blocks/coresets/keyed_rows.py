@@ -5,7 +5,7 @@ Shapes: N rows, D dims, B images, R rows of one image.
 
 import json
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -137,6 +137,19 @@ class KeyedRows:
         self.largest = max(self.largest, largest)
         self.store.append(rows_RD)
 
+    def only(self, keys: Collection[str], max_bytes: int) -> "KeyedRows":
+        """A copy with some of the images.
+
+        Args:
+            keys: of these images.
+            max_bytes: memory limit of the copy.
+        """
+        chosen = KeyedRows(self.store.dims, self.group, max_bytes)
+        for key, start, stop in zip(self._keys, self._starts, [*self._starts[1:], len(self)], strict=True):
+            if key in keys:
+                chosen.add(key, self.store.take(torch.arange(start, stop)))
+        return chosen
+
     def total(self) -> int:
         """Number of rows of all workers."""
         return int(sum(int(n) for n in self.group.gather(torch.tensor([len(self)]))))
@@ -226,6 +239,12 @@ class FitState:
                     if name in chosen and i < len(chosen[name]):
                         rows_RD = rows_RD[chosen[name][i]]
                     self.rows[name].add(key, rows_RD)
+
+    def only(self, keys: Collection[str]) -> "FitState":
+        """A copy with the rows of some images of this worker."""
+        chosen = FitState(self.group, self.max_bytes)
+        chosen.rows = {name: rows.only(keys, self.max_bytes // len(self.rows)) for name, rows in self.rows.items()}
+        return chosen
 
     def agree(self) -> None:
         """Adds missing row names on workers without images, so that all can merge. Call once, after collecting."""
