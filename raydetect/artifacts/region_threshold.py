@@ -6,11 +6,9 @@ from typing import Any
 import numpy as np
 
 from raydetect.artifacts.record import MAX_FLOAT32, Calibration
-from raydetect.config import FlagSpec
+from raydetect.config import USUAL_LEVEL, FlagSpec
 from raydetect.config.validation import to_plain
 from raydetect.metrics.conformal import threshold_for
-
-USUAL_LEVEL = 0.01  # where `flag` states no alpha: a threshold on scores, or a false discovery rate of the archive
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,10 +30,10 @@ class RegionThreshold:
     def of(cls, calibration: Calibration, flag: FlagSpec, max_regions: int) -> "RegionThreshold":
         """Computes the threshold t such that a normal image has a pixel >= t with probability at most the level.
 
-        The level is `flag.alpha`, so that of normal images no more have regions than are flagged. With `flag.threshold`
-        and `flag.fdr`, which say nothing about a single normal image, it is 0.01. If M held-out images are too few for
-        that level, it is the smallest that they allow, 1 / (M + 1). Since rows have regions only where an image is
-        flagged or may be, the share of normal images whose rows have some is smaller still.
+        The level is `flag.alpha`, so that of normal images no more have regions than are flagged. Without one, and with
+        `flag.threshold` and `flag.fdr`, which say nothing about a single normal image, it is 0.01. If M held-out images
+        are too few for that level, it is the smallest that they allow, 1 / (M + 1). Since rows have regions only where
+        an image is flagged or may be, the share of normal images whose rows have some is smaller still.
 
         Args:
             calibration: of the detector.

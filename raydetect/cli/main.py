@@ -109,6 +109,7 @@ def _with_extend(overrides: tuple[str, ...], extend: str | None) -> tuple[str, .
 
 
 def _print_fit(spec: "FitSpec", report: "FitReport") -> None:
+    from raydetect.metrics.conformal import usual_level_text
     from raydetect.progress import bytes_text
 
     facts = report.facts
@@ -132,14 +133,20 @@ def _print_fit(spec: "FitSpec", report: "FitReport") -> None:
     for reason in facts["bad_reasons"]:
         click.echo(f"Bad: {reason}")
     left_out = f"{images['bad']} bad and {images['labelled_anomalous_left_out']} labelled anomalous left out"
-    click.echo(f"Calibrated on {_calibrated_text(images['held_out'], facts.get('folds'))}; {left_out}.")
+    click.echo(f"Calibrated on {_calibrated_text(facts)}; {left_out}.")
+    note = "" if "categories" in facts else usual_level_text(images["held_out"])
+    if note:
+        click.echo(f"Note: {note}.")
     click.echo(f"Artifact: {report.uri} (sha256 {report.digest[:16]})")
 
 
-def _calibrated_text(images: int, folds: int | None) -> str:
-    if folds is None:
+def _calibrated_text(facts: Mapping[str, Any]) -> str:
+    images = facts["images"]["held_out"]
+    if "categories" in facts:
+        return f"{images:,} normal images that the scoring fits had not seen"
+    if "folds" not in facts:
         return f"{images:,} held-out normal images"
-    return f"{images:,} normal images, each scored by one of {folds} fits that had not seen it"
+    return f"{images:,} normal images, each scored by one of {facts['folds']} fits that had not seen it"
 
 
 def _print_labels(facts: Mapping[str, Any]) -> None:
@@ -216,7 +223,7 @@ def _changed_text(before: Mapping[str, Any], plan: "ScorePlan") -> str:
 
 def _summary(plan: "ScorePlan", manifest: dict[str, Any]) -> None:
     from raydetect.left_out import left_out_of, left_out_text
-    from raydetect.sinks.run_progress import fdr_text, labelled_auroc, notes_text, regions_text
+    from raydetect.sinks.run_progress import fdr_text, labelled_auroc, level_text, notes_text, regions_text
     from raydetect.storage import join_uri
 
     uri = plan.ledger.uri
@@ -226,6 +233,8 @@ def _summary(plan: "ScorePlan", manifest: dict[str, Any]) -> None:
     if left_out:
         click.echo(f"Left out: {left_out}.")
     click.echo(f"Flagged {manifest['flagged']:,}; heatmaps {manifest['heatmaps']:,}.")
+    if level_text(plan.run):
+        click.echo(f"Note: {level_text(plan.run)}.")
     click.echo(f"Regions: {regions_text(manifest)}.")
     if manifest.get("notes"):  # none in manifests of older versions
         click.echo(f"Notes: {notes_text(manifest['notes'])}.")

@@ -30,7 +30,7 @@ from raydetect.config.jobs import (
 )
 from raydetect.config.score import MAX_REGIONS, Heatmaps, ScoreSpec, SinkSpec
 from raydetect.config.serve import AllowSpec, LimitSpec, ServedSpec, ServeSpec
-from raydetect.config.shared import FlagSpec, MiB, ResourceSpec, SourceSpec, StorageOptions
+from raydetect.config.shared import USUAL_LEVEL, FlagSpec, MiB, ResourceSpec, SourceSpec, StorageOptions
 from raydetect.config.view import STRETCH, TileSpec, ViewSpec
 from raydetect.moved_modules import names_of
 
@@ -43,6 +43,7 @@ __all__ = [
     "HOLDOUT_RATIO",
     "MAX_REGIONS",
     "STRETCH",
+    "USUAL_LEVEL",
     "AllowSpec",
     "ArchiveSpec",
     "AuditSpec",

@@ -55,7 +55,7 @@ class AuditSpec:
     storage: Annotated[StorageOptions, Field(description="storage for everything that has none of its own")] = field(
         default_factory=StorageOptions
     )
-    flag: FlagSpec = field(default_factory=lambda: FlagSpec(alpha=0.01))
+    flag: FlagSpec = field(default_factory=FlagSpec)
     night: Annotated[
         str | None,
         BeforeValidator(_text),

@@ -46,7 +46,7 @@ class ScoreSpec:
     storage: Annotated[StorageOptions, Field(description="storage for everything that has none of its own")] = field(
         default_factory=StorageOptions
     )
-    flag: FlagSpec = field(default_factory=lambda: FlagSpec(alpha=0.01))
+    flag: FlagSpec = field(default_factory=FlagSpec)
     batch_size: Annotated[int, Field(ge=1, description="images in one forward pass")] = 16
     chunk_images: Annotated[int, Field(ge=1, description="images that a worker scores at a time, at most")] = 64
     chunk_bytes: Annotated[int, Field(ge=1, description="encoded bytes after which a chunk is closed")] = 128 * MiB

@@ -19,7 +19,7 @@ class ServedSpec:
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
     artifact: Annotated[str, Field(description="the fitted detector, or a fleet")]
-    flag: FlagSpec = field(default_factory=lambda: FlagSpec(alpha=0.01))
+    flag: FlagSpec = field(default_factory=FlagSpec)
 
     def __post_init__(self) -> None:
         if self.flag.fdr is not None:

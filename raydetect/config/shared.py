@@ -9,6 +9,7 @@ from raydetect.config.validation import STRICT
 from raydetect.redaction import redacted_uri
 
 MiB = 1 << 20
+USUAL_LEVEL = 0.01  # share of normal images that a job without a rule flags
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +138,10 @@ class ResourceSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlagSpec:
-    """When an image is flagged; set exactly one field."""
+    """When an image is flagged; set one field at most.
+
+    With none, an image is flagged when its p-value is at most 0.01, or the smallest level that its detector allows.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
     alpha: Annotated[float | None, Field(gt=0, lt=1, description="flag when the conformal p-value is <= alpha")] = None
@@ -153,11 +157,24 @@ class FlagSpec:
     ] = None
 
     def __post_init__(self) -> None:
-        if sum(value is not None for value in (self.alpha, self.threshold, self.fdr)) != 1:
-            raise ValueError("set exactly one of alpha, threshold and fdr")
+        if sum(value is not None for value in (self.alpha, self.threshold, self.fdr)) > 1:
+            raise ValueError("set only one of alpha, threshold and fdr")
 
     @property
-    def smallest_p(self) -> tuple[str, float] | None:
-        """(setting, smallest p-value that the calibration must allow); None if flags do not depend on p-values."""
+    def is_usual(self) -> bool:
+        """Whether the job states no rule."""
+        return self.alpha is None and self.threshold is None and self.fdr is None
+
+    def smallest_p(self, calibrated: int) -> tuple[str, float] | None:
+        """The smallest p-value that a calibration must allow, and the setting that asks for it.
+
+        Args:
+            calibrated: number of images that the detector was calibrated on.
+
+        Returns:
+            (setting, p-value); None if flags do not depend on p-values.
+        """
+        if self.is_usual:
+            return "flag", max(USUAL_LEVEL, 1.0 / (calibrated + 1))
         level = self.alpha if self.fdr is None else self.fdr
         return None if level is None else ("flag.alpha" if self.fdr is None else "flag.fdr", level)

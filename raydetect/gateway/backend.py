@@ -110,14 +110,20 @@ def _facts(
         "artifact": index.digest,
         "image_size": list(first.image_size),
         "threshold": None if index.categories else _threshold(first, flag),
-        "alpha": flag.alpha,
+        "alpha": _alpha(records, flag),
         "held_out": min(len(record.calibration.scores) for record in records.values()),
         "categories": list(index.categories),
         "weights": str(first.body.get("weights", "")).rpartition("/")[2],
     }
 
 
+def _alpha(records: Mapping[str | None, ArtifactRecord], flag: FlagSpec) -> float | None:
+    """The level of p-values; in a fleet, the largest of a category."""
+    levels = [flag.smallest_p(len(record.calibration.scores)) for record in records.values()]
+    return max((level for _, level in filter(None, levels)), default=None)
+
+
 def _threshold(record: ArtifactRecord, flag: FlagSpec) -> float | None:
-    if flag.smallest_p is None:
-        return flag.threshold
-    return threshold_for(np.asarray(record.calibration.scores), flag.smallest_p[1])
+    scores = np.asarray(record.calibration.scores)
+    smallest_p = flag.smallest_p(len(scores))
+    return flag.threshold if smallest_p is None else threshold_for(scores, smallest_p[1])

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from raydetect.config import USUAL_LEVEL
 from raydetect.errors import SpecError
 
 ROUNDING = 1e-9
@@ -39,6 +40,22 @@ def p_value(calibration: Sequence[float], score: float) -> float:
 def required_size(alpha: float) -> int:
     """The smallest number of calibration images for which a p-value can be <= alpha."""
     return max(1, math.ceil((1.0 - ROUNDING) / alpha) - 1)
+
+
+def usual_level_text(calibrated: int, which: str = "") -> str:
+    """Says at which p-value images are flagged by default; "" if it is the usual level.
+
+    Args:
+        calibrated: number of images that the detector was calibrated on.
+        which: what follows the number of images.
+    """
+    level = 1.0 / (calibrated + 1)
+    if level <= USUAL_LEVEL:
+        return ""
+    return (
+        f"images are flagged at {100 * level:.2g} % by default, not at {100 * USUAL_LEVEL:g} %, for which "
+        f"{required_size(USUAL_LEVEL)} normal images are needed to calibrate on; there are {calibrated:,}{which}"
+    )
 
 
 def threshold_for(calibration_M: np.ndarray, alpha: float, setting: str = "flag.alpha") -> float:

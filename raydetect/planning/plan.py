@@ -138,12 +138,13 @@ def check_flag(records: Mapping[str | None, ArtifactRecord], flag: FlagSpec) -> 
     Raises:
         SpecError: a detector has too few; names the category with the fewest.
     """
-    if flag.smallest_p is None:
-        return
-    setting, level = flag.smallest_p
     smallest = min(records, key=lambda category: len(records[category].calibration.scores))
+    scores = np.asarray(records[smallest].calibration.scores)
+    smallest_p = flag.smallest_p(len(scores))
+    if smallest_p is None:
+        return
     try:
-        threshold_for(np.asarray(records[smallest].calibration.scores), level, setting)
+        threshold_for(scores, smallest_p[1], smallest_p[0])
     except SpecError as error:
         raise SpecError(str(error) if smallest is None else f"category {smallest!r}: {error}") from None
 
@@ -178,6 +179,13 @@ def _scale(record: ArtifactRecord) -> dict[str, Any]:
     return {"low": low, "high": high}
 
 
+def _level(record: ArtifactRecord) -> dict[str, Any]:
+    """The p-value at which images are flagged if the job states no rule, and what it follows from."""
+    calibrated = len(record.calibration.scores)
+    _, level = FlagSpec().smallest_p(calibrated) or ("", 1.0)
+    return {"level": level, "calibrated": calibrated}
+
+
 def _view(record: ArtifactRecord) -> dict[str, Any]:
     """What tells where maps lie in their pictures: the size of the inputs and the view, without its region."""
     return {"image_size": list(record.image_size), **to_plain(record.preprocess.view.spec.recorded())}
@@ -207,6 +215,7 @@ def describe_run(
         "region_threshold": by_category(
             records, lambda record: RegionThreshold.of(record.calibration, spec.flag, spec.sink.max_regions).plain()
         ),
+        **({"flag_level": by_category(records, _level)} if spec.flag.is_usual else {}),
         "view": by_category(records, _view),
         "packages": artifact.body.get("packages", {}),
         **_rasters(records),

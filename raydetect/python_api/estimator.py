@@ -4,6 +4,7 @@ Fits and scores are bit-identical to those of jobs (`python_api/in_process.py`).
 `raydetect score` reads.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from raydetect.artifacts.store import load_artifact, save_artifact
-from raydetect.config import AT_LEAST_2X, STRETCH, DetectorSpec, FitSpec, FlagSpec, JpegScale, ViewSpec
+from raydetect.config import AT_LEAST_2X, STRETCH, USUAL_LEVEL, DetectorSpec, FitSpec, FlagSpec, JpegScale, ViewSpec
 from raydetect.config.validation import validate
 from raydetect.detectors._base import NotFittedError
 from raydetect.detectors._describe import call_text, full_params, plain_spec, spec_of_record, with_class_name
@@ -134,8 +135,13 @@ class Estimator:
         """
         return np.array([scored.image_score for scored, _ in self._scored(images, progress)], dtype=np.float32)
 
-    def predict(self, images: Any, *, alpha: float = 0.01, progress: bool = True) -> np.ndarray:
+    def predict(self, images: Any, *, alpha: float | None = None, progress: bool = True) -> np.ndarray:
         """Predicted labels (N,) int64, 1 = anomalous. A normal image gets 1 with probability at most `alpha`.
+
+        Args:
+            images: see the class.
+            alpha: None = 0.01, or the smallest that the calibration allows, which a warning says.
+            progress: see `fit`.
 
         Raises:
             SpecError: too few images were held out for this alpha.
@@ -165,15 +171,21 @@ class Estimator:
         maps = [placed(item.anomaly_map(), item.layout, size_px) for item, size_px in scored]
         return np.stack(maps) if len({found.shape for found in maps}) == 1 else maps
 
-    def threshold(self, alpha: float = 0.01) -> float:
+    def threshold(self, alpha: float | None = None) -> float:
         """The lowest image score for which `predict` returns 1.
+
+        Args:
+            alpha: see `predict`.
 
         Raises:
             SpecError: too few images were held out for this alpha.
             NotFittedError: the model is not fitted.
         """
-        validate(FlagSpec, {"alpha": alpha}, "predict")
-        return conformal.threshold_for(self._held_out_scores(), alpha, "alpha")
+        flag, scores = validate(FlagSpec, {"alpha": alpha}, "predict"), self._held_out_scores()
+        _, level = flag.smallest_p(len(scores)) or ("", 1.0)
+        if alpha is None and level > USUAL_LEVEL:
+            warnings.warn(f"{self.spec.title}: {conformal.usual_level_text(len(scores))}.", stacklevel=2)
+        return conformal.threshold_for(scores, level, "alpha")
 
     def set_class_name(self, name: str) -> "Estimator":
         """Sets what the images show, such as "screw", for a detector that scores by text.

@@ -21,7 +21,7 @@ from raydetect.report.pictures import Pictures
 from raydetect.report.run_charts import Chart, distribution_chart, p_limit, timeline_chart
 from raydetect.report.tally import MAX_BAD_PER_STATUS, CategorySums, Tally
 from raydetect.sinks.ledger import Ledger
-from raydetect.sinks.run_progress import fdr_text, labelled_auroc, notes_text, regions_text
+from raydetect.sinks.run_progress import fdr_text, labelled_auroc, level_text, notes_text, regions_text
 
 MAX_LABELLED = 1_000_000  # omit the AUROC above, as it needs all labelled scores in memory
 MAX_CATEGORY_ROWS = 300
@@ -156,7 +156,7 @@ def _scored(run: Mapping[str, Any], detector: str, manifest: Mapping[str, Any] |
     return [
         ("Source", uris if isinstance(uris, str) else ", ".join(uris)),
         ("Detector", f"{detector}, {spec['artifact']}"),
-        ("Flagged when", _rule(spec["flag"], manifest)),
+        ("Flagged when", _rule(run, manifest)),
     ]
 
 
@@ -165,8 +165,9 @@ def _regions(run: Mapping[str, Any], tally: Tally) -> list[tuple[str, str]]:
     return [("Regions", regions_text({**run, **tally.totals.plain()}))] if "region_threshold" in run else []
 
 
-def _rule(flag: Mapping[str, Any], manifest: Mapping[str, Any] | None) -> str:
+def _rule(run: Mapping[str, Any], manifest: Mapping[str, Any] | None) -> str:
     """Describes the flagging rule of the job, with the resulting limit for a rule over the whole archive."""
+    flag = run["spec"]["flag"]
     if flag.get("fdr") is not None:
         rule = f"false discovery rate at most {100 * flag['fdr']:g} % over the whole archive (Benjamini-Hochberg)"
         if manifest is None:
@@ -175,7 +176,10 @@ def _rule(flag: Mapping[str, Any], manifest: Mapping[str, Any] | None) -> str:
         return f"{rule}: p-value at most {limit:.6g}" if limit is not None else f"{rule}: no p-value is small enough"
     if flag.get("alpha") is not None:
         return f"p-value at most {flag['alpha']}"
-    return f"image score at least {flag['threshold']}"
+    if flag.get("threshold") is not None:
+        return f"image score at least {flag['threshold']}"
+    limit, note = p_limit(run, manifest), level_text(run)
+    return f"p-value at most {limit:.4g}" + (f": {note}" if note else "") if limit is not None else note
 
 
 def _box(

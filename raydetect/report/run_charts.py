@@ -121,8 +121,14 @@ def _tail(uri: str) -> str:
 
 
 def p_limit(run: Mapping[str, Any], manifest: Mapping[str, Any] | None) -> float | None:
-    """The largest p-value that is flagged; None if a score threshold decides or the run has to finish first."""
+    """The largest p-value that is flagged, of a fleet in any category.
+
+    None if a score threshold decides or the run has to finish first.
+    """
     flag = run["spec"]["flag"]
     decided = None if manifest is None else manifest.get("fdr")
     limit = flag.get("alpha") if decided is None else decided["p_threshold"]
+    levels = run.get("flag_level", {})
+    if limit is None and decided is None and levels:
+        limit = max(one["level"] for one in levels.get("categories", {"": levels}).values())
     return None if limit is None else float(limit)

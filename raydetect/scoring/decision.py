@@ -18,11 +18,12 @@ class DecisionRule:
         """
         self._scores = calibration.scores
         self._is_deferred = flag.fdr is not None
-        if flag.smallest_p is None:
+        smallest_p = flag.smallest_p(len(self._scores))
+        if smallest_p is None:
             assert flag.threshold is not None
             self._threshold = flag.threshold
         else:
-            self._threshold = threshold_for(np.asarray(self._scores), flag.smallest_p[1], flag.smallest_p[0])
+            self._threshold = threshold_for(np.asarray(self._scores), smallest_p[1], smallest_p[0])
 
     @property
     def threshold(self) -> float | None:

@@ -11,8 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from raydetect.config import USUAL_LEVEL
 from raydetect.errors import MissingError
 from raydetect.left_out import left_out_text
+from raydetect.metrics.conformal import usual_level_text
 from raydetect.metrics.roc import auroc
 from raydetect.records import Receipt
 from raydetect.sinks.consistency import Gaps, listed_files, named_files, names_text
@@ -34,6 +36,7 @@ class RunProgress:
         lost: number of records that are missing although the manifest exists.
         gaps: description of missing files of committed shards; "" if there are none or they were not checked.
         regions: number of regions of the committed rows, and what limits them; "" if an older version began the run.
+        level: why the level of flags is not the usual one; "" if it is.
     """
 
     uri: str
@@ -46,6 +49,7 @@ class RunProgress:
     lost: int = 0
     gaps: str = ""
     regions: str = ""
+    level: str = ""
 
     @property
     def flagged(self) -> int | None:
@@ -75,10 +79,9 @@ class RunProgress:
             f"Flagged    {'when all shards are committed (flag.fdr)' if self.flagged is None else f'{self.flagged:,}'}",
             f"Heatmaps   {totals.heatmaps:,}",
         ]
-        if self.regions:
-            lines.append(f"Regions    {self.regions}")
-        if totals.left_out.counts:
-            lines.append(f"Left out   {left_out_text(totals.left_out.counts)}")
+        left_out = left_out_text(totals.left_out.counts)
+        more = (("Level", self.level), ("Regions", self.regions), ("Left out", left_out))
+        lines += [f"{name:<10} {text}" for name, text in more if text]
         if self.num_categories:
             lines.insert(1, f"Fleet      of {self.num_categories:,} categories")
         if self.fdr is not None:
@@ -134,7 +137,16 @@ class ProgressReader:
             lost = 0 if manifest is None else missing
             regions = regions_text({**run, **totals.plain()}) if "region_threshold" in run else ""
             return RunProgress(
-                self._ledger.uri, shards, totals, finished, categories, waits, fdr, lost, regions=regions
+                self._ledger.uri,
+                shards,
+                totals,
+                finished,
+                categories,
+                waits,
+                fdr,
+                lost,
+                regions=regions,
+                level=level_text(run),
             )
 
 
@@ -159,6 +171,20 @@ def progress(ledger: Ledger) -> RunProgress:
 def notes_text(notes: Mapping[str, int]) -> str:
     """Formats the counts of notes by kind: `3 exif_ignored, 2 pages_not_read`."""
     return ", ".join(f"{count:,} {kind}" for kind, count in sorted(notes.items()))
+
+
+def level_text(run: Mapping[str, Any]) -> str:
+    """Says at which p-value images are flagged where a calibration is too small for the usual level; "" if none is."""
+    entry = run.get("flag_level", {})
+    found = {name: one for name, one in entry.get("categories", {"": entry}).items() if one}
+    high = {name: one for name, one in found.items() if one["level"] > USUAL_LEVEL}
+    if not high:
+        return ""
+    worst = max(high, key=lambda name: high[name]["level"])
+    which = "" if not worst else f" of category {worst!r}"
+    if len(high) > 1:
+        which += f" and more of {len(high) - 1:,} other categories"
+    return usual_level_text(high[worst]["calibrated"], which)
 
 
 def regions_text(manifest: Mapping[str, Any]) -> str:

@@ -278,7 +278,7 @@ def calibrated(cache: ImageCache, keys: list[str], seed: int = 0, group: Group |
     found = of(Brightness(0, SMALL), Brightness(1, SMALL), Brightness(2, SMALL))
     scaling, calibration = choose_scaling(keys, seed, group)
     set_scales(found, cache, scaling, 8, group, lambda _: None)
-    return found, calibrate(found, cache, calibration, 8, group, lambda _: None)
+    return found, calibrate(found, cache, [calibration], 8, group, lambda _: None)
 
 
 def test_normal_images_are_flagged_as_rarely_as_promised() -> None:

@@ -249,6 +249,15 @@ def test_a_score_that_is_not_finite_is_an_error(monkeypatch: pytest.MonkeyPatch)
         found.predict_proba(images(3))
 
 
+def test_the_default_level_is_the_smallest_that_the_calibration_allows(fitted: Estimator) -> None:
+    said = r"images are flagged at 9\.1 % by default, not at 1 %, .* 99 normal images .* there are 10"
+    with pytest.warns(UserWarning, match=said):
+        assert fitted.threshold() == fitted.threshold(1 / 11)
+    with pytest.warns(UserWarning, match=said):
+        labels = fitted.predict(images(6))
+    np.testing.assert_array_equal(labels, fitted.p_values(images(6)) <= 1 / 11 + 1e-12)
+
+
 def test_wrong_words_are_refused(fitted: Estimator) -> None:
     calls: list[tuple[Any, str]] = [
         (lambda: create_model("patchcoer"), "Did you mean 'patchcore'"),
@@ -262,7 +271,10 @@ def test_wrong_words_are_refused(fitted: Estimator) -> None:
         (lambda: fitted.fit(images(4), holdout_ratio=1.0), "holdout_ratio"),
         (lambda: fitted.fit(images(1)), "1 usable normal image"),
         (lambda: fitted.fit(["a.png", "./a.png"]), "is given twice"),
-        (lambda: fitted.predict(images(2)), r"alpha = 0\.01 needs at least 99 .* has 10\. .*raise alpha to 0\.091"),
+        (
+            lambda: fitted.predict(images(2), alpha=0.01),
+            r"alpha = 0\.01 needs at least 99 .* has 10\. .*raise alpha to 0\.091",
+        ),
         (lambda: fitted.predict(images(2), alpha=0), "alpha"),
         (lambda: fitted.configure(devise="cpu"), "Did you mean 'device'"),
         (lambda: fitted.configure(device="tpu"), "device"),

@@ -303,7 +303,7 @@ def test_the_peaks_of_all_workers_are_gathered(workers: int) -> None:
         mine = [Member(name, name, data=content) for name, content in files[group.rank :: group.size]]
         for member in mine:
             cache.add_decoded(member, decode_windows(member, DecodeRules(10**6, True), cache.preprocess))
-        return calibrate(detector, cache, sorted(member.key for member in mine), 4, group, lambda _: None)
+        return calibrate(detector, cache, [sorted(member.key for member in mine)], 4, group, lambda _: None)
 
     alone, together_ = work(Group()), together(workers, work)
     assert together_ == [together_[0]] * workers
