@@ -273,7 +273,7 @@ def test_wrong_words_are_refused(fitted: Estimator) -> None:
         (lambda: fitted.fit(["a.png", "./a.png"]), "is given twice"),
         (
             lambda: fitted.predict(images(2), alpha=0.01),
-            r"alpha = 0\.01 needs at least 99 .* has 10\. .*raise alpha to 0\.091",
+            r"alpha = 0\.01 needs at least 99 .* has 10\. .*Raise alpha to 0\.091",
         ),
         (lambda: fitted.predict(images(2), alpha=0), "alpha"),
         (lambda: fitted.configure(devise="cpu"), "Did you mean 'device'"),

@@ -45,6 +45,7 @@ def test_bottle_is_fitted_and_scored_from_tar_shards_in_a_bucket(
         },
         "artifact": store.uri("artifact"),
         "storage": store.settings,
+        "calibration": {"method": "holdout"},  # folds would choose five more coresets
         "resources": {"cpus_per_worker": 1},
     }
     score = {

@@ -207,6 +207,7 @@ def test_bottle_has_the_same_bank_on_one_two_and_four_workers_even_if_one_is_kil
             "artifact": store.uri(f"artifact{workers}"),
             "storage": store.settings,
             "max_bank_bytes": 1 << 20,
+            "calibration": {"method": "holdout"},
             "resources": {"num_workers": workers, "cpus_per_worker": 1},
         }
         job = write_job(tmp_path / f"{workers}.yaml", values)
