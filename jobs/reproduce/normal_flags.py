@@ -71,6 +71,33 @@ def measure(name: str, data: str) -> dict[str, Any]:
     return {**facts, **settings, "seconds": round(time.perf_counter() - started), "levels": shares}
 
 
+def table() -> str:
+    """The document of all results."""
+    lines = [
+        "# New normal images that are flagged",
+        "",
+        "Written by `python -m jobs.reproduce.normal_flags` from the JSON files of this folder. Of each data set, as many",
+        f"normal images as stated are fitted and calibrated on in five folds, and the others are new, in {SPLITS} random",
+        f"splits, at {SIZE_PX} px with a ResNet-18. A level is missing where so few images do not allow it. The sampling",
+        "error is that of a share of all normal images of the set, as all splits draw from them.",
+        "",
+        "| Detector | Data | Fitted | New | Level | Flagged | Sampling error |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for path in sorted(RESULTS.glob("*.json")):
+        found = json.loads(path.read_text())
+        new = found["normal_images"] - found["fitted"]
+        start = f"| {found['detector']} | {found['data']} | {found['fitted']} | {new} |"
+        for level, shares in found["levels"].items():
+            flagged, error = _percent(shares["flagged"]), _percent(shares["sampling_error"])
+            lines.append(f"{start} {100 * float(level):g} % | {flagged} | {error} |")
+    return "\n".join(lines) + "\n"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
 def main(names: list[str]) -> None:
     """Measures detectors on all data sets; writes a file for each pair."""
     warnings.simplefilter("ignore")  # the calibration of a set of 30 images allows 3.2 %, which is what is measured
@@ -80,6 +107,7 @@ def main(names: list[str]) -> None:
             result = measure(name, data)
             path = RESULTS / f"{name}-{data}.json"
             path.write_text(json.dumps(result, indent=1) + "\n")
+            (RESULTS / "README.md").write_text(table())
             print(f"{name}, {data}: {result['levels']} in {result['seconds']} s. Written: {path}", flush=True)
 
 
