@@ -79,7 +79,7 @@ def table() -> str:
         "Written by `python -m jobs.reproduce.normal_flags` from the JSON files of this folder. Of each data set, as",
         "many normal images as stated are fitted and calibrated on in five folds, and the others are new, in",
         f"{SPLITS} random splits, at {SIZE_PX} px with a ResNet-18. A level is missing where so few images do not",
-        "allow it. The sampling error is that of a share of all normal images of the set, as all splits draw from them.",
+        "allow it. The sampling error is that of a share of all normal images of the set: all splits draw from them.",
         "",
         "| Detector | Data | Fitted | New | Level | Flagged | Sampling error |",
         "|---|---|---|---|---|---|---|",

@@ -77,7 +77,7 @@ def threshold_for(calibration_M: np.ndarray, alpha: float, setting: str = "flag.
     if allowed < 0:
         raise SpecError(
             f"{setting} = {alpha} needs at least {required_size(alpha)} held-out normal images, but the artifact "
-            f"has {size}. Raise alpha to {math.ceil(1000 / (size + 1)) / 1000}, calibrate on more images (a new fit, or "
+            f"has {size}. Raise alpha to {math.ceil(1000 / (size + 1)) / 1000}, calibrate on more images (a fit or "
             "`raydetect calibrate`), or decide by a threshold of scores (flag.threshold)."
         )
     if allowed >= size:
