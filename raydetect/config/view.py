@@ -62,15 +62,15 @@ class ViewSpec:
     bands: Annotated[
         tuple[Band, ...] | None,
         Field(
-            description="one or three bands of a TIFF or JPEG 2000, from 1, shown as grey or as red, green and blue; "
+            description="one or three bands, from 1, shown as grey or as red, green and blue; "
             "none = all, if there are one or three besides alpha"
         ),
     ] = None
     range: Annotated[
         tuple[float, float] | None,
         Field(
-            description="values of a TIFF or JPEG 2000 that become 0 and 255; those between are mapped linearly and "
-            "rounded, those beyond are clipped; none = the fixed scale of 8 and 16 bits"
+            description="stored values that become 0 and 255; those between are mapped linearly and rounded, those "
+            "beyond are clipped; none = the fixed scale of 8 and 16 bits"
         ),
     ] = None
     region: Annotated[
@@ -156,7 +156,7 @@ class ViewSpec:
 
     @property
     def reads_bands(self) -> bool:
-        """Whether pictures must be rasters, read by the view's own rule of bands and values."""
+        """Whether pictures are read by the view's own rule of bands and values."""
         return self.bands is not None or self.range is not None
 
     def recorded(self) -> dict[str, Any]:
