@@ -215,7 +215,7 @@ def _inputs(
             facts.levels = int(high - low)
         if layout.is_empty:
             raise MemberError(
-                "unsupported_mode", "nothing of it lies in the region that the artifact looks at."
+                "unsupported_mode", "no px of it lies in view.region at the size of the input. Enlarge the region."
             )
 
         def cut(window: Window) -> tuple[Input, tuple[float, float]]:
