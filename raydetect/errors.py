@@ -51,6 +51,12 @@ class MissingError(UnreadableError):
     exit_code = 2
 
 
+class NotAFileError(UnreadableError):
+    """There is a folder at the URI, or a file where the URI has a folder."""
+
+    exit_code = 2
+
+
 class ChangedError(StorageError):
     """A file has changed since it was listed."""
 
@@ -106,7 +112,7 @@ class AlarmRaised(RaydetectError):
 
 def is_outage(error: RaydetectError) -> bool:
     """Whether the storage failed, so that the same job may succeed later."""
-    return isinstance(error, StorageError) and not isinstance(error, MissingError | DamagedError)
+    return isinstance(error, StorageError) and not isinstance(error, MissingError | NotAFileError | DamagedError)
 
 
 def error_text(error: RaydetectError) -> str:

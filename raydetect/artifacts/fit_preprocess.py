@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 from raydetect.artifacts.record import read_record
-from raydetect.config import AT_LEAST_2X, STRETCH, FitSpec, ViewSpec
+from raydetect.config import AT_LEAST_2X, STRETCH, FitSpec, TileSpec, ViewSpec
 from raydetect.detectors._registry import build_from
-from raydetect.errors import MissingError, SpecError
+from raydetect.errors import MissingError, NotAFileError, SpecError
 from raydetect.images.preprocess import Preprocess
 from raydetect.images.view_files import alignment_of, region_of_mask
 from raydetect.storage import Storage, normalise_uri
@@ -77,12 +77,23 @@ def view_of(spec: ViewSpec, image_size: tuple[int, int], storage: Storage, categ
             f"view.crop = {list(spec.crop or ())}: the detector's image_size is {list(image_size)}, and the crop is "
             "its input. Set detector.params.image_size to the crop."
         )
-    if spec.tile is not None and spec.tile.size is None and spec.tile.overlap > min(image_size) // 2:
+    settings = replace(spec.settings, tile=None if spec.tile is None else _resolved(spec.tile, image_size))
+    return View(settings, _region(spec, storage, category), _alignment(spec, storage, category))
+
+
+def _resolved(tile: TileSpec, image_size: tuple[int, int]) -> TileSpec:
+    """The tile with the px that it overlaps, which the artifact records, whatever later versions do by default.
+
+    Raises:
+        SpecError: they are more than half of the tile.
+    """
+    overlap = tile.overlap_of(tile.size or image_size)
+    if overlap > min(tile.size or image_size) // 2:
         raise SpecError(
-            f"view.tile.overlap = {spec.tile.overlap}: is more than half of a tile of the detector's "
+            f"view.tile.overlap = {overlap}: is more than half of a tile of the detector's "
             f"image_size, {list(image_size)} px. Set it to {min(image_size) // 2} or less."
         )
-    return View(spec.settings, _region(spec, storage, category), _alignment(spec, storage, category))
+    return replace(tile, overlap=overlap)
 
 
 def _extended(spec: FitSpec, image_size: tuple[int, int]) -> Preprocess:
@@ -119,8 +130,10 @@ def _alignment(spec: ViewSpec, storage: Storage, category: str | None) -> Alignm
 
 
 def _read(uri: str, what: str, storage: Storage, category: str | None) -> bytes:
+    of = "" if category is None else f" of category {category!r}"
     try:
         return storage.read(uri)
     except MissingError:
-        of = "" if category is None else f" of category {category!r}"
         raise SpecError(f"{what} {uri}{of} does not exist. Add it or correct the URI.") from None
+    except NotAFileError:
+        raise SpecError(f"{what} {uri}{of} is not a file. Name one.") from None

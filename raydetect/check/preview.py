@@ -8,15 +8,22 @@ from raydetect.archives.base import Archive, Listing
 from raydetect.archives.chunks import read_members
 from raydetect.archives.labels import labels_text
 from raydetect.archives.open import open_archive
-from raydetect.config import AuditSpec, CalibrateSpec, FitSpec, JobSpec, ScoreSpec, SourceSpec, source_storage
+from raydetect.check.first_images import MAX_BYTES, MAX_IMAGES, FirstImages
+from raydetect.config import (
+    AuditSpec,
+    CalibrateSpec,
+    EvaluateSpec,
+    FitSpec,
+    JobSpec,
+    ScoreSpec,
+    SourceSpec,
+    source_storage,
+)
 from raydetect.errors import SpecError
-from raydetect.images.opening import DecodeRules, header_size
+from raydetect.images.opening import DecodeRules
 from raydetect.left_out import LeftOutCount, left_out_text
 from raydetect.records import Member
 from raydetect.storage import Storage
-from raydetect.views.hints import hints
-
-MAX_IMAGES, MAX_BYTES = 1000, 128 << 20
 
 
 def source_lines(spec: JobSpec) -> list[str]:
@@ -25,38 +32,42 @@ def source_lines(spec: JobSpec) -> list[str]:
     Raises:
         RaydetectError: the source cannot be read.
     """
+    if isinstance(spec, EvaluateSpec):
+        from raydetect.check.evaluate import evaluation_hints
+
+        return [f"Hint: {hint}" for hint in evaluation_hints(spec)]
     if not isinstance(spec, FitSpec | ScoreSpec | AuditSpec | CalibrateSpec):
         return []
     archive = open_archive(spec.source, Storage(source_storage(spec, spec.source)))
     listing, left_out = archive.listing(), LeftOutCount()
     counts: Counter[tuple[int | None, str]] = Counter()
-    sizes: Counter[tuple[int, int]] = Counter()
-    rules = DecodeRules.of(spec.source)
+    seen = _first_images(spec) if isinstance(spec, FitSpec) else None
     is_all = False
     for member in _first_members(archive, listing, spec.source, left_out):
         if member is None:
             is_all = True
         else:
             counts[member.label, member.raw_label] += 1
-            size = header_size(member.data, rules) if isinstance(spec, FitSpec) else None
-            sizes.update([size] if size else [])
+            if seen is not None:
+                seen.note(member)
     if is_all:
         _refuse_useless(spec, counts, left_out)
+    if seen is not None:
+        seen.refuse_unreadable("source.uri")
     of = "" if is_all else f", of the first {counts.total():,} images"
     lines = [f"Note: {note}" for note in listing.notes]
     if any(label is not None for label, _ in counts):
         lines.append(f"label: {labels_text([(*key, count) for key, count in counts.items()])}{of}")
     if left_out.counts:
         lines.append(f"Left out{of}: {left_out_text(left_out.counts)}")
-    return lines + (_hint_lines(spec, sizes) if isinstance(spec, FitSpec) else [])
+    return lines + ([] if seen is None else [f"Hint: {hint}" for hint in seen.hints()])
 
 
-def _hint_lines(spec: FitSpec, sizes: Counter[tuple[int, int]]) -> list[str]:
-    """Hints on the view of a fit; imports torch, as its other checks did."""
+def _first_images(spec: FitSpec) -> FirstImages:
+    """What the fit would see; imports torch, as its other checks did."""
     from raydetect.artifacts.fit_preprocess import FitRules
 
-    preprocess = FitRules(spec).common
-    return [f"Hint: {hint}" for hint in hints(sizes, preprocess.view, preprocess.image_size)]
+    return FirstImages(DecodeRules.of(spec.source), FitRules(spec).of)
 
 
 def _refuse_useless(spec: JobSpec, counts: Counter[tuple[int | None, str]], left_out: LeftOutCount) -> None:

@@ -4,18 +4,19 @@ import math
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
+from raydetect.config.polygons import checked_region
 from raydetect.config.validation import STRICT
 
 CATEGORY = "{category}"
 Resize = Literal["stretch", "pad", "short_side"]
 Align = Literal["none", "phase"]
 ALIGN_MAX = 0.1
+OVERLAP_PX, OVERLAP_SHARE = 64, 4  # of neighbouring tiles, unless stated: at most, and the part of the shorter side
 Pixels = Annotated[int, Field(ge=8, le=16_384)]
 Band = Annotated[int, Field(ge=1, le=65_535)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Polygon = Annotated[tuple[tuple[Share, Share], ...], Field(min_length=3)]
+Polygon = tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,11 +28,22 @@ class TileSpec:
         tuple[Pixels, Pixels] | None,
         Field(description="(height, width) in px of the scaled picture; none = image_size of the detector"),
     ] = None
-    overlap: Annotated[int, Field(ge=0, description="px that neighbouring tiles share, at least")] = 64
+    overlap: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            description="px that neighbouring tiles share, at least; none = a quarter of a tile's shorter side, at "
+            f"most {OVERLAP_PX}",
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
-        if self.size is not None and self.overlap > min(self.size) // 2:
+        if self.size is not None and self.overlap_of(self.size) > min(self.size) // 2:
             raise ValueError(f"overlap {self.overlap} is more than half of a tile of {self.size} px; lower it")
+
+    def overlap_of(self, size: tuple[int, int]) -> int:
+        """The px that neighbouring tiles of (height, width) `size` share, at least."""
+        return min(OVERLAP_PX, min(size) // OVERLAP_SHARE) if self.overlap is None else self.overlap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,15 +74,15 @@ class ViewSpec:
     bands: Annotated[
         tuple[Band, ...] | None,
         Field(
-            description="one or three bands of a TIFF or JPEG 2000, from 1, shown as grey or as red, green and blue; "
+            description="one or three bands, from 1, shown as grey or as red, green and blue; "
             "none = all, if there are one or three besides alpha"
         ),
     ] = None
     range: Annotated[
         tuple[float, float] | None,
         Field(
-            description="values of a TIFF or JPEG 2000 that become 0 and 255; those between are mapped linearly and "
-            "rounded, those beyond are clipped; none = the fixed scale of 8 and 16 bits"
+            description="stored values that become 0 and 255; those between are mapped linearly and rounded, those "
+            "beyond are clipped; none = the fixed scale of 8 and 16 bits"
         ),
     ] = None
     region: Annotated[
@@ -80,6 +92,7 @@ class ViewSpec:
             "detector), or polygons of (x, y) from 0 to 1; the rest of the picture is neither learnt nor scored nor "
             "drawn"
         ),
+        BeforeValidator(checked_region),
     ] = None
     align: Annotated[
         Align,
@@ -116,8 +129,6 @@ class ViewSpec:
             raise ValueError(f"bands {list(self.bands)}: name one band for grey, or three for red, green and blue")
         if self.range is not None and not (math.isfinite(sum(self.range)) and self.range[0] < self.range[1]):
             raise ValueError(f"range {list(self.range)}: the first value becomes 0 and must be less than the second")
-        if self.region == ():
-            raise ValueError("region has no polygon; remove it")
 
     def _check_align(self) -> None:
         if self.align == "none" and (self.align_to is not None or self.align_max != ALIGN_MAX):
@@ -156,7 +167,7 @@ class ViewSpec:
 
     @property
     def reads_bands(self) -> bool:
-        """Whether pictures must be rasters, read by the view's own rule of bands and values."""
+        """Whether pictures are read by the view's own rule of bands and values."""
         return self.bands is not None or self.range is not None
 
     def recorded(self) -> dict[str, Any]:

@@ -36,14 +36,14 @@ def run_cell(evaluation: Evaluation, cell: Cell, on_progress: ProgressCallback) 
     """
     spec, uri = evaluation.spec, join_uri(evaluation.output, "artifacts", cell.name)
     device = _device(spec.resources.gpus_per_worker)
-    fit_spec = _fit_spec(evaluation, cell, uri)
-    report = fit_worker(fit_spec, _chunks(evaluation, cell, "train"), None, Group(), on_progress, device)
+    fit_spec = cell_fit_spec(evaluation, cell, uri)
+    report = fit_worker(fit_spec, cell_chunks(evaluation, cell, "train"), None, Group(), on_progress, device)
     assert report is not None
     artifact = load_artifact(report.uri, Storage(spec.storage))
     artifact.detector.to(device)
-    source, threads = _source(evaluation, "test"), spec.resources.cpus_per_worker
+    source, threads = cell_source(evaluation, "test"), spec.resources.cpus_per_worker
     masks = Storage(source_storage(spec, source))
-    chunks = _chunks(evaluation, cell, "test")
+    chunks = cell_chunks(evaluation, cell, "test")
     try:
         outcome = evaluate_images(artifact, chunks, source, masks, spec.batch_size, threads)
         figures = figures_of(outcome.quality, spec.replicates)
@@ -103,11 +103,12 @@ def _scoring_facts(outcome: EvaluationOutcome) -> Mapping[str, Any]:
     }
 
 
-def _fit_spec(evaluation: Evaluation, cell: Cell, uri: str) -> FitSpec:
+def cell_fit_spec(evaluation: Evaluation, cell: Cell, uri: str) -> FitSpec:
+    """Returns the job of a cell's fit, whose artifact is written to a URI."""
     spec = evaluation.spec
     values = {
         "kind": "fit",
-        "source": _source(evaluation, "train"),
+        "source": cell_source(evaluation, "train"),
         "detector": cell.detector,
         "artifact": uri,
         "storage": spec.storage,
@@ -121,7 +122,8 @@ def _fit_spec(evaluation: Evaluation, cell: Cell, uri: str) -> FitSpec:
     return validate(FitSpec, values, "evaluate")
 
 
-def _source(evaluation: Evaluation, split: str) -> SourceSpec:
+def cell_source(evaluation: Evaluation, split: str) -> SourceSpec:
+    """Returns where the images of a split, `train` or `test`, are."""
     spec = evaluation.spec
     if spec.archive is not None:
         return spec.archive.train if split == "train" else spec.archive.test
@@ -129,8 +131,9 @@ def _source(evaluation: Evaluation, split: str) -> SourceSpec:
     return SourceSpec(uri=normalise_uri(spec.data.uri), format="prefix")
 
 
-def _chunks(evaluation: Evaluation, cell: Cell, split: str) -> Iterator[Chunk]:
-    source = _source(evaluation, split)
+def cell_chunks(evaluation: Evaluation, cell: Cell, split: str) -> Iterator[Chunk]:
+    """Yields the images of a cell's split, which are read as they are needed."""
+    source = cell_source(evaluation, split)
     storage = Storage(source_storage(evaluation.spec, source))
     if evaluation.spec.archive is None:
         root = normalise_uri(source.uris()[0])

@@ -11,7 +11,8 @@ Warnings of libjpeg are errors (`jpeg.py` lists detectable damage): a JPEG with 
 one without end marker is fine. EXIF orientation is applied exactly once for every format, unless the source says
 `ignore`; then pixels are returned as stored. Any exception of a decoder becomes the status of that image only.
 
-TIFF and JPEG 2000 are read window by window for views with tiles, and by the view's bands and range (`rasters/`).
+TIFF and JPEG 2000 are read window by window for views with tiles, and by the view's bands and range (`rasters/`), which
+apply to the values of other formats after they are decoded (`rasters/in_memory.py`).
 
 Facts are noted without making an image bad: `exif_ignored` (damaged EXIF, so orientation is not applied),
 `pages_not_read: N` (only the first of several pages or frames is read) and, with `view.align`, `aligned: X, Y` (px by
@@ -42,12 +43,13 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from raydetect.config import ViewSpec
+from raydetect.config import STRETCH, ViewSpec
 from raydetect.errors import MemberError
 from raydetect.images.bit_depth import SIXTEEN_BIT
 from raydetect.images.opening import DecodeRules, Loaded, loaded_image, short
 from raydetect.images.orientation import SIDEWAYS
 from raydetect.images.preprocess import Preprocess
+from raydetect.images.rasters.in_memory import of_view
 from raydetect.images.rasters.opening import raster_for_showing, raster_for_windows
 from raydetect.images.rasters.picture import RasterPicture
 from raydetect.records import OK, Member
@@ -130,7 +132,7 @@ def decode_image(
         if raster is not None:
             return raster.shown(longest_px)
         with loaded_image(data, rules) as loaded:
-            picture = loaded.rgb()
+            picture = of_view(loaded, data, spec or STRETCH).rgb()
             if longest_px is not None:
                 picture.thumbnail((longest_px, longest_px))
             return picture
@@ -212,7 +214,9 @@ def _inputs(
             low, high = np.array(upright.picture.getextrema(), np.int64)
             facts.levels = int(high - low)
         if layout.is_empty:
-            raise MemberError("unsupported_mode", "nothing of it lies in the region that the artifact looks at.")
+            raise MemberError(
+                "unsupported_mode", "no px of it lies in view.region at the size of the input. Enlarge the region."
+            )
 
         def cut(window: Window) -> tuple[Input, tuple[float, float]]:
             shown, grey_HW = input_of(upright, layout, window, preprocess.image_size)
@@ -244,7 +248,7 @@ def _opened(
     raster = raster_for_windows(data, rules, preprocess.view.spec)
     if raster is None:
         with loaded_image(data, rules, preprocess) as loaded:
-            yield loaded, pool
+            yield of_view(loaded, data, preprocess.view.spec), pool
         return
     with raster.for_windows(preprocess, 1 if pool is None else WINDOWS_AHEAD + 1) as (picture, fits):
         yield picture, pool if fits else None

@@ -17,6 +17,11 @@ def chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
         position = stop
 
 
+def has_deep_colour(data: bytes) -> bool:
+    """Whether data start as a PNG of 16 bits in colour, or in grey with alpha."""
+    return data.startswith(PNG_START) and data[24:26] in (b"\x10\2", b"\x10\4", b"\x10\6")
+
+
 def significant_bits(data: bytes) -> int | None:
     """Returns the bits in the sBIT chunk of a 16-bit grey PNG; None if it has none below 16. Never raises."""
     if not data.startswith(PNG_START) or data[24:26] != b"\x10\0":  # depth 16, colour type grey

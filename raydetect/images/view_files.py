@@ -7,7 +7,8 @@ from PIL import Image
 from raydetect.config import ViewSpec
 from raydetect.errors import MemberError, SpecError
 from raydetect.images.masks import mask_pixels
-from raydetect.images.opening import DecodeRules, loaded_image
+from raydetect.images.opening import DecodeRules, Loaded, loaded_image
+from raydetect.images.rasters.in_memory import of_view
 from raydetect.images.rasters.opening import raster_for_windows
 from raydetect.views.align import Alignment, reference_png, shrunk
 from raydetect.views.region import MAX_SIDE_PX, Region
@@ -54,7 +55,8 @@ def alignment_of(data: bytes, place: str, spec: ViewSpec) -> Alignment:
     try:
         raster = raster_for_windows(data, RULES, spec)
         with loaded_image(data, RULES) if raster is None else raster.opened() as loaded:
-            png = reference_png(grey_of(loaded.upright(), loaded.size, shrunk(loaded.size)))
+            seen = of_view(loaded, data, spec) if isinstance(loaded, Loaded) else loaded
+            png = reference_png(grey_of(seen.upright(), seen.size, shrunk(seen.size)))
     except MemberError as error:
         raise SpecError(f"view.align_to: {place} is not a picture ({error}).") from None
     except ValueError as error:

@@ -12,8 +12,9 @@ import numpy as np
 from PIL import Image
 
 from raydetect.archives.base import key_of
-from raydetect.config import FIT_CHUNK_IMAGES, SourceSpec
+from raydetect.config import FIT_CHUNK_IMAGES, STRETCH, SourceSpec, ViewSpec
 from raydetect.errors import MemberError, RaydetectError, SpecError, StorageError
+from raydetect.images.bit_depth import SIXTEEN_BIT
 from raydetect.images.decode import DecodePool, Pixels, decode_stream
 from raydetect.images.opening import DecodeRules, depth_of
 from raydetect.images.orientation import upright
@@ -58,15 +59,19 @@ class InputImage:
     content: "np.ndarray | Image.Image | str"
     label: int | None = None
 
-    def member(self, storage: Storage) -> Member:
+    def member(self, storage: Storage, spec: ViewSpec = STRETCH) -> Member:
         """Encodes the image as a member; one that cannot be encoded gets a status and the reason.
+
+        Args:
+            storage: for paths and URIs.
+            spec: the view that looks at it.
 
         Raises:
             StorageError: the storage itself cannot be reached.
         """
         uri = self.content if isinstance(self.content, str) else self.key
         try:
-            return Member(self.key, uri, data=self._encoded(storage), label=self.label)
+            return Member(self.key, uri, data=self._encoded(storage, spec), label=self.label)
         except MemberError as error:
             return Member(self.key, uri, status=error.status, error=f"{self.key}: {error}")
         except StorageError as error:
@@ -74,11 +79,16 @@ class InputImage:
                 return Member(self.key, uri, status="empty", error=str(error))
             raise
 
-    def _encoded(self, storage: Storage) -> bytes:
+    def _encoded(self, storage: Storage, spec: ViewSpec) -> bytes:
         if isinstance(self.content, str):
             return storage.read(self.content)
         if isinstance(self.content, np.ndarray):
             return _ppm(self.content)
+        if spec.range is not None and self.content.mode in SIXTEEN_BIT:
+            raise MemberError(
+                "unsupported_mode",
+                f"a PIL image of mode {self.content.mode} is made 8-bit before view.range is applied. Give its path.",
+            )
         try:
             return _ppm(np.asarray(to_rgb(upright(self.content), depth_of(self.content), 1), dtype=np.uint8))
         except MemberError:
@@ -144,7 +154,7 @@ def _decoded(
     position = 0
     for start in range(0, len(inputs), FIT_CHUNK_IMAGES):
         part = inputs[start : start + FIT_CHUNK_IMAGES]
-        members = [image.member(storage) for image in part]
+        members = [image.member(storage, preprocess.view.spec) for image in part]
         for item in decode_stream(members, RULES, preprocess, pool):
             yield position, item
             position += isinstance(item, Pixels)

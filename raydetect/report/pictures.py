@@ -128,6 +128,8 @@ class Pictures:
     def located(self, row: Mapping[str, Any], whole_HW: np.ndarray) -> tuple[np.ndarray, Layout]:
         """The part of a stored anomaly map that the detector gave, (H, W) float32, and where it lies in the picture.
 
+        Its canvas is reduced where the whole would be too large (`views/placement.py`).
+
         Args:
             row: the row.
             whole_HW: its stored map, which covers the whole picture.
@@ -146,7 +148,7 @@ class Pictures:
                 f"{row['heatmap_uri']}: has {size[1]} x {size[0]} px instead of {expected[1]} x {expected[0]}. "
                 f"{repair_hint(self.ledger.uri)}"
             )
-        return of_whole(whole_HW, layout), layout
+        return of_whole(whole_HW, layout)
 
     def overlay(self, row: Mapping[str, Any], image: Image.Image | None) -> Image.Image | None:
         """The image with its heatmap overlaid; None if no heatmap is stored, or only a map without its image.

@@ -3,7 +3,7 @@
 import errno
 import re
 
-from raydetect.errors import ChangedError, MissingError, RaydetectError, StorageError, UnreadableError
+from raydetect.errors import ChangedError, MissingError, NotAFileError, RaydetectError, StorageError, UnreadableError
 
 REFUSED_KEYS = (
     "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "TokenRefreshRequired", "InvalidToken",
@@ -29,7 +29,8 @@ def translate(uri: str, verb: str, error: Exception) -> RaydetectError:
 
     Returns:
         ChangedError: the object has changed since it was listed.
-        UnreadableError: this object cannot be read, although others may be; a MissingError if it does not exist.
+        UnreadableError: this object cannot be read, although others may be; a MissingError if it does not exist, a
+            NotAFileError if it is a folder.
         StorageError: anything else: the whole storage is affected, or the failure may be temporary.
     """
     if isinstance(error, RaydetectError):
@@ -54,7 +55,7 @@ def _object_error(uri: str, verb: str, error: Exception, code: str, text: str) -
     if code in ABSENT or (not code and isinstance(error, FileNotFoundError)):
         return MissingError(f"{uri}: not found. Check the path.")
     if isinstance(error, IsADirectoryError | NotADirectoryError):
-        return UnreadableError(f"{uri}: is not a file ({type(error).__name__}). Check the path.")
+        return NotAFileError(f"{uri}: is not a file ({type(error).__name__}). Check the path.")
     return None
 
 

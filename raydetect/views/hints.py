@@ -50,7 +50,7 @@ def dark_hints(levels: Mapping[int, int]) -> list[str]:
     return [
         f"{narrow:,} of {sum(levels.values()):,} 16-bit grey images use less than an eighth of their range, which is "
         f"read as fewer than {FEW_LEVELS} of 256 levels; write them with the full range, or name their significant "
-        "bits in the file (sBIT in a PNG, 12 bits in a TIFF)."
+        "bits in the file (sBIT in a PNG, 12 bits in a TIFF), or state the values that they use in view.range."
     ]
 
 

@@ -1,13 +1,35 @@
-"""Puts an anomaly map at its place in the whole picture."""
+"""Puts an anomaly map at its place in the whole picture.
+
+A map of the whole picture has at most `MAX_CANVAS_PX` along each side, as that of tiles: where a view cuts a small part
+from a large or very oblong picture, it has the highest of each block of px of the detector's map.
+"""
+
+import math
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image
 
-from raydetect.views.view import Layout
+from raydetect.views.view import MAX_CANVAS_PX, Layout
+
+
+def bounded(layout: Layout) -> Layout:
+    """Returns the layout of the stored map, whose canvas is reduced if the whole picture would be too large."""
+    by = math.ceil(max(_unbounded_size(layout)) / MAX_CANVAS_PX)
+    if by == 1:
+        return layout
+    height, width = (max(1, side // by) for side in layout.canvas)
+    window = replace(layout.windows[0], cell=(0, 0, width, height), size=(width, height))
+    return replace(layout, windows=(window,), canvas=(height, width))
 
 
 def whole_size(layout: Layout) -> tuple[int, int]:
-    """(height, width) in px of the whole picture at the scale of its map."""
+    """(height, width) in px of the whole picture at the scale of its stored map, each at most `MAX_CANVAS_PX`."""
+    height, width = _unbounded_size(bounded(layout))
+    return min(height, MAX_CANVAS_PX), min(width, MAX_CANVAS_PX)
+
+
+def _unbounded_size(layout: Layout) -> tuple[int, int]:
     left, upper, right, lower = layout.box
     height, width = layout.canvas
     across, down = layout.picture[0] / (right - left), layout.picture[1] / (lower - upper)
@@ -36,19 +58,31 @@ def placed(map_HW: np.ndarray, layout: Layout, size: tuple[int, int]) -> np.ndar
 
 
 def in_whole(map_HW: np.ndarray, layout: Layout) -> np.ndarray:
-    """Returns the map of the whole picture, float32, with a map of the layout's canvas at its place, px for px."""
+    """Returns the map of the whole picture, float32, with a map of the layout's canvas at its place, px for px.
+
+    If the canvas is reduced (`bounded`), its px have the highest of each block of the map.
+    """
     whole_HW = np.full(whole_size(layout), np.nan, np.float32)
-    whole_HW[_within_whole(layout)] = map_HW
+    whole_HW[_within_whole(layout)] = _highest(map_HW, bounded(layout).canvas)
     return whole_HW
 
 
-def of_whole(whole_HW: np.ndarray, layout: Layout) -> np.ndarray:
-    """Returns the map of the layout's canvas that `in_whole` put in the map of the whole picture."""
-    return whole_HW[_within_whole(layout)]
+def of_whole(whole_HW: np.ndarray, layout: Layout) -> tuple[np.ndarray, Layout]:
+    """Returns the map that `in_whole` put in the map of the whole picture, and where it lies (`bounded`)."""
+    return whole_HW[_within_whole(layout)], bounded(layout)
+
+
+def _highest(map_HW: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The highest known value of each of (height, width) `size` blocks; NaN where none is known."""
+    if map_HW.shape == size:
+        return map_HW
+    rows, columns = (np.arange(count) * length // count for count, length in zip(size, map_HW.shape, strict=True))
+    highest_HW: np.ndarray = np.fmax.reduceat(np.fmax.reduceat(map_HW, rows, axis=0), columns, axis=1)
+    return highest_HW
 
 
 def _within_whole(layout: Layout) -> tuple[slice, slice]:
-    (height, width), (rows, columns) = whole_size(layout), layout.canvas
+    (height, width), (rows, columns) = whole_size(layout), bounded(layout).canvas
     left = min(round(layout.box[0] / layout.picture[0] * width), width - columns)
     upper = min(round(layout.box[1] / layout.picture[1] * height), height - rows)
     return slice(upper, upper + rows), slice(left, left + columns)

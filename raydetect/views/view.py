@@ -336,7 +336,7 @@ def _tiled(view: View, size: tuple[int, int], image_size: tuple[int, int]) -> La
     tile = view.spec.tile.size or image_size
     scaled = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
     reduction = math.ceil(max(scaled) / MAX_CANVAS_PX)
-    overlap = view.spec.tile.overlap
+    overlap = view.spec.tile.overlap_of(tile)
     columns = _axis(scaled[0], tile[1], overlap)
     rows = _axis(scaled[1], tile[0], overlap)
     across, down = size[0] / scaled[0], size[1] / scaled[1]

@@ -18,19 +18,22 @@ from pydantic import Field
 
 from raydetect import Estimator, create_model, list_models
 from raydetect.artifacts.record import read_record
-from raydetect.config import FitSpec, ScoreSpec, parse_job
+from raydetect.config import FitSpec, ScoreSpec, ViewSpec, parse_job
 from raydetect.detectors import _registry, patchcore
 from raydetect.detectors._base import NotFittedError, Scores
 from raydetect.detectors.stfpm import STFPM
 from raydetect.errors import ArtifactError, SpecError
+from raydetect.images.preprocess import Preprocess
 from raydetect.local import jobs
 from raydetect.planning.plan import plan_score
 from raydetect.progress import FitDisplay
 from raydetect.python_api import estimator as estimator_module
 from raydetect.python_api import models as models_module
-from raydetect.python_api.inputs import BadImagesError
+from raydetect.python_api.inputs import BadImagesError, as_input_images, decode_inputs
 from raydetect.storage import Storage
 from raydetect.views.placement import resized
+from raydetect.views.view import View
+from raydetect.views.windows import Input
 from tests.builders.images import DEFECTS, defect_image, encode, normal_image
 from tests.whole_jobs.runs import rows_of
 
@@ -481,3 +484,20 @@ def test_import_is_instant_and_knows_its_names() -> None:
     }
     code = "import sys; sys.modules['ray'] = None; from raydetect import create_model; create_model('patchcore')"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_range_counts_the_values_of_files_and_of_arrays(tmp_path: Path) -> None:
+    deep = np.random.default_rng(0).integers(0, 65_536, (8, 8)).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    rules = Preprocess((8, 8), "full", View(ViewSpec(range=(50, 200))))
+
+    def shown(image: Any) -> np.ndarray:
+        first, _ = decode_inputs(as_input_images([image]), rules, Storage(), 1)
+        assert isinstance(first, Input)
+        return first.image_HWC[..., 0]
+
+    for image, values in ((str(tmp_path / "deep.png"), deep), ((deep >> 8).astype(np.uint8), deep >> 8)):
+        expected = np.floor(np.clip((values.astype(float) - 50) / 150 * 255, 0, 255) + 0.5)
+        assert (shown(image) == expected).all()
+    with pytest.raises(BadImagesError, match=r"a PIL image of mode I;16 is made 8-bit before .* Give its path"):
+        shown(Image.fromarray(deep))

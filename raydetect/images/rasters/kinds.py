@@ -5,6 +5,7 @@ pixels equal those that Pillow decodes. Others are decoded in memory and obey `s
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,7 +59,7 @@ class Kind:
         empty_HW = np.zeros(values_CHW.shape[1:], bool)
         for values_HW, levels_HW in zip(values_CHW, levels_CHW, strict=True):
             empty_HW |= self._empty(values_HW)
-            levels_HW[:] = self._ranged(values_HW) if self.range is not None else self._fixed(values_HW)
+            levels_HW[:] = self._in_range(values_HW) if self.range is not None else self._fixed(values_HW)
         empty = int(empty_HW.sum())
         if empty:
             levels_CHW[:, empty_HW] = np.array(FILL if len(self.bands) == 3 else (GREY_FILL,), np.uint8)[:, None]
@@ -89,6 +90,15 @@ class Kind:
         if self.upper_byte:
             return (values_HW >> 8).astype(np.uint8)
         return np.take(scale_table(self.bits, self.inverted), values_HW)
+
+    def _in_range(self, values_HW: np.ndarray) -> np.ndarray:
+        looked_up = self._tables.get(values_HW.dtype.itemsize) if values_HW.dtype.kind == "u" else None
+        return self._ranged(values_HW) if looked_up is None else np.take(looked_up, values_HW)
+
+    @functools.cached_property
+    def _tables(self) -> dict[int, np.ndarray]:
+        """The level of each value of one and of two bytes, which is quicker to look up than to compute."""
+        return {size: self._ranged(np.arange(1 << 8 * size)) for size in (1, 2)}
 
     def _ranged(self, values_HW: np.ndarray) -> np.ndarray:
         """Maps `range` to 0..255, clips and rounds half up; values that are not finite are as the nearest end."""
@@ -136,17 +146,15 @@ def kind_of(dataset: Any, spec: ViewSpec, inverted: bool = False) -> Kind:
     Raises:
         MemberError: unsupported_mode.
     """
-    bands = spec.bands or _colours(dataset)
-    if max(bands) > dataset.count:
-        raise _unsupported(f"view.bands = {list(bands)}, and it has {_counted(dataset.count)}. Name others.")
+    bands = bands_of(spec, [meaning.name == ALPHA for meaning in dataset.colorinterp])
     if any(dataset.colorinterp[band - 1].name == "palette" for band in bands) and bits_of(dataset) > 1:
-        raise _unsupported("its values are indices of a palette, which have no bands. Convert it to RGB.")
+        raise unsupported("its values are indices of a palette, which have no bands. Convert it to RGB.")
     kinds = {np.dtype(dataset.dtypes[band - 1]) for band in bands}
     if any(kind.kind == "c" for kind in kinds):
-        raise _unsupported("its values are complex numbers. Write their magnitudes.")
+        raise unsupported("its values are complex numbers. Write their magnitudes.")
     if spec.range is None and kinds - {np.dtype(np.uint8), np.dtype(np.uint16)}:
         names = ", ".join(sorted(kind.name for kind in kinds))
-        raise _unsupported(f"values of type {names} have no fixed 8-bit scale. State their range in view.range.")
+        raise unsupported(f"values of type {names} have no fixed 8-bit scale. State their range in view.range.")
     nodata = dataset.nodatavals[bands[0] - 1] if spec.bands or spec.range else None
     nodata = None if nodata is None or np.isnan(nodata) else nodata
     return Kind(bands, bits_of(dataset), inverted, range=spec.range, nodata=nodata)
@@ -158,11 +166,21 @@ def bits_of(dataset: Any) -> int:
     return int(stated) if stated.isdecimal() else 8 * np.dtype(dataset.dtypes[0]).itemsize
 
 
-def _colours(dataset: Any) -> tuple[int, ...]:
-    """The bands that are colours if the view names none: one or three, without alpha."""
-    bands = tuple(i + 1 for i, meaning in enumerate(dataset.colorinterp) if meaning.name != ALPHA)
+def bands_of(spec: ViewSpec, are_alpha: Sequence[bool]) -> tuple[int, ...]:
+    """Returns the bands that a view looks at: those that it names, or one or three without alpha.
+
+    Args:
+        spec: the view.
+        are_alpha: for each band of the picture whether it is alpha.
+
+    Raises:
+        MemberError: unsupported_mode.
+    """
+    bands = spec.bands or tuple(i for i, is_alpha in enumerate(are_alpha, start=1) if not is_alpha)
+    if max(bands, default=0) > len(are_alpha):
+        raise unsupported(f"view.bands = {list(bands)}, and it has {_counted(len(are_alpha))}. Name others.")
     if len(bands) not in (1, 3):
-        raise _unsupported(f"it has {_counted(dataset.count)}. Choose one or three of them with view.bands.")
+        raise unsupported(f"it has {_counted(len(are_alpha))}. Choose one or three of them with view.bands.")
     return bands
 
 
@@ -170,5 +188,6 @@ def _counted(bands: int) -> str:
     return f"{bands} band{'s' if bands > 1 else ''}"
 
 
-def _unsupported(message: str) -> MemberError:
+def unsupported(message: str) -> MemberError:
+    """The status of a picture whose pixel format or bands do not suit the view."""
     return MemberError("unsupported_mode", message)

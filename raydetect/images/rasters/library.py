@@ -1,4 +1,4 @@
-"""Opens TIFF and JPEG 2000 in memory with rasterio, which is optional, and keeps GDAL to the bytes it was given.
+"""Opens TIFF, JPEG 2000 and PNG in memory with rasterio, which is optional, and keeps GDAL to the bytes it was given.
 
 Only the driver of the format may open the bytes. GDAL looks for no other files and writes none; its cache of decoded
 blocks is bounded for the whole process.
@@ -16,6 +16,7 @@ from typing import Any
 
 from raydetect.errors import MemberError
 from raydetect.images import tiff
+from raydetect.images.png import PNG_START
 
 CACHE_BYTES = 64 << 20  # of decoded blocks in a process
 OPTIONS = {
@@ -45,7 +46,7 @@ def is_installed() -> bool:
 
 @contextmanager
 def opened_dataset(data: bytes, level: int | None = None) -> Iterator[Any]:
-    """Opens the first picture of a TIFF or JPEG 2000, without a copy of the bytes.
+    """Opens the first picture of a TIFF, JPEG 2000 or PNG, without a copy of the bytes.
 
     Args:
         data: the file.
@@ -56,7 +57,7 @@ def opened_dataset(data: bytes, level: int | None = None) -> Iterator[Any]:
     """
     library = _library()
     extra = {} if level is None else {"overview_level": level}
-    driver = "GTiff" if tiff.is_tiff(data) else "JP2OpenJPEG"
+    driver = "GTiff" if tiff.is_tiff(data) else "PNG" if data.startswith(PNG_START) else "JP2OpenJPEG"
     file = library.io.MemoryFile(data, filename=NAME)
     try:
         try:

@@ -1,6 +1,6 @@
 """Decides which pictures are read window by window, and opens them.
 
-- JPEG 2000, and whatever a view with `bands` or `range` looks at: always.
+- JPEG 2000, and TIFF for a view with `bands` or `range`: always; for other formats see `in_memory.py`.
 - TIFF for a view with tiles: if its pixels are those of the in-memory path, or if it is too large for that path.
 - TIFF that is only shown (overlays, reports): if it has more than `SHOWN_PIXELS`.
 """
@@ -138,7 +138,7 @@ def raster_for_windows(data: bytes, rules: DecodeRules, spec: ViewSpec) -> Raste
     """Returns the picture if the windows of a view are read from it one by one; None = decode it in memory.
 
     Raises:
-        MemberError: unsupported_mode (rasterio is missing, or the format has no bands), too_many_pixels.
+        MemberError: unsupported_mode (rasterio is missing), too_many_pixels.
     """
     found = _always(data, rules, spec)
     if found is not None or spec.tile is None:
@@ -166,15 +166,8 @@ def raster_for_showing(data: bytes, rules: DecodeRules, spec: ViewSpec | None) -
 
 def _always(data: bytes, rules: DecodeRules, spec: ViewSpec) -> Raster | None:
     jpeg2000, page = is_jpeg2000(data), None
-    if not jpeg2000 and not spec.reads_bands:
-        return None
-    if not data:
-        return None  # refused in memory
     if not jpeg2000:
-        if not tiff.is_tiff(data):
-            message = "view.bands and view.range apply to TIFF and JPEG 2000. Convert it, or fit without them."
-            raise MemberError("unsupported_mode", message)
-        page = tiff.first_page(data)
+        page = tiff.first_page(data) if spec.reads_bands and tiff.is_tiff(data) else None
         if page is None:
             return None
     if not is_installed():
