@@ -12,7 +12,7 @@ from raydetect.blocks.coresets.group import Group
 from raydetect.config import public_spec
 from raydetect.errors import RaydetectError, SpecError
 from raydetect.fitting.fit_run import FitRun
-from raydetect.fitting.image_cache import CachedImage, ReadFacts
+from raydetect.fitting.image_cache import CachedImage, ImageCache, ReadFacts
 from raydetect.fitting.shared_errors import shared_errors
 from raydetect.fitting.timings import Phases
 from raydetect.records import FitReport
@@ -64,20 +64,38 @@ def assign_categories(counts: Mapping[str, int], size: int) -> dict[str, int]:
 
 
 def _categories(work: FitRun) -> dict[str, int]:
-    here = Counter(image.category for image in work.cache.images.values())
-    uncategorised = here.pop(None, 0)
-    texts = work.group.gather_bytes(json.dumps([uncategorised, here]).encode())
-    gathered = [json.loads(text) for text in texts]
-    missing = sum(count for count, _ in gathered)
+    """Number of inputs of every category on all workers.
+
+    Raises:
+        SpecError: an image has no category, or a category has no image to calibrate on.
+    """
+    total, missing = _counted(work, work.cache)
     if missing:
         raise SpecError(
             f"{work.where}: {missing} image(s) have no category, and per_category fits one detector for each. "
             "Add {category} to source.pattern."
         )
+    if work.calibration_cache is not None:
+        judged, missing = _counted(work, work.calibration_cache)
+        lacking = sorted(set(total) - set(judged))
+        if lacking:
+            without = f"; {missing} image(s) there have no category" if missing else ""
+            raise SpecError(
+                f"calibration.source: has no usable image of category {lacking[0]!r}, so that its detector could not "
+                f"be calibrated{without}. Add normal images of it, and {{category}} to calibration.source.pattern."
+            )
+    return total
+
+
+def _counted(work: FitRun, cache: ImageCache) -> tuple[dict[str, int], int]:
+    """Number of inputs by category on all workers, and of those without one."""
+    here = Counter(image.category for image in cache.images.values())
+    uncategorised = here.pop(None, 0)
+    gathered = [json.loads(text) for text in work.group.gather_bytes(json.dumps([uncategorised, here]).encode())]
     total: Counter[str] = Counter()
     for _, counts in gathered:
         total.update(counts)
-    return dict(total)
+    return dict(total), sum(count for count, _ in gathered)
 
 
 def _fit_category(work: FitRun, category: str) -> FitReport:

@@ -5,6 +5,8 @@ belongs to the pixel of the map in which its centre lies. Where the map is finer
 region without any, so the pixel of its peak always belongs to it.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 from scipy import ndimage
 
@@ -12,6 +14,7 @@ from raydetect.records import AnomalousRegion
 from raydetect.views.view import Layout
 
 TOUCHING = np.ones((3, 3), dtype=bool)  # at an edge or a corner
+BLOCK_PX = 1 << 18  # of a map whose places are listed at a time
 
 
 def find_regions(
@@ -31,16 +34,13 @@ def find_regions(
     if not high_HW.any():
         return (), 0
     labelled_HW, count = ndimage.label(high_HW, structure=TOUCHING)
-    rows_N, columns_N = np.nonzero(high_HW)
-    labels_N, values_N = labelled_HW[rows_N, columns_N] - 1, map_HW[rows_N, columns_N]
-    order_N = np.lexsort((-values_N, labels_N))  # stable, so the first of equal values stays first
-    peaks_R = order_N[np.searchsorted(labels_N[order_N], np.arange(count))]
-    kept_R = np.lexsort((peaks_R, -values_N[peaks_R]))[:limit]
-    boxes_R4, areas_R = _boxes(rows_N, columns_N, labels_N, count, layout)
+    peaks_R, places_R = _peaks(map_HW, labelled_HW, count)
+    kept_R = np.lexsort((places_R, -peaks_R))[:limit]
+    boxes_R4, areas_R = _boxes(labelled_HW, count, layout)
     regions = []
     for label in kept_R.tolist():
-        peak = peaks_R[label]
-        x, y = layout.shown(int(columns_N[peak]), int(rows_N[peak]))
+        row, column = divmod(int(places_R[label]), map_HW.shape[1])
+        x, y = layout.shown(column, row)
         left, upper, right, lower = boxes_R4[label].tolist()
         left, upper, right, lower = min(left, x), min(upper, y), max(right, x + 1), max(lower, y + 1)
         region = AnomalousRegion(
@@ -49,7 +49,7 @@ def find_regions(
             width=right - left,
             height=lower - upper,
             area_px=max(1, int(areas_R[label])),
-            peak_score=float(values_N[peak]),
+            peak_score=float(map_HW[row, column]),
             peak_x=x,
             peak_y=y,
         )
@@ -57,20 +57,49 @@ def find_regions(
     return tuple(regions), count - len(regions)
 
 
-def _boxes(
-    rows_N: np.ndarray, columns_N: np.ndarray, labels_N: np.ndarray, count: int, layout: Layout
-) -> tuple[np.ndarray, np.ndarray]:
+def _blocks(labelled_HW: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+    """Yields of a few rows at a time the first one, and the rows, columns and regions from 0 of the pixels in regions.
+
+    Rows count from the first one. So a map that is high everywhere does not need many times its own memory.
+    """
+    height, width = labelled_HW.shape
+    step = max(1, BLOCK_PX // width)
+    for first in range(0, height, step):
+        part_HW = labelled_HW[first : first + step]
+        rows_N, columns_N = np.nonzero(part_HW)
+        if len(rows_N):
+            yield first, rows_N, columns_N, part_HW[rows_N, columns_N] - 1
+
+
+def _peaks(map_HW: np.ndarray, labelled_HW: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The highest value of every region, and the first place, row by row, that has it."""
+    peaks_R = np.full(count, -np.inf, np.float32)
+    places_R = np.full(count, map_HW.size, np.int64)
+    for first, rows_N, columns_N, regions_N in _blocks(labelled_HW):
+        np.maximum.at(peaks_R, regions_N, map_HW[first:][rows_N, columns_N])
+    for first, rows_N, columns_N, regions_N in _blocks(labelled_HW):
+        is_peak_N = map_HW[first:][rows_N, columns_N] == peaks_R[regions_N]
+        places_N = (first + rows_N[is_peak_N]) * map_HW.shape[1] + columns_N[is_peak_N]
+        np.minimum.at(places_R, regions_N[is_peak_N], places_N)
+    return peaks_R, places_R
+
+
+def _boxes(labelled_HW: np.ndarray, count: int, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
     """(left, upper, right, lower) and area of every region in px of the picture.
 
     A region without any has a box that is no larger than nothing.
     """
     across, down = layout.cuts
-    areas_N = np.diff(down)[rows_N] * np.diff(across)[columns_N]
-    seen_N = areas_N > 0
-    rows_N, columns_N, seen_labels_N = rows_N[seen_N], columns_N[seen_N], labels_N[seen_N]
-    boxes_R4 = np.tile(np.array([*layout.picture, 0, 0]), (count, 1))
-    np.minimum.at(boxes_R4[:, 0], seen_labels_N, across[columns_N])
-    np.minimum.at(boxes_R4[:, 1], seen_labels_N, down[rows_N])
-    np.maximum.at(boxes_R4[:, 2], seen_labels_N, across[columns_N + 1])
-    np.maximum.at(boxes_R4[:, 3], seen_labels_N, down[rows_N + 1])
-    return boxes_R4, np.bincount(labels_N, areas_N, count)
+    heights, widths = np.diff(down), np.diff(across)
+    boxes_R4, areas_R = np.tile(np.array([*layout.picture, 0, 0]), (count, 1)), np.zeros(count, np.int64)
+    for first, rows_N, columns_N, regions_N in _blocks(labelled_HW):
+        rows_N += first
+        areas_N = heights[rows_N] * widths[columns_N]
+        np.add.at(areas_R, regions_N, areas_N)
+        seen_N = areas_N > 0
+        rows_N, columns_N, regions_N = rows_N[seen_N], columns_N[seen_N], regions_N[seen_N]
+        np.minimum.at(boxes_R4[:, 0], regions_N, across[columns_N])
+        np.minimum.at(boxes_R4[:, 1], regions_N, down[rows_N])
+        np.maximum.at(boxes_R4[:, 2], regions_N, across[columns_N + 1])
+        np.maximum.at(boxes_R4[:, 3], regions_N, down[rows_N + 1])
+    return boxes_R4, areas_R

@@ -116,6 +116,26 @@ def test_categories_are_shared_out_by_size() -> None:
     assert assign_categories({"a": 1}, 3) == {"a": 0}
 
 
+def test_a_fleet_says_before_its_fits_which_category_cannot_be_calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_three()
+    fitted: list[str] = []
+    monkeypatch.setattr(fleet, "_fit_category", lambda work, category: fitted.append(category))
+    bolts = [(f"bolt/train/good/{i:03d}.png", encode(normal_image(500 + i, 48))) for i in range(4)]
+    pack("memory://fleet/held", ".tar", bolts, 1)
+    for changes, words in (
+        (source, r"no usable image of category 'Hex nut', so .* be calibrated\. Add normal images"),
+        (
+            {},
+            r"no usable image of category 'Hex nut'.*; 4 image\(s\) there have no category\. .*calibration\.source",
+        ),
+    ):
+        held = {**changes, "uri": "memory://fleet/held"}
+        spec = spec_of("", "memory://fleet/x", source=source, per_category=True, calibration={"source": held})
+        with pytest.raises(SpecError, match=words):
+            fit(spec)
+    assert not fitted
+
+
 def test_what_a_fleet_cannot_do_is_said() -> None:
     source = make_three()
     with pytest.raises(SpecError, match=r"36 image\(s\) have no category"):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import tracemalloc
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
@@ -26,6 +27,7 @@ from raydetect.images.decode import decode_windows
 from raydetect.images.opening import DecodeRules
 from raydetect.images.preprocess import Preprocess
 from raydetect.records import Member
+from raydetect.scoring import regions
 from raydetect.scoring.batches import score_batches
 from raydetect.scoring.regions import find_regions
 from raydetect.sinks.rows import read_rows
@@ -81,14 +83,28 @@ def test_regions_are_those_of_a_flood_fill(
     map_HW[random.random(layout.canvas) > share] = -1
     map_HW[random.random(layout.canvas) > 0.9] = np.nan
     expected = stated(map_HW, 2.0, (width, height), *geometry(layout, spec))
-    for limit in (1000, 3):
-        found, left_out = find_regions(map_HW, layout, 2.0, limit)
+    for limit, block_px in ((1000, 1 << 18), (3, 12)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(regions, "BLOCK_PX", block_px)
+            found, left_out = find_regions(map_HW, layout, 2.0, limit)
         assert [asdict(region) for region in found] == expected[:limit]
         assert left_out == len(expected) - len(found)
     for region in found:
         assert 0 <= region.x <= region.peak_x < region.x + region.width <= width
         assert 0 <= region.y <= region.peak_y < region.y + region.height <= height
         assert 1 <= region.area_px <= region.width * region.height
+
+
+def test_regions_of_a_map_that_is_high_everywhere_need_little_more_than_their_labels() -> None:
+    layout = View(ViewSpec(tile=TileSpec(size=(512, 512)))).layout((2048, 2048), (64, 64))
+    map_HW = np.random.default_rng(0).random(layout.canvas, np.float32)
+    tracemalloc.start()
+    (found,), left_out = find_regions(map_HW, layout, 0.0, 20)
+    most_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (found.width, found.height, found.area_px, left_out) == (2048, 2048, 2048 * 2048, 0)
+    assert (found.peak_y, found.peak_x) == np.unravel_index(map_HW.argmax(), map_HW.shape)
+    assert most_bytes < 12 * map_HW.size  # labels take 4 for each px
 
 
 def calibration_of(peaks: list[float] | None) -> Calibration:
