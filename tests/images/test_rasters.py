@@ -18,6 +18,7 @@ from raydetect.images.masks import sampled_mask
 from raydetect.images.opening import DecodeRules, loaded_image
 from raydetect.images.preprocess import Preprocess
 from raydetect.images.rasters import library, opening
+from raydetect.images.rasters.kinds import Kind
 from raydetect.images.rasters.opening import raster_for_windows
 from raydetect.images.tiff import COMPRESSION, Reader
 from raydetect.records import Member
@@ -357,6 +358,22 @@ def test_gdal_reads_nothing_but_the_bytes() -> None:
         assert found.status in ("not_an_image", "unsupported_mode", "corrupt")
         with pytest.raises(MemberError), library.opened_dataset(data):
             pass
+
+
+def test_the_cache_suits_the_blocks() -> None:
+    for name, kept in (("tiles", 24 << 20), ("strips", 64 << 20)):
+        with library.opened_dataset(LAYOUTS[name]) as dataset:
+            library.read_window(dataset, (1,), (0, 0, 9, 9))
+            assert library._cache_bytes(dataset) == kept, name
+
+
+def test_levels_that_are_values_are_not_copied() -> None:
+    values_CHW = np.arange(24, dtype=np.uint8).reshape(3, 2, 4)
+    levels_HW, empty = Kind((1,)).levels(values_CHW[:1])
+    assert np.shares_memory(levels_HW, values_CHW) and empty == 0
+    levels_HWC, _ = Kind((1, 2, 3)).levels(values_CHW)
+    assert (levels_HWC == values_CHW.transpose(1, 2, 0)).all() and levels_HWC.flags.c_contiguous
+    assert (Kind((1,), inverted=True).levels(values_CHW[:1])[0] == 255 - values_CHW[0]).all()
 
 
 def test_turning_keeps_the_tag() -> None:

@@ -55,6 +55,8 @@ class Kind:
         """
         if self.palette_P3 is not None:
             return self.palette_P3[values_CHW[0]], 0
+        if self._are_levels:
+            return (np.ascontiguousarray(np.moveaxis(values_CHW, 0, -1)) if len(self.bands) == 3 else values_CHW[0]), 0
         levels_CHW = np.empty(values_CHW.shape, np.uint8)
         empty_HW = np.zeros(values_CHW.shape[1:], bool)
         for values_HW, levels_HW in zip(values_CHW, levels_CHW, strict=True):
@@ -78,6 +80,11 @@ class Kind:
             return self.full_scale - values_CHW[0] if self.inverted else values_CHW[0]
         channels = (self._fixed(values_HW) for values_HW in values_CHW)
         return functools.reduce(np.maximum, channels)
+
+    @property
+    def _are_levels(self) -> bool:
+        """Whether values are levels as they are, so that they need no copy."""
+        return (self.bits, self.inverted, self.range, self.nodata) == (8, False, None, None)
 
     def _empty(self, values_HW: np.ndarray) -> np.ndarray | bool:
         """Where there are no data."""

@@ -18,7 +18,8 @@ from raydetect.errors import MemberError
 from raydetect.images import tiff
 from raydetect.images.png import PNG_START
 
-CACHE_BYTES = 64 << 20  # of decoded blocks in a process
+# Of decoded blocks in a process. Windows side by side share whole strips, but only the tiles at their edges.
+CACHE_BYTES, TILES_CACHE_BYTES = 64 << 20, 24 << 20
 OPTIONS = {
     "GDAL_CACHEMAX": CACHE_BYTES,
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
@@ -84,13 +85,18 @@ def read_window(dataset: Any, bands: tuple[int, ...], box: tuple[int, int, int, 
     window = library.windows.Window(left, upper, right - left, lower - upper)
     seen.text = ""
     try:
-        with library.Env(**OPTIONS):
+        with library.Env(**(OPTIONS | {"GDAL_CACHEMAX": _cache_bytes(dataset)})):
             values_CHW = dataset.read(list(bands), window=window)
     except Exception as error:
         raise damaged(error) from None
     if seen.text:
         raise MemberError("corrupt", f"its pixels cannot be decoded ({seen.text}).")
     return values_CHW
+
+
+def _cache_bytes(dataset: Any) -> int:
+    """Bytes of the cache that suit the blocks of a dataset; GDAL changes its limit at once."""
+    return TILES_CACHE_BYTES if dataset.block_shapes[0][1] < dataset.width else CACHE_BYTES
 
 
 def damaged(error: Exception) -> MemberError:
