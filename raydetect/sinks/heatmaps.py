@@ -91,9 +91,13 @@ def map_png(map_HW: np.ndarray, low: float, high: float) -> tuple[bytes, int]:
     """
     if not high > low:
         raise ValueError(f"the scale of a map needs high > low, given {low} and {high}")
-    level_HW = np.nan_to_num((map_HW.astype(np.float64) - low) / (high - low), nan=0.0, posinf=np.inf, neginf=-np.inf)
-    clipped = int(((level_HW < 0.0) | (level_HW > 1.0)).sum())
-    values_HW = np.rint(np.clip(level_HW, 0.0, 1.0) * MAX_GREY).astype(np.uint16)
+    values_HW, clipped = np.empty(map_HW.shape, np.uint16), 0
+    step = max(1, BAND_PIXELS // map_HW.shape[1])
+    for rows in (slice(top, top + step) for top in range(0, len(map_HW), step)):
+        level_HW = (map_HW[rows].astype(np.float64) - low) / (high - low)
+        level_HW = np.nan_to_num(level_HW, nan=0.0, posinf=np.inf, neginf=-np.inf)
+        clipped += int(((level_HW < 0.0) | (level_HW > 1.0)).sum())
+        values_HW[rows] = np.rint(np.clip(level_HW, 0.0, 1.0) * MAX_GREY)
     return _png(Image.fromarray(values_HW)), clipped
 
 

@@ -111,6 +111,36 @@ def test_every_member_of_a_fleet_is_what_its_category_alone_gives(size: int) -> 
         assert record.body["calibration"] == other.body["calibration"]
 
 
+def test_a_fleet_in_tiles_with_a_mask_for_each_category_is_the_same_on_any_number_of_workers() -> None:
+    files, masks = [], {}
+    for shift, category in enumerate(("bolt", "nut", "cable")):
+        pictures = [np.roll(normal_image(100 * shift + i, 80), shift, axis=-1) for i in range(9)]
+        files += [(f"{category}/{i:03d}.png", encode(picture)) for i, picture in enumerate(pictures)]
+        masks[category] = np.zeros((8, 8), np.uint8)
+        masks[category][shift : shift + 4, shift:] = 255
+        Storage().write(f"memory://fleet/masks/{category}.png", encode(masks[category]))
+    order = np.random.default_rng(1).permutation(len(files))
+    pack("memory://fleet/tiles", ".tar", [files[i] for i in order], 2)
+    source = {"uri": "memory://fleet/tiles", "pattern": "{category}/{name}.png"}
+    view = {"tile": {"overlap": 16}, "region": "memory://fleet/masks/{category}.png"}
+    members = []
+    for size in (1, 2, 3):
+        name = f"memory://fleet/tiled-{size}"
+        fit_over(spec_of("", name, source=source, view=view, per_category=True), size)
+        members.append(read_records(read_index(name, Storage()), Storage()))
+    for category, record in members[0].items():
+        region = f"memory://fleet/masks/{category}.png"
+        alone = {**source, "pattern": f"{category}/{{name}}.png"}
+        fit(spec_of("", "memory://fleet/alone", source=alone, view={**view, "region": region}))
+        others = [read_record("memory://fleet/alone", Storage()), *(found[category] for found in members[1:])]
+        for other in others:
+            assert other.body["tensors"]["sha256"] == record.body["tensors"]["sha256"]
+            assert other.body["calibration"] == record.body["calibration"] and other.preprocess == record.preprocess
+        looked = record.preprocess.layout((80, 80)).looked
+        assert looked is not None
+        np.testing.assert_array_equal(looked, np.kron(masks[str(category)], np.ones((10, 10))) > 0)
+
+
 def test_categories_are_shared_out_by_size() -> None:
     assert assign_categories({"a": 5, "b": 9, "c": 4, "d": 1}, 2) == {"b": 0, "a": 1, "c": 1, "d": 0}
     assert assign_categories({"a": 1}, 3) == {"a": 0}

@@ -1,6 +1,7 @@
 """Views at their edges: overlaps of whole tiles, boxes of less than one px, and stored maps of parts of pictures."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from raydetect.config import TileSpec, ViewSpec
 from raydetect.errors import SpecError
 from raydetect.export.coco import write_coco
 from raydetect.report.pictures import Pictures
-from raydetect.sinks.heatmaps import overlay_png, read_png
+from raydetect.sinks import heatmaps
+from raydetect.sinks.heatmaps import map_png, overlay_png, read_png
 from raydetect.sinks.ledger import Ledger
 from raydetect.storage import Storage
 from raydetect.views.placement import bounded, in_whole, of_whole, placed, whole_size
@@ -130,3 +132,19 @@ def test_a_box_of_less_than_one_px_is_drawn_as_one_px() -> None:
     drawn = read_png(overlay_png(np.zeros((20, 1, 3), np.uint8), np.full((64, 64), 5.0, np.float32), 0.0, 1.0, box))
     changed_HW = np.asarray(drawn).any(axis=2)
     assert changed_HW[10].all() and changed_HW.sum() == 1
+
+
+def test_a_large_map_is_encoded_in_little_more_memory_than_its_png(monkeypatch: pytest.MonkeyPatch) -> None:
+    map_HW = np.random.default_rng(0).normal(size=(2048, 1024)).astype(np.float32)
+    map_HW[5, :7], map_HW[9, 0], map_HW[9, 1] = np.nan, np.inf, -np.inf
+    tracemalloc.start()
+    data, clipped = map_png(map_HW, -1.0, 2.0)
+    most_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most_bytes < 12 * map_HW.size  # 2 for each px of the picture and of the PNG, twice
+    monkeypatch.setattr(heatmaps, "BAND_PIXELS", map_HW.size)
+    assert (data, clipped) == map_png(map_HW, -1.0, 2.0)
+    level_HW = (map_HW.astype(np.float64) + 1.0) / 3.0
+    assert clipped == int((level_HW < 0).sum() + (level_HW > 1).sum())
+    expected_HW = np.rint(np.clip(np.where(np.isnan(level_HW), 0.0, level_HW), 0.0, 1.0) * 65535)
+    np.testing.assert_array_equal(np.asarray(read_png(data)), expected_HW)
