@@ -210,7 +210,7 @@ def _changed_text(before: Mapping[str, Any], plan: "ScorePlan") -> str:
 
 def _summary(plan: "ScorePlan", manifest: dict[str, Any]) -> None:
     from raydetect.left_out import left_out_of, left_out_text
-    from raydetect.sinks.run_progress import fdr_text, labelled_auroc, notes_text, regions_text
+    from raydetect.sinks.run_progress import fdr_text, heatmaps_text, labelled_auroc, notes_text, regions_text
     from raydetect.storage import join_uri
 
     uri = plan.ledger.uri
@@ -219,7 +219,7 @@ def _summary(plan: "ScorePlan", manifest: dict[str, Any]) -> None:
     left_out = left_out_text(left_out_of(manifest["left_out"]))
     if left_out:
         click.echo(f"Left out: {left_out}.")
-    click.echo(f"Flagged {manifest['flagged']:,}; heatmaps {manifest['heatmaps']:,}.")
+    click.echo(f"Flagged {manifest['flagged']:,}; heatmaps {heatmaps_text(manifest)}.")
     click.echo(f"Regions: {regions_text(manifest)}.")
     if manifest.get("notes"):  # none in manifests of older versions
         click.echo(f"Notes: {notes_text(manifest['notes'])}.")

@@ -73,7 +73,7 @@ class RunProgress:
             f"Shards     {totals.shards:,} of {self.num_shards:,} committed ({share:.1f} %)",
             f"Images     {totals.rows:,} ({kinds or 'none yet'})",
             f"Flagged    {'when all shards are committed (flag.fdr)' if self.flagged is None else f'{self.flagged:,}'}",
-            f"Heatmaps   {totals.heatmaps:,}",
+            f"Heatmaps   {heatmaps_text(totals.plain())}",
         ]
         if self.regions:
             lines.append(f"Regions    {self.regions}")
@@ -159,6 +159,12 @@ def progress(ledger: Ledger) -> RunProgress:
 def notes_text(notes: Mapping[str, int]) -> str:
     """Formats the counts of notes by kind: `3 exif_ignored, 2 pages_not_read`."""
     return ", ".join(f"{count:,} {kind}" for kind, count in sorted(notes.items()))
+
+
+def heatmaps_text(sums: Mapping[str, Any]) -> str:
+    """Says how many heatmaps and close-ups there are: `5; close-ups 12`."""
+    close_ups = sums.get("close_ups", 0)  # none in manifests of older versions
+    return f"{sums['heatmaps']:,}" + (f"; close-ups {close_ups:,}" if close_ups else "")
 
 
 def regions_text(manifest: Mapping[str, Any]) -> str:
