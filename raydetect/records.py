@@ -162,7 +162,8 @@ class Row:
     as "exif_ignored" and "pages_not_read: 3", joined by "; ". `sha256` is the hex digest of the encoded bytes that were
     scored; "" if they could not be read. `regions` says where an image that is flagged, or with `flag.fdr` may be, is
     anomalous, highest peak first, and `regions_left_out` how many more there are; both are None for other images, and
-    if the artifact or the job allows none.
+    if the artifact or the job allows none. `close_up_uris` has the close-ups of the first regions, in their order; None
+    if there are none.
     """
 
     key: str
@@ -189,6 +190,7 @@ class Row:
     sha256: str = ""
     regions: tuple[AnomalousRegion, ...] | None = None
     regions_left_out: int | None = None
+    close_up_uris: tuple[str, ...] | None = None
 
 
 def note_kinds(note: str) -> list[str]:
@@ -206,13 +208,13 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeatmapZip:
-    """A zip of heatmaps in the results directory.
+    """A zip of heatmaps and close-ups in the results directory.
 
     Attributes:
         path: path in the results directory.
         sha256: of the file in hex; "" if an older raydetect wrote it.
         bytes: size of the file; 0 if an older raydetect wrote it.
-        pictures: number of heatmaps in it.
+        pictures: number of PNGs in it.
     """
 
     path: str
@@ -223,7 +225,7 @@ class HeatmapZip:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A Parquet file of a shard with the heatmaps of its rows; paths are relative to the results directory.
+    """A Parquet file of a shard with the pictures of its rows; paths are relative to the results directory.
 
     `p_counts` counts rows by p-value, if flags depend on the whole archive; `notes` counts rows by kind of note, and
     `left_out` has the files of the shard without a row. Older versions wrote one part and at most one zip for each
@@ -248,6 +250,7 @@ class Part:
     clipped_pixels: int = 0
     regions: int = 0
     regions_left_out: int = 0
+    close_ups: int = 0
     p_counts: Mapping[float, int] = field(default_factory=dict)
     left_out: Mapping[str, LeftOut] = field(default_factory=dict)
     notes: Mapping[str, int] = field(default_factory=dict)

@@ -223,7 +223,14 @@ def _changed_text(before: Mapping[str, Any], plan: "ScorePlan") -> str:
 
 def _summary(plan: "ScorePlan", manifest: dict[str, Any]) -> None:
     from raydetect.left_out import left_out_of, left_out_text
-    from raydetect.sinks.run_progress import fdr_text, labelled_auroc, level_text, notes_text, regions_text
+    from raydetect.sinks.run_progress import (
+        fdr_text,
+        heatmaps_text,
+        labelled_auroc,
+        level_text,
+        notes_text,
+        regions_text,
+    )
     from raydetect.storage import join_uri
 
     uri = plan.ledger.uri
@@ -232,7 +239,7 @@ def _summary(plan: "ScorePlan", manifest: dict[str, Any]) -> None:
     left_out = left_out_text(left_out_of(manifest["left_out"]))
     if left_out:
         click.echo(f"Left out: {left_out}.")
-    click.echo(f"Flagged {manifest['flagged']:,}; heatmaps {manifest['heatmaps']:,}.")
+    click.echo(f"Flagged {manifest['flagged']:,}; heatmaps {heatmaps_text(manifest)}.")
     if level_text(plan.run):
         click.echo(f"Note: {level_text(plan.run)}.")
     click.echo(f"Regions: {regions_text(manifest)}.")

@@ -32,6 +32,13 @@ class SinkSpec:
     max_regions: Annotated[
         int, Field(ge=0, le=10_000, description="regions in the row of a flagged image, those with the highest peaks")
     ] = MAX_REGIONS
+    close_ups: Annotated[
+        bool,
+        Field(
+            description="with style overlay: every region of a picture that is larger than its overlay (1024 px) also "
+            "gets a close-up, a window of up to 512 px at full size"
+        ),
+    ] = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

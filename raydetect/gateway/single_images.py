@@ -8,7 +8,7 @@ def online_spec(served: ServeSpec, artifact: str, flag: FlagSpec) -> ScoreSpec:
     source = SourceSpec(
         uri=artifact, max_pixels=served.limits.max_pixels, max_image_bytes=served.limits.max_image_bytes
     )
-    sink = SinkSpec(uri=artifact, heatmaps="none")
+    sink = SinkSpec(uri=artifact, heatmaps="none", close_ups=False)
     return ScoreSpec(
         kind="score",
         source=source,

@@ -54,7 +54,7 @@ from raydetect.images.rasters.opening import raster_for_showing, raster_for_wind
 from raydetect.images.rasters.picture import RasterPicture
 from raydetect.records import OK, Member
 from raydetect.views.align import NOT_ALIGNED, note_of
-from raydetect.views.view import Layout, Window
+from raydetect.views.view import Layout, Place, Window
 from raydetect.views.windows import Input, Upright, UprightPicture, grey_of, input_of
 
 A = TypeVar("A")
@@ -127,15 +127,36 @@ def decode_image(
     Raises:
         MemberError: empty, too_many_pixels, not_an_image, unsupported_mode or corrupt.
     """
+    return decode_and_cut(data, rules, longest_px, (), spec)[0]
+
+
+def decode_and_cut(
+    data: bytes, rules: DecodeRules, longest_px: int | None, places: Sequence[Place], spec: ViewSpec | None = None
+) -> tuple[Image.Image, list[Image.Image]]:
+    """Decodes an image as `decode_image` does, and cuts parts from it at its stored size, in RGB.
+
+    Parts of large TIFFs and of JPEG 2000 are read on their own; other pictures are decoded once for all.
+
+    Args:
+        data: the file.
+        rules: decoding rules of its source.
+        longest_px: of each side of the whole; None = as stored.
+        places: (left, upper, right, lower) of the parts in px of the upright picture.
+        spec: the view of the artifact, which may choose bands; None = unknown.
+
+    Raises:
+        MemberError: see `decode_image`.
+    """
     try:
         raster = raster_for_showing(data, rules, spec) if longest_px is not None or spec is not None else None
         if raster is not None:
-            return raster.shown(longest_px)
+            return raster.shown(longest_px), raster.cut(places)
         with loaded_image(data, rules) as loaded:
             picture = of_view(loaded, data, spec or STRETCH).rgb()
+            parts = [picture.crop(place) for place in places]
             if longest_px is not None:
                 picture.thumbnail((longest_px, longest_px))
-            return picture
+            return picture, parts
     except MemberError:
         raise
     except Exception as error:

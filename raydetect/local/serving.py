@@ -108,7 +108,7 @@ class LocalBackend:
 
     def _send(self, plan: ScorePlan, chunk: Chunk) -> ScoredChunk:
         result = self._get(plan.artifact).score_chunk(chunk, plan.spec)
-        return plan.sink.write(chunk, result.rows, result.pictures, result.clipped_pixels)
+        return plan.sink.write(chunk, result.rows, result.pictures, result.clipped_pixels, result.close_ups)
 
 
 def serve_here(

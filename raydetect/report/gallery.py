@@ -15,6 +15,7 @@ from raydetect.report.region_pictures import needed_px, regions_text, with_boxes
 
 SIDE_PX, QUALITY = 360, 78
 DRAWN_PX = 1024  # the longest side of an image over which a heatmap is drawn
+CLOSE_UPS = 4  # of an image on the page
 JPEG_URI = "data:image/jpeg;base64,"
 
 
@@ -29,7 +30,8 @@ class Card:
         product: the category, unless it is part of the name.
         image: data URI of a thumbnail with the boxes of the regions, "" if there is none.
         overlay: the same with the heatmap overlaid.
-        zoom: data URI of the strongest region, "" if there is none.
+        zoom: data URI of the strongest region, enlarged, "" if there is none or close-ups are stored.
+        close_ups: data URIs of the stored close-ups of the first regions.
         regions: describes the regions, "" if there are none.
         note: the reason if a picture is missing, else "".
     """
@@ -48,6 +50,7 @@ class Card:
     image: str
     overlay: str
     zoom: str
+    close_ups: Sequence[str]
     regions: str
     note: str
 
@@ -64,11 +67,12 @@ def _card(place: int, row: Mapping[str, Any], pictures: Pictures) -> Card:
     notes: list[str] = []
     image = overlay = None
     regions, stored = row["regions"] or (), (row["width"], row["height"])
-    zoom = ""
+    zoom, close_ups = "", _close_ups(row, pictures, notes)
     try:
-        longest_px = needed_px(regions, stored, DRAWN_PX) if regions else DRAWN_PX
+        enlarges = bool(regions) and not close_ups
+        longest_px = needed_px(regions, stored, DRAWN_PX) if enlarges else DRAWN_PX
         image = pictures.decoded(pictures.encoded(row["image_uri"]), longest_px)
-        zoom = data_uri(zoomed(image, regions, stored)) if regions else ""
+        zoom = data_uri(zoomed(image, regions, stored)) if enlarges else ""
         image.thumbnail((DRAWN_PX, DRAWN_PX))
     except (MemberError, RaydetectError) as error:
         notes.append(f"No image: {missing_reason(error)}")
@@ -93,9 +97,19 @@ def _card(place: int, row: Mapping[str, Any], pictures: Pictures) -> Card:
         image=data_uri(image, regions, stored),
         overlay=data_uri(overlay, regions, stored),
         zoom=zoom,
+        close_ups=close_ups,
         regions=regions_text(row),
         note=" ".join(notes),
     )
+
+
+def _close_ups(row: Mapping[str, Any], pictures: Pictures, notes: list[str]) -> list[str]:
+    """Data URIs of the stored close-ups; appends the reason to `notes` if they cannot be read."""
+    try:
+        return [_jpeg(picture) for picture in pictures.close_ups(row, CLOSE_UPS)]
+    except RaydetectError as error:
+        notes.append(f"No close-ups: {missing_reason(error)}")
+        return []
 
 
 def data_uri(
@@ -110,7 +124,10 @@ def data_uri(
     """
     if picture is None:
         return ""
-    small = with_boxes(picture, regions, stored, SIDE_PX)
+    return _jpeg(with_boxes(picture, regions, stored, SIDE_PX))
+
+
+def _jpeg(picture: Image.Image) -> str:
     buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=QUALITY)
+    picture.save(buffer, "JPEG", quality=QUALITY)
     return JPEG_URI + base64.b64encode(buffer.getvalue()).decode()

@@ -20,7 +20,7 @@ from raydetect.report.gallery import cards
 from raydetect.report.pictures import Pictures
 from raydetect.report.run_charts import Chart, distribution_chart, p_limit, timeline_chart
 from raydetect.report.tally import MAX_BAD_PER_STATUS, CategorySums, Tally
-from raydetect.sinks.ledger import Ledger
+from raydetect.sinks.ledger import Ledger, Totals
 from raydetect.sinks.run_progress import fdr_text, labelled_auroc, level_text, notes_text, regions_text
 
 MAX_LABELLED = 1_000_000  # omit the AUROC above, as it needs all labelled scores in memory
@@ -117,7 +117,7 @@ def facts(ledger: Ledger, run: Mapping[str, Any], tally: Tally, manifest: Mappin
         Fact("images", f"{totals.rows:,}", f"in {totals.shards:,} of {int(run['num_shards']):,} shards"),
         _flagged(run, tally, manifest),
         Fact("without a score", f"{totals.bad_rows:,}", bad, "bad" if totals.bad_rows else ""),
-        Fact("heatmaps", f"{totals.heatmaps:,}", f"of style {run['spec']['sink']['style']}"),
+        Fact("heatmaps", f"{totals.heatmaps:,}", _pictures_text(run, totals)),
     ]
     quality = labelled_auroc(ledger) if 0 < totals.labelled <= MAX_LABELLED else None
     if quality is not None:
@@ -158,6 +158,11 @@ def _scored(run: Mapping[str, Any], detector: str, manifest: Mapping[str, Any] |
         ("Detector", f"{detector}, {spec['artifact']}"),
         ("Flagged when", _rule(run, manifest)),
     ]
+
+
+def _pictures_text(run: Mapping[str, Any], totals: Totals) -> str:
+    more = f", with {totals.close_ups:,} close-ups" if totals.close_ups else ""
+    return f"of style {run['spec']['sink']['style']}{more}"
 
 
 def _regions(run: Mapping[str, Any], tally: Tally) -> list[tuple[str, str]]:

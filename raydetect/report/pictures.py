@@ -24,7 +24,7 @@ from raydetect.views.view import Layout, View
 
 MAX_HEATMAP_BYTES = 256 << 20
 CONTAINERS = ("tar", "zip", "parquetrow", "member", "tarzst")
-HEATMAP = re.compile(r"zip://((?:\d{4,}-)?\d{6,}\.png)::.*/(heatmaps/[^:]*\.zip)")
+STORED = re.compile(r"zip://((?:\d{4,}-)?\d{6,}(?:\.\d{3})?\.png)::.*/(heatmaps/[^:]*\.zip)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +97,21 @@ class Pictures:
         Raises:
             StorageError: it is missing or damaged.
         """
-        if not row["heatmap_uri"]:
-            return None
-        match = HEATMAP.fullmatch(row["heatmap_uri"])
+        return self._stored(row["heatmap_uri"]) if row["heatmap_uri"] else None
+
+    def close_ups(self, row: Mapping[str, Any], limit: int) -> list[Image.Image]:
+        """The stored close-ups of a row's first regions, at most `limit`.
+
+        Raises:
+            StorageError: one is missing or damaged.
+        """
+        return [_png(self._stored(uri)) for uri in (row["close_up_uris"] or ())[:limit]]
+
+    def _stored(self, uri: str) -> bytes:
+        """Reads a PNG of a zip in the results directory."""
+        match = STORED.fullmatch(uri)
         if match is None or not re.fullmatch(PART_FILE, match.group(2)):
-            raise StorageError(f"{row['heatmap_uri']!r}: is not a heatmap of a results directory.")
+            raise StorageError(f"{uri!r}: is not a heatmap of a results directory.")
         path = join_uri(self.ledger.uri, match.group(2))
         try:
             with self.ledger.storage.open(path) as handle, zipfile.ZipFile(handle) as archive:

@@ -4,10 +4,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
-STRONGEST, OTHERS, CASING = (0, 229, 255), (255, 255, 255), (0, 0, 0)
-GAP_PX = 3  # between a region and its line, so that the line hides nothing of it
+from raydetect.sinks.close_ups import CASING, GAP_PX, STRONGEST, outline
+
+OTHERS = (255, 255, 255)
 ZOOM_PX = (360, 180)
 ZOOM_SHARE, LEAST_ZOOM_PX = 0.4, 32  # of the zoomed picture that a region takes; the least height that is cut out
 
@@ -81,9 +82,6 @@ def _scaled(region: Region, size: tuple[int, int], shown: tuple[int, int]) -> Bo
 
 
 def _draw(picture: Image.Image, boxes: Sequence[Box]) -> None:
-    draw = ImageDraw.Draw(picture)
-    for place, (left, upper, right, lower) in reversed(list(enumerate(boxes))):
+    for place, box in reversed(list(enumerate(boxes))):
         colour, width = (STRONGEST, 2) if not place else (OTHERS, 1)
-        for gap, line, ink in ((GAP_PX + 1, width + 2, CASING), (GAP_PX, width, colour)):
-            corners = (left - gap, upper - gap, right + gap - 1, lower + gap - 1)
-            draw.rectangle([round(side) for side in corners], outline=ink, width=line)
+        outline(picture, box, ((GAP_PX + 1, width + 2, CASING), (GAP_PX, width, colour)))

@@ -21,7 +21,7 @@ MAX_BAD_PER_STATUS = 40
 COLUMNS = (
     "key", "image_uri", "status", "error", "width", "height", "brightness", "sharpness", "image_score", "p_value",
     "threshold", "flagged", "heatmap_uri", "artifact", "label", "category", "defect", "note", "regions",
-    "regions_left_out",
+    "regions_left_out", "close_up_uris",
 )  # fmt: skip
 
 

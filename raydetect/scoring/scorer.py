@@ -19,13 +19,14 @@ from raydetect.artifacts.fleet import ArtifactRef
 from raydetect.artifacts.store import DetectorSource
 from raydetect.config import Heatmaps, ScoreSpec
 from raydetect.config.validation import nearest
-from raydetect.images.decode import DecodePool, Pixels, decode_image, decode_stream
+from raydetect.images.decode import DecodePool, Pixels, decode_and_cut, decode_stream
 from raydetect.images.opening import DecodeRules
-from raydetect.records import OK, Chunk, Member, Row
+from raydetect.records import OK, AnomalousRegion, Chunk, Member, Row
 from raydetect.scoring.batches import Scored, score_batches
 from raydetect.scoring.detector_cache import DetectorCache, LoadedDetector
 from raydetect.scoring.device_queue import DeviceQueue
 from raydetect.scoring.regions import find_regions
+from raydetect.sinks.close_ups import close_up_places, close_up_png
 from raydetect.sinks.heatmaps import map_png, overlay_png
 from raydetect.sinks.parquet import ResultsSink
 from raydetect.sinks.scored_chunk import ScoredChunk
@@ -38,11 +39,15 @@ NAMED_CATEGORIES = 8  # limits the length of `error` in every row
 
 @dataclass(slots=True)
 class ChunkResult:
-    """Results of a chunk: rows in member order, heatmap PNG bytes by position, and clipped pixels of maps."""
+    """Results of a chunk: rows in member order, heatmap PNG bytes by position, and clipped pixels of maps.
+
+    `close_ups` has the PNG bytes of close-ups by position, in the order of the regions.
+    """
 
     rows: list[Row]
     pictures: dict[int, bytes]
     clipped_pixels: int = 0
+    close_ups: dict[int, list[bytes]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -205,11 +210,22 @@ class Scorer:
             picture, clipped = map_png(whole_HW, loaded.map_low, loaded.map_high)
             work.result.clipped_pixels += clipped
         else:
-            data = work.chunk.members[item.position].data
-            image = decode_image(data, self.rules, OVERLAY_MAX_PX, loaded.preprocess.view.spec)
+            data, regions = work.chunk.members[item.position].data, self._close_up_regions(item, work)
+            places = close_up_places(regions, item.layout.picture)
+            image, parts = decode_and_cut(data, self.rules, OVERLAY_MAX_PX, places, loaded.preprocess.view.spec)
+            if parts:
+                shown = zip(parts, places, regions, strict=False)  # the last regions may have none
+                work.result.close_ups[item.position] = [close_up_png(*one) for one in shown]
             box = item.layout.box_on(image.size)
             picture = overlay_png(np.asarray(image), item.anomaly_map(), loaded.map_low, loaded.map_high, box)
         work.result.pictures[item.position] = picture
+
+    def _close_up_regions(self, item: Scored, work: "_Work") -> tuple[AnomalousRegion, ...]:
+        """The regions that get a close-up: those of a picture that its overlay shows reduced."""
+        if not self.spec.sink.close_ups or max(item.layout.picture) <= OVERLAY_MAX_PX:
+            return ()
+        regions: tuple[AnomalousRegion, ...] = work.outcomes[item.position].get("regions", ())
+        return regions
 
 
 def _outcome(item: Scored, loaded: LoadedDetector, member: Member) -> dict[str, Any]:
@@ -247,6 +263,6 @@ def score_and_write(scorer: Scorer, sink: ResultsSink, chunk: Chunk) -> ScoredCh
     """
     started = time.perf_counter()
     result = scorer.score_chunk(chunk)
-    scored = sink.write(chunk, result.rows, result.pictures, result.clipped_pixels)
+    scored = sink.write(chunk, result.rows, result.pictures, result.clipped_pixels, result.close_ups)
     facts = replace(scored.facts, seconds=round(time.perf_counter() - started, 3), host=socket.gethostname())
     return replace(scored, facts=facts)

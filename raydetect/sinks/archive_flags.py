@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from raydetect.records import Part, Receipt
 
 NEEDED = ("p_value", "category")
-REGIONS = ("regions", "regions_left_out")
+REGIONS = ("regions", "regions_left_out", "close_up_uris")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class ArchiveFlags:
     thresholds: Mapping[str | None, float | None]
 
     def apply(self, table: pa.Table) -> pa.Table:
-        """Fills in `flagged` and `threshold`, and removes the regions of images that are not flagged.
+        """Fills in `flagged` and `threshold`, and removes the regions and close-ups of images that are not flagged.
 
         Rows without a p-value keep null.
 

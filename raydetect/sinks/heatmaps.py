@@ -57,7 +57,7 @@ def overlay_png(
     step = max(1, BAND_PIXELS // width)
     for rows in (slice(top, top + step) for top in range(0, len(shown_HW3), step)):
         shown_HW3[rows] = _blended(shown_HW3[rows], share_HW[rows])
-    return _png(Image.fromarray(drawn_HW3))
+    return encoded_png(Image.fromarray(drawn_HW3))
 
 
 def _share(map_HW: np.ndarray, low: float, high: float, size: tuple[int, int]) -> np.ndarray:
@@ -98,7 +98,7 @@ def map_png(map_HW: np.ndarray, low: float, high: float) -> tuple[bytes, int]:
         level_HW = np.nan_to_num(level_HW, nan=0.0, posinf=np.inf, neginf=-np.inf)
         clipped += int(((level_HW < 0.0) | (level_HW > 1.0)).sum())
         values_HW[rows] = np.rint(np.clip(level_HW, 0.0, 1.0) * MAX_GREY)
-    return _png(Image.fromarray(values_HW)), clipped
+    return encoded_png(Image.fromarray(values_HW)), clipped
 
 
 def read_map_png(data: bytes, low: float, high: float) -> np.ndarray:
@@ -128,7 +128,8 @@ def read_png(data: bytes) -> Image.Image:
     return picture
 
 
-def _png(picture: Image.Image) -> bytes:
+def encoded_png(picture: Image.Image) -> bytes:
+    """Encodes a picture as PNG."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", compress_level=3)
     return buffer.getvalue()

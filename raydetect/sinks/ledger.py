@@ -300,6 +300,7 @@ class Totals:
     clipped_pixels: int = 0
     regions: int = 0
     regions_left_out: int = 0
+    close_ups: int = 0
     bad_shards: int = 0
     statuses: Counter[str] = field(default_factory=Counter)
     p_counts: Counter[float] = field(default_factory=Counter)
@@ -322,6 +323,7 @@ class Totals:
             self.clipped_pixels += part.clipped_pixels
             self.regions += part.regions
             self.regions_left_out += part.regions_left_out
+            self.close_ups += part.close_ups
             self.p_counts.update(part.p_counts)
             self.left_out.add_all(part.left_out)
             self.notes.update(part.notes)
@@ -346,6 +348,7 @@ class Totals:
             "clipped_pixels": self.clipped_pixels,
             "regions": self.regions,
             "regions_left_out": self.regions_left_out,
+            "close_ups": self.close_ups,
             "statuses": dict(sorted(self.statuses.items())),
             "left_out": to_plain(dict(sorted(self.left_out.counts.items()))),
             "notes": dict(sorted(self.notes.items())),

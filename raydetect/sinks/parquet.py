@@ -6,6 +6,7 @@ import io
 import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 
 from raydetect.records import Chunk, HeatmapZip, Part, Receipt, Row, note_kinds
 from raydetect.sinks.ledger import Ledger
-from raydetect.sinks.scored_chunk import SCHEMA, ChunkFacts, ScoredChunk, rows_table
+from raydetect.sinks.scored_chunk import SCHEMA, ChunkFacts, ScoredChunk, picture_bytes, rows_table
 from raydetect.storage import Storage, join_uri
 
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)
@@ -37,29 +38,32 @@ class ResultsSink:
     storage: Storage
 
     def write(
-        self, chunk: Chunk, rows: Sequence[Row], pictures: Mapping[int, bytes], clipped_pixels: int = 0
+        self,
+        chunk: Chunk,
+        rows: Sequence[Row],
+        pictures: Mapping[int, bytes],
+        clipped_pixels: int = 0,
+        close_ups: Mapping[int, Sequence[bytes]] = MappingProxyType({}),
     ) -> ScoredChunk:
-        """Writes the heatmaps of a chunk if they are large; small ones travel with the rows.
+        """Writes the heatmaps and close-ups of a chunk if they are large; small ones travel with the rows.
 
         Args:
             chunk: the scored chunk.
             rows: its rows, in member order.
             pictures: heatmap PNGs by position.
             clipped_pixels: clipped pixels of its maps.
+            close_ups: close-up PNGs by position, in the order of the regions.
 
         Raises:
             StorageError: the zip cannot be written.
         """
         zips: tuple[HeatmapZip, ...] = ()
-        if sum(map(len, pictures.values())) >= CHUNK_ZIP_BYTES:
+        table = rows_table(rows)
+        if picture_bytes(pictures, close_ups) >= CHUNK_ZIP_BYTES:
             path = f"heatmaps/shard={chunk.shard:05d}/chunk-{chunk.number:04d}.zip"
-            named = {picture_name(i): png for i, png in pictures.items()}
-            zips = (self._write_zip(path, named),)
-            rows = [
-                dataclasses.replace(row, heatmap_uri=self._picture_uri(path, picture_name(i))) if i in pictures else row
-                for i, row in enumerate(rows)
-            ]
-            pictures = {}
+            zips = (self._write_zip(path, _named(pictures, close_ups)),)
+            table = self._linked(table, path, pictures, close_ups)
+            pictures, close_ups = {}, {}
         facts = ChunkFacts(
             shard=chunk.shard,
             number=chunk.number,
@@ -68,7 +72,7 @@ class ResultsSink:
             clipped_pixels=clipped_pixels,
             left_out=chunk.left_out,
         )
-        return ScoredChunk(facts, rows_table(rows), pictures)
+        return ScoredChunk(facts, table, pictures, close_ups)
 
     def write_part(self, number: int, chunks: Sequence[ScoredChunk]) -> Part:
         """Writes consecutive chunks of a shard as one Parquet file, after their heatmaps.
@@ -86,9 +90,9 @@ class ResultsSink:
         named: dict[str, bytes] = {}
         tables = []
         for chunk in chunks:
-            names = {i: picture_name(i, chunk.facts.number) for i in chunk.pictures}
-            named |= {names[i]: png for i, png in chunk.pictures.items()}
-            tables.append(_linked(chunk.rows, {i: self._picture_uri(zip_path, name) for i, name in names.items()}))
+            number_of_chunk = chunk.facts.number
+            named |= _named(chunk.pictures, chunk.close_ups, number_of_chunk)
+            tables.append(self._linked(chunk.rows, zip_path, chunk.pictures, chunk.close_ups, number_of_chunk))
         zips = [one for chunk in chunks for one in chunk.facts.zips]
         if named:
             zips.append(self._write_zip(zip_path, named))
@@ -96,6 +100,7 @@ class ResultsSink:
         data = encode_table(table)
         self.storage.write(join_uri(self.uri, path), data)
         facts = [chunk.facts for chunk in chunks]
+        close_ups = pc.sum(pc.list_value_length(table["close_up_uris"])).as_py() or 0
         return Part(
             shard=shard,
             number=number,
@@ -110,10 +115,11 @@ class ResultsSink:
             p_counts=_undecided_p_values(table),
             notes=_note_counts(table),
             zips=tuple(zips),
-            heatmaps=sum(one.pictures for one in zips),
+            heatmaps=sum(one.pictures for one in zips) - close_ups,
             clipped_pixels=sum(fact.clipped_pixels for fact in facts),
             regions=pc.sum(pc.list_value_length(table["regions"])).as_py() or 0,
             regions_left_out=pc.sum(table["regions_left_out"]).as_py() or 0,
+            close_ups=close_ups,
             left_out=facts[-1].left_out,
             seconds=round(sum(fact.seconds for fact in facts), 3),
             host=",".join(sorted({fact.host for fact in facts if fact.host})),
@@ -132,8 +138,22 @@ class ResultsSink:
         self.storage.write(join_uri(self.uri, path), data)
         return HeatmapZip(path=path, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data), pictures=len(pictures))
 
-    def _picture_uri(self, path: str, name: str) -> str:
-        return f"zip://{name}::{join_uri(self.uri, path)}"
+    def _linked(
+        self,
+        rows: pa.Table,
+        path: str,
+        pictures: Mapping[int, bytes],
+        close_ups: Mapping[int, Sequence[bytes]],
+        chunk: int | None = None,
+    ) -> pa.Table:
+        """Fills in `heatmap_uri` and `close_up_uris` of the rows whose pictures are in the zip at `path`."""
+
+        def uri(name: str) -> str:
+            return f"zip://{name}::{join_uri(self.uri, path)}"
+
+        rows = _filled(rows, "heatmap_uri", {i: uri(picture_name(i, chunk)) for i in pictures})
+        uris = {i: [uri(picture_name(i, chunk, n)) for n in range(len(pngs))] for i, pngs in close_ups.items()}
+        return _filled(rows, "close_up_uris", uris)
 
 
 def part_path(shard: int, number: int) -> str:
@@ -141,9 +161,13 @@ def part_path(shard: int, number: int) -> str:
     return f"scores/shard={shard:05d}/part-{number:04d}.parquet"
 
 
-def picture_name(position: int, chunk: int | None = None) -> str:
-    """The name of a heatmap in the zip of its chunk, or with the number of its chunk in the zip of a part."""
-    return f"{position:06d}.png" if chunk is None else f"{chunk:04d}-{position:06d}.png"
+def picture_name(position: int, chunk: int | None = None, region: int | None = None) -> str:
+    """The name of a heatmap in the zip of its chunk, or with the number of its chunk in the zip of a part.
+
+    With `region`, that of the close-up of this region.
+    """
+    name = f"{position:06d}" if chunk is None else f"{chunk:04d}-{position:06d}"
+    return f"{name}.png" if region is None else f"{name}.{region:03d}.png"
 
 
 def is_full(rows: int, picture_bytes: int) -> bool:
@@ -172,15 +196,23 @@ def zip_pictures(pictures: Mapping[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def _linked(rows: pa.Table, uris: Mapping[int, str]) -> pa.Table:
-    """Fills in `heatmap_uri` of some rows."""
-    if not uris:
+def _named(
+    pictures: Mapping[int, bytes], close_ups: Mapping[int, Sequence[bytes]], chunk: int | None = None
+) -> dict[str, bytes]:
+    """The heatmaps and close-ups of a chunk by their names in a zip."""
+    named = {picture_name(i, chunk): png for i, png in pictures.items()}
+    return named | {picture_name(i, chunk, n): png for i, pngs in close_ups.items() for n, png in enumerate(pngs)}
+
+
+def _filled(rows: pa.Table, name: str, value_by_row: Mapping[int, Any]) -> pa.Table:
+    """Fills in a column of some rows."""
+    if not value_by_row:
         return rows
-    index = SCHEMA.get_field_index("heatmap_uri")
-    column = rows["heatmap_uri"].to_pylist()
-    for i, uri in uris.items():
-        column[i] = uri
-    return rows.set_column(index, SCHEMA.field(index), pa.array(column, pa.string()))
+    index = SCHEMA.get_field_index(name)
+    column = rows[name].to_pylist()
+    for i, value in value_by_row.items():
+        column[i] = value
+    return rows.set_column(index, SCHEMA.field(index), pa.array(column, SCHEMA.field(index).type))
 
 
 def _count_labelled(table: pa.Table) -> int:

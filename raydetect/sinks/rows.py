@@ -14,7 +14,8 @@ from raydetect.storage import join_uri
 from raydetect.storage.read_ahead import read_ahead
 
 READERS = 4
-NEW_COLUMNS = ("note", "sha256", "regions", "regions_left_out")  # the last ones, missing in parts of older versions
+# the last ones, missing in parts of older versions
+NEW_COLUMNS = ("note", "sha256", "regions", "regions_left_out", "close_up_uris")
 
 
 def read_rows(ledger: Ledger, columns: Sequence[str] | None = None) -> Iterator[tuple[Receipt, Part, pa.Table]]:

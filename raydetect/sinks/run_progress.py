@@ -77,7 +77,7 @@ class RunProgress:
             f"Shards     {totals.shards:,} of {self.num_shards:,} committed ({share:.1f} %)",
             f"Images     {totals.rows:,} ({kinds or 'none yet'})",
             f"Flagged    {'when all shards are committed (flag.fdr)' if self.flagged is None else f'{self.flagged:,}'}",
-            f"Heatmaps   {totals.heatmaps:,}",
+            f"Heatmaps   {heatmaps_text(totals.plain())}",
         ]
         left_out = left_out_text(totals.left_out.counts)
         more = (("Level", self.level), ("Regions", self.regions), ("Left out", left_out))
@@ -185,6 +185,12 @@ def level_text(run: Mapping[str, Any]) -> str:
     if len(high) > 1:
         which += f" and more of {len(high) - 1:,} other categories"
     return usual_level_text(high[worst]["calibrated"], which)
+
+
+def heatmaps_text(sums: Mapping[str, Any]) -> str:
+    """Says how many heatmaps and close-ups there are: `5; close-ups 12`."""
+    close_ups = sums.get("close_ups", 0)  # none in manifests of older versions
+    return f"{sums['heatmaps']:,}" + (f"; close-ups {close_ups:,}" if close_ups else "")
 
 
 def regions_text(manifest: Mapping[str, Any]) -> str:

@@ -26,12 +26,14 @@ TYPES = {
     "label": pa.int8(),
     "regions": pa.list_(REGION),
     "regions_left_out": pa.int64(),
+    "close_up_uris": pa.list_(pa.string()),
 }
 REQUIRED = ("key", "image_uri", "chunk", "status", "error", "artifact", "meta", "note", "sha256")
 SCHEMA = pa.schema(
     [pa.field(f.name, TYPES.get(f.name, pa.string()), nullable=f.name not in REQUIRED) for f in dataclasses.fields(Row)]
 )
 PICTURE = pa.field("picture", pa.large_binary())
+CLOSE_UPS = pa.field("close_ups", pa.list_(pa.large_binary()))
 FACTS = b"raydetect"
 
 
@@ -68,11 +70,13 @@ class ScoredChunk:
         facts: numbers and counts.
         rows: rows in member order, with the columns of SCHEMA; `heatmap_uri` is null for those in `pictures`.
         pictures: heatmap PNGs that are not written yet, by row.
+        close_ups: close-ups of such rows as PNG, in the order of the regions.
     """
 
     facts: ChunkFacts
     rows: pa.Table
     pictures: Mapping[int, bytes]
+    close_ups: Mapping[int, Sequence[bytes]] = dataclasses.field(default_factory=dict)
 
     @property
     def images(self) -> int:
@@ -91,14 +95,16 @@ class ScoredChunk:
 
     @property
     def picture_bytes(self) -> int:
-        """Bytes of the heatmaps that are not written yet."""
-        return sum(map(len, self.pictures.values()))
+        """Bytes of the heatmaps and close-ups that are not written yet."""
+        return picture_bytes(self.pictures, self.close_ups)
 
     def to_bytes(self) -> bytes:
         """Encodes the chunk as one Arrow stream."""
         pictures = pa.array([self.pictures.get(i) for i in range(self.images)], PICTURE.type)
         facts = json.dumps(to_plain(self.facts)).encode()
-        table = self.rows.append_column(PICTURE, pictures).replace_schema_metadata({FACTS: facts})
+        close_ups = pa.array([self.close_ups.get(i) for i in range(self.images)], CLOSE_UPS.type)
+        table = self.rows.append_column(PICTURE, pictures).append_column(CLOSE_UPS, close_ups)
+        table = table.replace_schema_metadata({FACTS: facts})
         buffer = pa.BufferOutputStream()
         with pa.ipc.new_stream(buffer, table.schema) as writer:
             writer.write_table(table)
@@ -112,8 +118,14 @@ class ScoredChunk:
             table = reader.read_all()
         facts: Any = json.loads(table.schema.metadata[FACTS])
         pictures = {i: png for i, png in enumerate(table[PICTURE.name].to_pylist()) if png is not None}
-        rows = table.drop_columns(PICTURE.name).replace_schema_metadata(None)
-        return cls(validate(ChunkFacts, facts, "a scored chunk"), rows, pictures)
+        close_ups = {i: pngs for i, pngs in enumerate(table[CLOSE_UPS.name].to_pylist()) if pngs is not None}
+        rows = table.drop_columns([PICTURE.name, CLOSE_UPS.name]).replace_schema_metadata(None)
+        return cls(validate(ChunkFacts, facts, "a scored chunk"), rows, pictures, close_ups)
+
+
+def picture_bytes(pictures: Mapping[int, bytes], close_ups: Mapping[int, Sequence[bytes]]) -> int:
+    """Bytes of heatmaps and close-ups."""
+    return sum(map(len, pictures.values())) + sum(len(png) for pngs in close_ups.values() for png in pngs)
 
 
 def rows_table(rows: Sequence[Row]) -> pa.Table:

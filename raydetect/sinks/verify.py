@@ -28,7 +28,7 @@ from raydetect.storage.read_ahead import read_ahead
 READERS = 8
 DIGEST_BYTES = 16
 COLUMNS = ["key", "status", "flagged"]
-NEW_SUMS = ("regions", "regions_left_out")  # missing in manifests of older versions
+NEW_SUMS = ("regions", "regions_left_out", "close_ups")  # missing in manifests of older versions
 KINDS = {
     "run": "run.json is missing or damaged, so the job is unknown",
     "missing_records": "ledger records that are missing although manifest.json exists",
@@ -265,7 +265,7 @@ def _read_shard(ledger: Ledger, index: int) -> _Shard:
             shard.damage += _check_rows(part, data, shard.keys)
         for one in part.heatmap_zips:
             shard.damage += _check_heatmaps(ledger, one)
-        if part.heatmaps != sum(one.pictures for one in part.heatmap_zips):
+        if part.heatmaps + part.close_ups != sum(one.pictures for one in part.heatmap_zips):
             shard.damage.append(("counts", part.path))
     return shard
 

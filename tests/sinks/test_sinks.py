@@ -65,6 +65,8 @@ GOLDEN = [
     "      child 6, peak_x: int32 not null",
     "      child 7, peak_y: int32 not null",
     "regions_left_out: int64",
+    "close_up_uris: list<item: string>",
+    "  child 0, item: string",
 ]
 
 

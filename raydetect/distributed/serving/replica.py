@@ -149,6 +149,6 @@ class ScorerReplica:
         def work() -> bytes:
             result = warm.score_chunk(chunk, spec)
             self._meters.count((row.status for row in result.rows), "archive")
-            return sink.write(chunk, result.rows, result.pictures, result.clipped_pixels).to_bytes()
+            return sink.write(chunk, result.rows, result.pictures, result.clipped_pixels, result.close_ups).to_bytes()
 
         return await asyncio.to_thread(work)

@@ -66,7 +66,10 @@ class Score(BaseModel):
     ] = ""
     regions: Annotated[
         list[FoundRegion] | None,
-        Field(description="where a flagged image is anomalous, highest peak first; null if the artifact has no peaks"),
+        Field(
+            description="where a flagged image is anomalous, highest peak first; null if the artifact has no peaks. "
+            "Only runs store close-ups"
+        ),
     ] = None
     regions_left_out: Annotated[int | None, Field(description="regions beyond the first 20")] = None
 
@@ -125,6 +128,7 @@ class RunSink(Strict):
     top_k: Annotated[int, Field(ge=1)] = 8
     style: Literal["overlay", "map"] = "overlay"
     max_regions: Annotated[int, Field(ge=0, le=10_000)] = MAX_REGIONS
+    close_ups: Annotated[bool, Field(description="full-size windows around the regions of large pictures")] = True
 
 
 class RunRequest(Strict):

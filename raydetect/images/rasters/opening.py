@@ -6,7 +6,7 @@
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -111,6 +111,21 @@ class Raster:
                 if error.status != "corrupt":
                     raise  # else only the overview may be damaged
         return self._shrunk(share, None)
+
+    def cut(self, places: Sequence[Place]) -> list[Image.Image]:
+        """Returns parts of the upright picture at its stored size in RGB, read one by one.
+
+        Args:
+            places: (left, upper, right, lower) in px.
+
+        Raises:
+            MemberError: corrupt, too_many_pixels, unsupported_mode.
+        """
+        if not places:
+            return []
+        largest = max((right - left) * (lower - upper) for left, upper, right, lower in places)
+        with self.opened() as picture, PIXEL_BUDGET.reserve(largest + picture.block_pixels, self.rules.max_pixels):
+            return [picture.read(place).convert("RGB") for place in places]
 
     def _shrunk(self, share: float, level: int | None) -> Image.Image:
         with self.opened(level) as picture:
