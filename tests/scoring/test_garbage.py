@@ -18,7 +18,7 @@ def test_what_was_loaded_is_left_out_and_what_comes_later_is_not() -> None:
     gc.collect()
     seen = len(gc.get_objects())
     with loaded_is_spared():
-        assert gc.get_freeze_count() >= seen
+        assert gc.get_freeze_count() > 0.99 * seen  # a collection stops tracking a few that hold only plain values
         assert len(gc.get_objects()) < seen / 10  # all that a collection visits
         later = weakref.ref(Node())
         gc.collect()
