@@ -117,11 +117,15 @@ def measure(folder: Path, side: int) -> dict[str, Any]:
     assert row["status"] == "ok" and row["flagged"], row
     artifact = load_artifact(str(folder / "artifact"), Storage())
     (drawn,) = (folder / "results").glob("heatmaps/**/*.zip")
+    assert len(row["close_up_uris"]) == len(row["regions"]) >= 1, row
     with zipfile.ZipFile(drawn) as pictures:
-        (folder / "overlay.png").write_bytes(pictures.read(pictures.namelist()[0]))
+        for name, uri in (("overlay", row["heatmap_uri"]), ("close_up", row["close_up_uris"][0])):
+            stored = uri.partition("::")[0].removeprefix("zip://")
+            (folder / f"{name}.png").write_bytes(pictures.read(stored))
     return {
         "side_px": side,
         "file_mb": round((folder / "data" / "test" / "spot" / "1.tif").stat().st_size / 1e6, 1),
+        "close_ups": len(row["close_up_uris"]),
         "windows": len(artifact.record.preprocess.layout((side, side)).windows),
         "seconds": round(seconds, 1),
         "peak_mb": peak >> 20,

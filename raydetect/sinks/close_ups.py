@@ -26,15 +26,18 @@ Line = tuple[int, int, tuple[int, int, int]]  # distance from the box, width, co
 def close_up_places(regions: Sequence[AnomalousRegion], size: tuple[int, int]) -> list[Place]:
     """(left, upper, right, lower) of the close-ups of a picture of (width, height) `size`, in the order of its regions.
 
-    Only the first `MOST_CLOSE_UPS` regions have one.
+    Only the first `MOST_CLOSE_UPS` regions have one. If many are large, the last ones are smaller, with sides of at
+    least `LEAST_PX`.
     """
-    shown = regions[:MOST_CLOSE_UPS]
-    most_px = min(MOST_PX, math.isqrt(MOST_PIXELS // max(1, len(shown))))
-    places = []
-    for region in shown:
+    shown, places = regions[:MOST_CLOSE_UPS], list[Place]()
+    unused = MOST_PIXELS
+    for position, region in enumerate(shown):
+        following = len(shown) - position - 1
+        most_px = min(MOST_PX, math.isqrt(unused - following * LEAST_PX**2))
         left, right = _span(region.x, region.width, region.peak_x, size[0], most_px)
         upper, lower = _span(region.y, region.height, region.peak_y, size[1], most_px)
         places.append((left, upper, right, lower))
+        unused -= (right - left) * (lower - upper)
     return places
 
 

@@ -69,6 +69,17 @@ def test_a_close_up_shows_the_surroundings_of_its_region(
     assert close_up_places([found], size) == [expected]
 
 
+def test_the_first_of_many_large_regions_have_the_largest_close_ups() -> None:
+    def sizes(regions: list[AnomalousRegion]) -> list[tuple[int, int]]:
+        return [(right - left, lower - upper) for left, upper, right, lower in close_up_places(regions, (9000, 9000))]
+
+    large_one, small_one = region(1000, 1000, 900, 900), region(5000, 5000, 3, 3)
+    assert sizes([large_one] * 8) == [(512, 512)] * 8
+    assert sizes([large_one] * 10) == [(512, 512)] * 7 + [(478, 478), (131, 131), (128, 128)]
+    assert sizes([large_one] * 6 + [small_one] * 14) == [(512, 512)] * 6 + [(128, 128)] * 14
+    assert sizes([large_one] * 200) == [(128, 128)] * 128
+
+
 @given(st.integers(0, 300), st.tuples(st.integers(1, 30_000), st.integers(1, 30_000)), st.integers(0, 2**32 - 1))
 @settings(max_examples=60, deadline=None)
 def test_close_ups_lie_in_the_picture_hold_their_peaks_and_are_bounded_together(
@@ -310,7 +321,7 @@ def test_the_page_shows_stored_close_ups_and_decodes_no_large_picture(
     assert "No close-ups: " in report_html(plan.ledger)
 
 
-def test_coco_and_csv_are_as_before(files: dict[str, bytes], tmp_path: Path) -> None:
+def test_coco_has_the_regions_as_before(files: dict[str, bytes], tmp_path: Path) -> None:
     plan, manifest = scored()
     pictures = Pictures(plan.ledger, plan.run, reach_of(plan.run).source)
     assert write_coco(pictures, tmp_path / "c.json", None, True)[1] == manifest["regions"] > 0
