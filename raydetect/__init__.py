@@ -9,11 +9,29 @@ from typing import TYPE_CHECKING, Any
 from raydetect import moved_modules
 
 if TYPE_CHECKING:
-    from raydetect.python_api.models import Estimator, create_ensemble, create_model, list_models
+    from raydetect.python_api.models import (
+        BadImagesError,
+        Estimator,
+        NotFittedError,
+        RaydetectError,
+        SpecError,
+        create_ensemble,
+        create_model,
+        list_models,
+    )
 
 moved_modules.install()
 __version__ = "0.1.0"
-__all__ = ["Estimator", "create_ensemble", "create_model", "list_models"]
+__all__ = [
+    "BadImagesError",
+    "Estimator",
+    "NotFittedError",
+    "RaydetectError",
+    "SpecError",
+    "create_ensemble",
+    "create_model",
+    "list_models",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -22,8 +22,8 @@ class RaydetectError(Exception):
         return _rebuild, (type(self), str(self), dict(self.__dict__))
 
 
-class SpecError(RaydetectError):
-    """The job file, an option or a parameter is invalid; raised before any cluster is used."""
+class SpecError(RaydetectError, ValueError):
+    """The job file, an option, a parameter or an argument is invalid; raised before any cluster is used."""
 
     exit_code = 2
 

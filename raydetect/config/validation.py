@@ -22,6 +22,8 @@ HIDDEN = frozenset(
     ("storage", "webhook", "key", "secret", "token", "sha256")
 )  # values at or below these keys are never shown
 MISTAKES_SHOWN, CHARACTERS_SHOWN = 20, 80
+RULES = ("alpha", "threshold", "fdr")
+ALTERNATIVES = {f"flag.{rule}": tuple(other for other in RULES if other != rule) for rule in RULES}
 
 
 def parse_yaml(text: str, name: str) -> dict[str, Any]:
@@ -47,13 +49,14 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
 def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Returns a copy of `values` with `a.b=c` overrides; the right side is parsed as YAML, or else kept as text.
 
-    So `pattern={category}/{name}.png` needs no quotes.
+    So `pattern={category}/{name}.png` needs no quotes. A rule for flags replaces the rule of `values`.
 
     Raises:
         SpecError: an override has no `=`, its path goes through something that is not a mapping, or its right side
             breaks a rule of `yaml_text`.
     """
     result: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    stated = set[str]()
     for number, text in enumerate(overrides, start=1):
         path, equals, right = text.partition("=")
         if not equals or not path:
@@ -67,6 +70,10 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
             if not isinstance(target, dict):
                 raise SpecError(f"--set {shown_key(path)}: {parent!r} is not a mapping. Set it as a whole.")
         target[last] = _yaml_or_text(path, right)
+        stated.add(path)
+        for other in ALTERNATIVES.get(path, ()):
+            if f"{'.'.join(parents)}.{other}" not in stated:
+                target.pop(other, None)
     return result
 
 

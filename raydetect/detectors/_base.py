@@ -23,8 +23,8 @@ Phase = Literal["collect", "train"]
 ProgressCallback = Callable[[int, int], None]
 
 
-class NotFittedError(RaydetectError):
-    """`score` was called before the detector was fitted."""
+class NotFittedError(RaydetectError, ValueError, AttributeError):
+    """The detector is not fitted yet. Of the same kinds as scikit-learn's, so that what catches those catches it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,8 +36,9 @@ NOT_SAVED = "not saved"
 class Estimator:
     """A detector or ensemble to fit and use in Python, created by `create_model` or `create_ensemble`.
 
-    `images` is always an array (N, H, W, 3) or (N, H, W) of uint8, or a list of such images of any sizes, of paths,
-    URIs or PIL images. Images that cannot be read raise an error that lists all of them; they never get a score.
+    `images` is always an array (N, H, W, 3) or (N, H, W) of uint8, a list of such images of any sizes, of paths, URIs
+    or PIL images, or a folder or glob of image files, which are taken in the order of their names. Images that cannot
+    be read raise an error that lists all of them; they never get a score.
 
     Attributes:
         spec: the algorithm and its parameters.
@@ -116,7 +117,7 @@ class Estimator:
             SpecError: the images or labels are invalid or too few.
             BadImagesError: images cannot be read; the error lists all of them.
         """
-        inputs = as_input_images(images, y)
+        inputs = as_input_images(images, Storage(self.settings.storage), y)
         refuse_duplicates(inputs)
         if learns_from_labels(build_from(self.spec, self.seed)) and all(image.label != 1 for image in inputs):
             raise SpecError(f"{self.spec.title}: needs labelled anomalous images. Call fit(images, y=labels).")
@@ -273,7 +274,7 @@ class Estimator:
 
     def _scored(self, images: Any, progress: bool) -> Iterator[tuple[Scored, tuple[int, int]]]:
         fitted = self._require_fitted()
-        inputs = as_input_images(images)
+        inputs = as_input_images(images, Storage(self.settings.storage))
         with torch_threads(self.settings.num_threads), shown(progress, SHOW_AFTER_SECONDS) as on_progress:
             yield from score_inputs(fitted, inputs, self.settings, on_progress)
 

@@ -4,6 +4,7 @@ Arrays and PIL images are encoded as uncompressed PPM, so they go through the sa
 """
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ import numpy as np
 from PIL import Image
 
 from raydetect.archives.base import key_of
+from raydetect.archives.formats.loose_files import loose_names
+from raydetect.archives.open import open_archive
 from raydetect.config import FIT_CHUNK_IMAGES, STRETCH, SourceSpec, ViewSpec
 from raydetect.errors import MemberError, RaydetectError, SpecError, StorageError
 from raydetect.images.bit_depth import SIXTEEN_BIT
@@ -20,11 +23,15 @@ from raydetect.images.opening import DecodeRules, depth_of
 from raydetect.images.orientation import upright
 from raydetect.images.preprocess import Preprocess
 from raydetect.images.resize import to_rgb
+from raydetect.left_out import left_out_text
 from raydetect.records import OK, Member
-from raydetect.storage import Storage, normalise_uri
+from raydetect.storage import Storage, join_uri, normalise_uri
 from raydetect.views.windows import Input
 
-KINDS = "an array (N, H, W, 3) or (N, H, W) of uint8, or a list of such images, of paths, URIs or PIL images"
+KINDS = (
+    "an array (N, H, W, 3) or (N, H, W) of uint8, a list of such images, of paths, URIs or PIL images, or a folder or "
+    "glob of image files"
+)
 NAMED = 10
 RULES = DecodeRules.of(SourceSpec(uri=""))
 NOT_THERE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
@@ -97,17 +104,20 @@ class InputImage:
             raise MemberError("corrupt", f"the image cannot be decoded ({error}).") from None
 
 
-def as_input_images(images: Any, y: Any = None) -> list[InputImage]:
+def as_input_images(images: Any, storage: Storage, y: Any = None) -> list[InputImage]:
     """Lists the images in order, one entry each. Cheap: opens no file and copies no pixels.
+
+    Files of a folder or glob that are no images are left out, as in a job, which a warning says.
 
     Args:
         images: see `KINDS`.
+        storage: for a folder or glob.
         y: labels 0 and 1, one for each image; None = unknown.
 
     Raises:
         SpecError: the images or labels are invalid, or there are none; the message says what to do.
     """
-    found = [_given(item, position) for position, item in enumerate(_items(images))]
+    found = [_given(item, position) for position, item in enumerate(_items(images, storage))]
     if not found:
         raise SpecError(f"images: is empty. Give {KINDS}.")
     if y is None:
@@ -160,9 +170,11 @@ def _decoded(
             position += isinstance(item, Pixels)
 
 
-def _items(images: Any) -> list[Any]:
-    if isinstance(images, str | bytes | os.PathLike):
-        raise SpecError(f"images: is one path, {str(images)!r}. Give a list, such as sorted(glob('normal/*.png')).")
+def _items(images: Any, storage: Storage) -> list[Any]:
+    if isinstance(images, str | os.PathLike):
+        return _listed(os.fspath(images), storage)
+    if isinstance(images, bytes):
+        raise SpecError(f"images: is of type bytes. Give {KINDS}.")
     if isinstance(images, Image.Image):
         raise SpecError("images: is a single PIL image. Give a list: [image].")
     if isinstance(images, np.ndarray) and images.dtype.kind not in "OUT":
@@ -171,6 +183,26 @@ def _items(images: Any) -> list[Any]:
         return list(images)
     except TypeError:
         raise SpecError(f"images: is of type {type(images).__name__}. Give {KINDS}.") from None
+
+
+def _listed(uri: str, storage: Storage) -> list[str]:
+    """The URIs of the images in a folder or of a glob, sorted.
+
+    Raises:
+        SpecError: it holds archives.
+        StorageError: it does not exist, or cannot be listed.
+    """
+    shards = open_archive(SourceSpec(uri=uri), storage).listing().shards
+    archives = [shard for shard in shards if shard.format != "prefix"]
+    if archives:
+        raise SpecError(
+            f"images: {uri} holds archives, such as {archives[0].uri}, which only jobs read. Use `raydetect fit` and "
+            "`raydetect score`, or unpack them."
+        )
+    left_out = left_out_text(shards[0].left_out) if shards else ""
+    if left_out:
+        warnings.warn(f"images: {uri}: left out {left_out}", stacklevel=4)
+    return [join_uri(shard.uri, name) for shard in shards for name in loose_names(shard)]
 
 
 def _array_items(images: np.ndarray) -> list[Any]:

@@ -5,11 +5,22 @@ from typing import Any
 
 from raydetect.config import DetectorSpec, MemberSpec, Preset
 from raydetect.config.validation import validate
+from raydetect.detectors._base import NotFittedError
 from raydetect.detectors._registry import list_models
-from raydetect.errors import SpecError
+from raydetect.errors import RaydetectError, SpecError
 from raydetect.python_api.estimator import Estimator
+from raydetect.python_api.inputs import BadImagesError
 
-__all__ = ["Estimator", "create_ensemble", "create_model", "list_models"]
+__all__ = [
+    "BadImagesError",
+    "Estimator",
+    "NotFittedError",
+    "RaydetectError",
+    "SpecError",
+    "create_ensemble",
+    "create_model",
+    "list_models",
+]
 
 
 class _CreateModel:

@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from raydetect.config import FitSpec, ScoreSpec, parse_job, public_spec, result_digest
+from raydetect.config import FitSpec, FlagSpec, ScoreSpec, parse_job, public_spec, result_digest
 from raydetect.config.validation import apply_overrides, describe_fields, differences, parse_yaml, to_plain, validate
 from raydetect.errors import SpecError
 from raydetect.records import Part, Receipt
@@ -26,6 +26,13 @@ def score_spec(*overrides: str) -> ScoreSpec:
     return spec
 
 
+def test_a_rule_of_the_command_line_replaces_that_of_the_file() -> None:
+    assert score_spec("flag.threshold=2.5").flag == FlagSpec(threshold=2.5)
+    assert score_spec("flag.fdr=0.1").flag == FlagSpec(fdr=0.1)
+    assert score_spec("flag.alpha=0.3").flag == FlagSpec(alpha=0.3)
+    assert score_spec("flag={}").flag == FlagSpec()
+
+
 def test_a_job_file_becomes_a_spec_with_defaults() -> None:
     spec = score_spec()
     assert spec.flag.alpha == 0.02 and spec.sink.heatmaps == "flagged" and spec.resources.num_workers == 1
@@ -37,7 +44,7 @@ def test_a_job_file_becomes_a_spec_with_defaults() -> None:
         (["sink.heatmap=all"], ["sink.heatmap: unknown key. Did you mean 'heatmaps'?"]),
         (["chunk_images=many"], ["chunk_images", "many"]),
         (["batch_size=0"], ["batch_size", "greater than or equal to 1"]),
-        (["flag.threshold=3"], ["set only one of alpha, threshold and fdr"]),
+        (["flag.threshold=3", "flag.fdr=0.1"], ["set only one of alpha, threshold and fdr"]),
         (["sink.style=png"], ["sink.style", "'overlay'"]),
         (["resource.num_workers=3"], ["resource: unknown key. Did you mean 'resources'?"]),
         (["batch_size=0", "sink.uri=3", "nonsense=1"], ["batch_size", "sink.uri", "nonsense"]),

@@ -99,7 +99,7 @@ def test_the_flagged_share_of_held_out_normal_images_is_inside_its_interval(leve
 
 
 def test_a_job_states_one_rule() -> None:
-    for words in ("flag.fdr=0.1", "flag={fdr: 0.1, threshold: 3}", "flag={fdr: 1.5}"):
+    for words in ("flag={fdr: 0.1, alpha: 0.1}", "flag={fdr: 0.1, threshold: 3}", "flag={fdr: 1.5}"):
         with pytest.raises(SpecError, match=r"set only one of|less than 1"):
             spec_of_score(words)
     assert spec_of_score("flag={fdr: 0.1}").flag == FlagSpec(fdr=0.1)

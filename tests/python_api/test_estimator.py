@@ -15,14 +15,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from pydantic import Field
+from sklearn.exceptions import NotFittedError as SklearnNotFittedError
 
+import raydetect
 from raydetect import Estimator, create_model, list_models
 from raydetect.artifacts.record import read_record
 from raydetect.config import FitSpec, ScoreSpec, ViewSpec, parse_job
 from raydetect.detectors import _registry, patchcore
 from raydetect.detectors._base import NotFittedError, Scores
 from raydetect.detectors.stfpm import STFPM
-from raydetect.errors import ArtifactError, SpecError
+from raydetect.errors import ArtifactError, RaydetectError, SpecError
 from raydetect.images.preprocess import Preprocess
 from raydetect.local import jobs
 from raydetect.planning.plan import plan_score
@@ -34,6 +36,7 @@ from raydetect.storage import Storage
 from raydetect.views.placement import resized
 from raydetect.views.view import View
 from raydetect.views.windows import Input
+from tests.builders.archives import pack
 from tests.builders.images import DEFECTS, defect_image, encode, normal_image
 from tests.whole_jobs.runs import rows_of
 
@@ -189,8 +192,6 @@ def test_maps_are_resized_as_torch_resizes() -> None:
 
 
 WRONG: list[tuple[Any, str]] = [
-    ("a/folder", r"is one path, 'a/folder'\. Give a list"),
-    (Path("x.png"), "is one path"),
     (Image.new("RGB", (4, 4)), r"Give a list: \[image\]"),
     (3, "is of type int"),
     (None, "is of type NoneType"),
@@ -208,6 +209,7 @@ WRONG: list[tuple[Any, str]] = [
     ([np.zeros((0, 8), np.uint8)], r"at least 1 x 1"),
     ([torch.zeros(8, 8, 3, dtype=torch.uint8)], r"images\[0\]: is of type Tensor"),
     ([b"bytes"], "is of type bytes"),
+    (b"bytes", "images: is of type bytes"),
     (["s3://bucket/../x.png"], r"`\.\.` is not allowed"),
     (["ftp://x/y.png"], "the scheme 'ftp' is not supported"),
 ]
@@ -219,6 +221,38 @@ def test_anything_else_is_refused_with_one_sentence(fitted: Estimator, wrong: An
         with pytest.raises(SpecError, match=message) as error:
             call(wrong)
         assert "\n" not in str(error.value)
+
+
+def test_a_folder_or_glob_is_the_list_of_its_images(tmp_path: Path) -> None:
+    (tmp_path / "line" / "deep").mkdir(parents=True)
+    for i, image in enumerate(images(6)):
+        (tmp_path / "line" / ("deep" if i % 2 else "") / f"{i}.png").write_bytes(encode(image))
+    (tmp_path / "line" / "notes.txt").write_text("no image")
+    paths = sorted(str(path) for path in (tmp_path / "line").rglob("*.png"))
+    by_list = model().fit(paths)
+    with pytest.warns(UserWarning, match=r"left out 1 other_suffix \(notes\.txt\)"):
+        by_folder = model().fit(tmp_path / "line")
+    np.testing.assert_array_equal(by_folder.predict_proba(paths), by_list.predict_proba(paths))
+    in_glob = sorted(path for path in paths if "deep" in path)
+    glob = f"{tmp_path}/line/deep/*.png"
+    np.testing.assert_array_equal(by_list.predict_proba(glob), by_list.predict_proba(in_glob))
+    np.testing.assert_array_equal(by_list.predict_proba(paths[0]), by_list.predict_proba(paths[:1]))
+
+
+def test_archives_and_missing_folders_are_refused(fitted: Estimator, tmp_path: Path) -> None:
+    pack(f"file://{tmp_path}/packed", ".tar", [("a.png", encode(normal_image(1)))], 1)
+    with pytest.raises(SpecError, match=r"packed holds archives, such as .*\.tar, which only jobs read"):
+        fitted.predict_proba(f"{tmp_path}/packed")
+    with pytest.raises(RaydetectError, match="nowhere"):
+        fitted.predict_proba(tmp_path / "nowhere")
+
+
+def test_errors_are_of_the_kinds_that_python_and_scikit_learn_use() -> None:
+    assert raydetect.SpecError is SpecError
+    assert issubclass(SpecError, ValueError)
+    assert all(issubclass(NotFittedError, kind) for kind in SklearnNotFittedError.__bases__)
+    with pytest.raises(ValueError, match="Did you mean"):
+        create_model("patchcoer")
 
 
 def test_bad_images_are_all_named_for_fit_and_predict(fitted: Estimator, tmp_path: Path) -> None:
@@ -492,7 +526,7 @@ def test_a_range_counts_the_values_of_files_and_of_arrays(tmp_path: Path) -> Non
     rules = Preprocess((8, 8), "full", View(ViewSpec(range=(50, 200))))
 
     def shown(image: Any) -> np.ndarray:
-        first, _ = decode_inputs(as_input_images([image]), rules, Storage(), 1)
+        first, _ = decode_inputs(as_input_images([image], Storage()), rules, Storage(), 1)
         assert isinstance(first, Input)
         return first.image_HWC[..., 0]
 
