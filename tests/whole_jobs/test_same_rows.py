@@ -2,6 +2,7 @@
 
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +45,23 @@ def same_as_truth(line: Line, results: str, truth: str) -> None:
     assert manifest is not None and manifest["rows"] == 240 and manifest["statuses"] == {"ok": 240}
 
 
+def _begun_or_ended(running: Run, ledger: Ledger) -> bool:
+    return running.process.poll() is not None or bool(ledger.committed())
+
+
 def begin(line: Line, results: str, tmp_path: Path, *arguments: str, workers: int = 2, **changes: Any) -> Run:
-    """Starts a job and waits until some but not all shards are committed."""
-    running = start(tmp_path / results, "score", line.job(results, workers=workers, **changes), *arguments)
+    """Starts a job and waits until some but not all shards are committed; anew if it has ended before that was seen."""
     ledger = Ledger(line.store.uri(results), line.store.storage)
-
-    def some_but_not_all() -> bool:
-        assert running.process.poll() is None, running.text()
-        return 0 < len(ledger.committed()) < 12
-
-    wait_until(some_but_not_all, PATIENCE, "the first commit")
-    return running
+    for attempt in range(3):
+        job = line.job(results, workers=workers, **changes)
+        running = start(tmp_path / f"{results}-{attempt}", "score", job, *arguments)
+        wait_until(partial(_begun_or_ended, running, ledger), PATIENCE, "the first commit")
+        if running.process.poll() is None and len(ledger.committed()) < 12:
+            return running
+        assert running.wait() == 0, running.text()
+        fs, path = line.store.storage.filesystem(line.store.uri(results))
+        fs.rm(path, recursive=True)
+    raise AssertionError(f"{results}: ended three times before some but not all shards were seen committed")
 
 
 def test_three_workers_match_one_process_even_if_one_is_killed(line: Line, truth: str, tmp_path: Path) -> None:
