@@ -7,9 +7,11 @@ from tests.contracts import cases
 from tests.contracts import test_laws as laws
 from tests.contracts.cases import CASES, IN_BFLOAT16, Case
 
-pytestmark = pytest.mark.parametrize("case", IN_BFLOAT16, ids=lambda case: case.id)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.parametrize("case", IN_BFLOAT16, ids=lambda case: case.id),
+]
 
-_one_thread = laws._one_thread
 test_scores_have_the_right_shapes_and_are_finite = laws.test_scores_have_the_right_shapes_and_are_finite
 test_finds_planted_defects = laws.test_finds_planted_defects
 test_scores_do_not_depend_on_the_batch = laws.test_scores_do_not_depend_on_the_batch

@@ -13,7 +13,7 @@ import yaml
 from raydetect.artifacts.record import read_record
 from raydetect.cli.main import main
 from raydetect.storage import Storage
-from tests.builders.images import normal_image
+from tests.builders.images import encode, normal_image
 from tests.builders.rasters import raster
 
 SENSOR = {"bands": [4, 3, 2], "range": [0, 10_000]}
@@ -36,7 +36,7 @@ def test_bands_are_fitted_scored_drawn_and_reported(tile: Any, tmp_path: Path) -
     for i in range(8):
         (tmp_path / "data").mkdir(exist_ok=True)
         (tmp_path / "data" / f"{i}.tif").write_bytes(scene(i))
-    (tmp_path / "data" / "9.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (tmp_path / "data" / "9.png").write_bytes(encode(normal_image(1, 64)))  # three bands
     params = {"backbone": "resnet18", "weights": "random", "image_size": [64, 64]}
     view = {**SENSOR, **({} if tile is None else {"tile": tile})}
     fit = {

@@ -161,9 +161,9 @@ def test_cached_images_have_the_layout_that_they_were_decoded_with(monkeypatch: 
     shifts: list[tuple[float, float]] = []
     plain = FitRun._held_out
 
-    def noted(work: FitRun) -> list[str]:
+    def noted(work: FitRun, folds: list[list[str]]) -> list[str]:
         shifts.extend(image.shift for image in work.cache.images.values())
-        return plain(work)
+        return plain(work, folds)
 
     monkeypatch.setattr(FitRun, "_held_out", noted)
     fit(view=ALIGN)

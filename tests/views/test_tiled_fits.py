@@ -117,7 +117,7 @@ def test_the_held_out_images_are_those_of_a_fit_without_tiles(monkeypatch: pytes
     pack("memory://views/normal", ".tar", [(f"{i:03d}.png", wide(i)) for i in range(10)], 3)
     held: list[list[str]] = []
     plain = FitRun._held_out
-    monkeypatch.setattr(FitRun, "_held_out", lambda work: held.append(plain(work)) or held[-1])
+    monkeypatch.setattr(FitRun, "_held_out", lambda work, folds: held.append(plain(work, folds)) or held[-1])
     for view in (TILED, {}, {"resize": "pad"}):
         fit_over(spec_of(PATCHCORE, "held", view=view), 1)
     assert held[0] == held[1] == held[2]

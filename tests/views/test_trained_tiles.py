@@ -21,10 +21,15 @@ from tests.builders.images import encode, normal_image
 
 
 def spec_of(folder: Path, artifact: str) -> FitSpec:
+    params = {"weights": "random", "image_size": [64, 64], "epochs": 3}
     values = {
         "kind": "fit",
         "source": {"uri": f"{folder}/normal"},
-        "detector": {"name": "stfpm", "preset": "smoke", "params": {"weights": "random", "image_size": [64, 64]}},
+        "detector": {
+            "name": "stfpm",
+            "preset": "smoke",
+            "params": {"weights": "random", "image_size": [64, 64], "epochs": 3},
+        },
         "artifact": f"{folder}/{artifact}",
         "calibration": {"holdout_ratio": 0.25},
         "batch_size": 8,
