@@ -25,11 +25,7 @@ def spec_of(folder: Path, artifact: str) -> FitSpec:
     values = {
         "kind": "fit",
         "source": {"uri": f"{folder}/normal"},
-        "detector": {
-            "name": "stfpm",
-            "preset": "smoke",
-            "params": {"weights": "random", "image_size": [64, 64], "epochs": 3},
-        },
+        "detector": {"name": "stfpm", "preset": "smoke", "params": params},
         "artifact": f"{folder}/{artifact}",
         "calibration": {"holdout_ratio": 0.25},
         "batch_size": 8,
