@@ -1,7 +1,6 @@
 """Calibration by folds: every normal image is scored by a fit that has not seen it, and the last fit sees all."""
 
 import itertools
-import threading
 from dataclasses import replace
 from typing import Any
 
@@ -28,8 +27,9 @@ from tests.builders.archives import pack
 from tests.builders.group import together
 from tests.builders.images import encode, normal_image
 from tests.contracts.cases import CASES, Case
-from tests.views.test_tiled_fits import COLLECTED, fit_over
+from tests.views.test_tiled_fits import COLLECTED, _one_thread_at_a_time, fit_over
 
+__all__ = ["_one_thread_at_a_time"]
 FITTED = "memory://cross/normal"
 TRAINED = next(case for case in CASES if case.name == "stfpm")
 PATCHCORE = next(case for case in CASES if case.name == "patchcore")
@@ -60,18 +60,6 @@ def fitted(spec: FitSpec) -> ArtifactRecord:
 def _normal() -> None:
     files = [(f"{i:03d}.png", encode(normal_image(i, 64))) for i in range(IMAGES)]
     pack(FITTED, ".tar", files, 3)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers are processes; as threads they must not trace a backbone while another one traces."""
-    lock, build = threading.RLock(), FitRun._detector
-
-    def built(work: FitRun, storage: Storage) -> Any:
-        with lock:
-            return build(work, storage)
-
-    monkeypatch.setattr(FitRun, "_detector", built)
 
 
 @pytest.mark.parametrize("case", COLLECTED, ids=lambda case: case.id)
