@@ -368,10 +368,27 @@ def _print_detector(kind: Any, name: str) -> None:
     click.echo(f"{info.title} ({info.venue}, {info.paper}): {info.summary}.")
     click.echo(f"Labels needed: {info.labels}. Localises: {'yes' if info.localises else 'no'}.")
     click.echo(f"Published: {info.published}")
+    click.echo(f"With preset: paper, looks at {_paper_view_text(name)}.")
     click.echo(f"\nParameters of detector.name: {name}")
     for field in describe_fields(kind.Params):
         click.echo(f"  {field.name}: {field.type} = {field.default}")
         click.echo(f"      {field.doc}")
+
+
+def _paper_view_text(name: str) -> str:
+    from raydetect.config.paper_views import paper_view
+    from raydetect.config.view import STRETCH
+
+    view = paper_view(name).view
+    if view == STRETCH:
+        return "the whole picture, stretched to the input, as by default"
+    if view.size is None or view.crop is None:
+        return "the centre of the picture, whose short side fills the input"
+    return f"the central {_px(view.crop)} px of the picture, whose short side is resized to {min(view.size)} px"
+
+
+def _px(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"
 
 
 for command in (audit, calibrate, evaluate, export, plan, report, verify):
