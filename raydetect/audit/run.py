@@ -72,7 +72,7 @@ class Audit:
         for claim in claims:
             if claim.night == self.spec.night:
                 return [other for other in unfinished if other.number < claim.number] + [claim]
-        new = unclaimed(shards, claims)
+        new = unclaimed(shards, claims, self.spec.source)
         if new:  # the new night reports the files that the listing left out
             new[0] = replace(new[0], left_out=shards[0].left_out)
         if not new and self.spec.night is None and claims:
