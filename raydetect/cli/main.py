@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,20 @@ from raydetect.cli.running.fit import fit
 from raydetect.cli.running.score import score
 from raydetect.cli.verify import verify
 from raydetect.errors import SpecError
+from raydetect.progress.activity import told
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="raydetect")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Find anomalous images in large archives: fit detectors, score archives on Ray, keep a ledger.
 
     Exit codes: 0 success, 1 the run failed, 2 the job file is invalid, 3 finished with too many bad rows,
     4 an audit raised an alarm.
     """
+    if context.invoked_subcommand not in ("serve", "submit"):  # one waits for requests, the other shows a job's output
+        context.with_resource(told("preparing"))
 
 
 @main.command()
@@ -107,13 +112,17 @@ def serve(job: Path, overrides: tuple[str, ...], address: str | None, in_process
         tokens = read_tokens(spec)
     names = ", ".join(sorted(spec.detectors))
 
+    starting = ExitStack()
+
     def ready(url: str, metrics: str) -> None:
+        starting.close()
         click.echo(f"Serving {names} at {url}")
         click.echo(f"Metrics: {metrics or 'none without Ray'}")
         click.echo(f"Page: {url}/   API: {url}/openapi.json   Tokens: {len(tokens.known) or 'none needed'}")
 
     target = address or os.environ.get("RAY_ADDRESS")
-    with errors():
+    with errors(), starting:
+        starting.enter_context(told("starting the endpoints"))
         if in_process:
             from raydetect.local.serving import serve_here
 

@@ -37,7 +37,7 @@ def plan(job: Path, overrides: tuple[str, ...], workers: str, price: float | Non
 
 
 def _print_forecast(result: "Forecast") -> None:
-    from raydetect.progress import bytes_text, seconds_text
+    from raydetect.progress.texts import bytes_text, seconds_text
 
     if result.categories:
         more = ", ..." if len(result.categories) > NAMED_CATEGORIES else ""

@@ -155,7 +155,7 @@ def verify(ledger: Ledger, on_progress: ProgressCallback) -> Verification:
     files, keys, totals = listed_files(ledger), bytearray(), Totals()
     flags = archive_flags(manifest)
     for shard in read_ahead(partial(_read_shard, ledger), committed, READERS):
-        on_progress("verified shards", 1, len(committed))
+        on_progress("verify shards", 1, len(committed))
         for kind, name in shard.damage:
             verification.add(kind, name, shard.index)
         if shard.receipt is None:

@@ -8,6 +8,7 @@ import click
 
 from raydetect.cli.options import BAD_JOB, cluster, errors, expect, in_process, job_file, load, overrides
 from raydetect.errors import SpecError
+from raydetect.progress.activity import doing
 
 if TYPE_CHECKING:
     from raydetect.config import FitSpec
@@ -24,14 +25,14 @@ if TYPE_CHECKING:
 )
 def fit(job: Path, overrides: tuple[str, ...], address: str | None, in_process: bool, extend: str | None) -> None:
     """Fit a detector on normal images and write the artifact."""
-    with errors(BAD_JOB):
+    with errors(BAD_JOB), doing("checking the job"):
         spec = expect(load(job, _with_extend(overrides, extend)), "fit", job)
         from raydetect.check import find_problems
 
         problems = find_problems(spec)
         if problems:
             raise SpecError(" ".join(problems))
-        from raydetect.progress import FitDisplay
+        from raydetect.progress.displays import FitDisplay
     with errors(), FitDisplay() as display:
         if in_process:
             from raydetect.local import jobs as local
@@ -50,7 +51,7 @@ def _with_extend(overrides: tuple[str, ...], extend: str | None) -> tuple[str, .
 
 def _print_fit(spec: "FitSpec", report: "FitReport") -> None:
     from raydetect.metrics.conformal import usual_level_text
-    from raydetect.progress import bytes_text
+    from raydetect.progress.texts import bytes_text
 
     facts = report.facts
     images, seconds = facts["images"], facts["seconds"]

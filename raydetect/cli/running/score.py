@@ -10,6 +10,7 @@ import click
 from raydetect.cli.options import BAD_JOB, cluster, errors, expect, in_process, job_file, load, overrides
 from raydetect.cli.scoring import retried_text, run_score
 from raydetect.errors import SpecError
+from raydetect.progress.activity import doing
 from raydetect.records import BAD_STATUSES
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 )
 def score(job: Path, overrides: tuple[str, ...], address: str | None, in_process: bool, retry: tuple[str, ...]) -> None:
     """Score an archive; running the same job again resumes it."""
-    with errors(BAD_JOB):
+    with errors(BAD_JOB), doing("listing the archive"):
         spec = expect(load(job, overrides), "score", job)
         if spec.engine == "serve" and not (in_process or address or os.environ.get("RAY_ADDRESS")):
             raise SpecError("engine: serve needs the cluster on which `raydetect serve` runs. Set --address.")
