@@ -43,6 +43,9 @@ def _print_forecast(result: "Forecast") -> None:
         more = ", ..." if len(result.categories) > NAMED_CATEGORIES else ""
         names = ", ".join(result.categories[:NAMED_CATEGORIES]) + more
         click.echo(f"Fleet      {len(result.categories):,} categories: {names}")
+    if not result.shards_left:
+        click.echo(f"Nothing is left to score: all {result.shards:,} shards are committed.")
+        return
     click.echo(f"Shards     {result.shards_left:,} left of {result.shards:,}")
     click.echo(f"Bytes      {bytes_text(result.bytes_left)} to read")
     click.echo(f"Images     {result.images:,} ({result.images_from})")

@@ -191,7 +191,7 @@ def _run(ledger: Ledger, has_records: bool, verification: Verification) -> dict[
         verification.add("run", "run.json")
         return None
     if run is None and not has_records:
-        raise MissingError(f"{ledger.uri}: holds no run.json, so no run was started there. Check the URI.")
+        raise ledger.no_run()
     if run is None:
         verification.add("run", "run.json")
     return run
