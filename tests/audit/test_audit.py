@@ -284,9 +284,10 @@ def test_loose_images_are_of_one_night_however_they_are_listed(place: Path) -> N
     found = [[names.index(name) for name in found] for found in images_of(place)]
     assert found == [[0, 1, 2, 5], [6, 7], [4, 8, 9, 10], [1]]
     before = images_of(place)
-    assert "Compared with one earlier night (01), 4 images together." in (
-        place / "audits/nights/00002/report.html"
-    ).read_text()
+    assert (
+        "Compared with one earlier night (01), 4 images together."
+        in (place / "audits/nights/00002/report.html").read_text()
+    )
     for command in ("status", "verify", "report"):
         refused = call(command, f"{place}/audits")
         assert refused.exit_code == 2 and f"{place}/audits/nights/00001/results. Name one of them." in refused.output
