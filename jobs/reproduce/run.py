@@ -210,7 +210,7 @@ def write_measured() -> None:
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"*-{COMPARED}.json"))]
     ran = [result for result in results if "not_run" not in result and result["detector"] in list_models()]
     machines = sorted({f"{r['machine']['cpu']}, {r['machine']['cores']} cores" for r in ran})
-    where = f"Measured on {COMPARED} ({'; '.join(machines)}): make reproduce. x backbone: time over a bare ResNet-18."
+    where = f"Measured on {COMPARED} ({'; '.join(machines)}): make reproduce."
     detectors = {
         r["detector"]: {
             "fit_seconds": r["fit_seconds"],

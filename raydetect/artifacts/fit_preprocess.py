@@ -105,9 +105,10 @@ def _extended(spec: FitSpec, image_size: tuple[int, int]) -> Preprocess:
             f"preprocess.jpeg_scale = {stated}: {spec.extend} was fitted on images decoded with {earlier.jpeg_scale}, "
             "and the new ones must be decoded alike. Remove the setting."
         )
-    if spec.view != STRETCH:
+    if spec.view != STRETCH and view_of(spec.view, image_size, Storage(spec.storage)) != earlier.view:
         raise SpecError(
-            f"view: {spec.extend} has its own, and the new images must be looked at alike. Remove the setting."
+            f"view: {spec.extend} has another, and the new images must be looked at alike. Remove view, and preset: "
+            "paper."
         )
     return Preprocess(image_size, earlier.jpeg_scale, earlier.view)
 

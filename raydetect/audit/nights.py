@@ -11,10 +11,12 @@ webhooks/00012.json      the webhook has accepted the summary
 import base64
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from raydetect.archives.formats.loose_files import file_keys, regroup_files
+from raydetect.config import SourceSpec
 from raydetect.config.validation import to_plain
 from raydetect.errors import ResumeError, StorageError
 from raydetect.left_out import WITHDRAWN, left_out_of
@@ -24,7 +26,7 @@ from raydetect.storage import Storage, join_uri
 
 FORMAT_VERSION = 1
 RECORD = re.compile(r"/(\d{5,})\.json$")
-ShardKey = tuple[str, tuple[int, int] | None, str]
+ShardKey = bytes | tuple[str, tuple[int, int] | None, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +85,9 @@ class Nights:
             listed: shards now in the archive.
         """
         committed = Ledger(self.results_uri(claim.number), self.storage).committed()
-        there = {shard_key(shard) for shard in listed}
+        there = {key for shard in listed for key in shard_keys(shard)}
         kept = [
-            shard if shard.index in committed or shard_key(shard) in there else _withdrawn(shard)
+            shard if shard.index in committed or there.issuperset(shard_keys(shard)) else _withdrawn(shard)
             for shard in claim.shards
         ]
         return claim if tuple(kept) == claim.shards else self.claim(claim.night, kept, claim.number)
@@ -143,15 +145,21 @@ def _damaged(uri: str, error: Exception) -> StorageError:
     return StorageError(f"{uri}: is damaged ({type(error).__name__}). Restore it or use another sink.uri.")
 
 
-def shard_key(shard: Shard) -> ShardKey:
-    """Identifies a shard: its location, its part of the file, and its content."""
-    return shard.uri, shard.span, shard.fingerprint
+def shard_keys(shard: Shard) -> Collection[ShardKey]:
+    """Identifies the content of a shard: a part of a container, or each loose image, by location and fingerprint."""
+    if shard.format == "prefix":
+        return file_keys(shard)
+    return [(shard.uri, shard.span, shard.fingerprint)]
 
 
-def unclaimed(shards: Sequence[Shard], claims: Sequence[Claim]) -> list[Shard]:
-    """Returns the shards of a listing that no night has claimed."""
-    taken = {shard_key(shard) for claim in claims for shard in claim.shards}
-    return [shard for shard in shards if shard_key(shard) not in taken]
+def unclaimed(shards: Sequence[Shard], claims: Sequence[Claim], source: SourceSpec) -> list[Shard]:
+    """Returns shards of what no night has claimed: containers as listed, then loose images, regrouped.
+
+    So a loose image is of one night, from whichever folder or glob it was listed and whatever was added beside it.
+    """
+    taken = {key for claim in claims for shard in claim.shards for key in shard_keys(shard)}
+    containers = [shard for shard in shards if shard.format != "prefix" and taken.isdisjoint(shard_keys(shard))]
+    return [*containers, *regroup_files((shard for shard in shards if shard.format == "prefix"), taken, source)]
 
 
 def _withdrawn(shard: Shard) -> Shard:

@@ -50,7 +50,8 @@ def _compared(summary: Mapping[str, Any]) -> str:
     if not nights:
         return "No comparison: there is no earlier night of the same artifact without an alarm."
     shown = ", ".join(nights[:7]) + (", ..." if len(nights) > 7 else "")
-    return f"Compared with {len(nights)} earlier nights ({shown}), {summary['baseline']['images']:,} images together."
+    count = "one earlier night" if len(nights) == 1 else f"{len(nights)} earlier nights"
+    return f"Compared with {count} ({shown}), {summary['baseline']['images']:,} images together."
 
 
 def _measure_rows(values: Mapping[str, float | None], baseline: Statistics | None) -> list[tuple[str, str, str, str]]:

@@ -16,7 +16,7 @@ from raydetect.config import AuditSpec, night_score, sink_storage, source_storag
 from raydetect.config.validation import to_plain
 from raydetect.errors import StorageError
 from raydetect.planning.plan import ScorePlan, plan_score
-from raydetect.report.build import page_of, started
+from raydetect.report.build import page_of
 from raydetect.report.pictures import Reach
 from raydetect.report.tally import Tally, measure_of, tally
 from raydetect.sinks.ledger import Ledger
@@ -72,7 +72,7 @@ class Audit:
         for claim in claims:
             if claim.night == self.spec.night:
                 return [other for other in unfinished if other.number < claim.number] + [claim]
-        new = unclaimed(shards, claims)
+        new = unclaimed(shards, claims, self.spec.source)
         if new:  # the new night reports the files that the listing left out
             new[0] = replace(new[0], left_out=shards[0].left_out)
         if not new and self.spec.night is None and claims:
@@ -99,7 +99,7 @@ class Audit:
             plan.begin()
             score(plan)
         ledger = Ledger(results, self.nights.storage)
-        run = started(ledger)
+        run = ledger.require_run()
         night = Statistics(measure_of(run))
         row_tally = tally(ledger, run, self.spec.pictures, night.add)
         names, baseline = self._baseline(claim, str(run["result"]["artifact"]), night.measure)

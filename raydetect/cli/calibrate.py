@@ -24,7 +24,7 @@ def calibrate(job: Path, overrides: tuple[str, ...]) -> None:
         if problems:
             raise SpecError(" ".join(problems))
         from raydetect.local import jobs
-        from raydetect.progress import FitDisplay
+        from raydetect.progress.displays import FitDisplay
     with errors(), FitDisplay() as display:
         result = jobs.calibrate(spec, display.on_progress)
     for category, count in result.held_out.items():

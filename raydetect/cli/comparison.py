@@ -9,29 +9,26 @@ from typing import Any, Literal
 
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 
 from raydetect.detectors._registry import detector_class, list_models
 
 FILE = "measured.json"
 FITS: dict[tuple[str, ...], str] = {("collect",): "one pass", ("train",): "training"}
-PLAIN_WIDTH = 220
-COLUMNS: tuple[tuple[str, Literal["left", "right"]], ...] = (
-    ("Detector", "left"),
-    ("Needs", "left"),
-    ("Localises", "left"),
-    ("Fit", "left"),
-    ("Fit, s", "right"),
-    ("Images/s", "right"),
-    ("x backbone", "right"),
-    ("Image AUROC", "right"),
-    ("Pixel AUROC", "right"),
-    ("Published", "left"),
+WIDTH = 80
+COLUMNS: tuple[tuple[str, Literal["left", "right"], int], ...] = (
+    ("Detector", "left", 9),
+    ("Needs", "left", 15),
+    ("Fit", "left", 12),
+    ("Fit, s", "right", 6),
+    ("Images/s", "right", 8),
+    ("Image AUROC", "right", 5),
+    ("Pixel AUROC", "right", 5),
 )
 FIGURES = (
     ("fit_seconds", ".0f"),
     ("images_per_second", ".1f"),
-    ("over_backbone", ".1f"),
     ("image_auroc", ".3f"),
     ("pixel_auroc", ".3f"),
 )
@@ -72,17 +69,19 @@ def compare() -> tuple[list[Comparison], str]:
 
 
 def print_comparison(rows: Sequence[Comparison], where: str) -> None:
-    """Prints the table, PLAIN_WIDTH characters wide if standard output is not a terminal."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, justify in COLUMNS:
-        table.add_column(name, justify=justify, overflow="fold")
+    """Prints the table, which fits into WIDTH characters, and below it what each paper has published."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for name, justify, width in COLUMNS:
+        table.add_column(name, justify=justify, overflow="fold", width=width)
     for row in rows:
-        figures = [_figure(row.measured.get(key), form) for key, form in FIGURES]
-        table.add_row(row.name, row.needs, "yes" if row.localises else "no", row.fit, *figures, row.published)
-    width = None if sys.stdout.isatty() else PLAIN_WIDTH
-    console = Console(file=sys.stdout, width=width, highlight=False)
+        needs = row.needs if row.localises else f"{row.needs}; does not localise"
+        table.add_row(row.name, needs, row.fit, *(_figure(row.measured.get(key), form) for key, form in FIGURES))
+    console = Console(file=sys.stdout, width=WIDTH, highlight=False)
     console.print(table)
     console.print(where)
+    console.print("\nPublished:")
+    for row in rows:
+        console.print(Padding(f"{row.name}: {row.published}", (0, 0, 0, 2)))
 
 
 def _figure(value: float | None, form: str) -> str:

@@ -54,7 +54,7 @@ def _run(evaluation: "Evaluation", todo: list["Cell"], address: str | None, in_p
 
     if in_process:
         from raydetect.evaluation.run import run_cell
-        from raydetect.progress import FitDisplay
+        from raydetect.progress.displays import FitDisplay
 
         for cell in todo:
             with FitDisplay() as display:

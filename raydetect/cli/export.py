@@ -36,11 +36,10 @@ def export(
         if form != "coco" and (map_threshold is not None or polygons):
             raise SpecError(f"--map-threshold and --polygons belong to --as coco, given --as {form}. Leave them out.")
         from raydetect.export.coco import require_maps
-        from raydetect.report.build import started
         from raydetect.report.pictures import Pictures, reach_of
 
         ledger = ledger_of(results, endpoint_url, profile, anon)
-        run = started(ledger)
+        run = ledger.require_run()
         pictures = Pictures(ledger, run, reach_of(run).source)
         if form == "coco":
             require_maps(pictures, map_threshold)

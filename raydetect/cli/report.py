@@ -23,12 +23,12 @@ def report(
     credentials from the environment.
     """
     with errors(BAD_JOB):
-        from raydetect.report.build import page_of, started
+        from raydetect.report.build import page_of
         from raydetect.report.tally import tally
         from raydetect.storage import whole_text
 
         ledger = ledger_of(results, endpoint_url, profile, anon)
-        run = started(ledger)
+        run = ledger.require_run()
         prepare_output(output)
     with errors(), whole_text(output) as out:
         row_tally = tally(ledger, run, pictures)

@@ -36,7 +36,7 @@ def retried_text(plan: "ScorePlan", retry: tuple[str, ...]) -> str:
 
 
 def _run_score(plan: "ScorePlan", address: str | None, in_process: bool) -> dict[str, Any]:
-    from raydetect.progress import ScoreDisplay
+    from raydetect.progress.displays import ScoreDisplay
     from raydetect.records import Receipt
 
     left = sum(shard.size_bytes for shard in plan.todo)

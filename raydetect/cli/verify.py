@@ -25,7 +25,7 @@ def verify(
     job again rescores them.
     """
     with errors(BAD_JOB):
-        from raydetect.progress import shown
+        from raydetect.progress.displays import shown
         from raydetect.sinks.verify import repair as repair_results
         from raydetect.sinks.verify import verify as verify_results
 

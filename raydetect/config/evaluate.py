@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field
 
 from raydetect.config.fit import DetectorSpec, PreprocessSpec
+from raydetect.config.paper_views import view_of_presets
 from raydetect.config.shared import ResourceSpec, SourceSpec, StorageOptions
 from raydetect.config.validation import STRICT
 from raydetect.config.view import STRETCH, ViewSpec
@@ -91,5 +92,7 @@ class EvaluateSpec:
                 "view.region has a mask for each {category}, or view.align_to a picture, but archive fits one detector "
                 "for all; name one"
             )
+        for detector in self.detectors:
+            view_of_presets(detector.members, self.view)
         if self.resources.bank_shards != 1:
             raise ValueError("resources.bank_shards applies to scoring jobs only; remove it")

@@ -5,11 +5,13 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
+from raydetect.config.paper_views import view_of_presets
 from raydetect.config.shared import MiB, ResourceSpec, SourceSpec, StorageOptions
 from raydetect.config.validation import STRICT
 from raydetect.config.view import STRETCH, ViewSpec
 
-Preset = Literal["paper", "smoke"]
+Preset = Literal["standard", "paper", "smoke"]
+STANDARD: Preset = "standard"
 JpegScale = Literal["at_least_2x", "full"]
 Precision = Literal["float32", "bfloat16"]
 CalibrationMethod = Literal["cross", "holdout"]
@@ -27,8 +29,12 @@ class MemberSpec:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
     name: Annotated[str, Field(description="a name of `raydetect detectors`")]
     preset: Annotated[
-        Preset, Field(description="paper: the published defaults; smoke: small and fast, for tests only")
-    ] = "paper"
+        Preset,
+        Field(
+            description="standard: the published parameters, on the whole picture; paper: also the resize, crop and "
+            "input size of the paper; smoke: small and fast, for tests only"
+        ),
+    ] = STANDARD
     params: Annotated[dict[str, Any], Field(description="parameters that differ from the defaults")] = field(
         default_factory=dict
     )
@@ -40,7 +46,7 @@ class DetectorSpec:
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
     name: Annotated[str, Field(description="a name of `raydetect detectors`; omit for an ensemble")] = ENSEMBLE
-    preset: Annotated[Preset, Field(description="paper or smoke, as for ensemble members")] = "paper"
+    preset: Annotated[Preset, Field(description="standard, paper or smoke, as for ensemble members")] = STANDARD
     params: Annotated[dict[str, Any], Field(description="parameters that differ from the defaults")] = field(
         default_factory=dict
     )
@@ -56,7 +62,7 @@ class DetectorSpec:
     def __post_init__(self) -> None:
         if bool(self.ensemble) != (self.name == ENSEMBLE):
             raise ValueError("set either name or ensemble, not both")
-        if self.ensemble and (self.params or self.preset != "paper"):
+        if self.ensemble and (self.params or self.preset != STANDARD):
             raise ValueError("params and preset belong to the members of an ensemble; set them there")
         if self.weights is not None and len(self.weights) != len(self.ensemble):
             raise ValueError(
@@ -193,6 +199,7 @@ class FitSpec:
             raise ValueError("extend adds to one memory bank; refit an ensemble on all images")
         if self.resources.bank_shards != 1:
             raise ValueError("resources.bank_shards applies to scoring jobs only; remove it")
+        object.__setattr__(self, "view", view_of_presets(self.detector.members, self.view))
         if self.view.has_files_of_category and not self.per_category:
             raise ValueError(
                 "view.region has a mask for each {category}, or view.align_to a picture, but the job fits one "

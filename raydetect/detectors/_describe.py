@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from raydetect.config import ENSEMBLE, DetectorSpec, MemberSpec
+from raydetect.config.fit import STANDARD
 from raydetect.config.validation import to_plain
 from raydetect.detectors._registry import build_detector, build_from, detector_class
 from raydetect.errors import SpecError
@@ -66,7 +67,7 @@ def call_text(spec: DetectorSpec, seed: int) -> str:
 
 
 def _member_text(member: MemberSpec, seed: list[str]) -> str:
-    preset = [] if member.preset == "paper" else [f"preset={member.preset!r}"]
+    preset = [] if member.preset == STANDARD else [f"preset={member.preset!r}"]
     changed = [f"{name}={value!r}" for name, value in _changed_params(member).items()]
     return f"create_model({', '.join([repr(member.name), *preset, *seed, *changed])})"
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import raydetect.detectors as package
 from raydetect.config import ENSEMBLE, DetectorSpec, MemberSpec, Precision, Preset
+from raydetect.config.fit import STANDARD
+from raydetect.config.paper_views import paper_view
 from raydetect.config.validation import nearest, to_plain, validate
 from raydetect.detectors._base import Detector
 from raydetect.detectors._ensemble import Ensemble
@@ -43,14 +45,15 @@ def detector_class(name: str) -> type[Detector]:
     return found[0]
 
 
-def build_detector(name: str, params: Mapping[str, Any], seed: int = 0, preset: Preset = "paper") -> Detector:
+def build_detector(name: str, params: Mapping[str, Any], seed: int = 0, preset: Preset = STANDARD) -> Detector:
     """An unfitted detector; its weights are not loaded yet.
 
     Args:
         name: a name of `list_models()`, or "ensemble" with the parameters of an artifact's record.
         params: overrides of the preset.
         seed: seed of all random choices of the fit.
-        preset: "paper", the detector's defaults, or "smoke", a small one for tests.
+        preset: "standard", the detector's defaults, "paper", with the size of the paper's input, or "smoke", a small
+            one for tests.
 
     Raises:
         SpecError: an unknown name, or unknown or invalid parameters.
@@ -59,7 +62,11 @@ def build_detector(name: str, params: Mapping[str, Any], seed: int = 0, preset: 
         stored = validate(Ensemble.Params, params, f"detector {name}")
         return _build_ensemble(stored.members, stored.weights, seed)
     kind = detector_class(name)
-    chosen = {**(kind.smoke if preset == "smoke" else {}), **params}
+    presets: Mapping[str, Mapping[str, Any]] = {
+        "smoke": kind.smoke,
+        "paper": paper_view(ALIASES.get(name, name)).params,
+    }
+    chosen = {**presets.get(preset, {}), **params}
     return kind(validate(kind.Params, chosen, f"detector {name}"), seed)
 
 

@@ -201,9 +201,11 @@ class WinCLIP(NetworkDetector):
     def finish(self, state: FitState, on_progress: ProgressCallback) -> None:
         """Gathers the normal images of all workers."""
         rows = state.rows if self.params.k_shot else {}
-        self.memory = {name: BankSearch(kept.all_rows().to(self.device)) for name, kept in sorted(rows.items())}
+        gathered = {name: kept.all_rows().to(self.device) for name, kept in sorted(rows.items())}
+        self.memory = {name: BankSearch(rows_ND) for name, rows_ND in gathered.items()}
         self.freeze()
-        on_progress(1, 1)
+        count = sum(map(len, gathered.values()))
+        on_progress(count, count)
 
     def facts(self) -> dict[str, Any]:
         """Number of normal images in memory."""

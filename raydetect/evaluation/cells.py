@@ -11,6 +11,8 @@ from raydetect.archives.dataset_layouts import Labelled, read_layout
 from raydetect.archives.open import open_archive
 from raydetect.artifacts.fit_preprocess import view_of
 from raydetect.config import DetectorSpec, EvaluateSpec, ViewSpec, public_spec, result_settings, source_storage
+from raydetect.config.fit import STANDARD
+from raydetect.config.paper_views import view_of_presets
 from raydetect.config.validation import digest, to_plain
 from raydetect.detectors._registry import build_from
 from raydetect.errors import DamagedError, SpecError
@@ -107,15 +109,16 @@ def plan_evaluation(spec: EvaluateSpec) -> Evaluation:
     return Evaluation(spec, tuple(cells), images)
 
 
-def cell_view(spec: EvaluateSpec, category: str | None) -> ViewSpec:
-    """The view of the cells of a category."""
-    return spec.view if category is None else spec.view.of_category(category)
+def cell_view(spec: EvaluateSpec, cell: Cell) -> ViewSpec:
+    """What the detector of a cell looks at, in pictures of its category."""
+    view = view_of_presets(cell.detector.members, spec.view)
+    return view if cell.category is None else view.of_category(cell.category)
 
 
 def _view(spec: EvaluateSpec, cell: Cell) -> dict[str, Any]:
     """The recorded view of a cell, with the pixels of its mask; empty if pictures are stretched."""
     image_size = build_from(cell.detector, cell.seed).params.image_size
-    view = view_of(cell_view(spec, cell.category), image_size, Storage(spec.storage), cell.category).recorded()
+    view = view_of(cell_view(spec, cell), image_size, Storage(spec.storage), cell.category).recorded()
     return {"view": view} if view else {}
 
 
@@ -142,7 +145,7 @@ def _lines(spec: EvaluateSpec) -> list[tuple[DetectorSpec, str]]:
             params = {**detector.params, **dict(zip(names, point, strict=True))}
             variant = detector if detector.ensemble else replace(detector, params=params)
             shown = " ".join(f"{name}={_short(value)}" for name, value in sorted(params.items()))
-            preset = "" if detector.preset == "paper" else f" ({detector.preset})"
+            preset = "" if detector.preset == STANDARD else f" ({detector.preset})"
             found.append((variant, f"{detector.title}{preset} {shown}".strip()))
     return found
 

@@ -116,7 +116,7 @@ def cell_fit_spec(evaluation: Evaluation, cell: Cell, uri: str) -> FitSpec:
         "batch_size": spec.batch_size,
         "calibration": {"holdout_ratio": spec.holdout_ratio},
         "preprocess": spec.preprocess,
-        "view": cell_view(spec, cell.category),
+        "view": cell_view(spec, cell),
         "resources": spec.resources,
     }
     return validate(FitSpec, values, "evaluate")

@@ -7,7 +7,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raydetect.config import EvaluateSpec
-from raydetect.errors import MissingError
 from raydetect.evaluation.run import EvaluationError, figures_of
 from raydetect.metrics.quality import ImageGroup, Quality
 from raydetect.sinks.ledger import Ledger
@@ -25,9 +24,7 @@ def evaluate_results(spec: EvaluateSpec, uri: str) -> Mapping[str, Any]:
     """
     root = normalise_uri(uri)
     ledger = Ledger(root, Storage(spec.storage))
-    run = ledger.run()
-    if run is None:
-        raise MissingError(f"{root}: holds no run.json, so no run was started there. Check results.")
+    ledger.require_run()
     quality, images = Quality(), 0
     for part in (part for receipt in ledger.receipts() for part in receipt.parts if part.labelled):
         # read from memory: Arrow's threads may keep a Python file open after the interpreter has exited, which aborts

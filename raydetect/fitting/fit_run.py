@@ -34,7 +34,10 @@ from raydetect.records import FitReport
 from raydetect.storage import Storage, join_uri, normalise_uri
 
 ProgressCallback = Callable[[str, int, int | None], None]
-"""Progress callback: phase name, increment, and the total over all workers (None if unknown)."""
+"""Progress callback: phase name, increment, and the total over all workers (None if unknown).
+
+The last word of the name is the unit that is counted, such as `collect images`.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +174,7 @@ class FitRun:
                 self._collect(part, normal, name, all_patches, folds)
             else:
                 trainer = self._trainer(part, number, keys, storage)
-                losses = trainer.run(self._on_first(f"{name}train epochs"))
+                losses = trainer.run(self._on_first(f"{name}train batches"))
                 facts = {"losses": [round(x, 6) for x in losses], "resumed_epochs": trainer.resumed_epochs}
                 checkpoints += [trainer.checkpoints] if trainer.checkpoints else []
         return facts
@@ -180,7 +183,7 @@ class FitRun:
         """Sets the common scale from some of the held-out images and returns the others."""
         scaling, held_out = choose_scaling(held_out, self.spec.seed, self.group)
         counts["scaled"] = self._count(len(scaling))
-        on_progress = self._phase_progress("scale", counts["scaled"] * len(ensemble.members))
+        on_progress = self._phase_progress("scale images", counts["scaled"] * len(ensemble.members))
         set_scales(ensemble, self._calibration_images(), scaling, self.spec.batch_size, self.group, on_progress)
         return held_out
 
@@ -272,7 +275,7 @@ class FitRun:
             self.spec.batch_size,
             self.group,
             self.spec.max_bank_bytes // (2 if folds else 1),  # a fold's rows are a copy
-            self._phase_progress(f"{name}collect", self._count(len(everything))),
+            self._phase_progress(f"{name}collect images", self._count(len(everything))),
             all_patches,
         )
         if self.spec.extend is not None and self.group.rank == 0:
@@ -281,7 +284,8 @@ class FitRun:
         if folds:
             rounds = self._rounds(detector, state, folds, by_fold)
             self.crossed = self._calibrate(detector, rounds, self._count(sum(map(len, folds))))
-        detector.finish(state if everything == chosen else state.only(set(chosen)), self._on_first(f"{name}finish"))
+        on_progress = self._on_first(f"{name}memory bank rows")
+        detector.finish(state if everything == chosen else state.only(set(chosen)), on_progress)
 
     def _chosen(self, detector: Detector, normal: list[str]) -> list[str]:
         wanted = detector.num_collected()
@@ -296,11 +300,12 @@ class FitRun:
     ) -> Iterator[list[str]]:
         """Yields the images of each fold when the detector is fitted without them."""
         for number, (fold, fitted) in enumerate(zip(folds, by_fold, strict=True), 1):
-            detector.finish(state.only(set(fitted)), self._on_first(f"fit {number} of {len(folds)} to calibrate"))
+            phase = f"memory bank for calibration ({number} of {len(folds)}) rows"
+            detector.finish(state.only(set(fitted)), self._on_first(phase))
             yield fold
 
     def _calibrate(self, detector: Detector, rounds: Iterable[list[str]], total: int) -> Calibration:
-        images, on_progress = self._calibration_images(), self._phase_progress("calibrate", total)
+        images, on_progress = self._calibration_images(), self._phase_progress("calibrate images", total)
         return calibrate(detector, images, rounds, self.spec.batch_size, self.group, on_progress)
 
     def _trainer(self, detector: Detector, number: int | None, keys: list[str], storage: Storage) -> Trainer:

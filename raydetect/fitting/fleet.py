@@ -49,7 +49,7 @@ def fit_fleet(work: FitRun, read: ReadFacts) -> FitReport | None:
     with work.phases.phase("fit"), shared_errors(group):
         for category in sorted(name for name, owner in owners.items() if owner == group.rank):
             reports[category] = _fit_category(work, category)
-            work.on_progress("categories", 1, len(owners))
+            work.on_progress("fit categories", 1, len(owners))
     return _commit(work, reports, read)
 
 

@@ -127,7 +127,7 @@ def _read(
                 images.counts.note_bad(f"{member.key}: the fleet has no detector for category {name!r}.")
         for name, members in groups.items():
             _decode(spec, members, images.caches[name], images.counts)
-        on_progress("read", len(chunk.members), None)
+        on_progress("read images", len(chunk.members), None)
     return images
 
 
@@ -146,7 +146,7 @@ def _new_calibration(
         raise SpecError(f"{record.uri}: the source has no normal image to calibrate it on. Add some.")
     detector = load_artifact(record.uri, Storage(spec.storage)).detector.to(device)
     return calibrate(
-        detector, cache, [keys], spec.batch_size, Group(), lambda done: on_progress("calibrate", done, None)
+        detector, cache, [keys], spec.batch_size, Group(), lambda done: on_progress("calibrate images", done, None)
     )
 
 

@@ -64,7 +64,7 @@ class Trainer:
         """Trains to the end and returns the mean loss of every epoch.
 
         Args:
-            tick: called with the number of newly completed epochs and the total.
+            on_progress: called with the number of newly completed batches and the total.
 
         Raises:
             TrainingDiverged: a loss is not finite.
@@ -77,15 +77,36 @@ class Trainer:
         rates = [float(param_group["lr"]) for param_group in plan.optimizer.param_groups]
         if checkpoint is not None:
             checkpoint.restore(plan.module, plan.optimizer)
-        on_progress(len(losses), plan.epochs)
         loss_of = self._loss_module(plan)
         with shared_batch_norm(plan.module) if self.group.size > 1 else nullcontext():
             for epoch in range(len(losses), plan.epochs):
-                losses.append(self._epoch(plan, loss_of, epoch, rates))
+                batches = self._batches(plan, epoch)
+                if epoch == self.resumed_epochs:
+                    on_progress(epoch * len(batches), plan.epochs * len(batches))
+                losses.append(self._epoch(plan, loss_of, epoch, rates, batches, on_progress))
                 self._keep(plan, losses)
-                on_progress(1, plan.epochs)
         self.detector.end_training()
         return losses
+
+    def measure(self, num_images: int, seconds_of: Callable[[Callable[[], object]], float]) -> tuple[float, int]:
+        """Trains on one batch twice; returns the seconds of the second time for each image, and the epochs of a fit.
+
+        Args:
+            num_images: of the fit to forecast.
+            seconds_of: runs a function and returns how long it took.
+        """
+        plan = self.detector.begin_training(num_images)
+        rates = [float(param_group["lr"]) for param_group in plan.optimizer.param_groups]
+        loss_of = self._loss_module(plan)
+        batch = self._batches(plan, 0)[:1]
+
+        def train() -> float:
+            return self._epoch(plan, loss_of, 0, rates, batch, lambda done, total: None)
+
+        train()  # the first time is slower
+        seconds = seconds_of(train)
+        self.detector.end_training()
+        return seconds / len(batch[0]), plan.epochs
 
     def _loss_module(self, plan: TrainingPlan) -> nn.Module:
         loss = _Loss(self.detector, plan.module)
@@ -99,9 +120,17 @@ class Trainer:
             assert self.checkpoints is not None
             self.checkpoints.save(plan.module, plan.optimizer, losses)
 
-    def _epoch(self, plan: TrainingPlan, loss_of: nn.Module, epoch: int, rates: list[float]) -> float:
+    def _epoch(
+        self,
+        plan: TrainingPlan,
+        loss_of: nn.Module,
+        epoch: int,
+        rates: list[float],
+        batches: list[list[str]],
+        on_progress: Callable[[int, int], None],
+    ) -> float:
         losses: list[float] = []
-        batches, drawn = self._batches(plan, epoch), 0
+        drawn = 0
         for number, keys in enumerate(batches):
             factor = plan.rate(epoch + number / len(batches))
             for param_group, rate in zip(plan.optimizer.param_groups, rates, strict=True):
@@ -112,6 +141,7 @@ class Trainer:
             drawn += len(keys)
             pieces = self.detector.training_pieces(self.cache.batch(mine, self.detector.device, epoch, draws))
             losses += [self._step(plan, loss_of, piece, share, epoch) for piece in pieces]
+            on_progress(1, plan.epochs * len(batches))
         return sum(losses) / len(losses)
 
     def _batches(self, plan: TrainingPlan, epoch: int) -> list[list[str]]:

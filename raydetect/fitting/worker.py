@@ -47,12 +47,12 @@ def fit_worker(
     torch.set_num_threads(spec.resources.cpus_per_worker)
     phases = Phases()
     with phases.phase("read"):
-        cache, read = _read(spec, spec.source, chunks, group, on_progress, "read")
+        cache, read = _read(spec, spec.source, chunks, group, on_progress, "read images")
         calibration_cache = None
         if calibration is not None:
             assert spec.calibration.source is not None
             calibration_cache, _ = _read(
-                spec, spec.calibration.source, calibration, group, on_progress, "read calibration"
+                spec, spec.calibration.source, calibration, group, on_progress, "read calibration images"
             )
     where = ", ".join(spec.source.uris()) + read.labels_text
     work = FitRun(

@@ -22,7 +22,7 @@ from raydetect.errors import SpecError
 from raydetect.fitting.fit_run import Fitted
 from raydetect.fitting.timings import torch_threads
 from raydetect.metrics import conformal
-from raydetect.progress import shown
+from raydetect.progress.displays import shown
 from raydetect.python_api.in_process import Settings, fit_inputs, score_inputs
 from raydetect.python_api.inputs import as_input_images, refuse_duplicates
 from raydetect.scoring.batches import Scored

@@ -72,7 +72,7 @@ def fit_inputs(spec: FitSpec, inputs: list[InputImage], device: torch.device, on
         for image in inputs:
             pixels = cache.add_decoded(Member(image.key, image.key, label=image.label), decoded)
             sizes[pixels.width or 0, pixels.height or 0] += 1
-            on_progress("read", 1, len(inputs))
+            on_progress("read images", 1, len(inputs))
     read = ReadFacts(hints=tuple(hints(sizes, preprocess.view, preprocess.image_size)))
     return FitRun(spec, None, Group(), cache, None, on_progress, device, WHERE, phases).fit(read)
 
@@ -88,7 +88,7 @@ def score_inputs(
     sizes: list[tuple[int, int]] = []
     bad: list[tuple[int, str, str]] = []
     for scored in score_batches(fitted.detector, _noted(fitted, inputs, settings, sizes), settings.batch_size):
-        on_progress("score", 1, len(inputs))
+        on_progress("score images", 1, len(inputs))
         if scored.is_finite:
             yield scored, sizes[scored.position]
         else:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from raydetect.config import DetectorSpec, MemberSpec, Preset
+from raydetect.config.fit import STANDARD
 from raydetect.config.validation import validate
 from raydetect.detectors._base import NotFittedError
 from raydetect.detectors._registry import list_models
@@ -33,12 +34,13 @@ class _CreateModel:
     raydetect.errors.SpecError: detector 'patchcoer' is unknown. Did you mean 'patchcore'? Known: ...
     """
 
-    def __call__(self, name: str, preset: Preset = "paper", seed: int = 0, **params: Any) -> Estimator:
+    def __call__(self, name: str, preset: Preset = STANDARD, seed: int = 0, **params: Any) -> Estimator:
         """Creates an unfitted model; loads nothing yet.
 
         Args:
             name: one of `list_models()`.
-            preset: "paper" for the published parameters, "smoke" for small and fast ones to try things out.
+            preset: "standard" for the published parameters, "paper" for the paper's resize, crop and size of the input
+                too, "smoke" for small and fast ones to try things out.
             seed: of every random choice.
             **params: parameters that differ from the preset; `raydetect detectors NAME` describes them.
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from raydetect.artifacts.fleet import ArtifactIndex, read_index
-from raydetect.errors import MissingError, RaydetectError
+from raydetect.errors import RaydetectError
 from raydetect.report.page import Extra, render
 from raydetect.report.pictures import Pictures, Reach, reach_of
 from raydetect.report.tally import Tally, tally
@@ -12,18 +12,6 @@ from raydetect.sinks.ledger import Ledger
 from raydetect.storage import Storage, normalise_uri
 
 PICTURES = 48
-
-
-def started(ledger: Ledger) -> dict[str, Any]:
-    """Returns `run.json` of a scoring run.
-
-    Raises:
-        StorageError: no run was started there.
-    """
-    run = ledger.run()
-    if run is None:
-        raise MissingError(f"{ledger.uri}: holds no run.json, so no run was started there. Check the URI.")
-    return run
 
 
 def report_html(ledger: Ledger, pictures: int = PICTURES, extra: Extra | None = None) -> str:
@@ -37,7 +25,7 @@ def report_html(ledger: Ledger, pictures: int = PICTURES, extra: Extra | None = 
     Raises:
         StorageError: no run was started there, or a record or part is missing or damaged.
     """
-    run = started(ledger)
+    run = ledger.require_run()
     return page_of(ledger, run, tally(ledger, run, pictures), extra)
 
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from markupsafe import Markup
 
 WIDTH, HEIGHT = 480, 220
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 14, 34
+LEFT, RIGHT, TOP, BOTTOM = 58, 10, 14, 34
 TICKS = 5
 LETTER_PX = 6.3  # approximate, of the axis labels
+LARGE_LETTER_PX = 7.7  # the same on a phone
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +96,7 @@ class Plot:
     def svg(self, x_ticks: Sequence[tuple[float, str]], x_name: str, percent: bool = False) -> Markup:
         """Renders the chart as SVG."""
         axis = [_y_tick(self, value, percent) for value in nice_ticks(0.0, self.y_high, 4)]
-        tick_labels = [
-            Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(self.x(v), HEIGHT - BOTTOM + 14, t)
-            for v, t in x_ticks
-        ]
+        tick_labels = [_x_tick(self, value, text) for value, text in x_ticks]
         axis_label = Markup('<text class="name" x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
             (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, x_name
         )
@@ -109,6 +107,14 @@ class Plot:
         return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
             WIDTH, HEIGHT, self.title, inner
         )
+
+
+def _x_tick(plot: Plot, value: float, text: str) -> Markup:
+    x_px, half_px = plot.x(value), LARGE_LETTER_PX * len(text) / 2
+    place, anchor = (WIDTH - 1.0, "end") if x_px + half_px > WIDTH else (x_px, "middle")
+    return Markup('<text x="{:.1f}" y="{}" text-anchor="{}">{}</text>').format(
+        place, HEIGHT - BOTTOM + 14, anchor, text
+    )
 
 
 def _y_tick(plot: Plot, value: float, percent: bool) -> Markup:

@@ -12,10 +12,13 @@ from raydetect.archives.base import split_key
 from raydetect.errors import MemberError, RaydetectError
 from raydetect.report.pictures import Pictures, missing_reason
 from raydetect.report.region_pictures import needed_px, regions_text, with_boxes, zoomed
+from raydetect.sinks.ledger import Totals
 
 SIDE_PX, QUALITY = 360, 78
 DRAWN_PX = 1024  # the longest side of an image over which a heatmap is drawn
 CLOSE_UPS = 4  # of an image on the page
+MOST_CARDS = 500
+EQUAL_P_VALUES = 3  # equal lowest p-values of the gallery that are explained
 JPEG_URI = "data:image/jpeg;base64,"
 
 
@@ -61,6 +64,33 @@ def cards(rows: Sequence[Mapping[str, Any]], pictures: Pictures) -> list[Card]:
     for index in sorted(range(len(rows)), key=lambda i: (rows[i]["image_uri"].partition("::")[2], i)):
         card_by_index[index] = _card(index + 1, rows[index], pictures)
     return [card_by_index[index] for index in range(len(rows))]
+
+
+def gallery_notes(shown: Sequence[Card], totals: Totals, uri: str) -> list[str]:
+    """What to know of the gallery: how many images it leaves out, and why p-values may be equal.
+
+    Args:
+        shown: the cards.
+        totals: of the run.
+        uri: of the results directory.
+    """
+    notes = []
+    scored = totals.rows - totals.bad_rows
+    if len(shown) < scored:
+        left_out = max(totals.flagged - sum(card.flagged for card in shown), 0)
+        flagged = f"; {left_out:,} flagged images are not among them" if left_out else ""
+        notes.append(
+            f"The {len(shown):,} most anomalous of {scored:,} scored images{flagged}. More: raydetect report {uri} "
+            f"--pictures {min(MOST_CARDS, scored)}. All: raydetect export {uri} --as folder."
+        )
+    lowest = min((card.p_value for card in shown if card.p_value is not None), default=None)
+    equal = sum(card.p_value == lowest for card in shown)
+    if lowest is not None and equal >= EQUAL_P_VALUES:
+        notes.append(
+            f"{equal:,} of them have p = {lowest:.3g}. A p-value is a share of the normal images that the detector was "
+            "calibrated on; with N of them, none is less than 1 / (N + 1). Scores tell such images apart."
+        )
+    return notes
 
 
 def _card(place: int, row: Mapping[str, Any], pictures: Pictures) -> Card:

@@ -16,7 +16,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from raydetect import __version__
 from raydetect.left_out import REASONS
-from raydetect.report.gallery import cards
+from raydetect.report.gallery import cards, gallery_notes
 from raydetect.report.pictures import Pictures
 from raydetect.report.run_charts import Chart, distribution_chart, p_limit, timeline_chart
 from raydetect.report.tally import MAX_BAD_PER_STATUS, CategorySums, Tally
@@ -92,6 +92,7 @@ def render(
         shards_left=int(run["num_shards"]) - tally.totals.shards,
         charts=[chart for chart in charts if chart is not None],
         gallery=gallery,
+        gallery_notes=gallery_notes(gallery, tally.totals, ledger.uri),
         gallery_categories=sorted({card.category for card in gallery if card.category}),
         has_labels=any(card.label is not None for card in gallery),
         categories=_category_rows(tally),

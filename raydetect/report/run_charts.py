@@ -89,8 +89,10 @@ def _counts_on(grid: Histogram, histogram: Histogram) -> np.ndarray:
 
 
 def timeline_chart(timeline: Timeline) -> Chart | None:
-    """Shares of flagged and of bad images by shard; None without images."""
+    """Shares of flagged and of bad images by shard; None without images or with one shard, whose bar says nothing."""
     spans = timeline.spans
+    if len(spans) < 2:
+        return None
     shares = [(_share(span.flagged, span.images), _share(span.bad, span.images)) for span in spans]
     if not any(span.images for span in spans):
         return None

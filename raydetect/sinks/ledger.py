@@ -14,7 +14,7 @@ from raydetect.errors import DamagedError, IncompleteError, MissingError, Resume
 from raydetect.left_out import LeftOutCount
 from raydetect.records import Receipt
 from raydetect.sinks.schemas import Manifest, Run
-from raydetect.storage import Storage, join_uri
+from raydetect.storage import Storage, join_uri, relative_to
 from raydetect.storage.read_ahead import read_ahead
 
 log = logging.getLogger("raydetect.sinks")
@@ -131,6 +131,29 @@ class Ledger:
             ResumeError: the file has a newer format.
         """
         return self._read_versioned("run.json", Run)
+
+    def require_run(self) -> dict[str, Any]:
+        """Reads `run.json`.
+
+        Raises:
+            MissingError: no run was started here.
+            DamagedError, ResumeError: as `run`.
+        """
+        run = self.run()
+        if run is None:
+            raise self.no_run()
+        return run
+
+    def no_run(self) -> MissingError:
+        """The error for a folder in which no run was started; names the results of a folder of audits."""
+        nights = join_uri(self.uri, "nights")
+        if self.storage.exists(join_uri(self.uri, "claims")) and self.storage.exists(nights):
+            first = relative_to(next(iter(self.storage.list(nights))).uri, nights).partition("/")[0]
+            return MissingError(
+                f"{self.uri}: is a folder of audits, with a results directory for each night, such as "
+                f"{join_uri(nights, first, 'results')}. Name one of them."
+            )
+        return MissingError(f"{self.uri}: holds no run.json, so no run was started there. Check the URI.")
 
     def manifest(self) -> dict[str, Any] | None:
         """Reads `manifest.json`; None while the run is not finished.

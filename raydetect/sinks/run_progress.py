@@ -12,7 +12,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raydetect.config import USUAL_LEVEL
-from raydetect.errors import MissingError
 from raydetect.left_out import left_out_text
 from raydetect.metrics.conformal import usual_level_text
 from raydetect.metrics.roc import auroc
@@ -114,11 +113,7 @@ class ProgressReader:
             StorageError: the URI is not a results directory, or a record is damaged.
         """
         with self._lock:
-            run = self._ledger.run()
-            if run is None:
-                raise MissingError(
-                    f"{self._ledger.uri}: holds no run.json, so no run was started there. Check the URI."
-                )
+            run = self._ledger.require_run()
             manifest = self._ledger.manifest()  # before the listing, which then includes all its shards
             committed = self._ledger.committed()
             if not self._seen <= committed:  # another run was started there

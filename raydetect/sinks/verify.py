@@ -155,7 +155,7 @@ def verify(ledger: Ledger, on_progress: ProgressCallback) -> Verification:
     files, keys, totals = listed_files(ledger), bytearray(), Totals()
     flags = archive_flags(manifest)
     for shard in read_ahead(partial(_read_shard, ledger), committed, READERS):
-        on_progress("verified shards", 1, len(committed))
+        on_progress("verify shards", 1, len(committed))
         for kind, name in shard.damage:
             verification.add(kind, name, shard.index)
         if shard.receipt is None:
@@ -191,7 +191,7 @@ def _run(ledger: Ledger, has_records: bool, verification: Verification) -> dict[
         verification.add("run", "run.json")
         return None
     if run is None and not has_records:
-        raise MissingError(f"{ledger.uri}: holds no run.json, so no run was started there. Check the URI.")
+        raise ledger.no_run()
     if run is None:
         verification.add("run", "run.json")
     return run

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, ClassVar
 
 import pyarrow.parquet as pq
@@ -243,6 +243,71 @@ def test_loose_images_and_other_artifacts(place: Path) -> None:
     assert summary(place, 2)["baseline"] == {"nights": [], "images": 0}
     outcomes = {rule["name"]: rule["outcome"] for rule in summary(place, 2)["rules"]}
     assert outcomes["dirty lens"] == "not judged" and outcomes["broken files"] == "calm"
+
+
+def images_of(place: Path) -> list[list[str]]:
+    """The names of the images of every night."""
+    return [
+        sorted(
+            PurePath(row["key"].replace("#", "/")).name
+            for part in (night / "results/scores").rglob("*.parquet")
+            for row in pq.ParquetFile(part).read(columns=["key"]).to_pylist()
+        )
+        for night in sorted((place / "audits/nights").iterdir())
+    ]
+
+
+def test_loose_images_are_of_one_night_however_they_are_listed(place: Path) -> None:
+    """A folder, globs of files and of folders, late images between others, and an image that was taken anew."""
+    from tests.builders.archives import normal_files, pack
+
+    def night(name: str, **source: Any) -> None:
+        given = {"shard_images": 3, **source}
+        ended = call("audit", job(place, night=name, source=given), "--local")
+        assert ended.exit_code == 0, ended.output
+
+    names = [name.rpartition("/")[2] for name, _ in normal_files(12)]
+    files = {name: data for name, (_, data) in zip(names, normal_files(12), strict=True)}
+
+    def add(folder: str, *numbers: int) -> None:
+        pack(f"file://{place}/nights/{folder}", "", [(names[i], files[names[i]]) for i in numbers], 1)
+
+    add("01", 0, 1, 2, 5)
+    night("01", uri=f"{place}/nights/01")
+    add("02", 6, 7)
+    night("02", uri=f"{place}/nights/*/*.png")
+    add("02", 4)  # late, and between others
+    add("03", 8, 9, 10)
+    night("03", uri=f"{place}/nights/*")
+    (place / "nights/01" / names[1]).write_bytes(files[names[11]])
+    night("04", uri=[f"{place}/nights/0[12]", f"{place}/nights/03"])
+    found = [[names.index(name) for name in found] for found in images_of(place)]
+    assert found == [[0, 1, 2, 5], [6, 7], [4, 8, 9, 10], [1]]
+    before = images_of(place)
+    assert (
+        "Compared with one earlier night (01), 4 images together."
+        in (place / "audits/nights/00002/report.html").read_text()
+    )
+    for command in ("status", "verify", "report"):
+        refused = call(command, f"{place}/audits")
+        assert refused.exit_code == 2 and f"{place}/audits/nights/00001/results. Name one of them." in refused.output
+    night("04", uri=f"{place}/nights/")
+    assert images_of(place) == before
+
+
+def test_a_killed_night_of_regrouped_images_goes_on(place: Path) -> None:
+    from tests.builders.archives import normal_files, pack
+
+    files = normal_files(9)
+    pack(f"file://{place}/archive", "", files[::2], 1)
+    assert call("audit", job(place), "--local").exit_code == 0
+    pack(f"file://{place}/archive", "", files[1::2], 1)
+    (claim,) = Audit.of(spec_of(place)).pending()  # claimed, and then killed
+    pack(f"file://{place}/archive", "", normal_files(2, start=800), 1)
+    for _ in range(2):
+        assert call("audit", job(place), "--local").exit_code == 0
+    assert [len(night) for night in images_of(place)] == [5, 4, 2]
+    assert all(shard.format == "prefix" for shard in claim.shards)
 
 
 def test_mistakes_are_one_sentence(place: Path) -> None:

@@ -139,6 +139,7 @@ def test_detectors_are_compared_in_one_table() -> None:
     for name, figures in stored["detectors"].items():
         line = next(line for line in lines if line.split()[0] == name)
         assert f"{figures['image_auroc']:.3f}" in line
+    assert max(map(len, lines)) <= 80
     refused = call("detectors", "patchcore", "--compare")
     assert refused.exit_code == 2 and "Omit the name" in refused.output
 
@@ -156,7 +157,7 @@ def test_a_score_job_from_check_to_status(place: Place) -> None:
     status = call("status", f"{place.folder}/results")
     assert "finished" in status.output and "2 of 2 committed" in status.output
     assert yaml.safe_load(call("status", f"{place.folder}/results", "--json").output)["rows"] == 7
-    assert "Shards     0 left of 2" in call("plan", place.score).output
+    assert "Nothing is left to score: all 2 shards are committed." in call("plan", place.score).output
     changed = call("score", place.score, "--local", "--set", "flag.alpha=0.2")
     assert changed.exit_code == 2 and "flag.alpha: 0.1 -> 0.2" in changed.output
 

@@ -23,7 +23,6 @@ from raydetect.export.coco import write_coco
 from raydetect.export.naming import file_name
 from raydetect.export.outlines import length_text, polygon, regions, run_lengths
 from raydetect.export.table import write_csv
-from raydetect.report.build import started
 from raydetect.report.pictures import Pictures
 from raydetect.sinks.csv_cells import PUT, cell
 from raydetect.sinks.rows import read_rows
@@ -169,7 +168,7 @@ def test_coco_holds_the_thresholded_maps(tmp_path: Path, polygons: bool) -> None
     ended = call("export", ledger.uri, "--as", "coco", "-o", f"{tmp_path}/c.json", "--map-threshold", "3", *options)
     assert ended.exit_code == 0 and f"Annotations: {tmp_path}/c.json" in ended.output, ended.output
     body = json.loads((tmp_path / "c.json").read_text())
-    pictures = Pictures(ledger, started(ledger), Storage())
+    pictures = Pictures(ledger, ledger.require_run(), Storage())
     rows = {row["key"]: row for _, _, table in read_rows(ledger) for row in table.to_pylist() if row["heatmap_uri"]}
     assert len(body["images"]) == len(rows) == 15 and body["info"]["map_threshold"] == 3
     of_image: dict[int, list[dict[str, object]]] = {image["id"]: [] for image in body["images"]}
@@ -200,7 +199,7 @@ def test_coco_has_one_annotation_for_each_region_with_the_numbers_of_its_row(
     pack("memory://data/mixed", ".tar", mixed_files(8, 3), 3)
     fit(f"view={view}")
     plan, manifest = run("sink.style=map", "sink.heatmaps=flagged")
-    pictures = Pictures(plan.ledger, started(plan.ledger), Storage())
+    pictures = Pictures(plan.ledger, plan.ledger.require_run(), Storage())
     counts = write_coco(pictures, tmp_path / "c.json", None, polygons)
     body = json.loads((tmp_path / "c.json").read_text())
     flagged = {row["key"]: row for _, _, table in read_rows(plan.ledger) for row in table.to_pylist() if row["flagged"]}
@@ -240,7 +239,7 @@ def test_coco_of_a_run_with_overlays_has_the_boxes_of_the_regions(tmp_path: Path
     pack("memory://data/mixed", ".tar", mixed_files(8, 3), 3)
     fit()
     plan, manifest = run("sink.heatmaps=none")
-    pictures = Pictures(plan.ledger, started(plan.ledger), Storage())
+    pictures = Pictures(plan.ledger, plan.ledger.require_run(), Storage())
     assert write_coco(pictures, tmp_path / "c.json", None, True)[1] == manifest["regions"] > 0
     body = json.loads((tmp_path / "c.json").read_text())
     assert body["info"]["outlines"].startswith("boxes")
@@ -347,7 +346,7 @@ def test_the_folder_holds_flagged_images_as_they_are_stored(tmp_path: Path, styl
     rows = [row for _, _, table in read_rows(ledger) for row in table.to_pylist()]
     flagged = [row for row in rows if row["flagged"]]
     assert ended.exit_code == 0 and f"Wrote {len(flagged)} flagged images.\n" in ended.output, ended.output
-    pictures = Pictures(ledger, started(ledger), Storage())
+    pictures = Pictures(ledger, ledger.require_run(), Storage())
     with (tmp_path / "out" / "flagged.csv").open(newline="") as handle:
         for line, row in zip(csv.DictReader(handle), flagged, strict=True):
             assert (tmp_path / "out" / line["image"]).read_bytes() == pictures.encoded(row["image_uri"])

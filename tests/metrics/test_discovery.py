@@ -21,7 +21,7 @@ from raydetect.export.folder import write_folder
 from raydetect.export.table import write_csv
 from raydetect.metrics.conformal import p_values, threshold_for
 from raydetect.metrics.discovery import discover
-from raydetect.report.build import report_html, started
+from raydetect.report.build import report_html
 from raydetect.report.pictures import Pictures
 from raydetect.report.tally import tally
 from raydetect.sinks.rows import read_rows
@@ -156,7 +156,7 @@ def test_reports_exports_and_nights_tell_the_decision(level: float, tmp_path: Pa
     assert {row["flagged"] for row in told if row["key"] not in chosen} == {False}
     assert {row["threshold"] for row in told} == {manifest["fdr"]["threshold"]}
     night = Statistics("image_score")
-    counted = tally(ledger, started(ledger), 5, night.add)
+    counted = tally(ledger, ledger.require_run(), 5, night.add)
     sums = [counted.totals.flagged, night.flagged, sum(span.flagged for span in counted.timeline.spans)]
     assert sums == [len(chosen)] * 3 and sum(sums.flagged for sums in counted.categories.values()) == len(chosen)
     page = report_html(ledger, 5)
@@ -164,7 +164,7 @@ def test_reports_exports_and_nights_tell_the_decision(level: float, tmp_path: Pa
     decided = "no p-value is small enough" if limit is None else f"p-value at most {limit:.6g}"
     assert f"Flagged when</dt><dd>{asked}: {decided}<" in page and "least None" not in page
     assert (f"limit {100 * level:g} %" if chosen else "no p-value of 17 images is small enough") in page
-    pictures = Pictures(ledger, started(ledger), plan.archive.storage)
+    pictures = Pictures(ledger, ledger.require_run(), plan.archive.storage)
     count, missing = write_folder(pictures, tmp_path)
     assert count == len(chosen) and not missing
     write_csv(ledger, tmp_path / "rows.csv")

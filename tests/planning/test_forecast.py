@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from raydetect.cli.main import main
 from raydetect.config import parse_job
-from raydetect.planning.forecast import SAMPLED_CONTAINERS, Count, Forecast, estimate, forecast
+from raydetect.planning.forecast import Forecast, forecast
 from raydetect.planning.plan import plan_score
+from raydetect.planning.sampling import SAMPLED_CONTAINERS, Count, estimate
 from raydetect.storage import Storage
 from tests.builders.archives import normal_files, pack, tar_bytes, zip_bytes
 

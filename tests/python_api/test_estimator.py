@@ -2,6 +2,7 @@
 
 import doctest
 import io
+import re
 import subprocess
 import sys
 import time
@@ -28,7 +29,7 @@ from raydetect.errors import ArtifactError, RaydetectError, SpecError
 from raydetect.images.preprocess import Preprocess
 from raydetect.local import jobs
 from raydetect.planning.plan import plan_score
-from raydetect.progress import FitDisplay
+from raydetect.progress.displays import FitDisplay
 from raydetect.python_api import estimator as estimator_module
 from raydetect.python_api import models as models_module
 from raydetect.python_api.inputs import BadImagesError, as_input_images, decode_inputs
@@ -453,12 +454,12 @@ def test_a_long_fit_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr(estimator_module, "SHOW_AFTER_SECONDS", 0.0)
     found = model("stfpm").fit(images(6))
     shown = capsys.readouterr().err
-    assert "read: 6/6" in shown and "train epochs: 2/2" in shown
+    assert "read: 6 of 6 images" in shown and re.search(r"train: (\d+) of \1 batches", shown)
     model("stfpm").fit(images(6), progress=False)
     found.predict_proba(images(2), progress=False)
     assert capsys.readouterr().err == ""
     found.predict(images(2), alpha=0.5)
-    assert "score: 2/2" in capsys.readouterr().err
+    assert "score: 2 of 2 images" in capsys.readouterr().err
 
 
 def test_a_bar_begins_when_a_step_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -469,11 +470,11 @@ def test_a_bar_begins_when_a_step_takes_long(monkeypatch: pytest.MonkeyPatch) ->
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     with FitDisplay(2.0) as display:
-        display.on_progress("collect", 3, 10)
+        display.on_progress("collect images", 3, 10)
         assert terminal.getvalue() == ""
         now[0] = 2.5
-        display.on_progress("collect", 3, 10)
-    assert "collect" in terminal.getvalue() and "6/10" in terminal.getvalue()
+        display.on_progress("collect images", 3, 10)
+    assert "collect images" in terminal.getvalue() and "6/10" in terminal.getvalue()
 
 
 @pytest.mark.parametrize("module", [estimator_module, models_module], ids=lambda module: module.__name__)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from raydetect.cli.main import main
 from raydetect.records import Part, Receipt
-from raydetect.report.build import report_html, started
+from raydetect.report.build import report_html
 from raydetect.report.region_pictures import needed_px, with_boxes, zoom_box, zoomed
 from raydetect.report.tally import MAX_BAD_PER_STATUS, tally
 from raydetect.report.timeline import MAX_SPANS, Timeline
@@ -58,7 +58,7 @@ def all_rows(ledger: Any) -> list[dict[str, Any]]:
 
 def test_sums_are_those_of_a_loop_over_all_rows() -> None:
     ledger = make_results("memory://r", names_of(60, ("bolt", "plate", "ring")))
-    found = tally(ledger, started(ledger), 7)
+    found = tally(ledger, ledger.require_run(), 7)
     rows = all_rows(ledger)
     assert len(rows) == 60
     counts = Counter((row["category"], row["status"]) for row in rows)
@@ -96,7 +96,7 @@ def test_one_bad_category_does_not_hide_the_others() -> None:
 
 def test_a_fleet_is_ranked_by_p_values_and_never_by_raw_scores() -> None:
     ledger = make_results("memory://r", names_of(30))
-    run = {**started(ledger), "result": run_record("memory://r", 3, fleet=["bolt", "plate"])["result"]}
+    run = {**ledger.require_run(), "result": run_record("memory://r", 3, fleet=["bolt", "plate"])["result"]}
     found = tally(ledger, run, 10)
     assert found.measure == "p_value" and found.threshold is None
     assert max(one.high for one in found.distributions.values()) <= 1.0
@@ -178,7 +178,7 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
 
 def test_bad_images_are_sampled_by_status_and_counted_in_full() -> None:
     ledger = make_large_results("memory://big", 2, 3, 10_000)
-    found = tally(ledger, started(ledger), 5)
+    found = tally(ledger, ledger.require_run(), 5)
     assert found.totals.statuses == {"ok": 59_940, "corrupt": 60} and len(found.bad) == MAX_BAD_PER_STATUS
     assert found.distributions[None].total == 59_940
 

@@ -74,7 +74,7 @@ def test_three_workers_match_one_process_even_if_one_is_killed(line: Line, truth
     assert running.wait() == 0, running.text()
     same_as_truth(line, "ray3", truth)
     message = (running.folder / "stderr").read_text()
-    assert "shards 12/12, 240 images" in message and "ray" not in message.lower().replace("raydetect", "")
+    assert "12 of 12 shards, 240 images" in message and "ray" not in message.lower().replace("raydetect", "")
     assert "Image AUROC over 240 labelled images" in (running.folder / "stdout").read_text()
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any
 
 from raydetect.archives.access import is_alone, others_of
@@ -43,7 +43,8 @@ def group_files(
     arranged = arrange(entries)
     for entry, reason in arranged.left_out:
         left_out.add(reason, escaped_text(entry.name))
-    yield from _cut(root, arranged.samples, regular, source)
+    lines = (_line_with_sidecars(sample, regular) for sample in arranged.samples)
+    yield from _cut(((root, line) for line in lines), source)
 
 
 def _entry(root: str, file: FileInfo, place: int) -> Entry:
@@ -51,42 +52,62 @@ def _entry(root: str, file: FileInfo, place: int) -> Entry:
     return Entry(name, place, file.size_bytes, name)
 
 
-def _cut(root: str, samples: list[Sample], files: list[FileInfo], source: SourceSpec) -> Iterator[Shard]:
-    group: list[Sample] = []
-    group_bytes = 0
-    for sample in samples:
-        size = sample.entry.size
-        if group and (len(group) == source.shard_images or group_bytes + size > source.split_bytes):
-            yield _shard(root, group, files)
+def regroup_files(shards: Iterable[Shard], seen: Container[object], source: SourceSpec) -> list[Shard]:
+    """Shards of the images of prefix shards that are not among `seen` (see `file_key`); all have index 0."""
+    lines = ((shard.uri, line) for shard in shards for line in _lines(shard))
+    return list(_cut((item for item in lines if not _is_seen(*item, seen)), source))
+
+
+def file_keys(shard: Shard) -> list[bytes]:
+    """The key of each image of a prefix shard, whatever folder the shard was listed from."""
+    return [file_key(join_uri(shard.uri, str(line[0])), line[2] if line[2:] else None) for line in _lines(shard)]
+
+
+def file_key(uri: str, fingerprint: str | None) -> bytes:
+    """A hash of what makes a file the same: its URI and its content; None = of any content."""
+    return hashlib.blake2b(json.dumps([uri, fingerprint]).encode(), digest_size=16).digest()
+
+
+def _is_seen(root: str, line: Sequence[Any], seen: Container[object]) -> bool:
+    uri = join_uri(root, str(line[0]))
+    return file_key(uri, line[2]) in seen or file_key(uri, None) in seen
+
+
+def _cut(lines: Iterable[tuple[str, list[Any]]], source: SourceSpec) -> Iterator[Shard]:
+    """Yields shards of consecutive images of the same root."""
+    group: list[list[Any]] = []
+    group_root, group_bytes = "", 0
+    for root, line in lines:
+        is_full = len(group) == source.shard_images or group_bytes + line[1] > source.split_bytes
+        if group and (is_full or root != group_root):
+            yield _shard(group_root, group)
             group, group_bytes = [], 0
-        group.append(sample)
-        group_bytes += size
+        group.append(line)
+        group_root, group_bytes = root, group_bytes + line[1]
     if group:
-        yield _shard(root, group, files)
+        yield _shard(group_root, group)
 
 
-def _shard(root: str, samples: Sequence[Sample], files: list[FileInfo]) -> Shard:
-    listed, marks = [], []
-    for sample in samples:
-        sidecars = {suffix: _line(entry, files) for suffix, entry in sample.sidecars.items()}
-        listed.append([*_line(sample.entry, files), *([sidecars] if sidecars else [])])
-        marks += [_mark(entry, files) for entry in (sample.entry, *sample.sidecars.values())]
+def _shard(root: str, lines: list[list[Any]]) -> Shard:
+    files = [file for line in lines for file in (line[:3], *(line[3] if line[3:] else {}).values())]
+    marks = [[join_uri(root, name), size, fingerprint] for name, size, fingerprint in files]
     return Shard(
         index=0,
         uri=root,
         format="prefix",
-        size_bytes=sum(sample.entry.size for sample in samples),
+        size_bytes=sum(line[1] for line in lines),
         fingerprint=hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:16],
-        listing=zlib.compress(json.dumps(listed).encode()),
+        listing=zlib.compress(json.dumps(lines).encode()),
     )
+
+
+def _line_with_sidecars(sample: Sample, files: list[FileInfo]) -> list[Any]:
+    sidecars = {suffix: _line(entry, files) for suffix, entry in sample.sidecars.items()}
+    return [*_line(sample.entry, files), *([sidecars] if sidecars else [])]
 
 
 def _line(entry: Entry, files: list[FileInfo]) -> list[Any]:
     return [entry.name, entry.size, files[entry.place].fingerprint]
-
-
-def _mark(entry: Entry, files: list[FileInfo]) -> list[Any]:
-    return [files[entry.place].uri, entry.size, files[entry.place].fingerprint]
 
 
 def loose_names(shard: Shard) -> list[str]:

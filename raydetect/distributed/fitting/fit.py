@@ -78,7 +78,9 @@ def fit(spec: FitSpec, address: str | None, on_progress: "ProgressCallback") -> 
 
 def _fit(spec: FitSpec, address: str | None, on_progress: "ProgressCallback") -> FitReport:
     calibration = spec.calibration.source
+    on_progress("start Ray", 0, None)
     with session(address, spec.resources):
+        on_progress("start workers and load weights", 0, None)
         datasets = {IMAGES: _dataset(spec, spec.source)} | (
             {CALIBRATION: _dataset(spec, calibration)} if calibration else {}
         )

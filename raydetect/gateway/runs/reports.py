@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from raydetect.gateway.allowed_uris import NotAllowed, Prefixes
 from raydetect.gateway.backend import Served
-from raydetect.report.build import PICTURES, started
+from raydetect.report.build import PICTURES
 from raydetect.report.page import render
 from raydetect.report.pictures import Pictures
 from raydetect.report.tally import tally
@@ -35,7 +35,7 @@ class Reports:
             StorageError: no run was started there, or a record or part is missing or damaged.
         """
         ledger = Ledger(uri, self._storage)
-        run = started(ledger)
+        run = ledger.require_run()
         digest = str(run["result"]["artifact"])
         name = next((name for name, one in served.items() if one.index.digest == digest), "artifact")
         pictures = Pictures(ledger, run, self._storage, allows=self._allows)

@@ -1,9 +1,10 @@
-"""Progress of long steps on standard error: a live display on a terminal, plain lines elsewhere."""
+"""Displays of the progress of fits and scoring runs: live on a terminal, plain lines elsewhere."""
 
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -21,10 +22,48 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from raydetect.progress.activity import ACTIVITY, doing, told
+from raydetect.progress.texts import rate_text, seconds_text
+
 if TYPE_CHECKING:
     from raydetect.sinks.scored_chunk import ScoredChunk
 
 LINE_SECONDS = 5.0
+
+
+@dataclass(slots=True)
+class _Phase:
+    """One phase of a fit.
+
+    Attributes:
+        words: its name and the unit that is counted; `collect images` counts images.
+        total: how many there are; None = unknown.
+        started: time of the first update.
+        before: how many were done then.
+        done: how many are done.
+    """
+
+    words: str
+    total: int | None
+    started: float
+    before: int
+    done: int
+
+    def note(self, now: float) -> str:
+        """`35.2 images/s, 6 s left`."""
+        unit, elapsed, more = self.words.rpartition(" ")[2], now - self.started, self.done - self.before
+        parts = [rate_text(more, elapsed, unit)]
+        if self.total is not None and more > 0 and self.done < self.total and elapsed >= 1:
+            parts.append(f"{seconds_text(elapsed / more * (self.total - self.done))} left")
+        return ", ".join(filter(None, parts))
+
+    def line(self, now: float) -> str:
+        """`collect: 16 of 240 images, 35.2 images/s, 6 s left`, or only the words if nothing is counted."""
+        if not self.done and self.total is None:
+            return self.words
+        name, _, unit = self.words.rpartition(" ")
+        of_total = f" of {self.total:,}" if self.total is not None else ""
+        return ", ".join(filter(None, [f"{name}: {self.done:,}{of_total} {unit}", self.note(now)]))
 
 
 class FitDisplay:
@@ -39,37 +78,47 @@ class FitDisplay:
         self._live = _live() if sys.stderr.isatty() or Console(stderr=True).is_jupyter else None
         self._shows_at = time.monotonic() + after_seconds
         self._tasks: dict[str, TaskID] = {}
-        self._done: dict[str, int] = {}
+        self._phases: dict[str, _Phase] = {}
+        self._latest: _Phase | None = None
         self._line_at = 0.0
+        self._open = ExitStack()
 
     def __enter__(self) -> "FitDisplay":
-        if self._live and time.monotonic() >= self._shows_at:
-            self._live.start()
+        began = time.monotonic()
+        self._open.enter_context(doing(lambda: self._step(began)))
         return self
 
+    def _step(self, began: float) -> tuple[str, float]:
+        phase = self._latest
+        return ("preparing", began) if phase is None else (phase.line(time.monotonic()), phase.started)
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if self._live:
-            self._live.stop()
+        self._open.close()
 
     def on_progress(self, phase: str, done: int, total: int | None) -> None:
-        """Adds progress of a phase."""
-        first = phase not in self._done
-        self._done[phase] = self._done.get(phase, 0) + done
+        """Adds progress of a phase, whose last word is the unit that is counted."""
         now = time.monotonic()
+        first = phase not in self._phases
+        if first:
+            self._phases[phase] = _Phase(phase, total, now, done, 0)
+        self._latest = latest = self._phases[phase]
+        latest.done += done
         if self._live:
-            if first:
-                self._tasks[phase] = self._live.add_task(phase, total=total, note="")
-            self._live.advance(self._tasks[phase], done)
-            if now >= self._shows_at:
-                self._live.start()
+            self._show_live(self._live, latest, now)
             return
         if now < self._shows_at:
             return
-        finished = total is not None and self._done[phase] >= total
+        finished = latest.total is not None and latest.done >= latest.total
         if first or finished or now - self._line_at > LINE_SECONDS:
             self._line_at = now
-            of_total = f"/{total}" if total is not None else ""
-            _line(f"{phase}: {self._done[phase]}{of_total}" if done else phase)
+            ACTIVITY.line(latest.line(now))
+
+    def _show_live(self, live: Progress, phase: _Phase, now: float) -> None:
+        if phase.words not in self._tasks:
+            self._tasks[phase.words] = live.add_task(phase.words, total=phase.total, note="")
+        live.update(self._tasks[phase.words], completed=phase.done, note=phase.note(now))
+        if now >= self._shows_at and not live.live.is_started:
+            self._open.enter_context(_alone(live))
 
 
 @contextmanager
@@ -78,8 +127,19 @@ def shown(progress: bool, after_seconds: float) -> Iterator[Callable[[str, int, 
     if not progress:
         yield lambda phase, done, total: None
         return
-    with FitDisplay(after_seconds) as display:
+    with told("preparing"), FitDisplay(after_seconds) as display:
         yield display.on_progress
+
+
+@contextmanager
+def _alone(live: Progress) -> Iterator[None]:
+    """Shows a live display, which shows by itself that something is going on."""
+    ACTIVITY.is_live = True
+    try:
+        with live:
+            yield
+    finally:
+        ACTIVITY.is_live = False
 
 
 class ScoreDisplay:
@@ -94,18 +154,20 @@ class ScoreDisplay:
         self._line_at = 0.0
         self._live = _live() if sys.stderr.isatty() else None
         self._task: TaskID | None = None
+        self._open = ExitStack()
 
     def __enter__(self) -> "ScoreDisplay":
         if self._live:
-            self._live.start()
+            self._open.enter_context(_alone(self._live))
             self._task = self._live.add_task(
-                "shards", total=self.shards_total, completed=self.shards_done, note="starting"
+                "shards", total=self.shards_total, completed=self.shards_done, note="starting workers"
             )
+        began = time.monotonic()
+        self._open.enter_context(doing(lambda: (self._text(), self._started or began)))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if self._live:
-            self._live.stop()
+        self._open.close()
 
     def scored(self, chunk: "ScoredChunk") -> None:
         """Adds a scored chunk."""
@@ -129,21 +191,21 @@ class ScoreDisplay:
         now = time.monotonic()
         if self.shards_done == self.shards_total or now - self._line_at > LINE_SECONDS:
             self._line_at = now
-            _line(f"shards {self.shards_done}/{self.shards_total}, {self.note()}")
+            ACTIVITY.line(self._text())
 
-    def rate(self) -> float:
-        """Images per second since the first chunk started."""
+    def _text(self) -> str:
         if self._started is None:
-            return 0.0
-        return self.images / max(time.monotonic() - self._started, 1e-3)
+            return "starting workers and loading the detector"
+        return f"{self.shards_done:,} of {self.shards_total:,} shards, {self.note()}"
 
     def note(self) -> str:
         """`412 images, 56.1 images/s, 3 bad, 12 flagged, 4 min left`."""
-        text = f"{self.images:,} images, {self.rate():.1f} images/s, {self.bad} bad, {self.flagged} flagged"
-        if self._started is not None and 0 < self.bytes_done < self._bytes_left:
-            elapsed = time.monotonic() - self._started
-            text += f", {seconds_text(elapsed * (self._bytes_left / self.bytes_done - 1))} left"
-        return text
+        elapsed = 0.0 if self._started is None else time.monotonic() - self._started
+        parts = [f"{self.images:,} images", rate_text(self.images, elapsed, "images")]
+        parts += [f"{self.bad:,} bad", f"{self.flagged:,} flagged"]
+        if 0 < self.bytes_done < self._bytes_left and elapsed:
+            parts.append(f"{seconds_text(elapsed * (self._bytes_left / self.bytes_done - 1))} left")
+        return ", ".join(filter(None, parts))
 
 
 class _Done(ProgressColumn):
@@ -166,23 +228,3 @@ def _live() -> Progress:
         TimeElapsedColumn(),
         console=Console(stderr=True),
     )
-
-
-def _line(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def seconds_text(seconds: float) -> str:
-    """`45 s`, `12 min`, `3.5 h`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def bytes_text(count: float) -> str:
-    """`4.2 GB`, in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} PB"
