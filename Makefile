@@ -5,14 +5,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.made
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench reproduce clean
+.PHONY: help demo test check docs bench reproduce clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml constraints.txt
-	@command -v $(PYTHON) >/dev/null || { echo "raydetect needs Python 3.11 ($(PYTHON) is not there). Say make PYTHON=/path/to/python3.11"; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "raydetect needs Python 3.11 ($(PYTHON) is not there). Run make PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "Making the environment in $(VENV) (a few minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,rasters,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,rasters,dev,docs]'
 	@touch $(STAMP)
 
 help: ## this list
@@ -35,6 +35,11 @@ check: $(STAMP) ## ruff, mypy and the import contracts
 # Two processes with one thread each: on two cores, more threads spend longer waiting than computing.
 test: check ## the checks, then the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+
+docs: $(STAMP) ## the reference from the code, and the site with its links checked
+	@$(BIN)/python -m jobs.docs.site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@echo "Open it in a browser: file://$(CURDIR)/build/site/index.html"
 
 bench: $(STAMP) ## every benchmark of jobs/bench (long)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,bench]'

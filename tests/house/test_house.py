@@ -19,6 +19,7 @@ from raydetect.config import AuditSpec, FitSpec, parse_job
 from raydetect.config.validation import parse_yaml
 from raydetect.detectors._registry import build_from
 from raydetect.distributed.serving.proxy import BOUNDED, CALLBACK
+from tests.builders.documents import blocks
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "raydetect").rglob("*.py"))
@@ -75,6 +76,7 @@ def test_dependencies_are_pinned() -> None:
         *project["optional-dependencies"]["cpu"],
         *project["optional-dependencies"]["rasters"],
         *project["optional-dependencies"]["dev"],
+        *project["optional-dependencies"]["docs"],
         *project["optional-dependencies"]["bench"],
     ]
     for requirement in requirements:
@@ -181,11 +183,23 @@ def test_endpoints_in_cluster_files_are_valid_jobs(monkeypatch: pytest.MonkeyPat
         application(checked.applications[0].args)
 
 
-DOCUMENTS = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/**/README.md")})
+DOCUMENTS = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/**/README.md")})
+GENERATED = (".venv", "build", ".demo")
+PAGES = [path for path in DOCUMENTS if path.relative_to(ROOT).parts[0] not in GENERATED]
+
+
+def without_variables(line: str) -> list[str]:
+    """The words of a command, without its comment and the variables before it."""
+    words = line.partition("#")[0].split()
+    while words and re.fullmatch(r"[A-Z_]+=\S+", words[0]):
+        words = words[1:]
+    return words
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in DOCUMENTS if ".venv" not in p.parts], ids=lambda p: str(p.relative_to(ROOT))
+    "path",
+    [p for p in DOCUMENTS if p.relative_to(ROOT).parts[0] not in GENERATED],
+    ids=lambda p: str(p.relative_to(ROOT)),
 )
 def test_commands_and_paths_in_documents_exist(path: Path) -> None:
     from click import Group
@@ -194,9 +208,9 @@ def test_commands_and_paths_in_documents_exist(path: Path) -> None:
 
     assert isinstance(main, Group)
     makefile = (ROOT / "Makefile").read_text()
-    for block in re.findall(r"^```\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE):
+    for block in blocks(path.read_text()):
         for line in block.splitlines():
-            arguments = line.partition("#")[0].split()
+            arguments = without_variables(line)
             if arguments[:1] == ["raydetect"] and len(arguments) > 1 and not arguments[1].startswith("-"):
                 command = main.commands[arguments[1]]
                 options = {name for parameter in command.params for name in parameter.opts}
@@ -212,11 +226,22 @@ def test_commands_and_paths_in_documents_exist(path: Path) -> None:
 
 def test_yaml_in_documents_is_a_valid_job() -> None:
     count = 0
-    for path in DOCUMENTS:
-        for block in re.findall(r"^```yaml\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE):
-            parse_job(parse_yaml(block, path.name), path.name)
+    for path in PAGES:
+        for block in blocks(path.read_text(), "yaml"):
+            spec = parse_job(parse_yaml(block, path.name), path.name)
+            if isinstance(spec, FitSpec):
+                build_from(spec.detector, spec.seed)
+            if isinstance(spec, AuditSpec):
+                assert parse_rules(spec.alarm_when, MEASURES)
             count += 1
-    assert count >= 2
+    assert count >= 20
+
+
+def test_python_in_documents_compiles() -> None:
+    for path in PAGES:
+        for block in blocks(path.read_text(), "python"):
+            if not block.startswith(">>>"):  # examples of docstrings, which doctest runs
+                compile(block, str(path), "exec")
 
 
 def test_modules_that_have_moved_are_found_by_their_old_names_with_a_warning() -> None:

@@ -483,9 +483,9 @@ def test_the_examples_of_the_docstrings_run(module: Any) -> None:
     assert ended.failed == 0 and ended.attempted >= 2
 
 
-def test_the_notebook_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_of_the_documents_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it stands there, but for random weights at a small size."""
-    text = (Path(__file__).parents[2] / "README.md").read_text().partition("## In a notebook")[2]
+    text = (Path(__file__).parents[2] / "docs/how-to/python.md").read_text()
     code = text.partition("```python\n")[2].partition("```")[0]
     small = 'weights="random", image_size=(64, 64)'
     code = code.replace('backbone="resnet18"', f'backbone="resnet18", {small}')
@@ -497,7 +497,7 @@ def test_the_notebook_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Mon
             (tmp_path / folder / f"{i:03d}.png").write_bytes(encode(normal_image(start + i, 64)))
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(code, "python.md", "exec"), names)
     assert names["maps"].shape == (5, 64, 64) and set(names["labels"]) <= {0, 1}
     assert (names["again"].predict_proba(names["new"]) == names["scores"]).all()
     assert names["both"].predict(names["new"], alpha=0.1).shape == (5,)
