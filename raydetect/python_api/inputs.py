@@ -90,14 +90,14 @@ class InputImage:
         if isinstance(self.content, str):
             return storage.read(self.content)
         if isinstance(self.content, np.ndarray):
-            return _ppm(self.content)
+            return netpbm(self.content)
         if spec.range is not None and self.content.mode in SIXTEEN_BIT:
             raise MemberError(
                 "unsupported_mode",
                 f"a PIL image of mode {self.content.mode} is made 8-bit before view.range is applied. Give its path.",
             )
         try:
-            return _ppm(np.asarray(to_rgb(upright(self.content), depth_of(self.content), 1), dtype=np.uint8))
+            return netpbm(np.asarray(to_rgb(upright(self.content), depth_of(self.content), 1), dtype=np.uint8))
         except MemberError:
             raise
         except Exception as error:  # a PIL image opened from a file is decoded here
@@ -252,7 +252,7 @@ def _labels(y: Any, count: int) -> list[int]:
     return [int(value) for value in labels.tolist()]
 
 
-def _ppm(pixels: np.ndarray) -> bytes:
+def netpbm(pixels: np.ndarray) -> bytes:
     """Encodes pixels as binary PPM (colour) or PGM (grey)."""
     height, width = pixels.shape[:2]
     kind = b"P6" if pixels.ndim == 3 else b"P5"
