@@ -4,7 +4,6 @@ Arrays and PIL images are encoded as uncompressed PPM, so they go through the sa
 """
 
 import os
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +23,7 @@ from raydetect.images.orientation import upright
 from raydetect.images.preprocess import Preprocess
 from raydetect.images.resize import to_rgb
 from raydetect.left_out import left_out_text
+from raydetect.python_api.caller_warnings import warn
 from raydetect.records import OK, Member
 from raydetect.storage import Storage, join_uri, normalise_uri
 from raydetect.views.windows import Input
@@ -201,7 +201,7 @@ def _listed(uri: str, storage: Storage) -> list[str]:
         )
     left_out = left_out_text(shards[0].left_out) if shards else ""
     if left_out:
-        warnings.warn(f"images: {uri}: left out {left_out}", stacklevel=4)
+        warn(f"images: {uri}: left out {left_out}")
     return [join_uri(shard.uri, name) for shard in shards for name in loose_names(shard)]
 
 

@@ -1,6 +1,5 @@
 """What a fitted model says about images: all in one pass, or one kind of result at a time."""
 
-import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from raydetect.detectors._base import NotFittedError
 from raydetect.errors import SpecError
 from raydetect.fitting.fit_run import Fitted
 from raydetect.metrics import conformal
+from raydetect.python_api.caller_warnings import warn
 from raydetect.python_api.in_process import Settings, running, score_inputs
 from raydetect.python_api.inputs import InputImage, as_input_images
 from raydetect.python_api.labelled import given_masks, measured
@@ -223,7 +223,7 @@ class Scoring:
         flag, scores = validate(FlagSpec, {"alpha": alpha}, "predict"), self._held_out_scores()
         _, level = flag.smallest_p(len(scores)) or ("", 1.0)
         if alpha is None and level > USUAL_LEVEL:
-            warnings.warn(f"{self.spec.title}: {conformal.usual_level_text(len(scores))}.", stacklevel=2)
+            warn(f"{self.spec.title}: {conformal.usual_level_text(len(scores))}.")
         return conformal.threshold_for(scores, level, "alpha")
 
     def _scored(self, images: Any, progress: bool) -> Iterator[tuple[Scored, tuple[int, int]]]:

@@ -12,10 +12,14 @@ from PIL import Image
 from sklearn.ensemble import IsolationForest
 
 from raydetect import Estimator, create_model
-from raydetect.config import ScoreSpec, parse_job
+from raydetect.config import EvaluateSpec, ScoreSpec, parse_job
 from raydetect.detectors.patchcore import PatchCore
 from raydetect.errors import SpecError
+from raydetect.evaluation.cells import plan_evaluation
+from raydetect.evaluation.labelled_images import MaskError
+from raydetect.evaluation.run import run_cell
 from raydetect.local import jobs
+from raydetect.metrics import aupro, auroc, average_precision, best_f1, pixel_auroc, pixel_average_precision
 from raydetect.planning.plan import plan_score
 from raydetect.python_api.optional_packages import MissingPackageError, optional
 from tests.builders.images import DEFECTS, defect_image, encode, normal_image
@@ -164,13 +168,11 @@ def test_few_images_are_scored_one_by_one_and_alike(fitted: Estimator, monkeypat
     assert sizes == [16]
 
 
-def test_evaluation_is_that_of_a_job_and_of_the_definitions(fitted: Estimator, tmp_path: Path) -> None:
+def test_figures_are_those_of_the_definitions(fitted: Estimator, tmp_path: Path) -> None:
     pairs = [defect_image(i, DEFECTS[i % 3], 64) for i in range(5)]
     images = np.concatenate([np.stack([image for image, _ in pairs]), normal(6, 500)])
     y = [1] * 5 + [0] * 6
     scores = fitted.predict_proba(images)
-    from raydetect.metrics import aupro, auroc, average_precision, best_f1, pixel_auroc, pixel_average_precision
-
     found = fitted.evaluate(images, y)
     assert set(found) == {"image_auroc", "image_ap", "image_f1_max", "image_fpr_at_95_tpr"}
     assert found["image_auroc"] == pytest.approx(auroc(y, scores), abs=1e-12)
@@ -197,6 +199,47 @@ def test_evaluation_is_that_of_a_job_and_of_the_definitions(fitted: Estimator, t
     assert unknown["pixel_auroc"] == pytest.approx(pixel_auroc(maps[only], [whole[i] for i in only]), abs=1e-4)
 
 
+def test_figures_are_those_of_an_evaluation_job(fitted: Estimator, tmp_path: Path) -> None:
+    for folder in ("train/good", "test/good", "test/blob", "ground_truth/blob"):
+        (tmp_path / "data/part" / folder).mkdir(parents=True)
+    names, y, masks = list[Path](), list[int](), list[Any]()
+    for i in range(20):
+        (tmp_path / f"data/part/train/good/{i:03d}.png").write_bytes(encode(normal_image(i, 64)))
+    for i in range(6):
+        names.append(tmp_path / f"data/part/test/{'blob' if i % 2 else 'good'}/{i:03d}.png")
+        image, mask = defect_image(i, "blob", 64) if i % 2 else (normal_image(900 + i, 64), None)
+        names[-1].write_bytes(encode(image))
+        y.append(i % 2)
+        masks.append(None if mask is None else tmp_path / f"data/part/ground_truth/blob/{i:03d}_mask.png")
+        if mask is not None:
+            Image.fromarray((mask * 255).astype(np.uint8)).save(masks[-1])
+    params = {"weights": "random", "layers": ["layer1", "layer2"]}
+    values = {
+        "kind": "evaluate",
+        "data": {"uri": f"{tmp_path}/data", "layout": "mvtec_ad", "categories": ["part"]},
+        "detectors": [{"name": "patchcore", "preset": "smoke", "params": params}],
+        "output": f"{tmp_path}/leaderboard",
+        "seeds": [0],
+        "batch_size": 8,
+    }
+    spec = parse_job(values, "evaluate")
+    assert isinstance(spec, EvaluateSpec)
+    evaluation = plan_evaluation(spec)
+    body = run_cell(evaluation, evaluation.cells[0], lambda *_: None)
+    whole = body["categories"]["part"]["figures"]
+    model = create_model.load(body["artifact"]["uri"]).configure(batch_size=8)
+    found = model.evaluate(names, y, masks)
+    assert found == {name: figure["value"] for name, figure in whole.items()}
+    assert len(found) == 10
+
+
+def test_a_warning_points_to_the_line_of_the_caller(fitted: Estimator) -> None:
+    for call in (lambda: fitted(normal(1)), lambda: fitted.predict(normal(1)), fitted.threshold):
+        with pytest.warns(UserWarning, match="flagged at 4") as caught:
+            call()
+        assert [Path(one.filename).name for one in caught] == [Path(__file__).name]
+
+
 def test_wrong_labels_and_masks_are_refused(fitted: Estimator, tmp_path: Path) -> None:
     images = normal(3)
     blank = np.zeros((64, 64), np.uint8)
@@ -213,8 +256,6 @@ def test_wrong_labels_and_masks_are_refused(fitted: Estimator, tmp_path: Path) -
     for y, masks, message in calls:
         with pytest.raises(SpecError, match=message):
             fitted.evaluate(images, y, masks)
-    from raydetect.evaluation.labelled_images import MaskError
-
     with pytest.raises(MaskError, match=r"is 64 x 64 px and its mask 64 x 40"):
         fitted.evaluate(images, [0, 0, 1], [None, None, blank[:40]])
     with pytest.raises(MaskError, match=r"gone\.png"):
