@@ -12,7 +12,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "raydetect needs Python 3.11 ($(PYTHON) is not there). Run make PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "Making the environment in $(VENV) (a few minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,rasters,dev,docs]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,rasters,plot,dev,docs]'
 	@touch $(STAMP)
 
 help: ## this list

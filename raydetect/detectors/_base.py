@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 from torch import Tensor
 
 from raydetect.blocks.coresets.keyed_rows import FitState
@@ -25,6 +25,37 @@ ProgressCallback = Callable[[int, int], None]
 
 class NotFittedError(RaydetectError, ValueError, AttributeError):
     """The detector is not fitted yet. Of the same kinds as scikit-learn's, so that what catches those catches it."""
+
+
+def _square(value: Any) -> Any:
+    """256 as (256, 256); anything else as it is."""
+    return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+ImageSize = Annotated[tuple[int, int], BeforeValidator(_square)]
+"""(height, width) in px; a single number is a square."""
+
+
+@dataclass(frozen=True, slots=True)
+class UsedIf:
+    """Annotates a parameter that has an effect only with certain values of another.
+
+    Whoever states it where it has none is told so (`_registry.py`), instead of waiting for an effect.
+
+    Attributes:
+        other: the other parameter.
+        values: its values with which this one is used; empty = all but those of `unless`.
+        unless: its values with which this one is not used.
+    """
+
+    other: str
+    values: tuple[Any, ...] = ()
+    unless: tuple[Any, ...] = ()
+
+    def holds(self, params: "Detector.Params") -> bool:
+        """Whether the parameter is used."""
+        found = getattr(params, self.other)
+        return found not in self.unless and (not self.values or found in self.values)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +149,7 @@ class Detector(abc.ABC):
 
         __pydantic_config__: ClassVar[ConfigDict] = STRICT
         image_size: Annotated[
-            tuple[int, int], Field(description="(height, width) in px that images are resized to")
+            ImageSize, Field(description="(height, width) in px that images are resized to; one number = a square")
         ] = (256, 256)
         precision: Annotated[
             Precision,

@@ -6,8 +6,8 @@ from typing import Any
 
 from raydetect.config import ENSEMBLE, DetectorSpec, MemberSpec
 from raydetect.config.fit import STANDARD
-from raydetect.config.validation import to_plain
-from raydetect.detectors._registry import build_detector, build_from, detector_class
+from raydetect.config.validation import to_plain, validate
+from raydetect.detectors._registry import build_detector, build_from, detector_class, unused_params
 from raydetect.errors import SpecError
 
 CLASS_NAME = "class_name"  # parameter of detectors that use text prompts
@@ -26,12 +26,28 @@ def plain_spec(spec: DetectorSpec, seed: int) -> DetectorSpec:
 
 
 def spec_of_record(body: Mapping[str, Any]) -> DetectorSpec:
-    """The spec stored in an artifact's record; every parameter is explicit."""
+    """The spec stored in an artifact's record; every parameter that has an effect is explicit."""
     params = body["params"]
     if body["detector"] != ENSEMBLE:
-        return DetectorSpec(name=body["detector"], params=dict(params))
-    members = tuple(MemberSpec(name=member["name"], params=member["params"]) for member in params["members"])
+        return DetectorSpec(name=body["detector"], params=_used_params(body["detector"], params))
+    members = tuple(MemberSpec(name=m["name"], params=_used_params(m["name"], m["params"])) for m in params["members"])
     return DetectorSpec(ensemble=members, weights=tuple(params["weights"]))
+
+
+def changed_spec(spec: DetectorSpec, changed: Mapping[str, Any]) -> DetectorSpec:
+    """The spec of one detector with `preset` or parameters changed.
+
+    Earlier parameters that have no effect with the changed ones are left out.
+
+    Raises:
+        SpecError: an unknown or invalid parameter.
+    """
+    values = dict(changed)
+    preset = values.pop("preset", spec.preset)
+    stated = {**spec.params, **values}
+    built = validate(DetectorSpec, {"name": spec.name, "preset": preset, "params": stated}, "set_params")
+    unused = unused_params(build_detector(built.name, built.params, preset=built.preset).params)
+    return replace(built, params={n: v for n, v in stated.items() if n in values or n not in unused})
 
 
 def with_class_name(spec: DetectorSpec, name: str, seed: int) -> DetectorSpec:
@@ -50,9 +66,10 @@ def with_class_name(spec: DetectorSpec, name: str, seed: int) -> DetectorSpec:
 
 
 def full_params(member: MemberSpec, seed: int) -> dict[str, Any]:
-    """All arguments of `create_model`, with defaults filled in."""
+    """All arguments of `create_model` that have an effect together, with defaults filled in."""
     params = build_detector(member.name, member.params, seed, member.preset).params
-    named = {f.name: getattr(params, f.name) for f in fields(params)}
+    unused = unused_params(params)
+    named = {f.name: getattr(params, f.name) for f in fields(params) if f.name not in unused}
     return {"name": member.name, "preset": member.preset, "seed": seed, **named}
 
 
@@ -75,13 +92,19 @@ def _member_text(member: MemberSpec, seed: list[str]) -> str:
 def _changed_params(member: MemberSpec) -> dict[str, Any]:
     """Parameters that differ from the preset, in declaration order."""
     found = full_params(member, 0)
-    plain = full_params(replace(member, params={}), 0)
-    return {name: value for name, value in found.items() if value != plain[name]}
+    plain = build_detector(member.name, {}, preset=member.preset).params
+    same = {"name": member.name, "preset": member.preset, "seed": 0}
+    return {name: value for name, value in found.items() if value != same.get(name, getattr(plain, name, None))}
 
 
 def _plain_params(member: MemberSpec) -> dict[str, Any]:
     params = build_detector(member.name, member.params, preset=member.preset).params
     return {name: to_plain(getattr(params, name)) for name in member.params}
+
+
+def _used_params(name: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    unused = unused_params(build_detector(name, params).params)
+    return {name: value for name, value in params.items() if name not in unused}
 
 
 def _uses_text(member: MemberSpec) -> bool:

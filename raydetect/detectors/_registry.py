@@ -1,17 +1,18 @@
 """Finds detectors by name: every module of this package whose name does not start with `_` is one detector."""
 
 import importlib
+import json
 import pkgutil
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import raydetect.detectors as package
 from raydetect.config import ENSEMBLE, DetectorSpec, MemberSpec, Precision, Preset
 from raydetect.config.fit import STANDARD
 from raydetect.config.paper_views import paper_view
 from raydetect.config.validation import nearest, to_plain, validate
-from raydetect.detectors._base import Detector
+from raydetect.detectors._base import Detector, UsedIf
 from raydetect.detectors._ensemble import Ensemble
 from raydetect.errors import SpecError
 
@@ -74,11 +75,64 @@ def build_from(spec: DetectorSpec, seed: int) -> Detector:
     """The unfitted detector described by a spec.
 
     Raises:
-        SpecError: an unknown name, unknown or invalid parameters, or ensemble members that differ in image_size.
+        SpecError: an unknown name, unknown or invalid parameters, a stated parameter that has no effect with the
+            others, an unknown backbone, or ensemble members that differ in image_size.
     """
-    if spec.ensemble:
-        return _build_ensemble(spec.ensemble, spec.weights or (1.0,) * len(spec.ensemble), seed)
-    return build_detector(spec.name, spec.params, seed, spec.preset)
+    detector = (
+        _build_ensemble(spec.ensemble, spec.weights or (1.0,) * len(spec.ensemble), seed)
+        if spec.ensemble
+        else build_detector(spec.name, spec.params, seed, spec.preset)
+    )
+    built = detector.members if isinstance(detector, Ensemble) else [detector]
+    for member, one in zip(spec.members, built, strict=True):
+        _refuse_unused(member, one.params)
+        _check_backbone(one.params)
+    return detector
+
+
+def unused_params(params: Detector.Params) -> dict[str, UsedIf]:
+    """The parameters that have no effect with the values of others, and why."""
+    return {
+        name: condition
+        for name, conditions in _conditions(type(params)).items()
+        for condition in conditions
+        if not condition.holds(params)
+    }
+
+
+def _conditions(kind: type[Detector.Params]) -> dict[str, tuple[UsedIf, ...]]:
+    hints = get_type_hints(kind, include_extras=True)
+    found = {name: tuple(e for e in get_args(hint)[1:] if isinstance(e, UsedIf)) for name, hint in hints.items()}
+    return {name: conditions for name, conditions in found.items() if conditions}
+
+
+def _refuse_unused(member: MemberSpec, params: Detector.Params) -> None:
+    """Refuses stated parameters without an effect; none says so itself. Records of artifacts do not come here."""
+    for name, condition in unused_params(params).items():
+        if member.params.get(name) is not None:
+            other = condition.other
+            given = getattr(params, other)
+            advice = " or ".join(f"{other}: {_shown(value)}" for value in condition.values)
+            advice = advice or (other if given is None else f"another {other}")
+            raise SpecError(
+                f"detector {member.name}: {name} has no effect with {other}: {_shown(given)}. "
+                f"Remove it, or set {advice}."
+            )
+
+
+def _check_backbone(params: Detector.Params) -> None:
+    from raydetect.blocks.backbones.backbone import bare_name  # slow, and loaded already by what has a backbone
+
+    name = getattr(params, "backbone", None)
+    if name is not None:
+        bare_name(name)
+
+
+def _shown(value: Any) -> str:
+    """A value as in a job file."""
+    if isinstance(value, str):
+        return value
+    return "none" if value is None else json.dumps(value)
 
 
 def _build_ensemble(specs: Sequence[MemberSpec], weights: Sequence[float], seed: int) -> Ensemble:

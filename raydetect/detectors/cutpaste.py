@@ -33,7 +33,7 @@ from raydetect.blocks.maps.anomaly_map import upsample
 from raydetect.blocks.maps.grad_cam import grad_cam, unit
 from raydetect.blocks.maps.patch_windows import pooled_windows, upsample_windows
 from raydetect.blocks.seeding import in_rounds, keyed_generator, keyed_seed
-from raydetect.detectors._base import Batch, Detector, DetectorInfo, ProgressCallback, Scores, TrainingPlan
+from raydetect.detectors._base import Batch, Detector, DetectorInfo, ProgressCallback, Scores, TrainingPlan, UsedIf
 from raydetect.detectors._networks import FineTuned
 from raydetect.detectors._weights import IMAGENET, RANDOM
 from raydetect.errors import SpecError
@@ -102,31 +102,48 @@ class CutPaste(FineTuned):
             tuple[int, ...], Field(description="hidden layers between embedding and classes (public implementations)")
         ] = (512, 128)
         area_ratio: Annotated[
-            tuple[float, float], Field(description="CutPaste: patch area as a share of the image (appendix)")
+            tuple[float, float],
+            Field(description="CutPaste: patch area as a share of the image (appendix)"),
+            UsedIf("augment_type", ("normal", "3way")),
         ] = (0.02, 0.15)
         aspect_ratio: Annotated[
-            tuple[float, float], Field(description="CutPaste: width over height of the patch (appendix)")
+            tuple[float, float],
+            Field(description="CutPaste: width over height of the patch (appendix)"),
+            UsedIf("augment_type", ("normal", "3way")),
         ] = (0.3, 3.3)
         scar_width_px: Annotated[
-            tuple[float, float], Field(description="width of scars, at 256 px of image height (appendix)")
+            tuple[float, float],
+            Field(description="width of scars, at 256 px of image height (appendix)"),
+            UsedIf("augment_type", ("scar", "3way")),
         ] = (2, 16)
         scar_length_px: Annotated[
-            tuple[float, float], Field(description="length of scars, at 256 px of image height (appendix)")
+            tuple[float, float],
+            Field(description="length of scars, at 256 px of image height (appendix)"),
+            UsedIf("augment_type", ("scar", "3way")),
         ] = (10, 25)
-        scar_degrees: Annotated[float, Field(ge=0, le=180, description="maximum rotation of scars (appendix)")] = 45
+        scar_degrees: Annotated[
+            float,
+            Field(ge=0, le=180, description="maximum rotation of scars (appendix)"),
+            UsedIf("augment_type", ("scar", "3way")),
+        ] = 45
         jitter: Annotated[
             float, Field(ge=0, le=0.5, description="colour jitter of images and of pasted patches (appendix)")
         ] = 0.1
         shift_ratio: Annotated[
             float, Field(ge=0, lt=1, description="maximum shift of images, as a share of their size (authors' code)")
         ] = 0.125
-        patch_size_px: Annotated[int, Field(ge=1, description="level patch: side of a window (sec. 4.2)")] = 32
-        patch_stride_px: Annotated[int, Field(ge=1, description="level patch: stride between windows (sec. 4.2)")] = 4
+        patch_size_px: Annotated[
+            int, Field(ge=1, description="level patch: side of a window (sec. 4.2)"), UsedIf("level", ("patch",))
+        ] = 32
+        patch_stride_px: Annotated[
+            int, Field(ge=1, description="level patch: stride between windows (sec. 4.2)"), UsedIf("level", ("patch",))
+        ] = 4
         smoothing_sigma: Annotated[
             float,
             Field(
                 gt=0, le=1000, description="level patch: Gaussian sigma for spreading a window's score, in px (FCDD)"
             ),
+            UsedIf("level", ("patch",)),
         ] = 10.0
 
         @model_validator(mode="before")

@@ -28,7 +28,7 @@ from raydetect.blocks.backbones.backbone import Backbone
 from raydetect.blocks.backbones.vision import transforms
 from raydetect.blocks.maps.anomaly_map import smooth, smooth_upsampled
 from raydetect.blocks.seeding import in_rounds, keyed_generator, keyed_seed, keyed_unit
-from raydetect.detectors._base import Batch, Detector, DetectorInfo, Scores, TrainingPlan
+from raydetect.detectors._base import Batch, Detector, DetectorInfo, ImageSize, Scores, TrainingPlan
 from raydetect.detectors._networks import FineTuned
 from raydetect.errors import SpecError
 
@@ -61,7 +61,7 @@ class DevNet(FineTuned):
         """Parameters of DevNet."""
 
         image_size: Annotated[
-            tuple[int, int], Field(description="(height, width) in px that images are resized to (authors' code)")
+            ImageSize, Field(description="(height, width) in px that images are resized to (authors' code)")
         ] = (448, 448)
         backbone: Annotated[str, Field(description="torchvision or timm name (implementation details)")] = "resnet18"
         last_layer: Annotated[

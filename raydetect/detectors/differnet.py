@@ -41,11 +41,13 @@ from raydetect.detectors._base import (
     Batch,
     Detector,
     DetectorInfo,
+    ImageSize,
     PatchGrid,
     Phase,
     ProgressCallback,
     Scores,
     TrainingPlan,
+    UsedIf,
 )
 from raydetect.detectors._networks import NetworkDetector
 from raydetect.detectors._weights import WeightsName, load_backbone
@@ -53,6 +55,8 @@ from raydetect.errors import ArtifactError
 
 BACKBONE, HEAD, BANK, EMBEDDINGS = "backbone", "head", "bank", "embeddings"
 DIFFERENCE, DIFFERENCE_UNITS, K_NEIGHBORS = "difference", 32, 5
+FLOW_ONLY, DIFFERENCE_HEAD = UsedIf("head", ("flow",)), UsedIf("head", (DIFFERENCE,))
+TRAINED_DIFFERENCE = UsedIf("train_difference", (True,))
 DIFFERENCE_ONLY = ("k_neighbors", "train_difference")
 
 
@@ -77,7 +81,7 @@ class DifferNet(NetworkDetector):
         """Parameters of DifferNet; those prefixed with a head's name apply to that head only."""
 
         image_size: Annotated[
-            tuple[int, int], Field(description="(height, width) in px that images are resized to (sec. 4.2)")
+            ImageSize, Field(description="(height, width) in px that images are resized to (sec. 4.2)")
         ] = (448, 448)
         backbone: Annotated[str, Field(description="torchvision or timm name (sec. 4.2)")] = "alexnet"
         layers: Annotated[
@@ -88,7 +92,9 @@ class DifferNet(NetworkDetector):
             ),
         ] = ()
         weights: WeightsName = "imagenet"
-        batch_size: Annotated[int, Field(ge=1, description="images per step (sec. 4.2)")] = 24
+        batch_size: Annotated[
+            int, Field(ge=1, description="images per step (sec. 4.2)"), UsedIf("train_difference", unless=(False,))
+        ] = 24
         smoothing_sigma: Annotated[
             float,
             Field(ge=0, le=1000, description="Gaussian smoothing of gradients, or of the map, in px (official code)"),
@@ -101,40 +107,47 @@ class DifferNet(NetworkDetector):
             ),
         ] = "flow"
         num_scales: Annotated[
-            int, Field(ge=1, description="flow: image sizes, each half the previous one (sec. 3.2)")
+            int, Field(ge=1, description="flow: image sizes, each half the previous one (sec. 3.2)"), FLOW_ONLY
         ] = 3
-        n_flows: Annotated[int, Field(ge=1, description="flow: coupling blocks (sec. 4.2)")] = 8
-        clamp: Annotated[float, Field(gt=0, description="flow: bound on the log-scales, alpha (sec. 3.1)")] = 3.0
-        hidden_dims: Annotated[int, Field(ge=1, description="flow: width of the subnets (sec. 4.2)")] = 2048
+        n_flows: Annotated[int, Field(ge=1, description="flow: coupling blocks (sec. 4.2)"), FLOW_ONLY] = 8
+        clamp: Annotated[
+            float, Field(gt=0, description="flow: bound on the log-scales, alpha (sec. 3.1)"), FLOW_ONLY
+        ] = 3.0
+        hidden_dims: Annotated[int, Field(ge=1, description="flow: width of the subnets (sec. 4.2)"), FLOW_ONLY] = 2048
         train_transforms: Annotated[
-            int, Field(ge=1, description="flow: random rotations per image and step (official code)")
+            int, Field(ge=1, description="flow: random rotations per image and step (official code)"), FLOW_ONLY
         ] = 4
-        test_transforms: Annotated[int, Field(ge=1, description="flow: T, rotations averaged when scoring (eq. 5)")] = (
-            64
-        )
+        test_transforms: Annotated[
+            int, Field(ge=1, description="flow: T, rotations averaged when scoring (eq. 5)"), FLOW_ONLY
+        ] = 64
         max_degrees: Annotated[
-            float, Field(ge=0, le=180, description="flow: maximum rotation in either direction (sec. 4.2)")
+            float, Field(ge=0, le=180, description="flow: maximum rotation in either direction (sec. 4.2)"), FLOW_ONLY
         ] = 180
-        epochs: Annotated[int, Field(ge=1, description="flow: passes over the images (official code)")] = 192
-        learning_rate: Annotated[float, Field(gt=0, description="flow: of Adam (sec. 4.2)")] = 2e-4
-        weight_decay: Annotated[float, Field(ge=0, description="flow: of Adam (official code)")] = 1e-5
-        k_neighbors: Annotated[int | None, Field(ge=1, description="difference: K, default 5; none for the flow")] = (
-            None
-        )
+        epochs: Annotated[int, Field(ge=1, description="flow: passes over the images (official code)"), FLOW_ONLY] = 192
+        learning_rate: Annotated[float, Field(gt=0, description="flow: of Adam (sec. 4.2)"), FLOW_ONLY] = 2e-4
+        weight_decay: Annotated[float, Field(ge=0, description="flow: of Adam (official code)"), FLOW_ONLY] = 1e-5
+        k_neighbors: Annotated[
+            int | None, Field(ge=1, description="difference: K, default 5; none for the flow"), DIFFERENCE_HEAD
+        ] = None
         train_difference: Annotated[
             bool | None,
             Field(
                 description="difference: true (default) = a network trained on simulated defects, false = the mean "
                 "distance to the K nearest; none for the flow"
             ),
+            DIFFERENCE_HEAD,
         ] = None
         coreset_sampling_ratio: Annotated[
-            float, Field(gt=0, le=1, description="difference: share of normal patches kept for comparison")
+            float,
+            Field(gt=0, le=1, description="difference: share of normal patches kept for comparison"),
+            DIFFERENCE_HEAD,
         ] = 0.1
         difference_epochs: Annotated[
-            int, Field(ge=1, description="difference: passes over the images to train the network")
+            int, Field(ge=1, description="difference: passes over the images to train the network"), TRAINED_DIFFERENCE
         ] = 10
-        difference_rate: Annotated[float, Field(gt=0, description="difference: learning rate of Adam")] = 3e-2
+        difference_rate: Annotated[
+            float, Field(gt=0, description="difference: learning rate of Adam"), TRAINED_DIFFERENCE
+        ] = 3e-2
 
         @model_validator(mode="before")
         @classmethod
@@ -142,8 +155,6 @@ class DifferNet(NetworkDetector):
             """Resolves the head and the defaults that depend on it; the record holds all."""
             given = [name for name in DIFFERENCE_ONLY if values.get(name) is not None]
             head = values.get("head") or (DIFFERENCE if given else "flow")
-            if head == "flow" and given:
-                raise ValueError(f"{given[0]} has no effect with head: flow; remove it or set head: difference")
             values = {**values, "head": head}
             if not values.get("layers"):
                 values["layers"] = default_layers(str(values.get("backbone", "alexnet")), head)

@@ -30,7 +30,7 @@ from raydetect.blocks.networks.fusion import MaskDecoder, Memory, MultiScaleFusi
 from raydetect.blocks.networks.losses import focal_loss
 from raydetect.blocks.networks.unet import keyed_init
 from raydetect.blocks.seeding import SkipInitialisation, keyed_generator
-from raydetect.detectors._base import Batch, Detector, DetectorInfo, ProgressCallback, Scores, TrainingPlan
+from raydetect.detectors._base import Batch, Detector, DetectorInfo, ProgressCallback, Scores, TrainingPlan, UsedIf
 from raydetect.detectors._networks import NetworkDetector
 from raydetect.detectors._textures import load_textures
 from raydetect.detectors._weights import WeightsName, load_backbone
@@ -114,6 +114,7 @@ class MemSeg(NetworkDetector):
             Field(
                 description="folder or archive of texture images for defects, such as DTD (sec. 3.1); none = procedural"
             ),
+            UsedIf("texture_ratio", unless=(0,)),
         ] = None
         texture_ratio: Annotated[
             float,
@@ -130,7 +131,9 @@ class MemSeg(NetworkDetector):
         ] = "auto"
         l1_weight: Annotated[float, Field(ge=0, description="lambda of the L1 loss (sec. 3.4)")] = 0.6
         focal_weight: Annotated[float, Field(ge=0, description="lambda of the focal loss (sec. 3.4)")] = 0.4
-        training_steps: Annotated[int, Field(ge=1, description="steps, rounded up to whole epochs (code)")] = 5000
+        training_steps: Annotated[
+            int, Field(ge=1, description="steps, rounded up to whole epochs (code)"), UsedIf("epochs", (None,))
+        ] = 5000
         epochs: Annotated[
             int | None, Field(ge=1, description="passes over the images, overrides training_steps; none = unused")
         ] = None

@@ -30,7 +30,7 @@ from raydetect.blocks.networks.losses import msgms_loss, msgms_maps, ssim_loss
 from raydetect.blocks.networks.unet import convolutions, cropped, keyed_init, padded
 from raydetect.blocks.precision import in_float32
 from raydetect.blocks.seeding import keyed_generator
-from raydetect.detectors._base import Batch, Detector, DetectorInfo, Scores, TrainingPlan
+from raydetect.detectors._base import Batch, Detector, DetectorInfo, Scores, TrainingPlan, UsedIf
 from raydetect.detectors._networks import NetworkDetector
 from raydetect.detectors._weights import load_backbone
 from raydetect.errors import SpecError
@@ -75,10 +75,14 @@ class RIAD(NetworkDetector):
             Field(description="pretrained frozen encoder replacing the U-Net's own; none = the paper's U-Net"),
         ] = None
         layers: Annotated[
-            tuple[str, ...], Field(min_length=1, description="levels of the backbone, shallowest first")
+            tuple[str, ...],
+            Field(min_length=1, description="levels of the backbone, shallowest first"),
+            UsedIf("backbone", unless=(None,)),
         ] = ("layer1", "layer2", "layer3")
         weights: Annotated[
-            str, Field(description='of the backbone: "imagenet", "random", or a path or URL of a weights file')
+            str,
+            Field(description='of the backbone: "imagenet", "random", or a path or URL of a weights file'),
+            UsedIf("backbone", unless=(None,)),
         ] = "imagenet"
         base_width: Annotated[int, Field(ge=1, description="channels of the first level; deeper levels double it")] = 64
         ssim_weight: Annotated[float, Field(ge=0, description="lambda of the SSIM loss (eq. 5)")] = 1.0
@@ -98,8 +102,6 @@ class RIAD(NetworkDetector):
                 raise ValueError(f"grid_size {self.grid_size} leaves fewer than two cells along {self.image_size} px")
             if self.smoothing_px % 2 == 0:
                 raise ValueError(f"smoothing_px {self.smoothing_px} must be odd, so that the filter has a centre")
-            if self.backbone is None and (self.weights, self.layers) != ("imagenet", ("layer1", "layer2", "layer3")):
-                raise ValueError("weights and layers apply to a backbone only; set backbone or omit them")
 
         def cell_sizes(self) -> tuple[int, ...]:
             """All cell sizes."""

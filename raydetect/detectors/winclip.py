@@ -37,7 +37,7 @@ from raydetect.blocks.device_constants import kept_on_device
 from raydetect.blocks.maps.anomaly_map import upsample
 from raydetect.blocks.maps.windows import harmonic_mean, spread_harmonic, window_patches
 from raydetect.blocks.search.neighbors import BankSearch
-from raydetect.detectors._base import Batch, Detector, DetectorInfo, ProgressCallback, Scores
+from raydetect.detectors._base import Batch, Detector, DetectorInfo, ImageSize, ProgressCallback, Scores
 from raydetect.detectors._networks import NetworkDetector
 from raydetect.detectors._weights import RANDOM, clip_facts, clip_weights
 from raydetect.errors import ArtifactError, SpecError
@@ -66,7 +66,7 @@ class WinCLIP(NetworkDetector):
         """Parameters of WinCLIP."""
 
         image_size: Annotated[
-            tuple[int, int],
+            ImageSize,
             Field(description="(height, width) in px that images are resized to; (0, 0) = the CLIP model's own size"),
         ] = (0, 0)
         window_size: Annotated[

@@ -9,7 +9,7 @@ the pixel metrics.
 
 import resource
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -128,30 +128,45 @@ def evaluate_images(
     with DecodePool(threads) as pool:
         for chunk in chunks:
             decoded = decode_stream(chunk.members, rules, artifact.record.preprocess, pool)
-            _evaluate_chunk(artifact.detector, chunk, decoded, found, masks, batch_size)
+            evaluate_decoded(artifact.detector, chunk.members, decoded, found, masks, batch_size)
     found.seconds = time.perf_counter() - started
     return found
 
 
-def _evaluate_chunk(
+def evaluate_decoded(
     detector: Detector,
-    chunk: Chunk,
+    members: Sequence[Member],
     decoded: Iterable[Input | Pixels],
     found: EvaluationOutcome,
-    masks: Masks,
+    masks: Masks | None,
     batch_size: int,
 ) -> None:
+    """Scores decoded images and adds them to the summaries.
+
+    Args:
+        detector: fitted detector.
+        members: the images; their labels, masks, categories and defects count.
+        decoded: what was decoded of each, in order.
+        found: what is added to.
+        masks: reads masks; None = pixels are not evaluated.
+        batch_size: images in one forward pass.
+
+    Raises:
+        MaskError: a mask cannot be used.
+        ValueError: a score or map is not finite.
+    """
     pixels: list[Pixels] = []
     for item in score_batches(detector, _noted(decoded, pixels, found), batch_size, _timed(found)):
-        member = chunk.members[item.position]
+        member = members[item.position]
         found.images += 1
         if member.label is None:
             found.unlabelled += 1
             continue
         group = ImageGroup(member.category or "", member.label, member.defect or "")
-        localises = detector.info.localises
-        map_HW = item.anomaly_map() if localises else None
-        mask_HW = None if map_HW is None else read_mask(member, item.layout, pixels[item.position], masks)
+        map_HW = mask_HW = None
+        if masks is not None and detector.info.localises:
+            map_HW = item.anomaly_map()
+            mask_HW = read_mask(member, item.layout, pixels[item.position], masks)
         found.quality.add(group, member.key, item.image_score, map_HW, mask_HW, item.layout.looked)
 
 

@@ -4,36 +4,36 @@ Fits and scores are bit-identical to those of jobs (`python_api/in_process.py`).
 `raydetect score` reads.
 """
 
-import warnings
-from collections.abc import Iterator, Mapping
-from typing import Any
+import copy
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
-import numpy as np
 import torch
 
 from raydetect.artifacts.store import load_artifact, save_artifact
-from raydetect.config import AT_LEAST_2X, STRETCH, USUAL_LEVEL, DetectorSpec, FitSpec, FlagSpec, JpegScale, ViewSpec
-from raydetect.config.validation import validate
-from raydetect.detectors._base import NotFittedError
-from raydetect.detectors._describe import call_text, full_params, plain_spec, spec_of_record, with_class_name
+from raydetect.config import AT_LEAST_2X, STRETCH, DetectorSpec, FitSpec, JpegScale, ViewSpec
+from raydetect.config.validation import to_plain, validate
+from raydetect.detectors._describe import (
+    call_text,
+    changed_spec,
+    full_params,
+    plain_spec,
+    spec_of_record,
+    with_class_name,
+)
 from raydetect.detectors._ensemble import learns_from_labels
 from raydetect.detectors._registry import build_from
 from raydetect.errors import SpecError
 from raydetect.fitting.fit_run import Fitted
-from raydetect.fitting.timings import torch_threads
-from raydetect.metrics import conformal
-from raydetect.progress.displays import shown
-from raydetect.python_api.in_process import Settings, fit_inputs, score_inputs
+from raydetect.python_api.in_process import Settings, fit_inputs, running
 from raydetect.python_api.inputs import as_input_images, refuse_duplicates
-from raydetect.scoring.batches import Scored
+from raydetect.python_api.scoring import Scoring
 from raydetect.storage import Storage, normalise_uri
-from raydetect.views.placement import placed
 
-SHOW_AFTER_SECONDS = 2.0
 NOT_SAVED = "not saved"
 
 
-class Estimator:
+class Estimator(Scoring):
     """A detector or ensemble to fit and use in Python, created by `create_model` or `create_ensemble`.
 
     `images` is always an array (N, H, W, 3) or (N, H, W) of uint8, a list of such images of any sizes, of paths, URIs
@@ -45,6 +45,7 @@ class Estimator:
         seed: of every random choice.
         settings: see `configure`.
 
+    >>> import numpy as np
     >>> from raydetect import create_model
     >>> images = np.random.default_rng(0).integers(0, 256, (20, 64, 64, 3), dtype=np.uint8)
     >>> detector = create_model("patchcore", preset="smoke", weights="random").fit(images, holdout_ratio=0.5)
@@ -53,6 +54,8 @@ class Estimator:
     >>> dark = images // 8
     >>> detector.predict(np.concatenate([images[:3], dark[:2]]), alpha=0.1)
     array([0, 0, 0, 1, 1])
+    >>> detector(dark[:2], alpha=0.1).labels
+    array([1, 1])
     >>> detector.predict_proba(dark).shape, detector.predict_anomaly_map([dark[0], dark[1, :40]])[1].shape
     ((20,), (40, 64))
     """
@@ -122,71 +125,10 @@ class Estimator:
         if learns_from_labels(build_from(self.spec, self.seed)) and all(image.label != 1 for image in inputs):
             raise SpecError(f"{self.spec.title}: needs labelled anomalous images. Call fit(images, y=labels).")
         spec = self._fit_spec(len(inputs), holdout_ratio, jpeg_scale, view)
-        with torch_threads(spec.resources.cpus_per_worker), shown(progress, SHOW_AFTER_SECONDS) as on_progress:
+        with running(spec.resources.cpus_per_worker, progress) as on_progress:
             self._fitted = fit_inputs(spec, inputs, torch.device(self.settings.device), on_progress)
         self._is_renamed = False
         return self
-
-    def predict_proba(self, images: Any, *, progress: bool = True) -> np.ndarray:
-        """Raw image scores (N,) float32, higher = more anomalous. Neither clamped nor probabilities: see `p_values`.
-
-        Raises:
-            NotFittedError: the model is not fitted.
-            BadImagesError: images cannot be read or have no finite score; the error lists all of them.
-        """
-        return np.array([scored.image_score for scored, _ in self._scored(images, progress)], dtype=np.float32)
-
-    def predict(self, images: Any, *, alpha: float | None = None, progress: bool = True) -> np.ndarray:
-        """Predicted labels (N,) int64, 1 = anomalous. A normal image gets 1 with probability at most `alpha`.
-
-        Args:
-            images: see the class.
-            alpha: None = 0.01, or the smallest that the calibration allows, which a warning says.
-            progress: see `fit`.
-
-        Raises:
-            SpecError: too few images were held out for this alpha.
-            NotFittedError, BadImagesError: as `predict_proba`.
-        """
-        threshold = self.threshold(alpha)
-        return (self.predict_proba(images, progress=progress).astype(np.float64) >= threshold).astype(np.int64)
-
-    def p_values(self, images: Any, *, progress: bool = True) -> np.ndarray:
-        """Conformal p-values (N,) float64: (1 + held-out normal images that score at least as high) / (held out + 1).
-
-        Raises:
-            NotFittedError, BadImagesError: as `predict_proba`.
-        """
-        scores_N = self.predict_proba(images, progress=progress).astype(np.float64)
-        return conformal.p_values(self._held_out_scores(), scores_N)
-
-    def predict_anomaly_map(self, images: Any, *, progress: bool = True) -> "np.ndarray | list[np.ndarray]":
-        """Anomaly maps (N, H, W) float32, each at its image's original size; a list of arrays if sizes differ.
-
-        A map is NaN where the view does not look. Uses 4 bytes of memory for every pixel of all images.
-
-        Raises:
-            NotFittedError, BadImagesError: as `predict_proba`.
-        """
-        scored = self._scored(images, progress)
-        maps = [placed(item.anomaly_map(), item.layout, size_px) for item, size_px in scored]
-        return np.stack(maps) if len({found.shape for found in maps}) == 1 else maps
-
-    def threshold(self, alpha: float | None = None) -> float:
-        """The lowest image score for which `predict` returns 1.
-
-        Args:
-            alpha: see `predict`.
-
-        Raises:
-            SpecError: too few images were held out for this alpha.
-            NotFittedError: the model is not fitted.
-        """
-        flag, scores = validate(FlagSpec, {"alpha": alpha}, "predict"), self._held_out_scores()
-        _, level = flag.smallest_p(len(scores)) or ("", 1.0)
-        if alpha is None and level > USUAL_LEVEL:
-            warnings.warn(f"{self.spec.title}: {conformal.usual_level_text(len(scores))}.", stacklevel=2)
-        return conformal.threshold_for(scores, level, "alpha")
 
     def set_class_name(self, name: str) -> "Estimator":
         """Sets what the images show, such as "screw", for a detector that scores by text.
@@ -239,13 +181,65 @@ class Estimator:
         model._fitted = Fitted(artifact.detector, artifact.record.calibration, artifact.record.preprocess, body)
         return model.configure(**settings)
 
-    def get_params(self) -> dict[str, Any]:
-        """All arguments of `create_model` or `create_ensemble`, with defaults filled in."""
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """All arguments of `create_model` or `create_ensemble` that have an effect together, with defaults filled in.
+
+        Args:
+            deep: for scikit-learn, which passes it; there are no nested parameters, so both give the same.
+        """
         if not self.spec.ensemble:
             return full_params(self.spec.members[0], self.seed)
         specs = [{"name": m.name, "preset": m.preset, "params": m.params} for m in self.spec.ensemble]
         members = [Estimator(validate(DetectorSpec, spec, "member"), self.seed) for spec in specs]
         return {"members": members, "weights": self.spec.weights, "seed": self.seed}
+
+    def set_params(self, **params: Any) -> "Estimator":
+        """Changes parameters and returns the model, which has to be fitted again unless all of them have their values.
+
+        Args:
+            **params: of `create_model` but for its name; parameters that were stated before and have no effect with
+                the new ones return to their defaults.
+
+        Raises:
+            SpecError: a parameter is unknown, invalid or without an effect, or the model is an ensemble.
+        """
+        if self.spec.ensemble and params:
+            raise SpecError("set_params: an ensemble is made of its members. Change those and call create_ensemble.")
+        now = {} if self.spec.ensemble else self.get_params()
+        changed = {n: v for n, v in params.items() if n not in now or to_plain(v) != to_plain(now[n])}
+        if "name" in changed:
+            raise SpecError(f"set_params: the model is a {self.spec.name}. Call create_model({changed['name']!r}).")
+        if not changed:
+            return self
+        seed = changed.pop("seed", self.seed)
+        model = Estimator(changed_spec(self.spec, changed), seed)
+        self.spec, self.seed = model.spec, model.seed
+        self._fitted, self._is_renamed = None, False
+        return self
+
+    def __sklearn_clone__(self) -> "Estimator":
+        """An unfitted model with the same parameters and settings, for `sklearn.base.clone`."""
+        return self._with_fit(None)
+
+    def __copy__(self) -> "Estimator":
+        return self.__deepcopy__({})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Estimator":
+        """A model of its own, with a copy of the fit."""
+        return self._with_fit(copy.deepcopy(self._fitted, memo))
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuses to be pickled, since raydetect unpickles nothing: a pickle can run any code."""
+        raise TypeError(
+            f"{self.spec.title}: a model cannot be pickled. Call save(uri), and create_model.load(uri) where it is "
+            "needed; with joblib, use threads."
+        )
+
+    def _with_fit(self, fitted: Fitted | None) -> "Estimator":
+        model = Estimator(self.spec, self.seed)
+        model.settings, model._fitted = self.settings, fitted
+        model._is_renamed = self._is_renamed and fitted is not None
+        return model
 
     def __repr__(self) -> str:
         """The call that creates this model, with only the arguments that differ from the preset."""
@@ -264,32 +258,10 @@ class Estimator:
             "artifact": NOT_SAVED,
             "storage": settings.storage,
             "seed": self.seed,
-            "batch_size": settings.batch_size,
+            "batch_size": settings.fit_batch_size,
             "calibration": {"holdout_ratio": holdout_ratio},
             "preprocess": {"jpeg_scale": jpeg_scale},
             "view": view,
             "resources": {"cpus_per_worker": settings.num_threads, "gpus_per_worker": gpus},
         }
         return validate(FitSpec, values, "fit")
-
-    def _scored(self, images: Any, progress: bool) -> Iterator[tuple[Scored, tuple[int, int]]]:
-        fitted = self._require_fitted()
-        inputs = as_input_images(images, Storage(self.settings.storage))
-        with torch_threads(self.settings.num_threads), shown(progress, SHOW_AFTER_SECONDS) as on_progress:
-            yield from score_inputs(fitted, inputs, self.settings, on_progress)
-
-    def _require_fitted(self) -> Fitted:
-        if self._fitted is None:
-            raise NotFittedError(f"{self.spec.title}: is not fitted. Call fit(images), or create_model.load(uri).")
-        return self._fitted
-
-    def _require_calibrated(self) -> Fitted:
-        fitted = self._require_fitted()
-        if self._is_renamed:
-            raise SpecError(
-                f"{self.spec.title}: has a new class name since its fit, so its thresholds are invalid. Fit again."
-            )
-        return fitted
-
-    def _held_out_scores(self) -> np.ndarray:
-        return np.asarray(self._require_calibrated().calibration.scores, dtype=np.float64)

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
@@ -15,8 +16,9 @@ from raydetect.config.validation import STRICT, validate
 from raydetect.errors import SpecError
 from raydetect.fitting.fit_run import FitRun, Fitted, ProgressCallback
 from raydetect.fitting.image_cache import ImageCache, ReadFacts
-from raydetect.fitting.timings import Phases
+from raydetect.fitting.timings import Phases, torch_threads
 from raydetect.images.decode import Pixels
+from raydetect.progress.displays import shown
 from raydetect.python_api.inputs import BadImagesError, InputImage, decode_inputs
 from raydetect.records import Member
 from raydetect.scoring.batches import Scored, score_batches
@@ -25,6 +27,9 @@ from raydetect.views.hints import hints
 from raydetect.views.windows import Input
 
 WHERE = "fit(images)"
+SHOW_AFTER_SECONDS = 2.0
+BATCH_SIZE = 16  # as the default of jobs
+SINGLY = 4  # images that take less time one by one than in a padded batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +39,14 @@ class Settings:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:NUMBER")] = "cpu"
     threads: Annotated[int | None, Field(ge=1, description="CPU threads; none = torch's current number")] = None
-    batch_size: Annotated[int, Field(ge=1, description="images in one forward pass when collecting and scoring")] = 16
+    batch_size: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="images in one forward pass when collecting and scoring; none = 16, and 1 for calls that score "
+            "up to four images",
+        ),
+    ] = None
     storage: Annotated[StorageOptions, Field(description="options for accessing URIs, as in a job file")] = field(
         default_factory=StorageOptions
     )
@@ -55,6 +67,24 @@ class Settings:
     def num_threads(self) -> int:
         """CPU threads to use."""
         return self.threads or torch.get_num_threads()
+
+    @property
+    def fit_batch_size(self) -> int:
+        """Images in one forward pass of a fit."""
+        return self.batch_size or BATCH_SIZE
+
+    def score_batch_size(self, fitted: Fitted, images: int) -> int:
+        """Images in one forward pass when scoring; batches are padded to it, so few images are scored singly."""
+        if self.batch_size is not None:
+            return self.batch_size
+        return 1 if images <= SINGLY and fitted.preprocess.view.spec.tile is None else BATCH_SIZE
+
+
+@contextmanager
+def running(threads: int, progress: bool) -> Iterator[ProgressCallback]:
+    """Yields a progress callback while torch uses `threads` threads; steps of more than two seconds are shown."""
+    with torch_threads(threads), shown(progress, SHOW_AFTER_SECONDS) as on_progress:
+        yield on_progress
 
 
 def fit_inputs(spec: FitSpec, inputs: list[InputImage], device: torch.device, on_progress: ProgressCallback) -> Fitted:
@@ -87,7 +117,8 @@ def score_inputs(
     """
     sizes: list[tuple[int, int]] = []
     bad: list[tuple[int, str, str]] = []
-    for scored in score_batches(fitted.detector, _noted(fitted, inputs, settings, sizes), settings.batch_size):
+    batch_size = settings.score_batch_size(fitted, len(inputs))
+    for scored in score_batches(fitted.detector, _noted(fitted, inputs, settings, sizes), batch_size):
         on_progress("score images", 1, len(inputs))
         if scored.is_finite:
             yield scored, sizes[scored.position]

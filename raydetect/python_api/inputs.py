@@ -4,7 +4,6 @@ Arrays and PIL images are encoded as uncompressed PPM, so they go through the sa
 """
 
 import os
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +23,7 @@ from raydetect.images.orientation import upright
 from raydetect.images.preprocess import Preprocess
 from raydetect.images.resize import to_rgb
 from raydetect.left_out import left_out_text
+from raydetect.python_api.caller_warnings import warn
 from raydetect.records import OK, Member
 from raydetect.storage import Storage, join_uri, normalise_uri
 from raydetect.views.windows import Input
@@ -90,14 +90,14 @@ class InputImage:
         if isinstance(self.content, str):
             return storage.read(self.content)
         if isinstance(self.content, np.ndarray):
-            return _ppm(self.content)
+            return netpbm(self.content)
         if spec.range is not None and self.content.mode in SIXTEEN_BIT:
             raise MemberError(
                 "unsupported_mode",
                 f"a PIL image of mode {self.content.mode} is made 8-bit before view.range is applied. Give its path.",
             )
         try:
-            return _ppm(np.asarray(to_rgb(upright(self.content), depth_of(self.content), 1), dtype=np.uint8))
+            return netpbm(np.asarray(to_rgb(upright(self.content), depth_of(self.content), 1), dtype=np.uint8))
         except MemberError:
             raise
         except Exception as error:  # a PIL image opened from a file is decoded here
@@ -201,7 +201,7 @@ def _listed(uri: str, storage: Storage) -> list[str]:
         )
     left_out = left_out_text(shards[0].left_out) if shards else ""
     if left_out:
-        warnings.warn(f"images: {uri}: left out {left_out}", stacklevel=4)
+        warn(f"images: {uri}: left out {left_out}")
     return [join_uri(shard.uri, name) for shard in shards for name in loose_names(shard)]
 
 
@@ -252,7 +252,7 @@ def _labels(y: Any, count: int) -> list[int]:
     return [int(value) for value in labels.tolist()]
 
 
-def _ppm(pixels: np.ndarray) -> bytes:
+def netpbm(pixels: np.ndarray) -> bytes:
     """Encodes pixels as binary PPM (colour) or PGM (grey)."""
     height, width = pixels.shape[:2]
     kind = b"P6" if pixels.ndim == 3 else b"P5"

@@ -1,13 +1,14 @@
 """Creates models by name, for Python: `from raydetect import create_ensemble, create_model, list_models`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from raydetect.config import DetectorSpec, MemberSpec, Preset
 from raydetect.config.fit import STANDARD
 from raydetect.config.validation import validate
 from raydetect.detectors._base import NotFittedError
-from raydetect.detectors._registry import list_models
+from raydetect.detectors._registry import detector_class, list_models
 from raydetect.errors import RaydetectError, SpecError
 from raydetect.python_api.estimator import Estimator
 from raydetect.python_api.inputs import BadImagesError
@@ -22,6 +23,20 @@ __all__ = [
     "create_model",
     "list_models",
 ]
+
+
+ELSEWHERE = {
+    "device": "create_model(...).configure(device=...)",
+    "threads": "create_model(...).configure(threads=...)",
+    "storage": "create_model(...).configure(storage=...)",
+    "batch_size": "create_model(...).configure(batch_size=...)",
+    "progress": "fit(images, progress=...), and likewise in every call that scores",
+    "holdout_ratio": "fit(images, holdout_ratio=...)",
+    "view": "fit(images, view=...)",
+    "jpeg_scale": "fit(images, jpeg_scale=...)",
+    "alpha": "predict(images, alpha=...)",
+}
+"""Arguments that are no parameters of an algorithm, and where they go."""
 
 
 class _CreateModel:
@@ -48,6 +63,7 @@ class _CreateModel:
             SpecError: the name or a parameter is unknown (the message suggests the nearest match), or a value is
                 invalid.
         """
+        _refuse_settings(name, params)
         values = {"name": name, "preset": preset, "params": params}
         return Estimator(validate(DetectorSpec, values, "create_model"), seed)
 
@@ -87,6 +103,18 @@ def create_ensemble(
     specs = [_member(member, seed) for member in members]
     values = {"ensemble": specs, "weights": None if weights is None else list(weights)}
     return Estimator(validate(DetectorSpec, values, "create_ensemble"), seed)
+
+
+def _refuse_settings(name: str, params: Mapping[str, Any]) -> None:
+    """Says where arguments go that are no parameters of the detector.
+
+    Raises:
+        SpecError: there are some, or the name is unknown.
+    """
+    known = {field.name for field in fields(detector_class(name).Params)}
+    for given in params:
+        if given in ELSEWHERE and given not in known:
+            raise SpecError(f"create_model: {given} is no parameter of {name}. Give it to {ELSEWHERE[given]}.")
 
 
 def _member(member: Estimator | str, seed: int) -> MemberSpec:

@@ -9,7 +9,7 @@ import torch
 from raydetect.artifacts.store import load_artifact
 from raydetect.config import FitSpec, parse_job
 from raydetect.detectors._base import Detector, Scores
-from raydetect.detectors._registry import build_detector, detector_class
+from raydetect.detectors._registry import build_detector, detector_class, unused_params
 from raydetect.local import jobs
 from raydetect.storage import Storage
 from tests.builders.archives import normal_files, pack
@@ -55,8 +55,9 @@ class Case:
 
     def brief(self, passes: int = 2) -> dict[str, Any]:
         """The same with only a few training epochs, if the detector is trained."""
-        known = {field.name for field in fields(detector_class(self.name).Params)}
-        return {**self.sized(), **{name: passes for name in ("epochs", "difference_epochs") if name in known}}
+        params = self.build().params
+        used = {field.name for field in fields(params)} - set(unused_params(params))
+        return {**self.sized(), **{name: passes for name in ("epochs", "difference_epochs") if name in used}}
 
     def build(self, **params: Any) -> Detector:
         """Builds the unfitted detector."""
@@ -95,8 +96,6 @@ CASES = (
         floor=0.75,
         pixel_floor=0.8,
         bad={
-            "k_neighbors": {"head": "flow", "k_neighbors": 5},
-            "train_difference": {"head": "flow", "train_difference": True},
             "test_transforms": {"test_transforms": 0},
         },
     ),
@@ -175,7 +174,6 @@ CASES = (
             "grid_size": {"grid_size": 0},
             "fewer than two cells": {"grid_size": 200},
             "odd": {"smoothing_px": 20},
-            "backbone": {"weights": "random"},
         },
     ),
     Case(

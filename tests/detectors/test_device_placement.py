@@ -29,7 +29,7 @@ def variant(name: str, params: dict[str, Any]) -> Case:
 
 
 VARIANTS = (
-    variant("cutpaste", {"level": "image"}),
+    replace(BY_ID["cutpaste"], params={"weights": "random", "level": "image"}, variant="level-image"),
     variant("devnet", {"map": "patches"}),
     variant("memseg", {"k_neighbors": 3}),
     variant("patchcore", {"search": "bfloat16"}),

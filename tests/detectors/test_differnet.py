@@ -16,9 +16,10 @@ from raydetect.blocks.coresets.keyed_rows import FitState
 from raydetect.blocks.networks.flows import log_likelihood
 from raydetect.blocks.networks.image_flow import deep_subnet
 from raydetect.blocks.seeding import keyed_generator, keyed_unit
+from raydetect.config import DetectorSpec
 from raydetect.config.validation import to_plain
 from raydetect.detectors._base import Batch
-from raydetect.detectors._registry import build_detector
+from raydetect.detectors._registry import build_detector, build_from
 from raydetect.detectors.differnet import DifferNet
 from raydetect.errors import SpecError
 from tests.builders.bottle import aurocs, fit_in_memory, read_bottles
@@ -236,8 +237,8 @@ def words(**stated: object) -> DifferNet.Params:
 
 
 def test_the_head_follows_from_what_is_stated_and_settles_what_is_not() -> None:
-    with pytest.raises(SpecError, match="k_neighbors has no effect with head: flow; remove it or set head: differ"):
-        words(head="flow", k_neighbors=5)
+    with pytest.raises(SpecError, match=r"k_neighbors has no effect with head: flow\. Remove it, or set head: differ"):
+        build_from(DetectorSpec(name="differnet", params={"head": "flow", "k_neighbors": 5}), 0)
     for stated in ({"head": "difference"}, {"k_neighbors": 5, "train_difference": True}, {"k_neighbors": 5}):
         params = words(backbone="wide_resnet50", **stated)
         assert (params.head, params.k_neighbors, params.train_difference) == ("difference", 5, True)

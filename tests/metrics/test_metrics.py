@@ -1,11 +1,14 @@
 """Metrics against scikit-learn, loops and what they promise."""
 
+import doctest
+
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
+from raydetect import metrics
 from raydetect.errors import SpecError
 from raydetect.metrics import conformal
 from raydetect.metrics.conformal import p_values, required_size, threshold_for
@@ -119,3 +122,42 @@ def test_the_fewest_calibration_images(alpha: float, size: int) -> None:
     assert required_size(alpha) == size
     held = np.arange(size, dtype=float)
     assert threshold_for(held, alpha) > held[-1]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 9))
+def test_metrics_of_maps_are_scikit_learns_over_all_pixels(seed: int, levels: int) -> None:
+    random = np.random.default_rng(seed)
+    shapes = [(6, 9), (4, 5), (6, 9)]
+    masks = [(random.random(shape) < share) * 255 for shape, share in zip(shapes, (0.0, 0.3, 0.2), strict=True)]
+    assume(any(mask.any() for mask in masks))
+    maps = [random.integers(0, levels, shape).astype(np.float32) for shape in shapes]
+    labels = np.concatenate([mask.ravel() for mask in masks]) > 0
+    scores = np.concatenate([found.ravel() for found in maps])
+    assert metrics.pixel_auroc(maps, masks) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+    assert metrics.pixel_average_precision(maps, masks) == pytest.approx(average_precision_score(labels, scores))
+    best = max(f1_score(labels, scores >= threshold) for threshold in np.unique(scores))
+    value, threshold = metrics.pixel_best_f1(maps, masks)
+    assert value == pytest.approx(best, abs=1e-12) == f1_score(labels, scores >= threshold)
+
+
+def test_metrics_of_maps_refuse_what_does_not_fit() -> None:
+    blank = np.zeros((4, 4))
+    for maps, masks, message in (
+        ([blank], [], "1 maps and 0 masks"),
+        ([], [], "0 maps and 0 masks"),
+        ([blank, blank], [blank, np.ones((4, 3))], r"image 1: the map has shape \(4, 4\) and its mask \(4, 3\)"),
+        ([blank], [blank], "labels must contain both"),
+        ([np.full((4, 4), np.nan)], [np.eye(4)], "NaN"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            metrics.pixel_auroc(maps, masks)
+
+
+def test_the_public_names_are_there_and_their_examples_run() -> None:
+    for name in metrics.__all__:
+        assert callable(getattr(metrics, name)) and name in dir(metrics)
+    with pytest.raises(AttributeError, match="has no attribute 'aurok'"):
+        _ = metrics.aurok
+    ended = doctest.testmod(metrics)
+    assert ended.failed == 0 and ended.attempted == 3

@@ -31,6 +31,7 @@ from raydetect.local import jobs
 from raydetect.planning.plan import plan_score
 from raydetect.progress.displays import FitDisplay
 from raydetect.python_api import estimator as estimator_module
+from raydetect.python_api import in_process
 from raydetect.python_api import models as models_module
 from raydetect.python_api.inputs import BadImagesError, as_input_images, decode_inputs
 from raydetect.storage import Storage
@@ -361,7 +362,7 @@ def test_saved_and_loaded_it_is_the_same(fitted: Estimator) -> None:
     digest = fitted.save("memory://kept/a")
     loaded = create_model.load("memory://kept/a", batch_size=8)
     again = Estimator.load("memory://kept/a")
-    assert loaded.settings.batch_size == 8 and again.settings.batch_size == 16
+    assert loaded.settings.batch_size == 8 and again.settings.batch_size is None and again.settings.fit_batch_size == 16
     for name in ("backbone", "layers", "image_size", "weights", "seed"):
         assert loaded.get_params()[name] == fitted.get_params()[name]
     assert (loaded.predict_proba(images(5)) == fitted.predict_proba(images(5))).all()
@@ -448,10 +449,10 @@ def test_threads_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_long_fit_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(estimator_module, "SHOW_AFTER_SECONDS", 600.0)
+    monkeypatch.setattr(in_process, "SHOW_AFTER_SECONDS", 600.0)
     model("stfpm").fit(images(6))
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(estimator_module, "SHOW_AFTER_SECONDS", 0.0)
+    monkeypatch.setattr(in_process, "SHOW_AFTER_SECONDS", 0.0)
     found = model("stfpm").fit(images(6))
     shown = capsys.readouterr().err
     assert "read: 6 of 6 images" in shown and re.search(r"train: (\d+) of \1 batches", shown)

@@ -4,6 +4,7 @@ Building one loads no pretrained weights; see `detectors/_weights.py`.
 """
 
 import copy
+import difflib
 import hashlib
 from collections.abc import Mapping, Sequence
 
@@ -45,8 +46,12 @@ def bare_name(name: str) -> str:
 
         known = timm.list_models()
         if bare.partition(".")[0] not in known:
-            hint = nearest(name, [*models.list_models(), *known])
-            raise SpecError(f"backbone {name!r} is unknown to torchvision and timm.{hint}")
+            close = difflib.get_close_matches(bare, [*models.list_models(), *known], n=1, cutoff=0.5)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise SpecError(
+                f"backbone {name!r} is unknown to torchvision and timm.{hint} torchvision.models.list_models() and "
+                "timm.list_models() list all names."
+            )
     elif bare.startswith(NO_MAPS):
         raise SpecError(
             f"backbone {name!r}: torchvision's transformers provide no feature maps. Use timm's, such as "
