@@ -40,6 +40,9 @@ class Estimator(Scoring):
     or PIL images, or a folder or glob of image files, which are taken in the order of their names. Images that cannot
     be read raise an error that lists all of them; they never get a score.
 
+    `detector(images)` gives scores, p-values, labels, maps and regions from one pass; every other method that scores is
+    a pass of its own, and nothing is cached. `Scoring` describes them, and how few images are scored faster.
+
     Attributes:
         spec: the algorithm and its parameters.
         seed: of every random choice.
