@@ -12,6 +12,7 @@ import raydetect
 from jobs.docs.markdown import escaped
 from raydetect.python_api.estimator import Estimator
 from raydetect.python_api.models import create_model
+from raydetect.python_api.results import Result, Results
 
 INTRODUCTION = """# Python
 
@@ -20,6 +21,7 @@ jobs to the bit, and `save` writes the artifact that a scoring job reads.
 [Use raydetect in Python](../how-to/python.md) is an introduction.
 
 """
+CALLED = {"__call__": "detector"}  # what a reader types
 EXAMPLE = re.compile(r"^>>> .*?(?=\n\n|\Z)", re.MULTILINE | re.DOTALL)
 
 
@@ -27,7 +29,9 @@ def page() -> str:
     """The page as Markdown."""
     parts = [_function(name, getattr(raydetect, name)) for name in ("create_ensemble", "list_models")]
     errors = [_kind(name) for name in raydetect.__all__ if name.endswith("Error")]
-    return INTRODUCTION + "\n".join([_create_model(), *parts, _estimator(), "## Errors\n", *errors])
+    return INTRODUCTION + "\n".join(
+        [_create_model(), *parts, _class(Estimator), _class(Results), _class(Result), "## Errors\n", *errors]
+    )
 
 
 def _create_model() -> str:
@@ -43,13 +47,20 @@ def _function(name: str, function: Callable[..., Any]) -> str:
     return f"## {name}\n\n{_signature(name, function)}{_text(function.__doc__)}"
 
 
-def _estimator() -> str:
-    methods = [value for name, value in vars(Estimator).items() if name[0] != "_" and callable(_plain(value))]
+def _class(kind: type) -> str:
+    """A class with its public methods, those that it inherits last."""
+    own = [base for base in kind.__mro__[:-1] if base.__module__.startswith("raydetect")]
+    public = {
+        name: value
+        for base in own
+        for name, value in ((name, _plain(value)) for name, value in vars(base).items())
+        if (name[0] != "_" or name == "__call__") and callable(value)
+    }
     sections = [
-        f"### {function.__name__}\n\n{_signature(function.__name__, function)}{_text(function.__doc__)}"
-        for function in map(_plain, methods)
+        f"### {CALLED.get(name, name)}\n\n{_signature(CALLED.get(name, name), function)}{_text(function.__doc__)}"
+        for name, function in public.items()
     ]
-    return f"## Estimator\n\n{_text(Estimator.__doc__)}" + "".join(sections)
+    return f"## {kind.__name__}\n\n{_text(kind.__doc__)}" + "".join(sections)
 
 
 def _kind(name: str) -> str:

@@ -47,6 +47,8 @@ def main(context: click.Context) -> None:
     Exit codes: 0 success, 1 the run failed, 2 the job file is invalid, 3 finished with too many bad rows,
     4 an audit raised an alarm.
     """
+    if "GOMP_SPINCOUNT" not in os.environ:  # else threads that wait for others keep a core busy, which these may need
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if context.invoked_subcommand not in ("serve", "submit"):  # one waits for requests, the other shows a job's output
         context.with_resource(told("preparing"))
 

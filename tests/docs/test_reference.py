@@ -33,7 +33,7 @@ def test_the_reference_has_everything() -> None:
         assert f"\n## kind: {name}\n" in pages["job-files.md"]
     for name in list_models():
         assert f"\n## {name}\n" in pages["detectors.md"]
-    for method in ("fit", "predict", "p_values", "predict_anomaly_map", "save"):
+    for method in ("fit", "detector", "predict", "p_values", "predict_anomaly_map", "save", "to_frame"):
         assert f"\n### {method}\n" in pages["python.md"]
     assert "| `alpha` | number > 0 and < 1 | none |" in pages["job-files.md"]
     assert "`--retry" in pages["commands.md"] and "Did you mean" in pages["python.md"]
