@@ -29,9 +29,8 @@ def page() -> str:
     """The page as Markdown."""
     parts = [_function(name, getattr(raydetect, name)) for name in ("create_ensemble", "list_models")]
     errors = [_kind(name) for name in raydetect.__all__ if name.endswith("Error")]
-    return INTRODUCTION + "\n".join(
-        [_create_model(), *parts, _class(Estimator), _class(Results), _class(Result), "## Errors\n", *errors]
-    )
+    classes = [_class(kind) for kind in (Estimator, Results, Result)]
+    return INTRODUCTION + "\n".join([_create_model(), *parts, *classes, "## Errors\n", *errors])
 
 
 def _create_model() -> str:

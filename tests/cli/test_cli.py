@@ -130,6 +130,17 @@ def test_detectors_are_listed_with_defaults_and_doc_lines() -> None:
     assert wrong.exit_code == 2 and "Did you mean 'patchcore'?" in wrong.output
 
 
+def test_waiting_threads_leave_their_core_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    call("detectors")
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    call("detectors")
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
 def test_detectors_are_compared_in_one_table() -> None:
     lines = [line for line in call("detectors", "--compare").output.splitlines() if line.strip()]
     names = [line.split()[0] for line in lines]
