@@ -5,9 +5,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -31,15 +30,10 @@ from raydetect.cli.options import (
 )
 from raydetect.cli.plan import plan
 from raydetect.cli.report import report
-from raydetect.cli.scoring import retried_text, run_score
+from raydetect.cli.running.fit import fit
+from raydetect.cli.running.score import score
 from raydetect.cli.verify import verify
 from raydetect.errors import SpecError
-from raydetect.records import BAD_STATUSES
-
-if TYPE_CHECKING:
-    from raydetect.config import FitSpec
-    from raydetect.planning.plan import ScorePlan
-    from raydetect.records import FitReport
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -72,187 +66,6 @@ def check(job: Path, overrides: tuple[str, ...]) -> None:
     for line in lines:
         click.echo(line)
     click.echo(f"{job}: ready to {spec.kind}.")
-
-
-@main.command()
-@job_file
-@overrides
-@cluster
-@click.option("--local", "in_process", is_flag=True, help="Run in this process, without Ray.")
-@click.option(
-    "--extend", metavar="ARTIFACT", help="Add the images to this artifact's memory bank instead of fitting a new one."
-)
-def fit(job: Path, overrides: tuple[str, ...], address: str | None, in_process: bool, extend: str | None) -> None:
-    """Fit a detector on normal images and write the artifact."""
-    with errors(BAD_JOB):
-        spec = expect(load(job, _with_extend(overrides, extend)), "fit", job)
-        from raydetect.check import find_problems
-
-        problems = find_problems(spec)
-        if problems:
-            raise SpecError(" ".join(problems))
-        from raydetect.progress import FitDisplay
-    with errors(), FitDisplay() as display:
-        if in_process:
-            from raydetect.local import jobs as local
-
-            report = local.fit(spec, display.on_progress)
-        else:
-            from raydetect.distributed.fitting.fit import fit as fit_on_ray
-
-            report = fit_on_ray(spec, address, display.on_progress)
-    _print_fit(spec, report)
-
-
-def _with_extend(overrides: tuple[str, ...], extend: str | None) -> tuple[str, ...]:
-    return overrides if extend is None else (*overrides, f"extend={extend}")
-
-
-def _print_fit(spec: "FitSpec", report: "FitReport") -> None:
-    from raydetect.metrics.conformal import usual_level_text
-    from raydetect.progress import bytes_text
-
-    facts = report.facts
-    images, seconds = facts["images"], facts["seconds"]
-    by_workers = f" by {facts['workers']} workers" if facts["workers"] > 1 else ""
-    per_category = f" for each of {facts['categories']} categories" if "categories" in facts else ""
-    total = sum(seconds.values())
-    click.echo(f"Fitted {spec.detector.title}{per_category} on {images['fitted']} images{by_workers} in {total:.0f} s.")
-    for phase, elapsed in seconds.items():
-        peak = bytes_text(facts["peak_memory_bytes"][phase])
-        click.echo(f"  {phase:<10} {elapsed:8.1f} s   peak memory of a worker so far {peak}")
-    for member in facts.get("members", [facts]):
-        if "coreset" in member:
-            click.echo(_coreset_text(member["coreset"]))
-    _print_labels(facts)
-    click.echo(f"Weights: {facts['weights']}")
-    if "random seed:" in str(facts["weights"]):
-        click.echo("Note: random weights find only coarse defects; set `weights:` to a file for real use.")
-    for hint in facts.get("hints", ()):
-        click.echo(f"Hint: {hint}")
-    for reason in facts["bad_reasons"]:
-        click.echo(f"Bad: {reason}")
-    left_out = f"{images['bad']} bad and {images['labelled_anomalous_left_out']} labelled anomalous left out"
-    click.echo(f"Calibrated on {_calibrated_text(facts)}; {left_out}.")
-    note = "" if "categories" in facts else usual_level_text(images["held_out"])
-    if note:
-        click.echo(f"Note: {note}.")
-    click.echo(f"Artifact: {report.uri} (sha256 {report.digest[:16]})")
-
-
-def _calibrated_text(facts: Mapping[str, Any]) -> str:
-    images = facts["images"]["held_out"]
-    if "categories" in facts:
-        return f"{images:,} normal images that the scoring fits had not seen"
-    if "folds" not in facts:
-        return f"{images:,} held-out normal images"
-    return f"{images:,} normal images, each scored by one of {facts['folds']} fits that had not seen it"
-
-
-def _print_labels(facts: Mapping[str, Any]) -> None:
-    """Prints how labels were read, and a note if they may be inverted."""
-    from raydetect.archives.labels import labels_text
-    from raydetect.left_out import left_out_of, left_out_text
-
-    counts = [(label, text, count) for label, text, count in facts["labels"]]
-    normal, anomalous = (sum(count for label, _, count in counts if label == wanted) for wanted in (0, 1))
-    if normal or anomalous:
-        click.echo(f"label: {labels_text(counts)}")
-    if normal < anomalous:
-        click.echo(
-            f"Note: only {normal:,} of {normal + anomalous:,} labelled images are normal. If labels are inverted, set "
-            "source.normal_names."
-        )
-    left_out = left_out_text(left_out_of(facts["left_out"]))
-    if left_out:
-        click.echo(f"Left out: {left_out}.")
-
-
-def _coreset_text(coreset: dict[str, Any]) -> str:
-    proven = coreset["proven_ratio"]
-    ratio = "without a proven bound" if proven is None else f"at most {proven:.2f} times the best possible"
-    return (
-        f"Memory bank: {coreset['rows']:,} of {coreset['of']:,} patch embeddings ({coreset['mode']}), covering radius "
-        f"{coreset['covering_radius']:.3g}, {ratio}."
-    )
-
-
-@main.command()
-@job_file
-@overrides
-@cluster
-@click.option("--local", "in_process", is_flag=True, help="Run in this process, without Ray.")
-@click.option(
-    "--retry",
-    multiple=True,
-    type=click.Choice(sorted(BAD_STATUSES)),
-    metavar="STATUS",
-    help="Rescore shards that contain rows with this status, such as unreadable or bad_shard.",
-)
-def score(job: Path, overrides: tuple[str, ...], address: str | None, in_process: bool, retry: tuple[str, ...]) -> None:
-    """Score an archive; running the same job again resumes it."""
-    with errors(BAD_JOB):
-        spec = expect(load(job, overrides), "score", job)
-        if spec.engine == "serve" and not (in_process or address or os.environ.get("RAY_ADDRESS")):
-            raise SpecError("engine: serve needs the cluster on which `raydetect serve` runs. Set --address.")
-        from raydetect.planning.plan import plan_score
-
-        plan = plan_score(spec, retry=retry)
-        plan.begin()
-    if retry:
-        click.echo(retried_text(plan, retry), err=True)
-    done = len(plan.shards) - len(plan.todo)
-    if plan.before is not None:
-        click.echo(_changed_text(plan.before, plan), err=True)
-    if done:
-        click.echo(f"{done} of {len(plan.shards)} shards are committed already; continuing with the rest.", err=True)
-    for note in plan.notes:
-        click.echo(f"Note: {note}", err=True)
-    with errors():
-        _summary(plan, run_score(plan, address, in_process))
-
-
-def _changed_text(before: Mapping[str, Any], plan: "ScorePlan") -> str:
-    then, now, left = int(before["num_shards"]), len(plan.shards), len(plan.todo)
-    added = f", {now - then:,} more" if now > then else ""
-    return (
-        f"The archive has changed since the run was started: it had {then:,} shards and has {now:,} now{added}. "
-        f"The {now - left:,} committed ones are unchanged; the other {left:,} are scored in their current state."
-    )
-
-
-def _summary(plan: "ScorePlan", manifest: dict[str, Any]) -> None:
-    from raydetect.left_out import left_out_of, left_out_text
-    from raydetect.sinks.run_progress import (
-        fdr_text,
-        heatmaps_text,
-        labelled_auroc,
-        level_text,
-        notes_text,
-        regions_text,
-    )
-    from raydetect.storage import join_uri
-
-    uri = plan.ledger.uri
-    kinds = ", ".join(f"{count:,} {status}" for status, count in manifest["statuses"].items())
-    click.echo(f"Scored {manifest['rows']:,} images in {manifest['shards']:,} shards ({kinds or 'none'}).")
-    left_out = left_out_text(left_out_of(manifest["left_out"]))
-    if left_out:
-        click.echo(f"Left out: {left_out}.")
-    click.echo(f"Flagged {manifest['flagged']:,}; heatmaps {heatmaps_text(manifest)}.")
-    if level_text(plan.run):
-        click.echo(f"Note: {level_text(plan.run)}.")
-    click.echo(f"Regions: {regions_text(manifest)}.")
-    if manifest.get("notes"):  # none in manifests of older versions
-        click.echo(f"Notes: {notes_text(manifest['notes'])}.")
-    if "fdr" in manifest:
-        click.echo(f"False discoveries: {fdr_text(manifest['fdr'])}")
-    quality = labelled_auroc(plan.ledger)
-    if quality is not None:
-        mean = ", mean of the fleet's categories" if plan.artifact.categories else ""
-        click.echo(f"Image AUROC over {quality[1]:,} labelled images{mean}: {quality[0]:.4f}")
-    click.echo(f"Rows: {join_uri(uri, 'scores')}")
-    click.echo(f"Manifest: {join_uri(uri, 'manifest.json')}")
 
 
 @main.command()
@@ -374,5 +187,5 @@ def _print_detector(kind: Any, name: str) -> None:
         click.echo(f"      {field.doc}")
 
 
-for command in (audit, calibrate, evaluate, export, plan, report, verify):
+for command in (audit, calibrate, evaluate, export, fit, plan, report, score, verify):
     main.add_command(command)

@@ -1,0 +1,117 @@
+"""`raydetect fit`: fits a detector on normal images."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from raydetect.cli.options import BAD_JOB, cluster, errors, expect, in_process, job_file, load, overrides
+from raydetect.errors import SpecError
+
+if TYPE_CHECKING:
+    from raydetect.config import FitSpec
+    from raydetect.records import FitReport
+
+
+@click.command()
+@job_file
+@overrides
+@cluster
+@in_process
+@click.option(
+    "--extend", metavar="ARTIFACT", help="Add the images to this artifact's memory bank instead of fitting a new one."
+)
+def fit(job: Path, overrides: tuple[str, ...], address: str | None, in_process: bool, extend: str | None) -> None:
+    """Fit a detector on normal images and write the artifact."""
+    with errors(BAD_JOB):
+        spec = expect(load(job, _with_extend(overrides, extend)), "fit", job)
+        from raydetect.check import find_problems
+
+        problems = find_problems(spec)
+        if problems:
+            raise SpecError(" ".join(problems))
+        from raydetect.progress import FitDisplay
+    with errors(), FitDisplay() as display:
+        if in_process:
+            from raydetect.local import jobs as local
+
+            report = local.fit(spec, display.on_progress)
+        else:
+            from raydetect.distributed.fitting.fit import fit as fit_on_ray
+
+            report = fit_on_ray(spec, address, display.on_progress)
+    _print_fit(spec, report)
+
+
+def _with_extend(overrides: tuple[str, ...], extend: str | None) -> tuple[str, ...]:
+    return overrides if extend is None else (*overrides, f"extend={extend}")
+
+
+def _print_fit(spec: "FitSpec", report: "FitReport") -> None:
+    from raydetect.metrics.conformal import usual_level_text
+    from raydetect.progress import bytes_text
+
+    facts = report.facts
+    images, seconds = facts["images"], facts["seconds"]
+    by_workers = f" by {facts['workers']} workers" if facts["workers"] > 1 else ""
+    per_category = f" for each of {facts['categories']} categories" if "categories" in facts else ""
+    total = sum(seconds.values())
+    click.echo(f"Fitted {spec.detector.title}{per_category} on {images['fitted']} images{by_workers} in {total:.0f} s.")
+    for phase, elapsed in seconds.items():
+        peak = bytes_text(facts["peak_memory_bytes"][phase])
+        click.echo(f"  {phase:<10} {elapsed:8.1f} s   peak memory of a worker so far {peak}")
+    for member in facts.get("members", [facts]):
+        if "coreset" in member:
+            click.echo(_coreset_text(member["coreset"]))
+    _print_labels(facts)
+    click.echo(f"Weights: {facts['weights']}")
+    if "random seed:" in str(facts["weights"]):
+        click.echo("Note: random weights find only coarse defects; set `weights:` to a file for real use.")
+    for hint in facts.get("hints", ()):
+        click.echo(f"Hint: {hint}")
+    for reason in facts["bad_reasons"]:
+        click.echo(f"Bad: {reason}")
+    left_out = f"{images['bad']} bad and {images['labelled_anomalous_left_out']} labelled anomalous left out"
+    click.echo(f"Calibrated on {_calibrated_text(facts)}; {left_out}.")
+    note = "" if "categories" in facts else usual_level_text(images["held_out"])
+    if note:
+        click.echo(f"Note: {note}.")
+    click.echo(f"Artifact: {report.uri} (sha256 {report.digest[:16]})")
+
+
+def _calibrated_text(facts: Mapping[str, Any]) -> str:
+    images = facts["images"]["held_out"]
+    if "categories" in facts:
+        return f"{images:,} normal images that the scoring fits had not seen"
+    if "folds" not in facts:
+        return f"{images:,} held-out normal images"
+    return f"{images:,} normal images, each scored by one of {facts['folds']} fits that had not seen it"
+
+
+def _print_labels(facts: Mapping[str, Any]) -> None:
+    """Prints how labels were read, and a note if they may be inverted."""
+    from raydetect.archives.labels import labels_text
+    from raydetect.left_out import left_out_of, left_out_text
+
+    counts = [(label, text, count) for label, text, count in facts["labels"]]
+    normal, anomalous = (sum(count for label, _, count in counts if label == wanted) for wanted in (0, 1))
+    if normal or anomalous:
+        click.echo(f"label: {labels_text(counts)}")
+    if normal < anomalous:
+        click.echo(
+            f"Note: only {normal:,} of {normal + anomalous:,} labelled images are normal. If labels are inverted, set "
+            "source.normal_names."
+        )
+    left_out = left_out_text(left_out_of(facts["left_out"]))
+    if left_out:
+        click.echo(f"Left out: {left_out}.")
+
+
+def _coreset_text(coreset: dict[str, Any]) -> str:
+    proven = coreset["proven_ratio"]
+    ratio = "without a proven bound" if proven is None else f"at most {proven:.2f} times the best possible"
+    return (
+        f"Memory bank: {coreset['rows']:,} of {coreset['of']:,} patch embeddings ({coreset['mode']}), covering radius "
+        f"{coreset['covering_radius']:.3g}, {ratio}."
+    )

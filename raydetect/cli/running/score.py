@@ -1,0 +1,94 @@
+"""`raydetect score`: scores an archive."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from raydetect.cli.options import BAD_JOB, cluster, errors, expect, in_process, job_file, load, overrides
+from raydetect.cli.scoring import retried_text, run_score
+from raydetect.errors import SpecError
+from raydetect.records import BAD_STATUSES
+
+if TYPE_CHECKING:
+    from raydetect.planning.plan import ScorePlan
+
+
+@click.command()
+@job_file
+@overrides
+@cluster
+@in_process
+@click.option(
+    "--retry",
+    multiple=True,
+    type=click.Choice(sorted(BAD_STATUSES)),
+    metavar="STATUS",
+    help="Rescore shards that contain rows with this status, such as unreadable or bad_shard.",
+)
+def score(job: Path, overrides: tuple[str, ...], address: str | None, in_process: bool, retry: tuple[str, ...]) -> None:
+    """Score an archive; running the same job again resumes it."""
+    with errors(BAD_JOB):
+        spec = expect(load(job, overrides), "score", job)
+        if spec.engine == "serve" and not (in_process or address or os.environ.get("RAY_ADDRESS")):
+            raise SpecError("engine: serve needs the cluster on which `raydetect serve` runs. Set --address.")
+        from raydetect.planning.plan import plan_score
+
+        plan = plan_score(spec, retry=retry)
+        plan.begin()
+    if retry:
+        click.echo(retried_text(plan, retry), err=True)
+    done = len(plan.shards) - len(plan.todo)
+    if plan.before is not None:
+        click.echo(_changed_text(plan.before, plan), err=True)
+    if done:
+        click.echo(f"{done} of {len(plan.shards)} shards are committed already; continuing with the rest.", err=True)
+    for note in plan.notes:
+        click.echo(f"Note: {note}", err=True)
+    with errors():
+        _summary(plan, run_score(plan, address, in_process))
+
+
+def _changed_text(before: Mapping[str, Any], plan: "ScorePlan") -> str:
+    then, now, left = int(before["num_shards"]), len(plan.shards), len(plan.todo)
+    added = f", {now - then:,} more" if now > then else ""
+    return (
+        f"The archive has changed since the run was started: it had {then:,} shards and has {now:,} now{added}. "
+        f"The {now - left:,} committed ones are unchanged; the other {left:,} are scored in their current state."
+    )
+
+
+def _summary(plan: "ScorePlan", manifest: dict[str, Any]) -> None:
+    from raydetect.left_out import left_out_of, left_out_text
+    from raydetect.sinks.run_progress import (
+        fdr_text,
+        heatmaps_text,
+        labelled_auroc,
+        level_text,
+        notes_text,
+        regions_text,
+    )
+    from raydetect.storage import join_uri
+
+    uri = plan.ledger.uri
+    kinds = ", ".join(f"{count:,} {status}" for status, count in manifest["statuses"].items())
+    click.echo(f"Scored {manifest['rows']:,} images in {manifest['shards']:,} shards ({kinds or 'none'}).")
+    left_out = left_out_text(left_out_of(manifest["left_out"]))
+    if left_out:
+        click.echo(f"Left out: {left_out}.")
+    click.echo(f"Flagged {manifest['flagged']:,}; heatmaps {heatmaps_text(manifest)}.")
+    if level_text(plan.run):
+        click.echo(f"Note: {level_text(plan.run)}.")
+    click.echo(f"Regions: {regions_text(manifest)}.")
+    if manifest.get("notes"):  # none in manifests of older versions
+        click.echo(f"Notes: {notes_text(manifest['notes'])}.")
+    if "fdr" in manifest:
+        click.echo(f"False discoveries: {fdr_text(manifest['fdr'])}")
+    quality = labelled_auroc(plan.ledger)
+    if quality is not None:
+        mean = ", mean of the fleet's categories" if plan.artifact.categories else ""
+        click.echo(f"Image AUROC over {quality[1]:,} labelled images{mean}: {quality[0]:.4f}")
+    click.echo(f"Rows: {join_uri(uri, 'scores')}")
+    click.echo(f"Manifest: {join_uri(uri, 'manifest.json')}")
