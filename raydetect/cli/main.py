@@ -15,6 +15,7 @@ from raydetect.cli.audit import audit
 from raydetect.cli.calibrate import calibrate
 from raydetect.cli.evaluate import evaluate
 from raydetect.cli.export import export
+from raydetect.cli.init import init
 from raydetect.cli.options import (
     BAD_JOB,
     cluster,
@@ -187,5 +188,5 @@ def _print_detector(kind: Any, name: str) -> None:
         click.echo(f"      {field.doc}")
 
 
-for command in (audit, calibrate, evaluate, export, fit, plan, report, score, verify):
+for command in (audit, calibrate, evaluate, export, fit, init, plan, report, score, verify):
     main.add_command(command)

@@ -1,5 +1,6 @@
 """Shared parts of commands: options, reading of job files, and errors as one line and an exit code."""
 
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -112,6 +113,11 @@ def expect(spec: "JobSpec", kind: str, job: Path) -> Any:
     if spec.kind != kind:
         raise SpecError(f"{job}: is a {spec.kind} job. Run `raydetect {spec.kind} {job}`.")
     return spec
+
+
+def shown_place(uri: str) -> str:
+    """A URI as an argument of a command to type: quoted for a shell, and a path if it is on a disk."""
+    return shlex.quote(uri.removeprefix("file://"))
 
 
 @contextmanager
