@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from raydetect.cli.options import BAD_JOB, errors, prepare_output, storage_options
+from raydetect.cli.options import BAD_JOB, errors, prepare_output, stated_storage, storage_options
 from raydetect.cli.running.folder_job import absolute
 from raydetect.errors import SpecError
 
@@ -73,13 +73,12 @@ def init(
     sets are understood.
     """
     with errors(BAD_JOB):
-        from raydetect.config import StorageOptions
         from raydetect.first_jobs.choices import fit_job, score_job, workers_for
 
         files = _Files(into)
         if not replace:
             files.refuse_existing()
-        options = StorageOptions(endpoint_url=endpoint_url, profile=profile, anon=anon)
+        options = stated_storage(endpoint_url, profile, anon)
         good = _look("Good parts", images, options)
         scored = good if new is None else _look("New images", new, options)
         jobs = {

@@ -13,6 +13,7 @@ import click
 from raydetect import __version__
 from raydetect.cli.audit import audit
 from raydetect.cli.calibrate import calibrate
+from raydetect.cli.doctor import doctor
 from raydetect.cli.evaluate import evaluate
 from raydetect.cli.export import export
 from raydetect.cli.init import init
@@ -188,5 +189,5 @@ def _print_detector(kind: Any, name: str) -> None:
         click.echo(f"      {field.doc}")
 
 
-for command in (audit, calibrate, evaluate, export, fit, init, plan, report, score, verify):
+for command in (audit, calibrate, doctor, evaluate, export, fit, init, plan, report, score, verify):
     main.add_command(command)
