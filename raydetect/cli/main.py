@@ -30,6 +30,7 @@ from raydetect.cli.options import (
     storage_options,
 )
 from raydetect.cli.plan import plan
+from raydetect.cli.reflag import reflag
 from raydetect.cli.report import report
 from raydetect.cli.scoring import retried_text, run_score
 from raydetect.cli.verify import verify
@@ -224,7 +225,9 @@ def _changed_text(before: Mapping[str, Any], plan: "ScorePlan") -> str:
 def _summary(plan: "ScorePlan", manifest: dict[str, Any]) -> None:
     from raydetect.left_out import left_out_of, left_out_text
     from raydetect.sinks.run_progress import (
+        NOTHING_FLAGGED,
         fdr_text,
+        flags_nothing,
         heatmaps_text,
         labelled_auroc,
         level_text,
@@ -239,7 +242,8 @@ def _summary(plan: "ScorePlan", manifest: dict[str, Any]) -> None:
     left_out = left_out_text(left_out_of(manifest["left_out"]))
     if left_out:
         click.echo(f"Left out: {left_out}.")
-    click.echo(f"Flagged {manifest['flagged']:,}; heatmaps {heatmaps_text(manifest)}.")
+    flagged = f": {NOTHING_FLAGGED}" if flags_nothing(manifest) else f" {manifest['flagged']:,}"
+    click.echo(f"Flagged{flagged}; heatmaps {heatmaps_text(manifest)}.")
     if level_text(plan.run):
         click.echo(f"Note: {level_text(plan.run)}.")
     click.echo(f"Regions: {regions_text(manifest)}.")
@@ -374,5 +378,5 @@ def _print_detector(kind: Any, name: str) -> None:
         click.echo(f"      {field.doc}")
 
 
-for command in (audit, calibrate, evaluate, export, plan, report, verify):
+for command in (audit, calibrate, evaluate, export, plan, reflag, report, verify):
     main.add_command(command)

@@ -28,7 +28,7 @@ from raydetect.config.jobs import (
     sink_storage,
     source_storage,
 )
-from raydetect.config.score import MAX_REGIONS, Heatmaps, ScoreSpec, SinkSpec
+from raydetect.config.score import MAX_REGIONS, Heatmaps, ReflagSpec, ScoreSpec, SinkSpec
 from raydetect.config.serve import AllowSpec, LimitSpec, ServedSpec, ServeSpec
 from raydetect.config.shared import USUAL_LEVEL, FlagSpec, MiB, ResourceSpec, SourceSpec, StorageOptions
 from raydetect.config.view import STRETCH, TileSpec, ViewSpec
@@ -65,6 +65,7 @@ __all__ = [
     "Precision",
     "PreprocessSpec",
     "Preset",
+    "ReflagSpec",
     "ResourceSpec",
     "ScoreSpec",
     "ServeSpec",

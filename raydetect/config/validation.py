@@ -22,7 +22,7 @@ HIDDEN = frozenset(
     ("storage", "webhook", "key", "secret", "token", "sha256")
 )  # values at or below these keys are never shown
 MISTAKES_SHOWN, CHARACTERS_SHOWN = 20, 80
-RULES = ("alpha", "threshold", "fdr")
+RULES = ("alpha", "threshold", "fdr", "nothing")
 ALTERNATIVES = {f"flag.{rule}": tuple(other for other in RULES if other != rule) for rule in RULES}
 
 
@@ -63,6 +63,8 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
             raise SpecError(f"--set number {number}: expected key=value, such as --set seed=1.")
         target = result
         *parents, last = path.split(".")
+        if path in ALTERNATIVES and not isinstance(target.get("flag"), dict):
+            target.pop("flag", None)  # `flag: none`
         if len(parents) >= MAX_DEPTH:
             raise SpecError(f"--set number {number}: has more than {MAX_DEPTH} levels. Shorten the key.")
         for parent in parents:

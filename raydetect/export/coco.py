@@ -13,9 +13,10 @@ from raydetect.errors import SpecError
 from raydetect.export.naming import file_name
 from raydetect.export.outlines import MaskRegion, length_text, polygons_of, regions, run_lengths
 from raydetect.export.row_regions import boxes_of, outlines_of
-from raydetect.report.pictures import Pictures, has_regions, heatmap_style, map_scale, region_threshold
+from raydetect.report.pictures import Pictures, heatmap_style, map_scale, region_threshold
 from raydetect.sinks.heatmaps import NORMAL_SHARE
 from raydetect.sinks.rows import read_rows
+from raydetect.sinks.run_progress import has_regions
 from raydetect.storage import Scratch, whole_text
 from raydetect.views.view import Layout
 

@@ -1,6 +1,6 @@
 """Plans the remaining shards of a scoring job, which are the listing minus the ledger, and finishes the job."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from raydetect.artifacts.fleet import ArtifactIndex, read_index, read_records
 from raydetect.artifacts.record import ArtifactRecord
 from raydetect.artifacts.region_threshold import RegionThreshold
 from raydetect.config import FlagSpec, ScoreSpec, SourceSpec, public_spec, result_settings, sink_storage, source_storage
-from raydetect.config.validation import to_plain
+from raydetect.config.validation import to_plain, validate
 from raydetect.errors import SpecError, TooManyBadRows
 from raydetect.metrics.conformal import ROUNDING, threshold_for
 from raydetect.metrics.discovery import discover
@@ -28,7 +28,10 @@ from raydetect.sinks.consistency import (
 )
 from raydetect.sinks.ledger import Ledger, Totals
 from raydetect.sinks.parquet import ResultsSink
+from raydetect.sinks.reflagging import DONE, refuse_under_way
 from raydetect.storage import Storage, normalise_uri
+
+CARRIED = ("region_threshold", DONE)  # entries of run.json that stay as they were before a reflag
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +121,9 @@ def plan_score(spec: ScoreSpec, chosen: tuple[Shard, ...] | None = None, retry: 
     refuse_without_categories(spec.source, artifact, shards)
     run = describe_run(spec, artifact, records, shards)
     before = ledger.compare(run)
+    refuse_under_way(ledger.uri, before)
+    if before is not None and DONE in before:
+        run |= {name: before[name] for name in CARRIED if name in before}
     committed = ledger.committed()
     retried = rows_with(retry, ledger, committed)
     committed -= retried.keys()
@@ -126,7 +132,20 @@ def plan_score(spec: ScoreSpec, chosen: tuple[Shard, ...] | None = None, retry: 
     else:
         before = None
     todo = tuple(shard for shard in shards if shard.index not in committed)
-    return ScorePlan(spec, archive, shards, todo, artifact, records, ledger, run, before, listing.notes, retried)
+    notes = (*listing.notes, *_job_notes(spec, run, bool(todo)))
+    return ScorePlan(spec, archive, shards, todo, artifact, records, ledger, run, before, notes, retried)
+
+
+def _job_notes(spec: ScoreSpec, run: Mapping[str, Any], has_work: bool) -> Iterator[str]:
+    """What a person may not expect of the results of a job with shards to score."""
+    if has_work and spec.flag.nothing and spec.sink.heatmaps == "flagged":
+        yield "flag: none flags no image, so sink.heatmaps: flagged stores no heatmap. Set it to all or top_k for some."
+    if has_work and DONE in run:
+        scored_with = validate(FlagSpec, run[DONE]["scored_with"], "run.json")
+        yield (
+            f"the results were reflagged; shards scored now have the regions and heatmaps of {spec.flag.text}, the "
+            f"others those of {scored_with.text}."
+        )
 
 
 def check_flag(records: Mapping[str | None, ArtifactRecord], flag: FlagSpec) -> None:
@@ -179,7 +198,7 @@ def _scale(record: ArtifactRecord) -> dict[str, Any]:
     return {"low": low, "high": high}
 
 
-def _level(record: ArtifactRecord) -> dict[str, Any]:
+def flag_level(record: ArtifactRecord) -> dict[str, Any]:
     """The p-value at which images are flagged if the job states no rule, and what it follows from."""
     calibrated = len(record.calibration.scores)
     _, level = FlagSpec().smallest_p(calibrated) or ("", 1.0)
@@ -215,7 +234,7 @@ def describe_run(
         "region_threshold": by_category(
             records, lambda record: RegionThreshold.of(record.calibration, spec.flag, spec.sink.max_regions).plain()
         ),
-        **({"flag_level": by_category(records, _level)} if spec.flag.is_usual else {}),
+        **({"flag_level": by_category(records, flag_level)} if spec.flag.is_usual else {}),
         "view": by_category(records, _view),
         "packages": artifact.body.get("packages", {}),
         **_rasters(records),
@@ -240,29 +259,40 @@ def finish(plan: ScorePlan) -> dict[str, Any]:
         ResumeError: another job has taken over the results directory.
         TooManyBadRows: more bad rows or shards than the job allows; everything is still written.
     """
-    facts = {key: plan.run[key] for key in ("kind", "result", "num_bytes", "heatmap_scale", "region_threshold")}
-    facts["heatmap_style"] = plan.spec.sink.style
     whole = partial(complete, plan.ledger, shards=plan.shards, run=rows_digest(plan.run))
     plan.ledger.require_own(plan.run)
-    manifest = plan.ledger.finish(facts, partial(decide, plan), whole)
+    where = ", ".join(plan.spec.source.uris())
+    manifest = plan.ledger.finish(manifest_facts(plan.run), partial(decide, plan.spec.flag, plan.records, where), whole)
     refuse_too_many_bad_rows(manifest, plan.spec.max_bad_fraction, plan.ledger.uri)
     return manifest
 
 
-def decide(plan: ScorePlan, totals: Totals) -> dict[str, Any]:
+def manifest_facts(run: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of `run.json` that the manifest repeats."""
+    names = ("kind", "result", "num_bytes", "heatmap_scale", *CARRIED)
+    return {**{name: run[name] for name in names if name in run}, "heatmap_style": run["spec"]["sink"]["style"]}
+
+
+def decide(flag: FlagSpec, records: Mapping[str | None, ArtifactRecord], where: str, totals: Totals) -> dict[str, Any]:
     """Decides the flags that depend on the whole archive (`flag.fdr`), for the manifest.
+
+    Args:
+        flag: the job's flag rule.
+        records: artifact records by category; a single one under None without a fleet.
+        where: the source, for messages.
+        totals: sums of all receipts.
 
     Returns:
         `flagged`, and `fdr` with the p-value threshold and, for every artifact, the lowest flagged image score (None if
         no row is flagged); empty for other flag rules.
     """
-    refuse_without_images(totals, ", ".join(plan.spec.source.uris()))
-    level = plan.spec.flag.fdr
+    refuse_without_images(totals, where)
+    level = flag.fdr
     if level is None:
         return {}
     discovery = discover(totals.p_counts, level)
-    record = plan.records.get(None)
-    thresholds = {category or "": _score_threshold(r, discovery.p_threshold) for category, r in plan.records.items()}
+    record = records.get(None)
+    thresholds = {category or "": _score_threshold(r, discovery.p_threshold) for category, r in records.items()}
     facts = {**to_plain(discovery), "false_share": discovery.false_share}
     facts["threshold"] = {"categories": thresholds} if record is None else thresholds[""]
     return {"flagged": discovery.flagged, "fdr": facts}
