@@ -27,12 +27,14 @@ from raydetect.cli.options import (
     load,
     overrides,
     parse,
+    replace,
     storage_options,
+    with_replace,
 )
 from raydetect.cli.plan import plan
 from raydetect.cli.reflag import reflag
 from raydetect.cli.report import report
-from raydetect.cli.scoring import retried_text, run_score
+from raydetect.cli.scoring import accepted_text, retried_text, run_score
 from raydetect.cli.verify import verify
 from raydetect.errors import SpecError
 from raydetect.records import BAD_STATUSES
@@ -83,16 +85,23 @@ def check(job: Path, overrides: tuple[str, ...]) -> None:
 @click.option(
     "--extend", metavar="ARTIFACT", help="Add the images to this artifact's memory bank instead of fitting a new one."
 )
-def fit(job: Path, overrides: tuple[str, ...], address: str | None, in_process: bool, extend: str | None) -> None:
+@replace
+def fit(
+    job: Path, overrides: tuple[str, ...], address: str | None, in_process: bool, extend: str | None, replace: bool
+) -> None:
     """Fit a detector on normal images and write the artifact."""
     with errors(BAD_JOB):
-        spec = expect(load(job, _with_extend(overrides, extend)), "fit", job)
+        spec = expect(load(job, _with_extend(with_replace(overrides, replace), extend)), "fit", job)
+        from raydetect.artifacts.replacement import existing_artifact
         from raydetect.check import find_problems
 
         problems = find_problems(spec)
         if problems:
             raise SpecError(" ".join(problems))
         from raydetect.progress import FitDisplay
+        from raydetect.storage import Storage
+
+        replaced = existing_artifact(spec.artifact, Storage(spec.storage))
     with errors(), FitDisplay() as display:
         if in_process:
             from raydetect.local import jobs as local
@@ -103,6 +112,8 @@ def fit(job: Path, overrides: tuple[str, ...], address: str | None, in_process: 
 
             report = fit_on_ray(spec, address, display.on_progress)
     _print_fit(spec, report)
+    if replaced is not None:
+        click.echo(f"Replaced {replaced.text}.")
 
 
 def _with_extend(overrides: tuple[str, ...], extend: str | None) -> tuple[str, ...]:
@@ -190,7 +201,19 @@ def _coreset_text(coreset: dict[str, Any]) -> str:
     metavar="STATUS",
     help="Rescore shards that contain rows with this status, such as unreadable or bad_shard.",
 )
-def score(job: Path, overrides: tuple[str, ...], address: str | None, in_process: bool, retry: tuple[str, ...]) -> None:
+@click.option(
+    "--accept-new",
+    is_flag=True,
+    help="Score what is new in an archive that has changed since; what was scored keeps its rows.",
+)
+def score(
+    job: Path,
+    overrides: tuple[str, ...],
+    address: str | None,
+    in_process: bool,
+    retry: tuple[str, ...],
+    accept_new: bool,
+) -> None:
     """Score an archive; running the same job again resumes it."""
     with errors(BAD_JOB):
         spec = expect(load(job, overrides), "score", job)
@@ -198,12 +221,14 @@ def score(job: Path, overrides: tuple[str, ...], address: str | None, in_process
             raise SpecError("engine: serve needs the cluster on which `raydetect serve` runs. Set --address.")
         from raydetect.planning.plan import plan_score
 
-        plan = plan_score(spec, retry=retry)
+        plan = plan_score(spec, retry=retry, accept_new=accept_new)
         plan.begin()
     if retry:
         click.echo(retried_text(plan, retry), err=True)
     done = len(plan.shards) - len(plan.todo)
-    if plan.before is not None:
+    if accept_new:
+        click.echo(accepted_text(plan), err=True)
+    elif plan.before is not None:
         click.echo(_changed_text(plan.before, plan), err=True)
     if done:
         click.echo(f"{done} of {len(plan.shards)} shards are committed already; continuing with the rest.", err=True)

@@ -22,6 +22,14 @@ cluster = click.option("--address", help="Ray cluster (default: RAY_ADDRESS, els
 in_process = click.option("--local", "in_process", is_flag=True, help="Run in this process, without Ray.")
 
 
+replace = click.option("--replace", is_flag=True, help="Replace the artifact that is there already.")
+
+
+def with_replace(overrides: tuple[str, ...], replace: bool) -> tuple[str, ...]:
+    """The overrides of a job, with those of `--replace`."""
+    return (*overrides, "replace=true") if replace else overrides
+
+
 def storage_options(command: Any) -> Any:
     """Adds options for the storage of a results directory on the command line."""
     for option in (

@@ -35,6 +35,14 @@ def retried_text(plan: "ScorePlan", retry: tuple[str, ...]) -> str:
     return f"Retrying {rows:,} rows with status {statuses}: rescoring {shards:,} shards."
 
 
+def accepted_text(plan: "ScorePlan") -> str:
+    """Says what `--accept-new` has changed in the plan."""
+    if plan.late is None:
+        return "--accept-new: the archive is as the run has it, or no run was started; nothing to accept."
+    gone = f" {len(plan.late.gone):,} rows of images that are gone stay." if plan.late.gone else ""
+    return f"Accepted a changed archive: {plan.late.text() or 'no image more or less'}.{gone}"
+
+
 def _run_score(plan: "ScorePlan", address: str | None, in_process: bool) -> dict[str, Any]:
     from raydetect.progress import ScoreDisplay
     from raydetect.records import Receipt

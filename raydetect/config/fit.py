@@ -144,6 +144,7 @@ class FitSpec:
     source: SourceSpec
     detector: DetectorSpec
     artifact: Annotated[str, Field(description="where the artifact is written")]
+    replace: Annotated[bool, Field(description="whether an artifact that is there already is replaced")] = False
     storage: Annotated[StorageOptions, Field(description="storage for everything that has none of its own")] = field(
         default_factory=StorageOptions
     )

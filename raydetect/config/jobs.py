@@ -73,6 +73,7 @@ def sink_storage(spec: ScoreSpec | AuditSpec) -> StorageOptions:
 def public_spec(spec: JobSpec) -> dict[str, Any]:
     """The spec with all defaults and without credentials, as stored in run.json and artifacts."""
     public: dict[str, Any] = _redact(to_plain(spec))
+    public.pop("replace", None)  # says nothing about the result
     return public
 
 

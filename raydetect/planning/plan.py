@@ -1,6 +1,6 @@
 """Plans the remaining shards of a scoring job, which are the listing minus the ledger, and finishes the job."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from raydetect.config.validation import to_plain, validate
 from raydetect.errors import SpecError, TooManyBadRows
 from raydetect.metrics.conformal import ROUNDING, threshold_for
 from raydetect.metrics.discovery import discover
+from raydetect.planning.late_images import ACCEPTED, Change, compare, read_shards, refuse_changed, write_shards
 from raydetect.records import OK, Shard
 from raydetect.sinks.consistency import (
     complete,
@@ -50,6 +51,7 @@ class ScorePlan:
         before: the existing `run.json`, if it has an older listing of the archive with the same committed shards; else
             None.
         notes: remarks on the source for the user.
+        late: how the archive has changed, if that is accepted now.
         retried: committed shards that are scored again, with the number of rows that are the reason.
     """
 
@@ -64,6 +66,7 @@ class ScorePlan:
     before: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
     retried: Mapping[int, int] = field(default_factory=dict)
+    late: Change | None = None
 
     def begin(self) -> None:
         """Writes `run.json` if it is missing or has an older listing; removes the manifest of an older listing.
@@ -71,6 +74,8 @@ class ScorePlan:
         Raises:
             ResumeError: another job was started there.
         """
+        if self.late is not None:
+            write_shards(self.ledger, self.run["result"]["archive"], self.shards, self.run[ACCEPTED])
         is_new = self.ledger.begin(self.run, self.before)
         if self.todo:
             self.ledger.remove_leftovers()
@@ -98,13 +103,19 @@ def only_record(artifact: ArtifactIndex, records: Mapping[str | None, ArtifactRe
     return records[None]
 
 
-def plan_score(spec: ScoreSpec, chosen: tuple[Shard, ...] | None = None, retry: tuple[str, ...] = ()) -> ScorePlan:
+def plan_score(
+    spec: ScoreSpec,
+    chosen: tuple[Shard, ...] | None = None,
+    retry: tuple[str, ...] = (),
+    accept_new: bool = False,
+) -> ScorePlan:
     """Lists the archive, reads the artifact's records and the ledger, and checks that they match. Writes nothing.
 
     Args:
         spec: the job.
         chosen: shards of an earlier listing, numbered from 0, instead of all.
         retry: statuses; committed shards that contain rows with one of them are scored again.
+        accept_new: whether an archive that has changed is accepted, of which only what is new is scored.
 
     Raises:
         SpecError, StorageError, ArtifactError, ResumeError: the job cannot run as it is.
@@ -117,7 +128,7 @@ def plan_score(spec: ScoreSpec, chosen: tuple[Shard, ...] | None = None, retry: 
     ledger = Ledger(normalise_uri(spec.sink.uri), Storage(sink_storage(spec)))
     archive = open_archive(spec.source, Storage(source_storage(spec, spec.source)))
     listing = archive.listing() if chosen is None else Listing(chosen)
-    shards = listing.shards
+    content, shards = Storage(source_storage(spec, spec.source)), listing.shards
     refuse_without_categories(spec.source, artifact, shards)
     run = describe_run(spec, artifact, records, shards)
     before = ledger.compare(run)
@@ -125,15 +136,24 @@ def plan_score(spec: ScoreSpec, chosen: tuple[Shard, ...] | None = None, retry: 
     if before is not None and DONE in before:
         run |= {name: before[name] for name in CARRIED if name in before}
     committed = ledger.committed()
+    late, kept = None, read_shards(ledger, run["result"]["archive"]) if before is not None else None
+    if kept is None and accept_new and before is not None and before["result"] != to_plain(run["result"]):
+        late = compare(ledger, committed, shards, spec.source, content)
+        refuse_changed(ledger, late)
+        kept = late.shards, late.plain(before.get(ACCEPTED, {}))
+    if kept is not None:
+        shards = kept[0]
+        run |= {**_sizes(shards), ACCEPTED: kept[1]}
     retried = rows_with(retry, ledger, committed)
     committed -= retried.keys()
     if before is None or before["result"] != to_plain(run["result"]):
-        refuse_other_shards(ledger, committed, shards, rows_digest(run))
+        described = partial(_change_text, ledger, committed, listing.shards, spec.source)
+        refuse_other_shards(ledger, committed, shards, rows_digest(run), described)
     else:
         before = None
     todo = tuple(shard for shard in shards if shard.index not in committed)
     notes = (*listing.notes, *_job_notes(spec, run, bool(todo)))
-    return ScorePlan(spec, archive, shards, todo, artifact, records, ledger, run, before, notes, retried)
+    return ScorePlan(spec, archive, shards, todo, artifact, records, ledger, run, before, notes, retried, late)
 
 
 def _job_notes(spec: ScoreSpec, run: Mapping[str, Any], has_work: bool) -> Iterator[str]:
@@ -210,6 +230,19 @@ def _view(record: ArtifactRecord) -> dict[str, Any]:
     return {"image_size": list(record.image_size), **to_plain(record.preprocess.view.spec.recorded())}
 
 
+def _sizes(shards: tuple[Shard, ...]) -> dict[str, int]:
+    return {"num_shards": len(shards), "num_bytes": sum(shard.size_bytes for shard in shards)}
+
+
+def _change_text(ledger: Ledger, committed: Iterable[int], listed: tuple[Shard, ...], source: SourceSpec) -> str:
+    """What has changed in an archive, and what to do."""
+    change = compare(ledger, committed, listed, source, None)
+    text = f"In all: {change.text()}. " if change.text() else ""
+    if change.changed or not change.text():
+        return f"{text}Use another sink.uri." if text else ""
+    return f"{text}Use another sink.uri, or score only what is new with `raydetect score --accept-new`."
+
+
 def describe_run(
     spec: ScoreSpec,
     artifact: ArtifactIndex,
@@ -228,8 +261,7 @@ def describe_run(
             "archive": archive_fingerprint(shards),
             **({"categories": members} if members else {}),  # so that a resume can name the one that differs
         },
-        "num_shards": len(shards),
-        "num_bytes": sum(shard.size_bytes for shard in shards),
+        **_sizes(shards),
         "heatmap_scale": by_category(records, _scale),
         "region_threshold": by_category(
             records, lambda record: RegionThreshold.of(record.calibration, spec.flag, spec.sink.max_regions).plain()
@@ -269,7 +301,7 @@ def finish(plan: ScorePlan) -> dict[str, Any]:
 
 def manifest_facts(run: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of `run.json` that the manifest repeats."""
-    names = ("kind", "result", "num_bytes", "heatmap_scale", *CARRIED)
+    names = ("kind", "result", "num_bytes", "heatmap_scale", ACCEPTED, *CARRIED)
     return {**{name: run[name] for name in names if name in run}, "heatmap_style": run["spec"]["sink"]["style"]}
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from raydetect.artifacts.replacement import refuse_existing
 from raydetect.artifacts.store import load_artifact, save_artifact
 from raydetect.config import AT_LEAST_2X, STRETCH, USUAL_LEVEL, DetectorSpec, FitSpec, FlagSpec, JpegScale, ViewSpec
 from raydetect.config.validation import validate
@@ -207,11 +208,16 @@ class Estimator:
         self.spec = spec
         return self
 
-    def save(self, uri: str) -> str:
+    def save(self, uri: str, *, replace: bool = False) -> str:
         """Writes the artifact that `raydetect score` and `create_model.load` read, and returns its digest.
+
+        Args:
+            uri: folder of the artifact.
+            replace: whether an artifact that is there already is replaced.
 
         Raises:
             NotFittedError: the model is not fitted.
+            SpecError: an artifact is there already.
             StorageError: the artifact cannot be written.
         """
         fitted, target = self._require_calibrated(), normalise_uri(uri)
@@ -219,6 +225,8 @@ class Estimator:
         if facts.get("spec", {}).get("artifact") == NOT_SAVED:
             facts["spec"] = {**facts["spec"], "artifact": target}
         storage = Storage(self.settings.storage)
+        if not replace:
+            refuse_existing(target, storage, "save", "save(uri, replace=True)")
         return save_artifact(target, storage, self.spec.name, fitted.detector, fitted.calibration, facts)
 
     @classmethod

@@ -17,6 +17,7 @@ from raydetect.left_out import LeftOutCount
 from raydetect.records import Member, Shard
 from raydetect.storage import FileInfo, Storage, join_uri, relative_to
 
+Line = list[Any]  # [name, bytes, fingerprint] of an image, and its sidecars by suffix if it has some
 KINDS = {"link": "linked_folder", "other": "not_a_file"}  # reasons to leave out what is not a file
 
 
@@ -43,7 +44,7 @@ def group_files(
     arranged = arrange(entries)
     for entry, reason in arranged.left_out:
         left_out.add(reason, escaped_text(entry.name))
-    yield from _cut(root, arranged.samples, regular, source)
+    yield from cut_lines(root, [_described(sample, regular) for sample in arranged.samples], source)
 
 
 def _entry(root: str, file: FileInfo, place: int) -> Entry:
@@ -51,53 +52,60 @@ def _entry(root: str, file: FileInfo, place: int) -> Entry:
     return Entry(name, place, file.size_bytes, name)
 
 
-def _cut(root: str, samples: list[Sample], files: list[FileInfo], source: SourceSpec) -> Iterator[Shard]:
-    group: list[Sample] = []
+def cut_lines(root: str, lines: Sequence[Line], source: SourceSpec) -> Iterator[Shard]:
+    """Yields the shards of consecutive lines, all with index 0."""
+    group: list[Line] = []
     group_bytes = 0
-    for sample in samples:
-        size = sample.entry.size
+    for line in lines:
+        size = int(line[1])
         if group and (len(group) == source.shard_images or group_bytes + size > source.split_bytes):
-            yield _shard(root, group, files)
+            yield shard_of_lines(root, group)
             group, group_bytes = [], 0
-        group.append(sample)
+        group.append(line)
         group_bytes += size
     if group:
-        yield _shard(root, group, files)
+        yield shard_of_lines(root, group)
 
 
-def _shard(root: str, samples: Sequence[Sample], files: list[FileInfo]) -> Shard:
-    listed, marks = [], []
-    for sample in samples:
-        sidecars = {suffix: _line(entry, files) for suffix, entry in sample.sidecars.items()}
-        listed.append([*_line(sample.entry, files), *([sidecars] if sidecars else [])])
-        marks += [_mark(entry, files) for entry in (sample.entry, *sample.sidecars.values())]
+def shard_of_lines(root: str, lines: Sequence[Line]) -> Shard:
+    """The shard of these lines, with index 0."""
+    files = [file for line in lines for file in (line, *(line[3].values() if line[3:] else ()))]
+    folder = root.rstrip("/")
+    marks = [[f"{folder}/{file[0]}", file[1], file[2] if file[2:] else None] for file in files]
     return Shard(
         index=0,
         uri=root,
         format="prefix",
-        size_bytes=sum(sample.entry.size for sample in samples),
+        size_bytes=sum(int(line[1]) for line in lines),
         fingerprint=hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:16],
-        listing=zlib.compress(json.dumps(listed).encode()),
+        listing=zlib.compress(json.dumps(lines).encode()),
     )
+
+
+def _described(sample: Sample, files: list[FileInfo]) -> Line:
+    sidecars = {suffix: _line(entry, files) for suffix, entry in sample.sidecars.items()}
+    return [*_line(sample.entry, files), *([sidecars] if sidecars else [])]
 
 
 def _line(entry: Entry, files: list[FileInfo]) -> list[Any]:
     return [entry.name, entry.size, files[entry.place].fingerprint]
 
 
-def _mark(entry: Entry, files: list[FileInfo]) -> list[Any]:
-    return [files[entry.place].uri, entry.size, files[entry.place].fingerprint]
-
-
 def loose_names(shard: Shard) -> list[str]:
     """Returns the names of the images of a prefix shard, relative to its URI."""
-    return [str(line[0]) for line in _lines(shard)]
+    return [str(line[0]) for line in lines_of(shard)]
 
 
-def _lines(shard: Shard) -> list[list[Any]]:
+def lines_of(shard: Shard) -> list[Line]:
     """Returns [name, bytes, fingerprint, sidecars by suffix] of every image; older versions wrote the first two."""
-    lines: list[list[Any]] = json.loads(zlib.decompress(shard.listing))
+    lines: list[Line] = json.loads(zlib.decompress(shard.listing))
     return lines
+
+
+def key_of_line(root: str, line: Line) -> str:
+    """Returns the key of the image of a line."""
+    name = escaped_text(str(line[0]))
+    return f"{escaped_text(root)}#{name.encode('unicode_escape').decode() if is_unsafe(name) else name}"
 
 
 def read_prefix(
@@ -127,7 +135,7 @@ class Folder(ContainerDirectory):
         self.uri, self._storage = shard.uri, storage
         self._fingerprints: dict[str, str | None] = {}
         self.samples: list[Sample] = []
-        for place, line in enumerate(_lines(shard)):
+        for place, line in enumerate(lines_of(shard)):
             sidecars = {suffix: self._listed(fields, place) for suffix, fields in (line[3] if line[3:] else {}).items()}
             self.samples.append(Sample(self._listed(line, place), sidecars))
         self.entries = [sample.entry for sample in self.samples]
@@ -159,8 +167,7 @@ class Folder(ContainerDirectory):
 
     def key_of(self, entry: Entry) -> str:
         """Returns the key of a file."""
-        name = escaped_text(entry.name)
-        return f"{escaped_text(self.uri)}#{name.encode('unicode_escape').decode() if is_unsafe(name) else name}"
+        return key_of_line(self.uri, [entry.name])
 
     def safe_name(self, entry: Entry) -> str:
         """Returns the name of a file; unlike in containers it may have `//` or a leading `/`, as in object stores.
