@@ -5,6 +5,7 @@ from raydetect.archives.open import open_archive
 from raydetect.archives.path_patterns import Naming
 from raydetect.artifacts.fit_preprocess import FitRules, fit_preprocess
 from raydetect.artifacts.replacement import refuse_existing
+from raydetect.check.incomplete import REPLACE
 from raydetect.check.locations import Check, first_shard, reachable
 from raydetect.config import FitSpec, ResourceSpec, source_storage
 from raydetect.detectors._ensemble import learns_from_labels, parts
@@ -39,7 +40,7 @@ def _free(spec: FitSpec) -> None:
     """
     in_place = spec.extend is not None and normalise_uri(spec.extend) == normalise_uri(spec.artifact)
     if not (spec.replace or in_place):
-        refuse_existing(spec.artifact, Storage(spec.storage), "artifact", "fit with --replace (replace: true)")
+        refuse_existing(spec.artifact, Storage(spec.storage), "artifact", REPLACE)
 
 
 def _trainable(spec: FitSpec) -> None:

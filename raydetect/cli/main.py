@@ -25,6 +25,7 @@ from raydetect.cli.options import (
     job_values,
     ledger_of,
     load,
+    load_checked,
     overrides,
     parse,
     replace,
@@ -64,7 +65,7 @@ def check(job: Path, overrides: tuple[str, ...]) -> None:
         from raydetect.check import find_problems
         from raydetect.check.preview import source_lines
 
-        spec = load(job, overrides)
+        spec = load_checked(job, overrides)
         problems = find_problems(spec)
     if problems:
         for sentence in problems:

@@ -111,6 +111,21 @@ def load(job: Path, overrides: tuple[str, ...]) -> "JobSpec":
     return parse(job_values(job, overrides), job)
 
 
+def load_checked(job: Path, overrides: tuple[str, ...]) -> "JobSpec":
+    """Reads and validates a job file; looks for further mistakes where it is not valid.
+
+    Raises:
+        SpecError: lists every mistake, one per line.
+    """
+    values = job_values(job, overrides)
+    try:
+        return parse(values, job)
+    except SpecError as error:
+        from raydetect.check.incomplete import further_problems
+
+        raise SpecError("\n".join([str(error), *(f"{job}: {text}" for text in further_problems(values))])) from None
+
+
 def expect(spec: "JobSpec", kind: str, job: Path) -> Any:
     """Returns the job if it is of a kind.
 
