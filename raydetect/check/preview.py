@@ -38,8 +38,8 @@ def source_lines(spec: JobSpec) -> list[str]:
         return [f"Hint: {hint}" for hint in evaluation_hints(spec)]
     if not isinstance(spec, FitSpec | ScoreSpec | AuditSpec | CalibrateSpec):
         return []
-    archive = open_archive(spec.source, Storage(source_storage(spec, spec.source)))
-    listing, left_out = archive.listing(), LeftOutCount()
+    archive, listing = _listed(spec)
+    left_out = LeftOutCount()
     counts: Counter[tuple[int | None, str]] = Counter()
     seen = _first_images(spec) if isinstance(spec, FitSpec) else None
     is_all = False
@@ -81,6 +81,17 @@ def _level(spec: JobSpec, listing: Listing, counts: Counter[tuple[int | None, st
         normal = sum(count for (label, _), count in counts.items() if label != 1)
     text = level_text(spec, normal)
     return [f"Note: {text}."] if text else []
+
+
+def _listed(spec: FitSpec | ScoreSpec | AuditSpec | CalibrateSpec) -> tuple[Archive, Listing]:
+    """The archive and its listing; for a scoring job with the notes of its plan."""
+    if isinstance(spec, ScoreSpec):
+        from raydetect.planning.plan import plan_score
+
+        plan = plan_score(spec)
+        return plan.archive, Listing(plan.shards, plan.notes)
+    archive = open_archive(spec.source, Storage(source_storage(spec, spec.source)))
+    return archive, archive.listing()
 
 
 def _first_images(spec: FitSpec) -> FirstImages:

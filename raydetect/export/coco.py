@@ -69,10 +69,11 @@ def require_maps(pictures: Pictures, threshold: float | None) -> None:
     """
     selection = pictures.run["spec"]["sink"]["heatmaps"]
     if not _has_maps(pictures) and (threshold is not None or not has_regions(pictures.run)):
+        way = ", or leave out --map-threshold for the regions of rows" if has_regions(pictures.run) else ""
         stored = "overlays" if selection != "none" else "no heatmaps"
         raise SpecError(
-            f"{pictures.ledger.uri}: stores {stored}, but outlines need anomaly maps. Score with sink.style: map and "
-            "sink.heatmaps: flagged or all."
+            f"{pictures.ledger.uri}: stores {stored}, but outlines need anomaly maps. Score into another sink.uri with "
+            f"sink.style: map and sink.heatmaps: flagged or all{way}."
         )
 
 

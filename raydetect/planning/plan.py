@@ -30,6 +30,7 @@ from raydetect.sinks.consistency import (
 from raydetect.sinks.ledger import Ledger, Totals
 from raydetect.sinks.parquet import ResultsSink
 from raydetect.sinks.reflagging import DONE, refuse_under_way
+from raydetect.sinks.run_progress import has_regions
 from raydetect.storage import Storage, normalise_uri
 
 CARRIED = ("region_threshold", DONE)  # entries of run.json that stay as they were before a reflag
@@ -160,6 +161,12 @@ def _job_notes(spec: ScoreSpec, run: Mapping[str, Any], has_work: bool) -> Itera
     """What a person may not expect of the results of a job with shards to score."""
     if has_work and spec.flag.nothing and spec.sink.heatmaps == "flagged":
         yield "flag: none flags no image, so sink.heatmaps: flagged stores no heatmap. Set it to all or top_k for some."
+    has_maps = spec.sink.style == "map" and spec.sink.heatmaps != "none"
+    if has_work and not has_maps and not has_regions(run):
+        yield (
+            "rows will have no regions and no anomaly maps are stored, so `raydetect export --as coco` will not be "
+            "possible. Set sink.style: map, and sink.heatmaps: flagged or all, if outlines are needed."
+        )
     if has_work and DONE in run:
         scored_with = validate(FlagSpec, run[DONE]["scored_with"], "run.json")
         yield (

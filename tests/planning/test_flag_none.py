@@ -94,3 +94,26 @@ def test_every_command_says_that_nothing_is_flagged(tmp_path: Path, mixed_shards
 @pytest.mark.usefixtures("mixed_shards")
 def test_heatmaps_of_all_images_are_drawn() -> None:
     assert run(NONE, "sink.heatmaps=all")[1]["heatmaps"] == 17
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_said"),
+    [
+        ((), False),
+        (("sink.max_regions=0",), True),
+        ((NONE,), True),
+        ((NONE, "sink.style=map"), False),
+        (("sink.max_regions=0", "sink.style=map", "sink.heatmaps=none"), True),
+    ],
+)
+@pytest.mark.usefixtures("mixed_shards")
+def test_the_plan_says_whether_outlines_can_be_exported(
+    overrides: tuple[str, ...], is_said: bool, tmp_path: Path
+) -> None:
+    plan, _ = run(f"sink.uri=file://{tmp_path}/out", *overrides)
+    said = [note for note in plan.notes if "`raydetect export --as coco` will not be possible" in note]
+    assert len(said) == is_said
+    done = command("export", f"{tmp_path}/out", "--as", "coco", "-o", str(tmp_path / "coco.json"))
+    assert done.exit_code == (2 if is_said else 0), done.output
+    if is_said:
+        assert "Score into another sink.uri with sink.style: map" in done.output
