@@ -152,7 +152,8 @@ def load_artifact(uri: str, storage: Storage, search: Search | None = None) -> A
     try:
         detector = build_detector(body["detector"], body["params"], body["seed"])
     except (SpecError, ValueError, TypeError, OverflowError) as error:
-        raise ArtifactError(f"{uri}: this raydetect cannot build its detector ({error}). Fit again.") from None
+        reason = str(error).replace("\n", "; ")
+        raise ArtifactError(f"{uri}: this raydetect cannot build its detector ({reason}). Fit again.") from None
     file = TensorFile.of(record, storage)
     check_bank(record, file.entries)
     if search is None:

@@ -57,10 +57,9 @@ class AuditSpec:
     )
     flag: Flag = field(default_factory=FlagSpec)
     night: Annotated[
-        str | None,
+        Annotated[str, Field(pattern=NIGHT)] | None,
         BeforeValidator(_text),
         Field(
-            pattern=NIGHT,
             description="name, e.g. 2026-11-22; none = the next number, or the last night again if nothing is new",
         ),
     ] = None

@@ -345,7 +345,7 @@ def test_the_commands_take_views_and_give_hints(tmp_path: Path) -> None:
         assert "Hint: most images (300 x 150 px) are more than 4 times as large as the input (48 x 48 px)" in text
         assert "view: {tile: {overlap: 12}} looks at them in 32 tiles, and with scale: 0.5 in 8." in text
     assert len(read_record(f"file://{tmp_path}/artifact", Storage()).body["hints"]) == 2
-    tiled = call("fit", str(job), "--local", "--set", "view.tile.overlap=16")
+    tiled = call("fit", str(job), "--local", "--replace", "--set", "view.tile.overlap=16")
     assert "Hint" not in tiled
     record = read_record(f"file://{tmp_path}/artifact", Storage()).body
     assert record["preprocess"]["view"] == {"tile": {"size": None, "overlap": 16}} and "hints" not in record
