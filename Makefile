@@ -21,7 +21,7 @@ help: ## this list
 demo: $(STAMP) ## fit and score a small archive on a local Ray, and write a report
 	@rm -rf .demo
 	@$(BIN)/python -m tests.builders.archives .demo/archive
-	@$(BIN)/raydetect fit jobs/demo/fit.yaml --replace $(if $(WEIGHTS),--set detector.params.weights=$(WEIGHTS))
+	@$(BIN)/raydetect fit jobs/demo/fit.yaml $(if $(WEIGHTS),--set detector.params.weights=$(WEIGHTS))
 	@$(BIN)/raydetect score jobs/demo/score.yaml
 	@$(BIN)/raydetect report .demo/results -o .demo/report.html
 	@echo "Open it in a browser: file://$(CURDIR)/.demo/report.html"

@@ -35,7 +35,7 @@ from raydetect.cli.options import (
 from raydetect.cli.plan import plan
 from raydetect.cli.reflag import reflag
 from raydetect.cli.report import report
-from raydetect.cli.scoring import accepted_text, retried_text, run_score
+from raydetect.cli.scoring import accepted_text, changed_text, retried_text, run_score
 from raydetect.cli.verify import verify
 from raydetect.errors import SpecError
 from raydetect.records import BAD_STATUSES
@@ -230,22 +230,13 @@ def score(
     if accept_new:
         click.echo(accepted_text(plan), err=True)
     elif plan.before is not None:
-        click.echo(_changed_text(plan.before, plan), err=True)
+        click.echo(changed_text(plan.before, plan), err=True)
     if done:
         click.echo(f"{done} of {len(plan.shards)} shards are committed already; continuing with the rest.", err=True)
     for note in plan.notes:
         click.echo(f"Note: {note}", err=True)
     with errors():
         _summary(plan, run_score(plan, address, in_process))
-
-
-def _changed_text(before: Mapping[str, Any], plan: "ScorePlan") -> str:
-    then, now, left = int(before["num_shards"]), len(plan.shards), len(plan.todo)
-    added = f", {now - then:,} more" if now > then else ""
-    return (
-        f"The archive has changed since the run was started: it had {then:,} shards and has {now:,} now{added}. "
-        f"The {now - left:,} committed ones are unchanged; the other {left:,} are scored in their current state."
-    )
 
 
 def _summary(plan: "ScorePlan", manifest: dict[str, Any]) -> None:
