@@ -71,7 +71,7 @@ def spotted(number: int, left: int, size: tuple[int, int] = (128, 80)) -> tuple[
 
 
 def fit(**changes: Any) -> dict[str, Any]:
-    spec = parse_job({**FIT, **changes}, "fit")
+    spec = parse_job({**FIT, "replace": True, **changes}, "fit")
     assert isinstance(spec, FitSpec)
     assert find_problems(spec) == []
     return dict(jobs.fit(spec, lambda *_: None).facts)
