@@ -294,7 +294,7 @@ def test_each_category_of_a_fleet_has_its_region(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"mask for each \{category\}"):
         parse_job({**FIT, **settings}, "fit")
     (tmp_path / "masks" / "nut.png").unlink()
-    spec = parse_job({**FIT, **settings, "per_category": True}, "fit")
+    spec = parse_job({**FIT, **settings, "per_category": True, "replace": True}, "fit")
     assert isinstance(spec, FitSpec)
     (problem,) = find_problems(spec)
     assert "masks/nut.png of category 'nut' does not exist. Add it or correct the URI." in problem
