@@ -65,7 +65,7 @@ MOVED = {
     "commands.evaluate": "cli.evaluate",
     "commands.export": "cli.export",
     "commands.report": "cli.report",
-    "commands.scoring": "cli.scoring",
+    "commands.scoring": "cli.running.run",
     "commands.verify": "cli.verify",
     "comparison": "cli.comparison",
     "console": "progress",

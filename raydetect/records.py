@@ -228,9 +228,10 @@ class HeatmapZip:
 class Part:
     """A Parquet file of a shard with the pictures of its rows; paths are relative to the results directory.
 
-    `p_counts` counts rows by p-value, if flags depend on the whole archive; `notes` counts rows by kind of note, and
-    `left_out` has the files of the shard without a row. Older versions wrote one part and at most one zip for each
-    chunk, with `heatmap_path`, `heatmap_sha256` and `heatmap_bytes`; sizes are 0 if a still older one wrote it.
+    `p_counts` counts rows by p-value, if they are not flagged one by one (`flag.fdr`, `flag: none`); `notes` counts
+    rows by kind of note, and `left_out` has the files of the shard without a row. Older versions wrote one part and at
+    most one zip for each chunk, with `heatmap_path`, `heatmap_sha256` and `heatmap_bytes`; sizes are 0 if a still older
+    one wrote it.
     """
 
     shard: int

@@ -1,8 +1,8 @@
 """`artifact.json`: the record of a fitted detector, readable without torch.
 
 An artifact is a folder with this record and one safetensors file. The tensors are written first, under a name derived
-from their sha256; the record, written last, names them and is the commit. So a killed fit leaves no partial artifact,
-and readers of the previous one are not disturbed.
+from their sha256; the record, written last, names them and is the commit, after which the tensors of a replaced
+artifact are removed. So a killed fit leaves no partial artifact, and the previous one whole.
 
 A fleet (`fleet.py`) has a record of the same name that lists one artifact for each category.
 """

@@ -42,6 +42,8 @@ class RegionThreshold:
         """
         if not max_regions:
             return cls(note="none, since sink.max_regions is 0")
+        if flag.nothing:
+            return cls(note="none, since images were scored with `flag: none`")
         if calibration.map_peaks is None:
             return cls(
                 note="none, since the artifact is of an older version and has no peaks of anomaly maps; `raydetect "

@@ -13,6 +13,7 @@ from safetensors.torch import load, save
 from raydetect.artifacts.checks import load_checked, require_finite
 from raydetect.artifacts.fleet import ArtifactIndex, ArtifactRef
 from raydetect.artifacts.record import ArtifactRecord, Calibration, read_record, write_record
+from raydetect.artifacts.replacement import remove_replaced
 from raydetect.artifacts.tensor_file import TensorFile
 from raydetect.artifacts.tensor_header import check_bank
 from raydetect.blocks.search.search import Search
@@ -92,7 +93,7 @@ def save_artifact(
     calibration: Calibration,
     facts: Mapping[str, Any],
 ) -> str:
-    """Writes an artifact and returns its digest.
+    """Writes an artifact, removes the files of an earlier one in that folder, and returns the digest.
 
     Args:
         uri: folder of the artifact.
@@ -124,7 +125,9 @@ def save_artifact(
         "calibration": to_plain(calibration),
         "packages": package_versions(),
     }
-    return write_record(uri, storage, body)
+    written = write_record(uri, storage, body)
+    remove_replaced(uri, storage)
+    return written
 
 
 def _describe_bank(name: str, detector: Detector) -> dict[str, Any]:
@@ -149,7 +152,8 @@ def load_artifact(uri: str, storage: Storage, search: Search | None = None) -> A
     try:
         detector = build_detector(body["detector"], body["params"], body["seed"])
     except (SpecError, ValueError, TypeError, OverflowError) as error:
-        raise ArtifactError(f"{uri}: this raydetect cannot build its detector ({error}). Fit again.") from None
+        reason = str(error).replace("\n", "; ")
+        raise ArtifactError(f"{uri}: this raydetect cannot build its detector ({reason}). Fit again.") from None
     file = TensorFile.of(record, storage)
     check_bank(record, file.entries)
     if search is None:

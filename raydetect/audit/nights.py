@@ -8,7 +8,6 @@ summaries/00012.json     the machine-readable audit; written last: the night is 
 webhooks/00012.json      the webhook has accepted the summary
 """
 
-import base64
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -16,10 +15,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from raydetect.archives.formats.loose_files import file_keys, regroup_files
+from raydetect.archives.stored_shards import plain_shard, shard_of
 from raydetect.config import SourceSpec
-from raydetect.config.validation import to_plain
 from raydetect.errors import ResumeError, StorageError
-from raydetect.left_out import WITHDRAWN, left_out_of
+from raydetect.left_out import WITHDRAWN
 from raydetect.records import LeftOut, Shard
 from raydetect.sinks.ledger import Ledger
 from raydetect.storage import Storage, join_uri
@@ -70,7 +69,7 @@ class Nights:
     def claim(self, night: str, shards: Sequence[Shard], number: int) -> Claim:
         """Writes and returns the claim of a night on these shards."""
         claim = Claim(number, night, tuple(replace(shard, index=index) for index, shard in enumerate(shards)))
-        body = {"number": number, "night": night, "shards": [_plain(shard) for shard in claim.shards]}
+        body = {"number": number, "night": night, "shards": [plain_shard(shard) for shard in claim.shards]}
         self.write("claims", number, body)
         return claim
 
@@ -134,7 +133,7 @@ class Nights:
         body = self.read("claims", number)
         try:
             assert body is not None
-            shards = tuple(_shard(index, fields) for index, fields in enumerate(body["shards"]))
+            shards = tuple(shard_of(index, fields) for index, fields in enumerate(body["shards"]))
             return Claim(int(body["number"]), str(body["night"]), shards)
         except (AssertionError, KeyError, TypeError, ValueError) as error:
             uri = self.record_uri("claims", number)
@@ -165,31 +164,3 @@ def unclaimed(shards: Sequence[Shard], claims: Sequence[Claim], source: SourceSp
 def _withdrawn(shard: Shard) -> Shard:
     left_out = {**shard.left_out, WITHDRAWN: LeftOut(1, (shard.uri,))}
     return Shard(shard.index, shard.uri, WITHDRAWN, 0, WITHDRAWN, left_out=left_out)
-
-
-def _plain(shard: Shard) -> dict[str, Any]:
-    return {
-        "uri": shard.uri,
-        "format": shard.format,
-        "size_bytes": shard.size_bytes,
-        "fingerprint": shard.fingerprint,
-        "span": None if shard.span is None else list(shard.span),
-        "listing": base64.b64encode(shard.listing).decode(),
-        "left_out": to_plain(shard.left_out),
-        "index_uri": shard.index_uri,
-    }
-
-
-def _shard(index: int, fields: Mapping[str, Any]) -> Shard:
-    span = fields["span"]
-    return Shard(
-        index,
-        str(fields["uri"]),
-        str(fields["format"]),
-        int(fields["size_bytes"]),
-        str(fields["fingerprint"]),
-        None if span is None else (int(span[0]), int(span[1])),
-        base64.b64decode(fields["listing"]),
-        left_out_of(fields.get("left_out", {})),
-        str(fields.get("index_uri", "")),
-    )

@@ -7,6 +7,7 @@ from itertools import chain, islice
 from raydetect.archives.open import open_archive
 from raydetect.artifacts.fit_preprocess import FitRules
 from raydetect.artifacts.fleet import read_index, read_records
+from raydetect.artifacts.replacement import refuse_existing
 from raydetect.check.first_images import MAX_BYTES, MAX_IMAGES, FirstImages
 from raydetect.check.locations import Check, first_shard, reachable
 from raydetect.config import CalibrateSpec, EvaluateSpec, source_storage
@@ -74,6 +75,10 @@ def calibrate_checks(spec: CalibrateSpec) -> list[Check]:
     """Returns the checks of a calibration job."""
     storage = Storage(spec.storage)
 
+    def free() -> None:
+        if not spec.replace and normalise_uri(spec.output) != normalise_uri(spec.artifact):
+            refuse_existing(spec.output, storage, "output", "calibrate with --replace (replace: true)")
+
     def fits() -> None:
         index = read_index(normalise_uri(spec.artifact), storage)
         refuse_fitted(spec, read_records(index, storage).values())
@@ -83,5 +88,6 @@ def calibrate_checks(spec: CalibrateSpec) -> list[Check]:
     return [
         lambda: first_shard(spec.source, source_storage(spec, spec.source)),
         fits,
+        free,
         lambda: reachable(spec.output, spec.storage, "output"),
     ]

@@ -4,13 +4,15 @@ from raydetect.archives.formats.loose_files import loose_names
 from raydetect.archives.open import open_archive
 from raydetect.archives.path_patterns import Naming
 from raydetect.artifacts.fit_preprocess import FitRules, fit_preprocess
+from raydetect.artifacts.replacement import refuse_existing
+from raydetect.check.incomplete import REPLACE
 from raydetect.check.locations import Check, first_shard, reachable
 from raydetect.config import FitSpec, ResourceSpec, source_storage
 from raydetect.detectors._ensemble import learns_from_labels, parts
 from raydetect.detectors._registry import build_from
 from raydetect.errors import SpecError
 from raydetect.fitting.holdout import crosses
-from raydetect.storage import Storage
+from raydetect.storage import Storage, normalise_uri
 
 
 def fit_checks(spec: FitSpec) -> list[Check]:
@@ -19,6 +21,7 @@ def fit_checks(spec: FitSpec) -> list[Check]:
         lambda: build_from(spec.detector, spec.seed).load_weights(),
         lambda: first_shard(spec.source, source_storage(spec, spec.source)),
         lambda: reachable(spec.artifact, spec.storage, "artifact"),
+        lambda: _free(spec),
         lambda: _trainable(spec),
         lambda: _labelled(spec),
         lambda: _masks(spec),
@@ -27,6 +30,17 @@ def fit_checks(spec: FitSpec) -> list[Check]:
     if extra is not None:
         checks.append(lambda: first_shard(extra, source_storage(spec, extra)))
     return checks
+
+
+def _free(spec: FitSpec) -> None:
+    """Checks that no artifact is replaced unasked; one that is extended in place is named by the job itself.
+
+    Raises:
+        SpecError: there is one.
+    """
+    in_place = spec.extend is not None and normalise_uri(spec.extend) == normalise_uri(spec.artifact)
+    if not (spec.replace or in_place):
+        refuse_existing(spec.artifact, Storage(spec.storage), "artifact", REPLACE)
 
 
 def _trainable(spec: FitSpec) -> None:

@@ -38,8 +38,8 @@ def source_lines(spec: JobSpec) -> list[str]:
         return [f"Hint: {hint}" for hint in evaluation_hints(spec)]
     if not isinstance(spec, FitSpec | ScoreSpec | AuditSpec | CalibrateSpec):
         return []
-    archive = open_archive(spec.source, Storage(source_storage(spec, spec.source)))
-    listing, left_out = archive.listing(), LeftOutCount()
+    archive, listing = _listed(spec)
+    left_out = LeftOutCount()
     counts: Counter[tuple[int | None, str]] = Counter()
     seen = _first_images(spec) if isinstance(spec, FitSpec) else None
     is_all = False
@@ -54,13 +54,44 @@ def source_lines(spec: JobSpec) -> list[str]:
         _refuse_useless(spec, counts, left_out)
     if seen is not None:
         seen.refuse_unreadable("source.uri")
+    lines = [f"Note: {note}" for note in listing.notes] + _seen_lines(counts, left_out, is_all)
+    if seen is None:
+        return lines
+    return [*lines, *_level(spec, listing, counts if is_all else None), *(f"Hint: {hint}" for hint in seen.hints())]
+
+
+def _seen_lines(counts: Counter[tuple[int | None, str]], left_out: LeftOutCount, is_all: bool) -> list[str]:
     of = "" if is_all else f", of the first {counts.total():,} images"
-    lines = [f"Note: {note}" for note in listing.notes]
+    lines = []
     if any(label is not None for label, _ in counts):
         lines.append(f"label: {labels_text([(*key, count) for key, count in counts.items()])}{of}")
     if left_out.counts:
         lines.append(f"Left out{of}: {left_out_text(left_out.counts)}")
-    return lines + ([] if seen is None else [f"Hint: {hint}" for hint in seen.hints()])
+    return lines
+
+
+def _level(spec: JobSpec, listing: Listing, counts: Counter[tuple[int | None, str]] | None) -> list[str]:
+    """Says at which level the fit will allow to flag, from all images that were read or else from the listing."""
+    from raydetect.check.level import level_text, loose_normal_images
+
+    assert isinstance(spec, FitSpec)
+    if counts is None:
+        normal = loose_normal_images(spec.source, listing.shards)
+    else:
+        normal = sum(count for (label, _), count in counts.items() if label != 1)
+    text = level_text(spec, normal)
+    return [f"Note: {text}."] if text else []
+
+
+def _listed(spec: FitSpec | ScoreSpec | AuditSpec | CalibrateSpec) -> tuple[Archive, Listing]:
+    """The archive and its listing; for a scoring job with the notes of its plan."""
+    if isinstance(spec, ScoreSpec):
+        from raydetect.planning.plan import plan_score
+
+        plan = plan_score(spec)
+        return plan.archive, Listing(plan.shards, plan.notes)
+    archive = open_archive(spec.source, Storage(source_storage(spec, spec.source)))
+    return archive, archive.listing()
 
 
 def _first_images(spec: FitSpec) -> FirstImages:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from raydetect.cli.options import BAD_JOB, cluster, errors, expect, in_process, job_file, load, overrides
-from raydetect.cli.scoring import run_score
+from raydetect.cli.running.run import run_score
 
 if TYPE_CHECKING:
     from raydetect.audit.nights import Claim

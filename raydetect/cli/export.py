@@ -36,6 +36,7 @@ def export(
         if form != "coco" and (map_threshold is not None or polygons):
             raise SpecError(f"--map-threshold and --polygons belong to --as coco, given --as {form}. Leave them out.")
         from raydetect.export.coco import require_maps
+        from raydetect.export.folder import require_flags
         from raydetect.report.pictures import Pictures, reach_of
 
         ledger = ledger_of(results, endpoint_url, profile, anon)
@@ -43,8 +44,8 @@ def export(
         pictures = Pictures(ledger, run, reach_of(run).source)
         if form == "coco":
             require_maps(pictures, map_threshold)
-        if form == "folder" and run["spec"]["flag"].get("fdr") is not None and ledger.manifest() is None:
-            raise SpecError(f"{results}: flags are decided when the run is finished (flag.fdr). Let it end first.")
+        if form == "folder":
+            require_flags(run, ledger)
         place = output or Path({"csv": "rows.csv", "coco": "coco.json", "folder": "flagged"}[form])
         prepare_output(place, form == "folder")
     with errors():

@@ -27,11 +27,13 @@ from raydetect.cli.options import (
     job_values,
     ledger_of,
     load,
+    load_checked,
     overrides,
     parse,
     storage_options,
 )
 from raydetect.cli.plan import plan
+from raydetect.cli.reflag import reflag
 from raydetect.cli.report import report
 from raydetect.cli.running.fit import fit
 from raydetect.cli.running.score import score
@@ -64,7 +66,7 @@ def check(job: Path, overrides: tuple[str, ...]) -> None:
         from raydetect.check import find_problems
         from raydetect.check.preview import source_lines
 
-        spec = load(job, overrides)
+        spec = load_checked(job, overrides)
         problems = find_problems(spec)
     if problems:
         for sentence in problems:
@@ -202,7 +204,7 @@ def _print_detector(kind: Any, name: str) -> None:
 
 
 def _paper_view_text(name: str) -> str:
-    from raydetect.config.paper_views import paper_view
+    from raydetect.config.geometry.paper_views import paper_view
     from raydetect.config.view import STRETCH
 
     view = paper_view(name).view
@@ -217,5 +219,5 @@ def _px(size: tuple[int, int]) -> str:
     return f"{size[0]} x {size[1]}"
 
 
-for command in (audit, calibrate, doctor, evaluate, export, fit, init, plan, report, score, verify):
+for command in (audit, calibrate, doctor, evaluate, export, fit, init, plan, reflag, report, score, verify):
     main.add_command(command)

@@ -23,6 +23,14 @@ cluster = click.option("--address", help="Ray cluster (default: RAY_ADDRESS, els
 in_process = click.option("--local", "in_process", is_flag=True, help="Run in this process, without Ray.")
 
 
+replace = click.option("--replace", is_flag=True, help="Replace the artifact that is there already.")
+
+
+def with_replace(overrides: tuple[str, ...], replace: bool) -> tuple[str, ...]:
+    """The overrides of a job, with those of `--replace`."""
+    return (*overrides, "replace=true") if replace else overrides
+
+
 def storage_options(command: Any) -> Any:
     """Adds options for the storage of a results directory on the command line."""
     for option in (
@@ -114,6 +122,21 @@ def load(job: Path, overrides: tuple[str, ...]) -> "JobSpec":
         SpecError: lists every mistake, one per line.
     """
     return parse(job_values(job, overrides), job)
+
+
+def load_checked(job: Path, overrides: tuple[str, ...]) -> "JobSpec":
+    """Reads and validates a job file; looks for further mistakes where it is not valid.
+
+    Raises:
+        SpecError: lists every mistake, one per line.
+    """
+    values = job_values(job, overrides)
+    try:
+        return parse(values, job)
+    except SpecError as error:
+        from raydetect.check.incomplete import further_problems
+
+        raise SpecError("\n".join([str(error), *(f"{job}: {text}" for text in further_problems(values))])) from None
 
 
 def expect(spec: "JobSpec", kind: str, job: Path) -> Any:

@@ -25,6 +25,7 @@ def report(
     with errors(BAD_JOB):
         from raydetect.report.build import page_of
         from raydetect.report.tally import tally
+        from raydetect.sinks.run_progress import flags_nothing
         from raydetect.storage import whole_text
 
         ledger = ledger_of(results, endpoint_url, profile, anon)
@@ -35,8 +36,8 @@ def report(
         text = page_of(ledger, run, row_tally)
         out.write(text)
     totals = row_tally.totals
+    flagged = "none flagged, by flag: none" if flags_nothing(run) else f"{totals.flagged:,} flagged"
     click.echo(
-        f"Reported {totals.rows:,} images in {totals.shards:,} shards: {totals.flagged:,} flagged, "
-        f"{totals.bad_rows:,} without a score."
+        f"Reported {totals.rows:,} images in {totals.shards:,} shards: {flagged}, {totals.bad_rows:,} without a score."
     )
     click.echo(f"Report: {output} ({len(text.encode()) / 1e6:.1f} MB)")

@@ -29,7 +29,7 @@ from raydetect.config.jobs import (
     source_storage,
     without_credentials,
 )
-from raydetect.config.score import MAX_REGIONS, Heatmaps, ScoreSpec, SinkSpec
+from raydetect.config.score import MAX_REGIONS, Heatmaps, ReflagSpec, ScoreSpec, SinkSpec
 from raydetect.config.serve import AllowSpec, LimitSpec, ServedSpec, ServeSpec
 from raydetect.config.shared import USUAL_LEVEL, FlagSpec, MiB, ResourceSpec, SourceSpec, StorageOptions
 from raydetect.config.view import STRETCH, TileSpec, ViewSpec
@@ -66,6 +66,7 @@ __all__ = [
     "Precision",
     "PreprocessSpec",
     "Preset",
+    "ReflagSpec",
     "ResourceSpec",
     "ScoreSpec",
     "ServeSpec",

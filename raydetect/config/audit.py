@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, ConfigDict, Field
 
 from raydetect.config.score import ScoreSpec, SinkSpec
-from raydetect.config.shared import FlagSpec, MiB, ResourceSpec, SourceSpec, StorageOptions
+from raydetect.config.shared import Flag, FlagSpec, MiB, ResourceSpec, SourceSpec, StorageOptions
 from raydetect.config.validation import STRICT
 
 NIGHT = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -55,12 +55,11 @@ class AuditSpec:
     storage: Annotated[StorageOptions, Field(description="storage for everything that has none of its own")] = field(
         default_factory=StorageOptions
     )
-    flag: FlagSpec = field(default_factory=FlagSpec)
+    flag: Flag = field(default_factory=FlagSpec)
     night: Annotated[
-        str | None,
+        Annotated[str, Field(pattern=NIGHT)] | None,
         BeforeValidator(_text),
         Field(
-            pattern=NIGHT,
             description="name, e.g. 2026-11-22; none = the next number, or the last night again if nothing is new",
         ),
     ] = None
@@ -77,6 +76,12 @@ class AuditSpec:
     chunk_images: Annotated[int, Field(ge=1, description="images that a worker scores at a time, at most")] = 64
     chunk_bytes: Annotated[int, Field(ge=1, description="encoded bytes after which a chunk is closed")] = 128 * MiB
     resources: ResourceSpec = field(default_factory=ResourceSpec)
+
+    def __post_init__(self) -> None:
+        if self.flag.nothing:
+            raise ValueError(
+                "flag: none decides nothing, but an audit compares the flagged share of nights; set a rule"
+            )
 
 
 def night_score(spec: AuditSpec, results_uri: str) -> ScoreSpec:

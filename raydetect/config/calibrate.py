@@ -18,6 +18,7 @@ class CalibrateSpec:
     source: SourceSpec
     artifact: Annotated[str, Field(description="the fitted detector, or a fleet")]
     output: Annotated[str, Field(description="where to write the recalibrated artifact; the same URI replaces it")]
+    replace: Annotated[bool, Field(description="whether another artifact at output is replaced")] = False
     storage: Annotated[StorageOptions, Field(description="storage for everything that has none of its own")] = field(
         default_factory=StorageOptions
     )

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field
 
 from raydetect.config.fit import DetectorSpec, PreprocessSpec
-from raydetect.config.paper_views import view_of_presets
+from raydetect.config.geometry.paper_views import view_of_presets
 from raydetect.config.shared import ResourceSpec, SourceSpec, StorageOptions
 from raydetect.config.validation import STRICT
 from raydetect.config.view import STRETCH, ViewSpec

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
-from raydetect.config.paper_views import view_of_presets
+from raydetect.config.geometry.paper_views import view_of_presets
 from raydetect.config.shared import MiB, ResourceSpec, SourceSpec, StorageOptions
 from raydetect.config.validation import STRICT
 from raydetect.config.view import STRETCH, ViewSpec
@@ -150,6 +150,7 @@ class FitSpec:
     source: SourceSpec
     detector: DetectorSpec
     artifact: Annotated[str, Field(description="where the artifact is written")]
+    replace: Annotated[bool, Field(description="whether an artifact that is there already is replaced")] = False
     storage: Annotated[StorageOptions, Field(description="storage for everything that has none of its own")] = field(
         default_factory=StorageOptions
     )

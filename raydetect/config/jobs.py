@@ -14,7 +14,7 @@ from raydetect.config.yaml_text import shown_key
 from raydetect.errors import SpecError
 
 FREE_RESOURCES = ("num_workers", "detectors_in_memory", "bank_shards")  # they do not affect rows
-NEW_DEFAULTS = (("max_regions", MAX_REGIONS), ("close_ups", True))  # of `sink`
+NEW_DEFAULTS = {"sink": (("max_regions", MAX_REGIONS), ("close_ups", True)), "flag": (("nothing", False),)}
 JobSpec = FitSpec | ScoreSpec | AuditSpec | ServeSpec | EvaluateSpec | CalibrateSpec
 KINDS: dict[str, type[JobSpec]] = {
     "fit": FitSpec,
@@ -72,7 +72,9 @@ def sink_storage(spec: ScoreSpec | AuditSpec) -> StorageOptions:
 
 def public_spec(spec: JobSpec) -> dict[str, Any]:
     """The spec with all defaults and without credentials, as stored in run.json and artifacts."""
-    return without_credentials(to_plain(spec))
+    public = without_credentials(to_plain(spec))
+    public.pop("replace", None)  # says nothing about the result
+    return public
 
 
 def without_credentials(values: dict[str, Any]) -> dict[str, Any]:
@@ -92,14 +94,14 @@ def result_digest(spec: JobSpec) -> str:
 def result_settings(public: dict[str, Any]) -> dict[str, Any]:
     """The part of a public spec that determines the rows.
 
-    The defaults of `sink.max_regions` and `sink.close_ups` are left out, so that results of older versions, which have
-    neither regions nor close-ups, can be resumed.
+    The defaults of settings that older versions did not have are left out, so that their results can be resumed.
     """
     settings = {k: _without_storage(v) for k, v in public.items() if k not in ("storage", "max_bad_fraction")}
     for name in ("max_failures", "max_bank_bytes", "checkpoint_epochs", "engine"):
         settings.pop(name, None)
-    if "sink" in settings:
-        settings["sink"] = {k: v for k, v in settings["sink"].items() if (k, v) not in NEW_DEFAULTS}
+    for name, defaults in NEW_DEFAULTS.items():
+        if name in settings:
+            settings[name] = {k: v for k, v in settings[name].items() if (k, v) not in defaults}
     settings["resources"] = {k: v for k, v in settings["resources"].items() if k not in FREE_RESOURCES}
     return settings
 

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
-from raydetect.config.shared import FlagSpec, MiB, ResourceSpec, SourceSpec, StorageOptions
+from raydetect.config.shared import Flag, FlagSpec, MiB, ResourceSpec, SourceSpec, StorageOptions
 from raydetect.config.validation import STRICT
 
 Heatmaps = Literal["none", "flagged", "top_k", "all"]
@@ -53,7 +53,7 @@ class ScoreSpec:
     storage: Annotated[StorageOptions, Field(description="storage for everything that has none of its own")] = field(
         default_factory=StorageOptions
     )
-    flag: FlagSpec = field(default_factory=FlagSpec)
+    flag: Flag = field(default_factory=FlagSpec)
     batch_size: Annotated[int, Field(ge=1, description="images in one forward pass")] = 16
     chunk_images: Annotated[int, Field(ge=1, description="images that a worker scores at a time, at most")] = 64
     chunk_bytes: Annotated[int, Field(ge=1, description="encoded bytes after which a chunk is closed")] = 128 * MiB
@@ -65,3 +65,11 @@ class ScoreSpec:
         Field(description="batch: actors of this job; serve: the running replicas of `raydetect serve` on the cluster"),
     ] = "batch"
     resources: ResourceSpec = field(default_factory=ResourceSpec)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReflagSpec:
+    """The settings that `raydetect reflag` changes."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    flag: Flag

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
-from raydetect.config.shared import FlagSpec, MiB, ResourceSpec, StorageOptions
+from raydetect.config.shared import Flag, FlagSpec, MiB, ResourceSpec, StorageOptions
 from raydetect.config.validation import STRICT
 
 BODIES_IN_FLIGHT = 4  # bodies of the maximum size
@@ -19,7 +19,7 @@ class ServedSpec:
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
     artifact: Annotated[str, Field(description="the fitted detector, or a fleet")]
-    flag: FlagSpec = field(default_factory=FlagSpec)
+    flag: Flag = field(default_factory=FlagSpec)
 
     def __post_init__(self) -> None:
         if self.flag.fdr is not None:

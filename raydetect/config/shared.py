@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, SecretStr
+from pydantic import BeforeValidator, ConfigDict, Field, SecretStr
 
 from raydetect.config.validation import STRICT
 from raydetect.redaction import redacted_uri
 
 MiB = 1 << 20
 USUAL_LEVEL = 0.01  # share of normal images that a job without a rule flags
+NO_FLAG = "none"  # `flag: none` in job files
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +141,8 @@ class ResourceSpec:
 class FlagSpec:
     """When an image is flagged; set one field at most.
 
-    With none, an image is flagged when its p-value is at most 0.01, or the smallest level that its detector allows.
+    With none of them, an image is flagged when its p-value is at most 0.01, or the smallest level that its detector
+    allows. `flag: none` decides nothing: rows have scores and p-values, and `flagged` is null.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -155,15 +157,27 @@ class FlagSpec:
             "(Benjamini-Hochberg); decided when the run finishes, and stored in the manifest",
         ),
     ] = None
+    nothing: Annotated[bool, Field(description="decide nothing; the long form of `flag: none`")] = False
 
     def __post_init__(self) -> None:
-        if sum(value is not None for value in (self.alpha, self.threshold, self.fdr)) > 1:
+        stated = sum(value is not None for value in (self.alpha, self.threshold, self.fdr))
+        if stated > 1:
             raise ValueError("set only one of alpha, threshold and fdr")
+        if stated and self.nothing:
+            raise ValueError("nothing: true decides nothing, so leave out alpha, threshold and fdr")
 
     @property
     def is_usual(self) -> bool:
         """Whether the job states no rule."""
-        return self.alpha is None and self.threshold is None and self.fdr is None
+        return self.alpha is None and self.threshold is None and self.fdr is None and not self.nothing
+
+    @property
+    def text(self) -> str:
+        """The rule as a job file states it: `flag.alpha = 0.05`, `flag: none`, `no flag rule`."""
+        if self.nothing:
+            return f"flag: {NO_FLAG}"
+        stated = {"alpha": self.alpha, "threshold": self.threshold, "fdr": self.fdr}
+        return next((f"flag.{name} = {value:g}" for name, value in stated.items() if value is not None), "no flag rule")
 
     def smallest_p(self, calibrated: int) -> tuple[str, float] | None:
         """The smallest p-value that a calibration must allow, and the setting that asks for it.
@@ -178,3 +192,12 @@ class FlagSpec:
             return "flag", max(USUAL_LEVEL, 1.0 / (calibrated + 1))
         level = self.alpha if self.fdr is None else self.fdr
         return None if level is None else ("flag.alpha" if self.fdr is None else "flag.fdr", level)
+
+
+def _flag_of_text(value: Any) -> Any:
+    return {"nothing": True} if value == NO_FLAG else value
+
+
+Flag = Annotated[
+    FlagSpec, BeforeValidator(_flag_of_text), Field(description="when an image is flagged; none = nothing is decided")
+]

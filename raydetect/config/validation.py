@@ -5,13 +5,14 @@ import difflib
 import hashlib
 import json
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, SecretStr, TypeAdapter, ValidationError
 from pydantic_core import PydanticUndefined
 
+from raydetect.config.mistakes import merged, reason_of
 from raydetect.config.yaml_text import MAX_DEPTH, NotYamlError, read_yaml, shown_key
 from raydetect.errors import SpecError
 from raydetect.redaction import redacted
@@ -22,7 +23,7 @@ HIDDEN = frozenset(
     ("storage", "webhook", "key", "secret", "token", "sha256")
 )  # values at or below these keys are never shown
 MISTAKES_SHOWN, CHARACTERS_SHOWN = 20, 80
-RULES = ("alpha", "threshold", "fdr")
+RULES = ("alpha", "threshold", "fdr", "nothing")
 ALTERNATIVES = {f"flag.{rule}": tuple(other for other in RULES if other != rule) for rule in RULES}
 
 
@@ -63,6 +64,8 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
             raise SpecError(f"--set number {number}: expected key=value, such as --set seed=1.")
         target = result
         *parents, last = path.split(".")
+        if path in ALTERNATIVES and not isinstance(target.get("flag"), dict):
+            target.pop("flag", None)  # `flag: none`
         if len(parents) >= MAX_DEPTH:
             raise SpecError(f"--set number {number}: has more than {MAX_DEPTH} levels. Shorten the key.")
         for parent in parents:
@@ -96,7 +99,7 @@ def validate(kind: type[T], values: Mapping[str, Any], where: str) -> T:
         adapter = _adapter(cast(Any, kind))
         return cast(T, adapter.validate_python(dict(values)))
     except ValidationError as error:
-        mistakes = dict.fromkeys(f"{where}: {_mistake(kind, item)}" for item in error.errors(include_url=False))
+        mistakes = dict.fromkeys(f"{where}: {text}" for text in _mistakes(kind, error.errors(include_url=False)))
         lines = list(mistakes)[:MISTAKES_SHOWN]
         if len(mistakes) > MISTAKES_SHOWN:
             lines.append(f"{where}: {len(mistakes) - MISTAKES_SHOWN:,} more mistakes. Fix these first.")
@@ -183,14 +186,24 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"{guess} Known: {', '.join(sorted(known))}."
 
 
-def _mistake(kind: type, item: Any) -> str:
+def _mistakes(kind: type, items: Sequence[Any]) -> Iterator[str]:
+    """One sentence for each mistake; the branches of a union that fit none make one."""
+    places: dict[tuple[str, ...], list[Any]] = {}
+    for item in items:
+        places.setdefault(tuple(str(part) for part in item["loc"] if not _is_branch(part)), []).append(item)
+    for found in places.values():
+        yield _mistake(kind, found)
+
+
+def _mistake(kind: type, found: Sequence[Any]) -> str:
+    item = found[0]
     location = [part for part in item["loc"] if not _is_branch(part)]
     path = ".".join(shown_key(str(part)) for part in location)
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return _unknown_key(kind, [part for part in item["loc"][:-1] if not _is_branch(part)], item["loc"][-1])
     if item["type"] in ("missing", "missing_argument"):
         return f"{path}: this required key is missing. Add it."
-    reason = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    reason = merged(map(reason_of, found))
     shown = "" if _is_hidden(location) else _given_text(item["input"])
     quotes = " Put text in quotes." if item["type"] == "string_type" and item["input"] is not None else ""
     return f"{path or 'the job file'}: {reason}{shown}.{quotes}"

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
-from raydetect.config.polygons import checked_region
+from raydetect.config.geometry.polygons import checked_region
 from raydetect.config.validation import STRICT
 
 CATEGORY = "{category}"

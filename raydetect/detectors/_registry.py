@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 import raydetect.detectors as package
 from raydetect.config import ENSEMBLE, DetectorSpec, MemberSpec, Precision, Preset
 from raydetect.config.fit import STANDARD
-from raydetect.config.paper_views import paper_view
+from raydetect.config.geometry.paper_views import paper_view
 from raydetect.config.validation import nearest, to_plain, validate
 from raydetect.detectors._base import Detector, UsedIf
 from raydetect.detectors._ensemble import Ensemble

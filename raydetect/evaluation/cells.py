@@ -12,7 +12,7 @@ from raydetect.archives.open import open_archive
 from raydetect.artifacts.fit_preprocess import view_of
 from raydetect.config import DetectorSpec, EvaluateSpec, ViewSpec, public_spec, result_settings, source_storage
 from raydetect.config.fit import STANDARD
-from raydetect.config.paper_views import view_of_presets
+from raydetect.config.geometry.paper_views import view_of_presets
 from raydetect.config.validation import digest, to_plain
 from raydetect.detectors._registry import build_from
 from raydetect.errors import DamagedError, SpecError

@@ -13,9 +13,10 @@ from raydetect.errors import SpecError
 from raydetect.export.naming import file_name
 from raydetect.export.outlines import MaskRegion, length_text, polygons_of, regions, run_lengths
 from raydetect.export.row_regions import boxes_of, outlines_of
-from raydetect.report.pictures import Pictures, has_regions, heatmap_style, map_scale, region_threshold
+from raydetect.report.pictures import Pictures, heatmap_style, map_scale, region_threshold
 from raydetect.sinks.heatmaps import NORMAL_SHARE
 from raydetect.sinks.rows import read_rows
+from raydetect.sinks.run_progress import has_regions
 from raydetect.storage import Scratch, whole_text
 from raydetect.views.view import Layout
 
@@ -68,10 +69,11 @@ def require_maps(pictures: Pictures, threshold: float | None) -> None:
     """
     selection = pictures.run["spec"]["sink"]["heatmaps"]
     if not _has_maps(pictures) and (threshold is not None or not has_regions(pictures.run)):
+        way = ", or leave out --map-threshold for the regions of rows" if has_regions(pictures.run) else ""
         stored = "overlays" if selection != "none" else "no heatmaps"
         raise SpecError(
-            f"{pictures.ledger.uri}: stores {stored}, but outlines need anomaly maps. Score with sink.style: map and "
-            "sink.heatmaps: flagged or all."
+            f"{pictures.ledger.uri}: stores {stored}, but outlines need anomaly maps. Score into another sink.uri with "
+            f"sink.style: map and sink.heatmaps: flagged or all{way}."
         )
 
 

@@ -2,19 +2,38 @@
 
 import csv
 import io
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from raydetect.errors import MemberError, RaydetectError
+from raydetect.errors import MemberError, RaydetectError, SpecError
 from raydetect.export.naming import file_name
 from raydetect.report.pictures import Pictures, missing_reason
 from raydetect.sinks.csv_cells import cell
+from raydetect.sinks.ledger import Ledger
 from raydetect.sinks.rows import read_rows
+from raydetect.sinks.run_progress import flags_nothing
 from raydetect.storage import whole_file, whole_text
 
 COLUMNS = ("key", "image_score", "p_value", "threshold", "category", "label", "defect", "width", "height")
+
+
+def require_flags(run: Mapping[str, Any], ledger: Ledger) -> None:
+    """Refuses a run that has not decided which images are flagged.
+
+    Raises:
+        SpecError: flags are decided at the end of the run, or not at all.
+    """
+    if flags_nothing(run):
+        raise SpecError(
+            f"{ledger.uri}: has no flagged images, by flag: none. Decide on them with `raydetect reflag "
+            f"{shlex.quote(ledger.uri)} --set flag.alpha=0.01`."
+        )
+    if run["spec"]["flag"].get("fdr") is not None and ledger.manifest() is None:
+        raise SpecError(f"{ledger.uri}: flags are decided when the run is finished (flag.fdr). Let it end first.")
 
 
 def write_folder(pictures: Pictures, output: Path) -> tuple[int, list[str]]:

@@ -22,6 +22,11 @@ from raydetect.scoring.batches import score_batches
 MOST_IMAGES, LEAST_IMAGES = 64, 2  # a median of 64 has a standard error of a sixth of a deviation
 
 
+def scaling_size(held_out: int) -> int:
+    """Number of held-out images that set the scale: at most half of them."""
+    return min(MOST_IMAGES, held_out // 2)
+
+
 def choose_scaling(keys: list[str], seed: int, group: Group) -> tuple[list[str], list[str]]:
     """Splits this worker's held-out images into (those that set the scale, those that set the threshold).
 
@@ -31,7 +36,7 @@ def choose_scaling(keys: list[str], seed: int, group: Group) -> tuple[list[str],
         SpecError: there are too few held-out images.
     """
     total = int(group.sum(torch.tensor([len(keys)]))[0])
-    count = min(MOST_IMAGES, total // 2)
+    count = scaling_size(total)
     if count < LEAST_IMAGES:
         raise SpecError(
             f"an ensemble needs at least {2 * LEAST_IMAGES} held-out normal images, some to scale its members and "

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from raydetect.artifacts.fleet import member_uri, write_fleet
+from raydetect.artifacts.replacement import remove_replaced
 from raydetect.artifacts.store import package_versions
 from raydetect.blocks.coresets.group import Group
 from raydetect.config import public_spec
@@ -137,5 +138,7 @@ def _commit(work: FitRun, reports: Mapping[str, FitReport], read: ReadFacts) -> 
         "workers": work.group.size,
         **measured,
     }
-    digest = write_fleet(work.uri, Storage(work.spec.storage), {name: e[0] for name, e in found.items()}, facts)
+    storage = Storage(work.spec.storage)
+    digest = write_fleet(work.uri, storage, {name: e[0] for name, e in found.items()}, facts)
+    remove_replaced(work.uri, storage)
     return FitReport(work.uri, digest, {**facts, "categories": len(found)})

@@ -4,7 +4,7 @@ import torch
 
 from raydetect.blocks.coresets.group import Group
 from raydetect.blocks.seeding import keyed_seed
-from raydetect.config import FEW_IMAGES, FitSpec
+from raydetect.config import FEW_IMAGES, HOLDOUT_RATIO, FitSpec
 from raydetect.detectors._base import Detector
 from raydetect.errors import SpecError
 from raydetect.fitting.image_cache import ImageCache
@@ -99,6 +99,24 @@ def _require_two(images: int, where: str) -> None:
         )
 
 
+def holdout_size(images: int, ratio: float) -> int:
+    """Number of images held out of at least two normal images."""
+    return min(max(1, round(ratio * images)), images - 1)
+
+
+def calibration_size(spec: FitSpec, detector: Detector, images: int) -> int:
+    """Number of images that a fit calibrates on without `calibration.source`, before those that set a common scale.
+
+    Args:
+        spec: the job.
+        detector: of the job, before the fit.
+        images: number of normal images, at least two.
+    """
+    if crosses(spec, detector, images):
+        return images
+    return holdout_size(images, spec.calibration.holdout_ratio or HOLDOUT_RATIO)
+
+
 def choose_holdout(keys: list[str], ratio: float, seed: int, group: Group, where: str) -> frozenset[str]:
     """Selects the calibration images among the normal images of all workers: those with the smallest keyed hash.
 
@@ -118,6 +136,5 @@ def choose_holdout(keys: list[str], ratio: float, seed: int, group: Group, where
     hash_I = keyed_hashes(keys, seed)
     all_marks = torch.cat(group.gather(hash_I)).sort().values
     _require_two(len(all_marks), where)
-    count = min(max(1, round(ratio * len(all_marks))), len(all_marks) - 1)
-    limit = int(all_marks[count - 1])
+    limit = int(all_marks[holdout_size(len(all_marks), ratio) - 1])
     return frozenset(key for key, mark in zip(keys, hash_I.tolist(), strict=True) if mark <= limit)

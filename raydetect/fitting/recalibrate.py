@@ -12,6 +12,7 @@ import torch
 
 from raydetect.artifacts.fleet import ArtifactIndex, member_uri, read_index, read_records, write_fleet
 from raydetect.artifacts.record import ArtifactRecord, Calibration, write_record
+from raydetect.artifacts.replacement import remove_replaced
 from raydetect.artifacts.store import load_artifact, package_versions
 from raydetect.artifacts.tensor_header import tensors_uri
 from raydetect.blocks.coresets.group import Group
@@ -85,6 +86,7 @@ def recalibrate(
     }
     members = {name: digest for name, digest in digests.items() if name is not None}
     new_digest = write_fleet(uri, storage, members, index.body) if members else digests[None]
+    remove_replaced(uri, storage)
     held_out = {name: len(calibration.scores) for name, calibration in calibrations.items()}
     before = {name: len(record.calibration.scores) for name, record in records.items()}
     return Recalibrated(uri, new_digest, held_out, before, bad)

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from raydetect.artifacts.replacement import refuse_existing
 from raydetect.artifacts.store import load_artifact, save_artifact
 from raydetect.config import AT_LEAST_2X, STRETCH, DetectorSpec, FitSpec, JpegScale, ViewSpec
 from raydetect.config.validation import to_plain, validate
@@ -152,11 +153,16 @@ class Estimator(Scoring):
         self.spec = spec
         return self
 
-    def save(self, uri: str) -> str:
+    def save(self, uri: str, *, replace: bool = False) -> str:
         """Writes the artifact that `raydetect score` and `create_model.load` read, and returns its digest.
+
+        Args:
+            uri: folder of the artifact.
+            replace: whether an artifact that is there already is replaced.
 
         Raises:
             NotFittedError: the model is not fitted.
+            SpecError: an artifact is there already.
             StorageError: the artifact cannot be written.
         """
         fitted, target = self._require_calibrated(), normalise_uri(uri)
@@ -164,6 +170,8 @@ class Estimator(Scoring):
         if facts.get("spec", {}).get("artifact") == NOT_SAVED:
             facts["spec"] = {**facts["spec"], "artifact": target}
         storage = Storage(self.settings.storage)
+        if not replace:
+            refuse_existing(target, storage, "save", "save(uri, replace=True)")
         return save_artifact(target, storage, self.spec.name, fitted.detector, fitted.calibration, facts)
 
     @classmethod

@@ -21,7 +21,7 @@ from raydetect.report.pictures import Pictures
 from raydetect.report.run_charts import Chart, distribution_chart, p_limit, timeline_chart
 from raydetect.report.tally import MAX_BAD_PER_STATUS, CategorySums, Tally
 from raydetect.sinks.ledger import Ledger, Totals
-from raydetect.sinks.run_progress import fdr_text, labelled_auroc, level_text, notes_text, regions_text
+from raydetect.sinks.run_progress import fdr_text, flags_nothing, labelled_auroc, level_text, notes_text, regions_text
 
 MAX_LABELLED = 1_000_000  # omit the AUROC above, as it needs all labelled scores in memory
 MAX_CATEGORY_ROWS = 300
@@ -128,6 +128,8 @@ def facts(ledger: Ledger, run: Mapping[str, Any], tally: Tally, manifest: Mappin
 
 def _flagged(run: Mapping[str, Any], tally: Tally, manifest: Mapping[str, Any] | None) -> Fact:
     totals = tally.totals
+    if flags_nothing(run):
+        return Fact("flagged", "nothing", "by flag: none")
     note = _percent(totals.flagged, totals.rows)
     if run["spec"]["flag"].get("fdr") is not None:
         if manifest is None:
@@ -174,6 +176,8 @@ def _regions(run: Mapping[str, Any], tally: Tally) -> list[tuple[str, str]]:
 def _rule(run: Mapping[str, Any], manifest: Mapping[str, Any] | None) -> str:
     """Describes the flagging rule of the job, with the resulting limit for a rule over the whole archive."""
     flag = run["spec"]["flag"]
+    if flags_nothing(run):
+        return "never, by flag: none"
     if flag.get("fdr") is not None:
         rule = f"false discovery rate at most {100 * flag['fdr']:g} % over the whole archive (Benjamini-Hochberg)"
         if manifest is None:

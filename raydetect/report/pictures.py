@@ -213,12 +213,6 @@ def region_threshold(run: Mapping[str, Any], category: str | None) -> float | No
     return None if value is None else float(value)
 
 
-def has_regions(run: Mapping[str, Any]) -> bool:
-    """Whether rows of the run, of some category at least, may have regions."""
-    entry = run.get("region_threshold", {})
-    return any(one.get("value") is not None for one in entry.get("categories", {"": entry}).values())
-
-
 def _of_category(entry: Mapping[str, Any], category: str | None) -> Mapping[str, Any]:
     """What an entry of `run.json` says about a category; for a run without a fleet, the entry itself."""
     found: Mapping[str, Any] = entry.get("categories", {}).get(category, entry)

@@ -86,6 +86,7 @@ class Tally:
         if not table.num_rows:
             return
         flagged_N = pc.fill_null(table["flagged"], False).to_numpy(zero_copy_only=False)
+        decided_N = table["flagged"].is_valid().to_numpy(zero_copy_only=False)
         ok_N = pc.equal(table["status"], OK).to_numpy(zero_copy_only=False)
         labels_N, scores_N = floats(table, "label"), floats(table, "image_score")
         for name, mine_N in by_category(table):
@@ -96,7 +97,7 @@ class Tally:
             counted_N = mine_N & ok_N
             sums.labelled += int((counted_N & ~np.isnan(labels_N)).sum())
             sums.anomalous += int((counted_N & (labels_N == 1)).sum())
-            sums.missed += int((counted_N & (labels_N == 1) & ~flagged_N).sum())
+            sums.missed += int((counted_N & (labels_N == 1) & decided_N & ~flagged_N).sum())
             sums.false_alarms += int((counted_N & (labels_N == 0) & flagged_N).sum())
             if counted_N.any():
                 sums.highest = max(sums.highest, float(scores_N[counted_N].max()))

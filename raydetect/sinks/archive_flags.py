@@ -37,10 +37,7 @@ class ArchiveFlags:
         flagged = pc.less_equal(table["p_value"], pa.scalar(limit, pa.float64()))
         if "flagged" in table.column_names:
             table = _with(table, "flagged", flagged)
-        for name in REGIONS:
-            if name in table.column_names:
-                column = table[name]
-                table = _with(table, name, pc.if_else(flagged, column, pa.scalar(None, column.type)))
+        table = flagged_regions(table, flagged)
         if "threshold" in table.column_names:
             thresholds = [
                 None if p_value is None else self._threshold(category)
@@ -60,6 +57,21 @@ class ArchiveFlags:
 
     def _threshold(self, category: str | None) -> float | None:
         return self.thresholds[None] if None in self.thresholds else self.thresholds.get(category)
+
+
+def flagged_regions(table: pa.Table, flagged: pa.ChunkedArray) -> pa.Table:
+    """The rows without the regions and close-ups of images that are not flagged.
+
+    Args:
+        table: rows with any columns of the results.
+        flagged: of each row; null = not flagged.
+    """
+    for name in REGIONS:
+        if name in table.column_names:
+            column = table[name]
+            kept = pc.if_else(pc.fill_null(flagged, False), column, pa.scalar(None, column.type))
+            table = _with(table, name, kept)
+    return table
 
 
 def archive_flags(manifest: Mapping[str, Any] | None) -> ArchiveFlags | None:

@@ -3,7 +3,7 @@
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,7 +69,13 @@ def refuse_without_images(totals: Totals, where: str) -> None:
         raise SpecError(f"{where}: has no images; left out: {text}. Check source.uri, format and pattern.")
 
 
-def refuse_other_shards(ledger: Ledger, committed: Iterable[int], shards: Sequence[Shard], run: str) -> None:
+def refuse_other_shards(
+    ledger: Ledger,
+    committed: Iterable[int],
+    shards: Sequence[Shard],
+    run: str,
+    describe: Callable[[], str] = lambda: "",
+) -> None:
     """Refuses committed shards that belong to another job or differ from the shard of their index in a new listing.
 
     A receipt of an older raydetect records no span, so its shard must be the only one of its URI.
@@ -79,6 +85,7 @@ def refuse_other_shards(ledger: Ledger, committed: Iterable[int], shards: Sequen
         committed: indexes of committed shards.
         shards: the new listing.
         run: digest of what determines the rows.
+        describe: says what has changed in an archive of which the job is the same, and what to do.
 
     Raises:
         ResumeError: a committed shard does not match; the message names it.
@@ -98,7 +105,9 @@ def refuse_other_shards(ledger: Ledger, committed: Iterable[int], shards: Sequen
             )
         else:
             continue
-        raise ResumeError(f"{ledger.uri}: {message}. Use another sink.uri, or the archive and job it was started with.")
+        more = describe() if receipt.run == run else ""
+        usual = "Use another sink.uri, or the archive and job it was started with."
+        raise ResumeError(f"{ledger.uri}: {message}. {more or usual}")
 
 
 def refuse_taken(ledger: Ledger, news: Iterable[int], shards: Sequence[Shard], run: str) -> None:

@@ -60,6 +60,10 @@ class Ledger:
         self.require_own(run)
         return True
 
+    def replace_run(self, run: Mapping[str, Any]) -> None:
+        """Writes `run.json`, whatever it holds; for a change of the rule for flags, which rewrites the rows too."""
+        self._write("run.json", run)
+
     def forget(self) -> None:
         """Removes `run.json`, so that the job that owns the records can be started again."""
         self.storage.delete(join_uri(self.uri, "run.json"))

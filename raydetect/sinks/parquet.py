@@ -112,7 +112,7 @@ class ResultsSink:
             statuses=_value_counts(table["status"]),
             flagged=pc.sum(table["flagged"]).as_py() or 0,
             labelled=_count_labelled(table),
-            p_counts=_undecided_p_values(table),
+            p_counts=undecided_p_values(table),
             notes=_note_counts(table),
             zips=tuple(zips),
             heatmaps=sum(one.pictures for one in zips) - close_ups,
@@ -220,8 +220,8 @@ def _count_labelled(table: pa.Table) -> int:
     return int(pc.sum(labelled).as_py() or 0)
 
 
-def _undecided_p_values(table: pa.Table) -> dict[float, int]:
-    """Counts the rows by p-value whose flag depends on the whole archive."""
+def undecided_p_values(table: pa.Table) -> dict[float, int]:
+    """Counts the rows by p-value whose flag depends on the whole archive, or is not decided at all."""
     undecided = pc.and_(pc.is_valid(table["p_value"]), pc.is_null(table["flagged"]))
     return _value_counts(table["p_value"].filter(undecided))
 

@@ -7,8 +7,9 @@ import pyarrow.parquet as pq
 
 from raydetect.errors import StorageError
 from raydetect.records import Part, Receipt
-from raydetect.sinks.archive_flags import NEEDED, ArchiveFlags, archive_flags
+from raydetect.sinks.archive_flags import NEEDED, archive_flags, flagged_regions
 from raydetect.sinks.ledger import Ledger
+from raydetect.sinks.reflagging import DONE, refuse_under_way
 from raydetect.sinks.scored_chunk import SCHEMA
 from raydetect.storage import join_uri
 from raydetect.storage.read_ahead import read_ahead
@@ -22,7 +23,7 @@ def read_rows(ledger: Ledger, columns: Sequence[str] | None = None) -> Iterator[
     """Yields the rows of every committed part, in order of shards and chunks; threads read a few parts ahead.
 
     If flags are decided over the whole archive (`flag.fdr`), rows and counts include that decision once the run is
-    finished; before, `flagged` is null.
+    finished; before, `flagged` is null. After a reflag, rows of images that are not flagged any more have no regions.
 
     Args:
         ledger: ledger of the results directory.
@@ -30,8 +31,12 @@ def read_rows(ledger: Ledger, columns: Sequence[str] | None = None) -> Iterator[
 
     Raises:
         StorageError: a record or part is missing or damaged.
+        ResumeError: a reflag was interrupted.
     """
+    run = ledger.run()
+    refuse_under_way(ledger.uri, run)
     flags = archive_flags(ledger.manifest())
+    was_reflagged = run is not None and DONE in run
 
     def parts() -> Iterator[tuple[Receipt, Part]]:
         for written in ledger.receipts():
@@ -39,17 +44,15 @@ def read_rows(ledger: Ledger, columns: Sequence[str] | None = None) -> Iterator[
             yield from ((receipt, part) for part in receipt.parts)
 
     def read(one: tuple[Receipt, Part]) -> tuple[Receipt, Part, pa.Table]:
-        return (*one, _read(ledger, one[1], columns, flags))
+        more = (*NEEDED, "flagged") if flags or was_reflagged else ()
+        table = read_part(ledger, one[1], None if columns is None else tuple(dict.fromkeys((*columns, *more))))
+        if flags is not None:
+            table = flags.apply(table)
+        elif was_reflagged:
+            table = flagged_regions(table, table["flagged"])
+        return (*one, table if columns is None else table.select(list(columns)))
 
     yield from read_ahead(read, parts(), READERS)
-
-
-def _read(ledger: Ledger, part: Part, columns: Sequence[str] | None, flags: ArchiveFlags | None) -> pa.Table:
-    if flags is None:
-        return read_part(ledger, part, columns)
-    if columns is None:
-        return flags.apply(read_part(ledger, part))
-    return flags.apply(read_part(ledger, part, tuple(dict.fromkeys((*columns, *NEEDED))))).select(list(columns))
 
 
 def read_part(ledger: Ledger, part: Part, columns: Sequence[str] | None = None) -> pa.Table:

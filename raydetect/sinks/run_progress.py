@@ -18,6 +18,9 @@ from raydetect.metrics.roc import auroc
 from raydetect.records import Receipt
 from raydetect.sinks.consistency import Gaps, listed_files, named_files, names_text
 from raydetect.sinks.ledger import Ledger, Totals
+from raydetect.sinks.reflagging import UNDER_WAY
+
+NOTHING_FLAGGED = "nothing, by flag: none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,8 @@ class RunProgress:
         totals: sums over the committed shards.
         finished: whether the manifest exists and all shards have their records.
         num_categories: number of categories of the fleet; 0 without a fleet.
+        flags_nothing: whether the job decides nothing (`flag: none`).
+        reflagging: whether a reflag is running or was interrupted.
         flags_wait: whether flags are decided over the whole archive (`flag.fdr`) and the run is not finished.
         fdr: the manifest's entry `fdr` once the run is finished.
         lost: number of records that are missing although the manifest exists.
@@ -49,19 +54,31 @@ class RunProgress:
     gaps: str = ""
     regions: str = ""
     level: str = ""
+    flags_nothing: bool = False
+    reflagging: bool = False
 
     @property
     def flagged(self) -> int | None:
-        """Number of flagged images; None until the run is finished if flags are decided over the whole archive."""
-        if self.flags_wait:
+        """Number of flagged images; None with `flag: none`, and with `flag.fdr` until the run is finished."""
+        if self.flags_wait or self.flags_nothing:
             return None
         return self.totals.flagged if self.fdr is None else int(self.fdr["flagged"])
 
     def plain(self) -> dict[str, Any]:
         """Returns the progress as a JSON object."""
         run: dict[str, Any] = {"uri": self.uri, "num_shards": self.num_shards, "num_categories": self.num_categories}
-        run |= {"finished": self.finished, "lost_records": self.lost, "missing": self.gaps}
+        run |= {
+            "finished": self.finished,
+            "lost_records": self.lost,
+            "missing": self.gaps,
+            "reflagging": self.reflagging,
+        }
         return {**run, **self.totals.plain(), "flagged": self.flagged, "fdr": self.fdr}
+
+    def _flagged_text(self) -> str:
+        if self.flags_nothing:
+            return NOTHING_FLAGGED
+        return "when all shards are committed (flag.fdr)" if self.flagged is None else f"{self.flagged:,}"
 
     def lines(self) -> list[str]:
         """Formats the progress as lines of text."""
@@ -75,7 +92,7 @@ class RunProgress:
             f"{self.uri}: {state}",
             f"Shards     {totals.shards:,} of {self.num_shards:,} committed ({share:.1f} %)",
             f"Images     {totals.rows:,} ({kinds or 'none yet'})",
-            f"Flagged    {'when all shards are committed (flag.fdr)' if self.flagged is None else f'{self.flagged:,}'}",
+            f"Flagged    {self._flagged_text()}",
             f"Heatmaps   {heatmaps_text(totals.plain())}",
         ]
         left_out = left_out_text(totals.left_out.counts)
@@ -90,7 +107,9 @@ class RunProgress:
         spent = totals.last_unix - totals.first_unix
         if totals.shards > 1 and spent > 0:
             lines.append(f"Pace       {totals.shards / spent * 60:.1f} shards/min between first and last commit")
-        if self.gaps:
+        if self.reflagging:
+            lines.append(f"A reflag is running or was interrupted; `raydetect reflag {self.uri}` continues it.")
+        elif self.gaps:
             lines.append(f"Missing    {self.gaps}")
         elif not self.finished:
             lines.append("Start the same job again to continue.")
@@ -142,6 +161,8 @@ class ProgressReader:
                 lost,
                 regions=regions,
                 level=level_text(run),
+                flags_nothing=flags_nothing(run),
+                reflagging=UNDER_WAY in run,
             )
 
 
@@ -161,6 +182,17 @@ def progress(ledger: Ledger) -> RunProgress:
     for path, size in files:
         gaps.look(path, size)
     return replace(run_progress, finished=run_progress.finished and not gaps.count, gaps=gaps.text())
+
+
+def has_regions(run: Mapping[str, Any]) -> bool:
+    """Whether rows of the run, of some category at least, may have regions."""
+    entry = run.get("region_threshold", {})
+    return any(one.get("value") is not None for one in entry.get("categories", {"": entry}).values())
+
+
+def flags_nothing(run: Mapping[str, Any]) -> bool:
+    """Whether the job decides nothing (`flag: none`)."""
+    return bool(run["result"]["spec"].get("flag", {}).get("nothing"))
 
 
 def notes_text(notes: Mapping[str, int]) -> str:

@@ -22,6 +22,7 @@ from raydetect.records import OK, HeatmapZip, Part, Receipt
 from raydetect.sinks.archive_flags import archive_flags
 from raydetect.sinks.consistency import NAMED, listed_files, named_files, names_text, rows_digest
 from raydetect.sinks.ledger import Ledger, Totals, repair_hint
+from raydetect.sinks.reflagging import refuse_under_way
 from raydetect.storage import join_uri
 from raydetect.storage.read_ahead import read_ahead
 
@@ -144,11 +145,13 @@ def verify(ledger: Ledger, on_progress: ProgressCallback) -> Verification:
 
     Raises:
         MissingError: no run was started there.
+        ResumeError: a reflag is running or was interrupted.
         StorageError: the storage failed.
     """
     verification = Verification(ledger.uri)
     committed = sorted(ledger.committed())
     run = _run(ledger, bool(committed), verification)
+    refuse_under_way(ledger.uri, run)
     manifest = _manifest(ledger, verification)
     verification.finished = manifest is not None
     _check_run(run, committed, verification)

@@ -164,11 +164,11 @@ def _expected(stored: Files) -> list[tuple[Any, ...]]:
     [
         (lambda c: c["scores"].reverse(), "calibration.scores: is not in ascending order"),
         (lambda c: c["scores"].__setitem__(-1, math.nan), "calibration.scores.6: should be a finite number"),
-        (lambda c: c["scores"].__setitem__(0, "0.5"), "calibration.scores.0: should be a valid number"),
+        (lambda c: c["scores"].__setitem__(0, "0.5"), "calibration.scores.0: should be a number"),
         (lambda c: c.update(scores=[]), "calibration.scores"),
         (lambda c: c["scores"].pop(), "images.held_out is 7, but calibration.scores has 6"),
         (lambda c: c.update(map_low=c["map_high"] + 1), "is below map_low"),
-        (lambda c: c.update(map_high=1e300), "calibration.map_high: should be less than or equal to"),
+        (lambda c: c.update(map_high=1e300), "calibration.map_high: should be at most"),
     ],
 )
 def test_a_calibration_that_cannot_be_is_refused_when_the_job_is_planned(

@@ -364,7 +364,7 @@ def test_what_labels_were_read_as_is_said_by_check_and_fit(place: Place, tmp_pat
     assert "8 labelled anomalous left out" in fitted.stdout
     assert "Note: only 3 of 11 labelled images are normal." in fitted.stdout
     assert "source.normal_names" in fitted.stdout
-    inverted = call("fit", job, "--local", "--set", "source.normal_names=[nothing]")
+    inverted = call("fit", job, "--local", "--replace", "--set", "source.normal_names=[nothing]")
     assert inverted.exit_code == 0 and "label:" not in inverted.stdout  # no class is normal, so no label is read
 
 

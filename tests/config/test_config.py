@@ -43,7 +43,7 @@ def test_a_job_file_becomes_a_spec_with_defaults() -> None:
     [
         (["sink.heatmap=all"], ["sink.heatmap: unknown key. Did you mean 'heatmaps'?"]),
         (["chunk_images=many"], ["chunk_images", "many"]),
-        (["batch_size=0"], ["batch_size", "greater than or equal to 1"]),
+        (["batch_size=0"], ["batch_size", "should be at least 1"]),
         (["flag.threshold=3", "flag.fdr=0.1"], ["set only one of alpha, threshold and fdr"]),
         (["sink.style=png"], ["sink.style", "'overlay'"]),
         (["resource.num_workers=3"], ["resource: unknown key. Did you mean 'resources'?"]),

@@ -15,7 +15,7 @@ from raydetect.artifacts.fit_preprocess import fit_preprocess
 from raydetect.artifacts.store import load_artifact, read_record
 from raydetect.cli.main import main
 from raydetect.config import EvaluateSpec, FitSpec, parse_job
-from raydetect.config.paper_views import PAPER_VIEWS
+from raydetect.config.geometry.paper_views import PAPER_VIEWS
 from raydetect.config.validation import to_plain
 from raydetect.evaluation.cells import plan_evaluation
 from raydetect.evaluation.run import cell_fit_spec, run_cell

@@ -71,7 +71,7 @@ def spotted(number: int, left: int, size: tuple[int, int] = (128, 80)) -> tuple[
 
 
 def fit(**changes: Any) -> dict[str, Any]:
-    spec = parse_job({**FIT, **changes}, "fit")
+    spec = parse_job({**FIT, "replace": True, **changes}, "fit")
     assert isinstance(spec, FitSpec)
     assert find_problems(spec) == []
     return dict(jobs.fit(spec, lambda *_: None).facts)
@@ -294,7 +294,7 @@ def test_each_category_of_a_fleet_has_its_region(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"mask for each \{category\}"):
         parse_job({**FIT, **settings}, "fit")
     (tmp_path / "masks" / "nut.png").unlink()
-    spec = parse_job({**FIT, **settings, "per_category": True}, "fit")
+    spec = parse_job({**FIT, **settings, "per_category": True, "replace": True}, "fit")
     assert isinstance(spec, FitSpec)
     (problem,) = find_problems(spec)
     assert "masks/nut.png of category 'nut' does not exist. Add it or correct the URI." in problem
@@ -345,7 +345,7 @@ def test_the_commands_take_views_and_give_hints(tmp_path: Path) -> None:
         assert "Hint: most images (300 x 150 px) are more than 4 times as large as the input (48 x 48 px)" in text
         assert "view: {tile: {overlap: 12}} looks at them in 32 tiles, and with scale: 0.5 in 8." in text
     assert len(read_record(f"file://{tmp_path}/artifact", Storage()).body["hints"]) == 2
-    tiled = call("fit", str(job), "--local", "--set", "view.tile.overlap=16")
+    tiled = call("fit", str(job), "--local", "--replace", "--set", "view.tile.overlap=16")
     assert "Hint" not in tiled
     record = read_record(f"file://{tmp_path}/artifact", Storage()).body
     assert record["preprocess"]["view"] == {"tile": {"size": None, "overlap": 16}} and "hints" not in record

@@ -4,6 +4,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Container, Iterable, Iterator, Sequence
+from itertools import chain, groupby
 from typing import Any
 
 from raydetect.archives.access import is_alone, others_of
@@ -17,6 +18,7 @@ from raydetect.left_out import LeftOutCount
 from raydetect.records import Member, Shard
 from raydetect.storage import FileInfo, Storage, join_uri, relative_to
 
+Line = list[Any]  # [name, bytes, fingerprint] of an image, and its sidecars by suffix if it has some
 KINDS = {"link": "linked_folder", "other": "not_a_file"}  # reasons to leave out what is not a file
 
 
@@ -43,8 +45,7 @@ def group_files(
     arranged = arrange(entries)
     for entry, reason in arranged.left_out:
         left_out.add(reason, escaped_text(entry.name))
-    lines = (_line_with_sidecars(sample, regular) for sample in arranged.samples)
-    yield from _cut(((root, line) for line in lines), source)
+    yield from cut_lines(root, [_described(sample, regular) for sample in arranged.samples], source)
 
 
 def _entry(root: str, file: FileInfo, place: int) -> Entry:
@@ -54,13 +55,16 @@ def _entry(root: str, file: FileInfo, place: int) -> Entry:
 
 def regroup_files(shards: Iterable[Shard], seen: Container[object], source: SourceSpec) -> list[Shard]:
     """Shards of the images of prefix shards that are not among `seen` (see `file_key`); all have index 0."""
-    lines = ((shard.uri, line) for shard in shards for line in _lines(shard))
-    return list(_cut((item for item in lines if not _is_seen(*item, seen)), source))
+    regrouped: list[Shard] = []
+    for root, listed in groupby(shards, lambda shard: shard.uri):
+        lines = chain.from_iterable(map(lines_of, listed))
+        regrouped += cut_lines(root, [line for line in lines if not _is_seen(root, line, seen)], source)
+    return regrouped
 
 
 def file_keys(shard: Shard) -> list[bytes]:
     """The key of each image of a prefix shard, whatever folder the shard was listed from."""
-    return [file_key(join_uri(shard.uri, str(line[0])), line[2] if line[2:] else None) for line in _lines(shard)]
+    return [file_key(join_uri(shard.uri, str(line[0])), line[2] if line[2:] else None) for line in lines_of(shard)]
 
 
 def file_key(uri: str, fingerprint: str | None) -> bytes:
@@ -68,40 +72,42 @@ def file_key(uri: str, fingerprint: str | None) -> bytes:
     return hashlib.blake2b(json.dumps([uri, fingerprint]).encode(), digest_size=16).digest()
 
 
-def _is_seen(root: str, line: Sequence[Any], seen: Container[object]) -> bool:
+def _is_seen(root: str, line: Line, seen: Container[object]) -> bool:
     uri = join_uri(root, str(line[0]))
     return file_key(uri, line[2]) in seen or file_key(uri, None) in seen
 
 
-def _cut(lines: Iterable[tuple[str, list[Any]]], source: SourceSpec) -> Iterator[Shard]:
-    """Yields shards of consecutive images of the same root."""
-    group: list[list[Any]] = []
-    group_root, group_bytes = "", 0
-    for root, line in lines:
-        is_full = len(group) == source.shard_images or group_bytes + line[1] > source.split_bytes
-        if group and (is_full or root != group_root):
-            yield _shard(group_root, group)
+def cut_lines(root: str, lines: Sequence[Line], source: SourceSpec) -> Iterator[Shard]:
+    """Yields the shards of consecutive lines, all with index 0."""
+    group: list[Line] = []
+    group_bytes = 0
+    for line in lines:
+        size = int(line[1])
+        if group and (len(group) == source.shard_images or group_bytes + size > source.split_bytes):
+            yield shard_of_lines(root, group)
             group, group_bytes = [], 0
         group.append(line)
-        group_root, group_bytes = root, group_bytes + line[1]
+        group_bytes += size
     if group:
-        yield _shard(group_root, group)
+        yield shard_of_lines(root, group)
 
 
-def _shard(root: str, lines: list[list[Any]]) -> Shard:
-    files = [file for line in lines for file in (line[:3], *(line[3] if line[3:] else {}).values())]
-    marks = [[join_uri(root, name), size, fingerprint] for name, size, fingerprint in files]
+def shard_of_lines(root: str, lines: Sequence[Line]) -> Shard:
+    """The shard of these lines, with index 0."""
+    files = [file for line in lines for file in (line, *(line[3].values() if line[3:] else ()))]
+    folder = root.rstrip("/")
+    marks = [[f"{folder}/{file[0]}", file[1], file[2] if file[2:] else None] for file in files]
     return Shard(
         index=0,
         uri=root,
         format="prefix",
-        size_bytes=sum(line[1] for line in lines),
+        size_bytes=sum(int(line[1]) for line in lines),
         fingerprint=hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:16],
         listing=zlib.compress(json.dumps(lines).encode()),
     )
 
 
-def _line_with_sidecars(sample: Sample, files: list[FileInfo]) -> list[Any]:
+def _described(sample: Sample, files: list[FileInfo]) -> Line:
     sidecars = {suffix: _line(entry, files) for suffix, entry in sample.sidecars.items()}
     return [*_line(sample.entry, files), *([sidecars] if sidecars else [])]
 
@@ -112,13 +118,19 @@ def _line(entry: Entry, files: list[FileInfo]) -> list[Any]:
 
 def loose_names(shard: Shard) -> list[str]:
     """Returns the names of the images of a prefix shard, relative to its URI."""
-    return [str(line[0]) for line in _lines(shard)]
+    return [str(line[0]) for line in lines_of(shard)]
 
 
-def _lines(shard: Shard) -> list[list[Any]]:
+def lines_of(shard: Shard) -> list[Line]:
     """Returns [name, bytes, fingerprint, sidecars by suffix] of every image; older versions wrote the first two."""
-    lines: list[list[Any]] = json.loads(zlib.decompress(shard.listing))
+    lines: list[Line] = json.loads(zlib.decompress(shard.listing))
     return lines
+
+
+def key_of_line(root: str, line: Line) -> str:
+    """Returns the key of the image of a line."""
+    name = escaped_text(str(line[0]))
+    return f"{escaped_text(root)}#{name.encode('unicode_escape').decode() if is_unsafe(name) else name}"
 
 
 def read_prefix(
@@ -148,7 +160,7 @@ class Folder(ContainerDirectory):
         self.uri, self._storage = shard.uri, storage
         self._fingerprints: dict[str, str | None] = {}
         self.samples: list[Sample] = []
-        for place, line in enumerate(_lines(shard)):
+        for place, line in enumerate(lines_of(shard)):
             sidecars = {suffix: self._listed(fields, place) for suffix, fields in (line[3] if line[3:] else {}).items()}
             self.samples.append(Sample(self._listed(line, place), sidecars))
         self.entries = [sample.entry for sample in self.samples]
@@ -180,8 +192,7 @@ class Folder(ContainerDirectory):
 
     def key_of(self, entry: Entry) -> str:
         """Returns the key of a file."""
-        name = escaped_text(entry.name)
-        return f"{escaped_text(self.uri)}#{name.encode('unicode_escape').decode() if is_unsafe(name) else name}"
+        return key_of_line(self.uri, [entry.name])
 
     def safe_name(self, entry: Entry) -> str:
         """Returns the name of a file; unlike in containers it may have `//` or a leading `/`, as in object stores.

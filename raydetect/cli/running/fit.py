@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from raydetect.cli.options import BAD_JOB, cluster, errors, in_process, load, overrides, shown_place
+from raydetect.cli.options import (
+    BAD_JOB,
+    cluster,
+    errors,
+    in_process,
+    load,
+    overrides,
+    replace,
+    shown_place,
+    with_replace,
+)
 from raydetect.cli.running.folder_job import JOB_SUFFIXES, fit_of, job_or_images
 from raydetect.cli.running.placement import Size, Wanted, ray, runs_here
 from raydetect.errors import SpecError
@@ -24,6 +34,7 @@ if TYPE_CHECKING:
 @cluster
 @in_process
 @ray
+@replace
 @click.option("--out", metavar="ARTIFACT", help="With images instead of a job file: where the artifact goes.")
 @click.option("--detector", metavar="NAME", help="With images: a name of `raydetect detectors`; default patchcore.")
 @click.option(
@@ -38,6 +49,7 @@ def fit(
     out: str | None,
     detector: str | None,
     extend: str | None,
+    replace: bool,
 ) -> None:
     """Fit a detector on normal images and write the artifact.
 
@@ -45,13 +57,16 @@ def fit(
     """
     with errors(BAD_JOB), doing("checking the job"):
         wanted = Wanted(address, in_process, on_ray)
-        given = fit_of(job, _with_extend(overrides, extend), out, detector)
+        given = fit_of(job, _with_extend(with_replace(overrides, replace), extend), out, detector)
         spec: FitSpec = given.spec
+        from raydetect.artifacts.replacement import existing_artifact
         from raydetect.check import find_problems
+        from raydetect.storage import Storage
 
         problems = find_problems(spec)
         if problems:
             raise SpecError(" ".join(problems))
+        replaced = existing_artifact(spec.artifact, Storage(spec.storage))
         is_here = runs_here(wanted, spec.resources, lambda: _size(spec))
         from raydetect.progress.displays import FitDisplay
     with errors(), FitDisplay() as display:
@@ -64,10 +79,10 @@ def fit(
 
             report = fit_on_ray(spec, wanted.target, display.on_progress)
     with errors():
-        from raydetect.storage import Storage
-
         given.keep(report.uri, Storage(spec.storage))
     _print_fit(spec, report)
+    if replaced is not None:
+        click.echo(f"Replaced {replaced.text}.")
     click.echo(f"Next: {_next_command(spec, report.uri, job)}")
 
 

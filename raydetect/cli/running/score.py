@@ -2,7 +2,6 @@
 
 import os
 import shlex
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,7 +9,7 @@ import click
 from raydetect.cli.options import BAD_JOB, cluster, errors, in_process, overrides, shown_place
 from raydetect.cli.running.folder_job import job_or_images, score_of
 from raydetect.cli.running.placement import Size, Wanted, ray, runs_here
-from raydetect.cli.scoring import retried_text, run_score
+from raydetect.cli.running.run import accepted_text, changed_text, retried_text, run_score
 from raydetect.errors import SpecError
 from raydetect.progress.activity import doing
 from raydetect.records import BAD_STATUSES
@@ -35,6 +34,11 @@ if TYPE_CHECKING:
     metavar="STATUS",
     help="Rescore shards that contain rows with this status, such as unreadable or bad_shard.",
 )
+@click.option(
+    "--accept-new",
+    is_flag=True,
+    help="Score what is new in an archive that has changed since; what was scored keeps its rows.",
+)
 def score(
     job: str,
     overrides: tuple[str, ...],
@@ -44,6 +48,7 @@ def score(
     artifact: str | None,
     out: str | None,
     retry: tuple[str, ...],
+    accept_new: bool,
 ) -> None:
     """Score an archive; running the same job again resumes it.
 
@@ -57,14 +62,16 @@ def score(
             raise SpecError("engine: serve needs the cluster on which `raydetect serve` runs. Set --address.")
         from raydetect.planning.plan import plan_score
 
-        plan = plan_score(spec, retry=retry)
+        plan = plan_score(spec, retry=retry, accept_new=accept_new)
         plan.begin()
         given.keep(plan.ledger.uri, plan.ledger.storage)
     if retry:
         click.echo(retried_text(plan, retry), err=True)
     done = len(plan.shards) - len(plan.todo)
-    if plan.before is not None:
-        click.echo(_changed_text(plan.before, plan), err=True)
+    if accept_new:
+        click.echo(accepted_text(plan), err=True)
+    elif plan.before is not None:
+        click.echo(changed_text(plan.before, plan), err=True)
     if done:
         click.echo(f"{done} of {len(plan.shards)} shards are committed already; continuing with the rest.", err=True)
     for note in plan.notes:
@@ -74,19 +81,12 @@ def score(
         _summary(plan, run_score(plan, wanted.target, is_here))
 
 
-def _changed_text(before: Mapping[str, Any], plan: "ScorePlan") -> str:
-    then, now, left = int(before["num_shards"]), len(plan.shards), len(plan.todo)
-    added = f", {now - then:,} more" if now > then else ""
-    return (
-        f"The archive has changed since the run was started: it had {then:,} shards and has {now:,} now{added}. "
-        f"The {now - left:,} committed ones are unchanged; the other {left:,} are scored in their current state."
-    )
-
-
 def _summary(plan: "ScorePlan", manifest: dict[str, Any]) -> None:
     from raydetect.left_out import left_out_of, left_out_text
     from raydetect.sinks.run_progress import (
+        NOTHING_FLAGGED,
         fdr_text,
+        flags_nothing,
         heatmaps_text,
         labelled_auroc,
         level_text,
@@ -101,7 +101,8 @@ def _summary(plan: "ScorePlan", manifest: dict[str, Any]) -> None:
     left_out = left_out_text(left_out_of(manifest["left_out"]))
     if left_out:
         click.echo(f"Left out: {left_out}.")
-    click.echo(f"Flagged {manifest['flagged']:,}; heatmaps {heatmaps_text(manifest)}.")
+    flagged = f": {NOTHING_FLAGGED}" if flags_nothing(manifest) else f" {manifest['flagged']:,}"
+    click.echo(f"Flagged{flagged}; heatmaps {heatmaps_text(manifest)}.")
     if level_text(plan.run):
         click.echo(f"Note: {level_text(plan.run)}.")
     click.echo(f"Regions: {regions_text(manifest)}.")

@@ -1,5 +1,6 @@
 """Runs a scoring plan with a progress display, on Ray or in this process."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from raydetect.errors import MissingError, StorageError
@@ -33,6 +34,24 @@ def retried_text(plan: "ScorePlan", retry: tuple[str, ...]) -> str:
         return f"No committed shard contains a row with status {statuses}."
     rows, shards = sum(plan.retried.values()), len(plan.retried)
     return f"Retrying {rows:,} rows with status {statuses}: rescoring {shards:,} shards."
+
+
+def accepted_text(plan: "ScorePlan") -> str:
+    """Says what `--accept-new` has changed in the plan."""
+    if plan.late is None:
+        return "--accept-new: the archive is as the run has it, or no run was started; nothing to accept."
+    gone = f" {len(plan.late.gone):,} rows of images that are gone stay." if plan.late.gone else ""
+    return f"Accepted a changed archive: {plan.late.text() or 'no image more or less'}.{gone}"
+
+
+def changed_text(before: Mapping[str, Any], plan: "ScorePlan") -> str:
+    """Describes how the listing has grown since the run was started."""
+    then, now, left = int(before["num_shards"]), len(plan.shards), len(plan.todo)
+    added = f", {now - then:,} more" if now > then else ""
+    return (
+        f"The archive has changed since the run was started: it had {then:,} shards and has {now:,} now{added}. "
+        f"The {now - left:,} committed ones are unchanged; the other {left:,} are scored in their current state."
+    )
 
 
 def _run_score(plan: "ScorePlan", address: str | None, in_process: bool) -> dict[str, Any]:
