@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "%-16s %s\n", $$1, $$2}'
 
-demo: $(STAMP) ## fit and score a small archive on a local Ray, and write a report
+demo: $(STAMP) ## fit a small archive, score on a local Ray, and write a report
 	@rm -rf .demo
 	@$(BIN)/python -m tests.builders.archives .demo/archive
 	@$(BIN)/raydetect fit jobs/demo/fit.yaml $(if $(WEIGHTS),--set detector.params.weights=$(WEIGHTS))

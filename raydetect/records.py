@@ -10,6 +10,7 @@ PART_FILE = (
     r"(?:scores/shard=\d{5,}/part-\d{4,}\.parquet"
     r"|heatmaps/(?:shard=\d{5,}/(?:part|chunk)-\d{4,}|\d{5,}-\d{4,})\.zip)"
 )
+JOB_FILE = "job.yaml"  # in results and artifacts of jobs that were started without a file
 BAD_STATUSES = frozenset(
     {
         "bad_shard",  # the container is broken here; the rest of it is unknown

@@ -5,11 +5,11 @@ from collections import Counter
 from collections.abc import Sequence
 
 from raydetect.left_out import NAMED
-from raydetect.records import PART_FILE
+from raydetect.records import JOB_FILE, PART_FILE
 from raydetect.storage import FileInfo
 
 WRITTEN = re.compile(rf"(?P<run>.*)/(?:{PART_FILE}|ledger/\d{{5,}}\.json)", re.DOTALL)
-RECORDS = ("run.json", "manifest.json")
+RECORDS = ("run.json", "manifest.json", JOB_FILE)
 NIGHT = re.compile(r"(?P<audits>.*)/nights/\d{5,}/results", re.DOTALL)
 NIGHT_FILE = re.compile(
     r"(?P<audits>.*)/(?:(?:claims|statistics|summaries|webhooks)/\d{5,}\.json|nights/\d{5,}/report\.html)"

@@ -15,8 +15,10 @@ import click
 from raydetect import __version__
 from raydetect.cli.audit import audit
 from raydetect.cli.calibrate import calibrate
+from raydetect.cli.doctor import doctor
 from raydetect.cli.evaluate import evaluate
 from raydetect.cli.export import export
+from raydetect.cli.init import init
 from raydetect.cli.options import (
     BAD_JOB,
     cluster,
@@ -239,5 +241,5 @@ def _px(size: tuple[int, int]) -> str:
     return f"{size[0]} x {size[1]}"
 
 
-for command in (audit, calibrate, evaluate, export, fit, plan, report, score, verify):
+for command in (audit, calibrate, doctor, evaluate, export, fit, init, plan, report, score, verify):
     main.add_command(command)

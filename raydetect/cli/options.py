@@ -1,5 +1,6 @@
 """Shared parts of commands: options, reading of job files, and errors as one line and an exit code."""
 
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import click
 from raydetect.errors import DamagedError, RaydetectError, SpecError, is_outage
 
 if TYPE_CHECKING:
-    from raydetect.config import JobSpec
+    from raydetect.config import JobSpec, StorageOptions
     from raydetect.sinks.ledger import Ledger
 
 BAD_JOB, INTERRUPTED = 2, 130
@@ -33,18 +34,30 @@ def storage_options(command: Any) -> Any:
     return command
 
 
+def stated_storage(endpoint_url: str | None, profile: str | None, anon: bool) -> "StorageOptions":
+    """The storage of the options that `storage_options` adds.
+
+    Raises:
+        SpecError: the endpoint contains a user or query.
+    """
+    from raydetect.config import StorageOptions
+
+    try:
+        return StorageOptions(endpoint_url=endpoint_url, profile=profile, anon=anon)
+    except ValueError:
+        raise SpecError("--endpoint-url: contains a user or query. Write http://HOST:PORT alone.") from None
+
+
 def ledger_of(results: str, endpoint_url: str | None, profile: str | None, anon: bool) -> "Ledger":
     """Returns the ledger of a results directory.
 
     Raises:
-        SpecError: `results` is not a URI.
+        SpecError: `results` is not a URI, or the endpoint contains a user or query.
     """
-    from raydetect.config import StorageOptions
     from raydetect.sinks.ledger import Ledger
     from raydetect.storage import Storage, normalise_uri
 
-    options = StorageOptions(endpoint_url=endpoint_url, profile=profile, anon=anon)
-    return Ledger(normalise_uri(results), Storage(options))
+    return Ledger(normalise_uri(results), Storage(stated_storage(endpoint_url, profile, anon)))
 
 
 def prepare_output(path: Path, folder: bool = False) -> None:
@@ -112,6 +125,11 @@ def expect(spec: "JobSpec", kind: str, job: Path) -> Any:
     if spec.kind != kind:
         raise SpecError(f"{job}: is a {spec.kind} job. Run `raydetect {spec.kind} {job}`.")
     return spec
+
+
+def shown_place(uri: str) -> str:
+    """A URI as an argument of a command to type: quoted for a shell, and a path if it is on a disk."""
+    return shlex.quote(uri.removeprefix("file://"))
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from raydetect.config.jobs import (
     result_settings,
     sink_storage,
     source_storage,
+    without_credentials,
 )
 from raydetect.config.score import MAX_REGIONS, Heatmaps, ScoreSpec, SinkSpec
 from raydetect.config.serve import AllowSpec, LimitSpec, ServedSpec, ServeSpec
@@ -82,6 +83,7 @@ __all__ = [
     "result_settings",
     "sink_storage",
     "source_storage",
+    "without_credentials",
 ]
 
 __getattr__ = names_of("raydetect.config", "raydetect.config.validation")

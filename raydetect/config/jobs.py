@@ -72,7 +72,12 @@ def sink_storage(spec: ScoreSpec | AuditSpec) -> StorageOptions:
 
 def public_spec(spec: JobSpec) -> dict[str, Any]:
     """The spec with all defaults and without credentials, as stored in run.json and artifacts."""
-    public: dict[str, Any] = _redact(to_plain(spec))
+    return without_credentials(to_plain(spec))
+
+
+def without_credentials(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a job file without key, secret and token of any storage, which may be written and printed."""
+    public: dict[str, Any] = _redact(values)
     return public
 
 

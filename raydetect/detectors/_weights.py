@@ -79,9 +79,12 @@ def _imagenet(name: str) -> tuple[dict[str, Tensor], str]:
 
 
 def _of_torchvision(bare: str) -> dict[str, Tensor]:
+    return read_weights(str(url_file(_torchvision_url(bare))))
+
+
+def _torchvision_url(bare: str) -> str:
     enum = models.get_model_weights(bare)
-    chosen = getattr(enum, "IMAGENET1K_V1", None) or next(iter(enum))
-    return read_weights(str(url_file(chosen.url)))
+    return str((getattr(enum, "IMAGENET1K_V1", None) or next(iter(enum))).url)
 
 
 def _of_timm(bare: str) -> tuple[dict[str, Tensor], str]:
@@ -106,7 +109,7 @@ def url_file(url: str) -> Path:
     Raises:
         OSError: the download fails, or the sha256 of the copy does not match its name.
     """
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(url).path).name
+    path = _place_of(url)
     digits = re.search(r"-([0-9a-f]{8,})\.", path.name)
     if not path.exists():
         require_reachable(url)
@@ -115,6 +118,32 @@ def url_file(url: str) -> Path:
     if digits is not None:
         _require_sha256(path, digits[1])
     return path
+
+
+def _place_of(url: str) -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(url).path).name
+
+
+def cached_imagenet(name: str) -> Path | None:
+    """The cached file of a backbone's ImageNet weights; None if it is not there. Reads and downloads nothing.
+
+    Args:
+        name: torchvision or timm name.
+
+    Raises:
+        ValueError: torchvision or timm does not know it.
+    """
+    bare = bare_name(name)
+    if not is_timm(name):
+        path = _place_of(_torchvision_url(bare))
+        return path if path.exists() else None
+    import timm
+    from huggingface_hub import try_to_load_from_cache
+
+    known = timm.get_pretrained_cfg(bare)
+    names = (known.hf_hub_filename,) if known and known.hf_hub_filename else HUB_FILES
+    found = [try_to_load_from_cache(known.hf_hub_id, file) for file in names] if known and known.hf_hub_id else []
+    return next((Path(path) for path in found if isinstance(path, str)), None)
 
 
 def hub_file(repository: str, names: Sequence[str]) -> Path:

@@ -17,6 +17,7 @@ from raydetect.distributed.local_disk import open_message_log, require_ray_folde
 from raydetect.distributed.ray_errors import translate
 
 LOOPBACK = "127.0.0.1"
+LOCAL_RAY = "local"  # Ray's own word, as an address
 STARTING_AT_ONCE = 8  # actors with num_cpus=0 start in addition to workers; Ray warns above four per CPU slot
 
 
@@ -26,13 +27,14 @@ def session(address: str | None, resources: ResourceSpec) -> Iterator[None]:
 
     Args:
         address: address of a cluster; None uses RAY_ADDRESS or, if unset, starts a private local Ray with exactly
-            these resources.
+            these resources; `local` starts one in any case.
         resources: resources of the job.
 
     Raises:
         ClusterError: the cluster cannot be reached or refuses the connection.
     """
     target = address or os.environ.get("RAY_ADDRESS")
+    target = None if target == LOCAL_RAY else target
     with _native_messages_in_a_file(), nullcontext() if target else _one_machine():
         try:
             if target:
@@ -116,7 +118,7 @@ def _one_machine() -> Iterator[None]:
 def _start_local(resources: ResourceSpec) -> None:
     require_ray_folder()
     ray.init(
-        address="local",  # otherwise Ray joins any cluster that was started on this machine
+        address=LOCAL_RAY,  # otherwise Ray joins any cluster that was started on this machine
         num_cpus=resources.num_actors * resources.cpus_per_worker,
         include_dashboard=False,
         log_to_driver=False,

@@ -54,11 +54,22 @@ def dark_hints(levels: Mapping[int, int]) -> list[str]:
     ]
 
 
+def are_oblong(sizes_N2: np.ndarray) -> bool:
+    """Whether most pictures are, of (width, height) in px each."""
+    ratio_N = sizes_N2[:, 0] / sizes_N2[:, 1]
+    return float(np.mean(np.maximum(ratio_N, 1 / ratio_N) > OBLONG)) > MOST
+
+
+def are_large(sizes_N2: np.ndarray, image_size: tuple[int, int]) -> bool:
+    """Whether most pictures, of (width, height) in px each, lose small defects in an input of (height, width) px."""
+    height, width = image_size
+    return float(np.mean((sizes_N2[:, 0] > LARGE * width) | (sizes_N2[:, 1] > LARGE * height))) > MOST
+
+
 def _oblong(sizes_N2: np.ndarray, spec: ViewSpec, image_size: tuple[int, int]) -> str:
     ratio_N = sizes_N2[:, 0] / sizes_N2[:, 1]
     height, width = image_size
-    is_oblong = float(np.mean(np.maximum(ratio_N, 1 / ratio_N) > OBLONG)) > MOST
-    if spec.resize != "stretch" or not is_oblong or max(height / width, width / height) > OBLONG:
+    if spec.resize != "stretch" or not are_oblong(sizes_N2) or max(height / width, width / height) > OBLONG:
         return ""
     middle = float(np.median(ratio_N))
     fitting = (height, _rounded(height * middle)) if middle >= 1 else (_rounded(width / middle), width)
@@ -71,7 +82,7 @@ def _oblong(sizes_N2: np.ndarray, spec: ViewSpec, image_size: tuple[int, int]) -
 
 def _large(sizes_N2: np.ndarray, image_size: tuple[int, int]) -> str:
     height, width = image_size
-    if float(np.mean((sizes_N2[:, 0] > LARGE * width) | (sizes_N2[:, 1] > LARGE * height))) <= MOST:
+    if not are_large(sizes_N2, image_size):
         return ""
     middle = (round(float(np.median(sizes_N2[:, 0]))), round(float(np.median(sizes_N2[:, 1]))))
     overlap = min(image_size) // 4

@@ -1,12 +1,15 @@
 """`raydetect fit`: fits a detector on normal images."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from raydetect.cli.options import BAD_JOB, cluster, errors, expect, in_process, job_file, load, overrides
+from raydetect.cli.options import BAD_JOB, cluster, errors, in_process, load, overrides, shown_place
+from raydetect.cli.running.folder_job import JOB_SUFFIXES, fit_of, job_or_images
+from raydetect.cli.running.placement import Size, Wanted, ray, runs_here
 from raydetect.errors import SpecError
 from raydetect.progress.activity import doing
 
@@ -16,33 +19,82 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@job_file
+@job_or_images
 @overrides
 @cluster
 @in_process
+@ray
+@click.option("--out", metavar="ARTIFACT", help="With images instead of a job file: where the artifact goes.")
+@click.option("--detector", metavar="NAME", help="With images: a name of `raydetect detectors`; default patchcore.")
 @click.option(
     "--extend", metavar="ARTIFACT", help="Add the images to this artifact's memory bank instead of fitting a new one."
 )
-def fit(job: Path, overrides: tuple[str, ...], address: str | None, in_process: bool, extend: str | None) -> None:
-    """Fit a detector on normal images and write the artifact."""
+def fit(
+    job: str,
+    overrides: tuple[str, ...],
+    address: str | None,
+    in_process: bool,
+    on_ray: bool,
+    out: str | None,
+    detector: str | None,
+    extend: str | None,
+) -> None:
+    """Fit a detector on normal images and write the artifact.
+
+    JOB_OR_IMAGES is a job file, or with --out a folder, archive, glob or URI of images.
+    """
     with errors(BAD_JOB), doing("checking the job"):
-        spec = expect(load(job, _with_extend(overrides, extend)), "fit", job)
+        wanted = Wanted(address, in_process, on_ray)
+        given = fit_of(job, _with_extend(overrides, extend), out, detector)
+        spec: FitSpec = given.spec
         from raydetect.check import find_problems
 
         problems = find_problems(spec)
         if problems:
             raise SpecError(" ".join(problems))
+        is_here = runs_here(wanted, spec.resources, lambda: _size(spec))
         from raydetect.progress.displays import FitDisplay
     with errors(), FitDisplay() as display:
-        if in_process:
+        if is_here:
             from raydetect.local import jobs as local
 
             report = local.fit(spec, display.on_progress)
         else:
             from raydetect.distributed.fitting.fit import fit as fit_on_ray
 
-            report = fit_on_ray(spec, address, display.on_progress)
+            report = fit_on_ray(spec, wanted.target, display.on_progress)
+    with errors():
+        from raydetect.storage import Storage
+
+        given.keep(report.uri, Storage(spec.storage))
     _print_fit(spec, report)
+    click.echo(f"Next: {_next_command(spec, report.uri, job)}")
+
+
+def _size(spec: "FitSpec") -> Size:
+    from raydetect.archives.open import open_archive
+    from raydetect.config import source_storage
+    from raydetect.storage import Storage
+
+    return Size.of(open_archive(spec.source, Storage(source_storage(spec, spec.source))).shards())
+
+
+def _next_command(spec: "FitSpec", uri: str, job: str) -> str:
+    """`raydetect score` with the job file beside that of the fit if that is of this artifact, else with images."""
+    from raydetect.config import ScoreSpec
+    from raydetect.storage import normalise_uri
+
+    beside = Path(job).with_name("score.yaml")
+    if job.endswith(JOB_SUFFIXES) and beside.is_file():
+        try:
+            scoring = load(beside, ())
+        except SpecError:
+            scoring = None
+        if isinstance(scoring, ScoreSpec) and normalise_uri(scoring.artifact) == uri:
+            return f"raydetect score {shlex.quote(str(beside))}"
+    endpoint = spec.storage.endpoint_url
+    options = f" --set storage.endpoint_url={shlex.quote(endpoint)}" if endpoint else ""
+    return f"raydetect score NEW_IMAGES --artifact {shown_place(uri)} --out RESULTS{options}"
 
 
 def _with_extend(overrides: tuple[str, ...], extend: str | None) -> tuple[str, ...]:

@@ -1,27 +1,33 @@
 """`raydetect score`: scores an archive."""
 
 import os
+import shlex
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from raydetect.cli.options import BAD_JOB, cluster, errors, expect, in_process, job_file, load, overrides
+from raydetect.cli.options import BAD_JOB, cluster, errors, in_process, overrides, shown_place
+from raydetect.cli.running.folder_job import job_or_images, score_of
+from raydetect.cli.running.placement import Size, Wanted, ray, runs_here
 from raydetect.cli.scoring import retried_text, run_score
 from raydetect.errors import SpecError
 from raydetect.progress.activity import doing
 from raydetect.records import BAD_STATUSES
 
 if TYPE_CHECKING:
+    from raydetect.config import ScoreSpec
     from raydetect.planning.plan import ScorePlan
 
 
 @click.command()
-@job_file
+@job_or_images
 @overrides
 @cluster
 @in_process
+@ray
+@click.option("--artifact", help="With images instead of a job file: the fitted detector.")
+@click.option("--out", metavar="RESULTS", help="With images: where the results go.")
 @click.option(
     "--retry",
     multiple=True,
@@ -29,16 +35,31 @@ if TYPE_CHECKING:
     metavar="STATUS",
     help="Rescore shards that contain rows with this status, such as unreadable or bad_shard.",
 )
-def score(job: Path, overrides: tuple[str, ...], address: str | None, in_process: bool, retry: tuple[str, ...]) -> None:
-    """Score an archive; running the same job again resumes it."""
+def score(
+    job: str,
+    overrides: tuple[str, ...],
+    address: str | None,
+    in_process: bool,
+    on_ray: bool,
+    artifact: str | None,
+    out: str | None,
+    retry: tuple[str, ...],
+) -> None:
+    """Score an archive; running the same job again resumes it.
+
+    JOB_OR_IMAGES is a job file, or with --artifact and --out a folder, archive, glob or URI of images.
+    """
     with errors(BAD_JOB), doing("listing the archive"):
-        spec = expect(load(job, overrides), "score", job)
+        wanted = Wanted(address, in_process, on_ray)
+        given = score_of(job, overrides, artifact, out)
+        spec: ScoreSpec = given.spec
         if spec.engine == "serve" and not (in_process or address or os.environ.get("RAY_ADDRESS")):
             raise SpecError("engine: serve needs the cluster on which `raydetect serve` runs. Set --address.")
         from raydetect.planning.plan import plan_score
 
         plan = plan_score(spec, retry=retry)
         plan.begin()
+        given.keep(plan.ledger.uri, plan.ledger.storage)
     if retry:
         click.echo(retried_text(plan, retry), err=True)
     done = len(plan.shards) - len(plan.todo)
@@ -49,7 +70,8 @@ def score(job: Path, overrides: tuple[str, ...], address: str | None, in_process
     for note in plan.notes:
         click.echo(f"Note: {note}", err=True)
     with errors():
-        _summary(plan, run_score(plan, address, in_process))
+        is_here = not plan.todo or runs_here(wanted, spec.resources, lambda: Size.of(plan.todo))
+        _summary(plan, run_score(plan, wanted.target, is_here))
 
 
 def _changed_text(before: Mapping[str, Any], plan: "ScorePlan") -> str:
@@ -93,3 +115,11 @@ def _summary(plan: "ScorePlan", manifest: dict[str, Any]) -> None:
         click.echo(f"Image AUROC over {quality[1]:,} labelled images{mean}: {quality[0]:.4f}")
     click.echo(f"Rows: {join_uri(uri, 'scores')}")
     click.echo(f"Manifest: {join_uri(uri, 'manifest.json')}")
+    click.echo(f"Next: {_next_command(plan)}")
+
+
+def _next_command(plan: "ScorePlan") -> str:
+    options = plan.ledger.storage.options
+    stated = [("--endpoint-url", options.endpoint_url), ("--profile", options.profile)]
+    words = "".join(f" {name} {shlex.quote(value)}" for name, value in stated if value)
+    return f"raydetect report {shown_place(plan.ledger.uri)} -o report.html{words}{' --anon' if options.anon else ''}"

@@ -1,0 +1,1 @@
+"""Looks at what jobs need here: packages, weights, disks, memory, storage; says what to do about each finding."""
