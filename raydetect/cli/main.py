@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 from contextlib import ExitStack
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,31 @@ from raydetect.errors import SpecError
 from raydetect.progress.activity import told
 
 
+def _print_versions(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if not wanted or context.resilient_parsing:
+        return
+    click.echo(f"raydetect {__version__}")
+    click.echo(f"Python {sys.version.split()[0]}, torch {_installed('torch')}, Ray {_installed('ray')}")
+    context.exit()
+
+
+def _installed(package: str) -> str:
+    """The version of a package, from its metadata: importing torch takes seconds."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="raydetect")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_versions,
+    help="Show the versions of raydetect, Python, torch and Ray.",
+)
 @click.pass_context
 def main(context: click.Context) -> None:
     """Find anomalous images in large archives: fit detectors, score archives on Ray, keep a ledger.

@@ -411,7 +411,7 @@ def test_a_fit_from_the_command_line_tells_of_every_member(tmp_path: Path) -> No
     assert ended.exit_code == 0, ended.output
     assert "Fitted ensemble of patchcore, patchcore on 8 images" in ended.output
     assert ended.output.count("Memory bank: ") == 2 and "Note: random weights" in ended.output
-    assert "patchcore 1: collect: 8/8" in ended.output and "patchcore 2: finish" in ended.output
+    assert "patchcore 1: collect: 8 of 8 images" in ended.output and "patchcore 2: memory bank" in ended.output
     assert "Calibrated on 4 held-out normal images" in ended.output
 
 
