@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from raydetect.cli.options import BAD_JOB, cluster, errors, expect, in_process, job_file, load, overrides
+from raydetect.progress.activity import doing
 
 if TYPE_CHECKING:
     from raydetect.config import EvaluateSpec
@@ -26,7 +27,7 @@ def evaluate(job: Path, overrides: tuple[str, ...], address: str | None, in_proc
     with errors(BAD_JOB):
         spec = expect(load(job, overrides), "evaluate", job)
         cells = None if spec.results else _plan(spec)
-    with errors():
+    with errors(), doing("fitting and evaluating"):
         finished_cells = _judge(spec) if cells is None else _run(*cells, address, in_process)
         _report(spec, finished_cells)
 

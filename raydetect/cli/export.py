@@ -6,6 +6,7 @@ import click
 
 from raydetect.cli.options import BAD_JOB, errors, ledger_of, prepare_output, storage_options
 from raydetect.errors import SpecError
+from raydetect.progress.activity import doing
 
 MISSING_SHOWN = 10
 
@@ -48,7 +49,7 @@ def export(
             require_flags(run, ledger)
         place = output or Path({"csv": "rows.csv", "coco": "coco.json", "folder": "flagged"}[form])
         prepare_output(place, form == "folder")
-    with errors():
+    with errors(), doing("reading the rows"):
         if form == "csv":
             from raydetect.export.table import write_csv
 

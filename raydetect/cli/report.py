@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from raydetect.cli.options import BAD_JOB, errors, ledger_of, prepare_output, storage_options
+from raydetect.progress.activity import doing
 
 
 @click.command()
@@ -31,7 +32,7 @@ def report(
         ledger = ledger_of(results, endpoint_url, profile, anon)
         run = ledger.require_run()
         prepare_output(output)
-    with errors(), whole_text(output) as out:
+    with errors(), doing("reading the rows and the most anomalous images"), whole_text(output) as out:
         row_tally = tally(ledger, run, pictures)
         text = page_of(ledger, run, row_tally)
         out.write(text)

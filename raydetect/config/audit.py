@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, ConfigDict, Field
 
 from raydetect.config.score import ScoreSpec, SinkSpec
-from raydetect.config.shared import Flag, FlagSpec, MiB, ResourceSpec, SourceSpec, StorageOptions
+from raydetect.config.shared import BATCH_SIZE, Flag, FlagSpec, MiB, ResourceSpec, SourceSpec, StorageOptions
 from raydetect.config.validation import STRICT
 
 NIGHT = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -72,7 +72,7 @@ class AuditSpec:
     ] = ()
     webhook: Annotated[WebhookSpec | None, Field(description="where to send the summary; none = nowhere")] = None
     pictures: Annotated[int, Field(ge=0, le=500, description="images in the report's gallery")] = 48
-    batch_size: Annotated[int, Field(ge=1, description="images in one forward pass")] = 16
+    batch_size: Annotated[int, Field(ge=1, description="images in one forward pass")] = BATCH_SIZE
     chunk_images: Annotated[int, Field(ge=1, description="images that a worker scores at a time, at most")] = 64
     chunk_bytes: Annotated[int, Field(ge=1, description="encoded bytes after which a chunk is closed")] = 128 * MiB
     resources: ResourceSpec = field(default_factory=ResourceSpec)

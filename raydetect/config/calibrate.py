@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
-from raydetect.config.shared import ResourceSpec, SourceSpec, StorageOptions
+from raydetect.config.shared import BATCH_SIZE, ResourceSpec, SourceSpec, StorageOptions
 from raydetect.config.validation import STRICT
 
 
@@ -22,7 +22,7 @@ class CalibrateSpec:
     storage: Annotated[StorageOptions, Field(description="storage for everything that has none of its own")] = field(
         default_factory=StorageOptions
     )
-    batch_size: Annotated[int, Field(ge=1, description="images in one forward pass")] = 16
+    batch_size: Annotated[int, Field(ge=1, description="images in one forward pass")] = BATCH_SIZE
     max_bad_fraction: Annotated[
         float, Field(ge=0, le=1, description="more bad images than this share: exit 3, no artifact")
     ] = 0.05

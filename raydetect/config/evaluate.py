@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field
 
 from raydetect.config.fit import DetectorSpec, PreprocessSpec
 from raydetect.config.geometry.paper_views import view_of_presets
-from raydetect.config.shared import ResourceSpec, SourceSpec, StorageOptions
+from raydetect.config.shared import BATCH_SIZE, ResourceSpec, SourceSpec, StorageOptions
 from raydetect.config.validation import STRICT
 from raydetect.config.view import STRETCH, ViewSpec
 
@@ -70,7 +70,7 @@ class EvaluateSpec:
     view: Annotated[
         ViewSpec, Field(description="which parts of a picture every detector looks at, and at which size")
     ] = STRETCH
-    batch_size: Annotated[int, Field(ge=1, description="images in one forward pass")] = 16
+    batch_size: Annotated[int, Field(ge=1, description="images in one forward pass")] = BATCH_SIZE
     storage: Annotated[StorageOptions, Field(description="storage for everything that has none of its own")] = field(
         default_factory=StorageOptions
     )

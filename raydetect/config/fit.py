@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field
 
 from raydetect.config.geometry.paper_views import view_of_presets
-from raydetect.config.shared import MiB, ResourceSpec, SourceSpec, StorageOptions
+from raydetect.config.shared import BATCH_SIZE, MiB, ResourceSpec, SourceSpec, StorageOptions
 from raydetect.config.validation import STRICT
 from raydetect.config.view import STRETCH, ViewSpec
 
@@ -166,7 +166,9 @@ class FitSpec:
         str | None,
         Field(description="artifact to whose memory bank the images of the source are added; none = a new fit"),
     ] = None
-    batch_size: Annotated[int, Field(ge=1, description="images in one forward pass when collecting features")] = 16
+    batch_size: Annotated[int, Field(ge=1, description="images in one forward pass when collecting features")] = (
+        BATCH_SIZE
+    )
     max_bank_bytes: Annotated[
         int, Field(ge=1, description="memory per worker for collected rows; the rest spills to disk")
     ] = 4096 * MiB

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
-from raydetect.config.shared import Flag, FlagSpec, MiB, ResourceSpec, SourceSpec, StorageOptions
+from raydetect.config.shared import BATCH_SIZE, Flag, FlagSpec, MiB, ResourceSpec, SourceSpec, StorageOptions
 from raydetect.config.validation import STRICT
 
 Heatmaps = Literal["none", "flagged", "top_k", "all"]
@@ -54,7 +54,7 @@ class ScoreSpec:
         default_factory=StorageOptions
     )
     flag: Flag = field(default_factory=FlagSpec)
-    batch_size: Annotated[int, Field(ge=1, description="images in one forward pass")] = 16
+    batch_size: Annotated[int, Field(ge=1, description="images in one forward pass")] = BATCH_SIZE
     chunk_images: Annotated[int, Field(ge=1, description="images that a worker scores at a time, at most")] = 64
     chunk_bytes: Annotated[int, Field(ge=1, description="encoded bytes after which a chunk is closed")] = 128 * MiB
     max_bad_fraction: Annotated[

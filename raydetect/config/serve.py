@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
-from raydetect.config.shared import Flag, FlagSpec, MiB, ResourceSpec, StorageOptions
+from raydetect.config.shared import BATCH_SIZE, Flag, FlagSpec, MiB, ResourceSpec, StorageOptions
 from raydetect.config.validation import STRICT
 
 BODIES_IN_FLIGHT = 4  # bodies of the maximum size
@@ -100,13 +100,30 @@ class ServeSpec:
     heatmaps: Annotated[
         str | None, Field(description="folder for stored heatmaps; none = heatmaps are returned inline only")
     ] = None
-    batch_size: Annotated[int, Field(ge=1, description="images in one forward pass, which requests share")] = 16
+    batch_size: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="images in one forward pass, which requests share; none = 1 on CPUs, where a single image is "
+            f"answered sooner, and {BATCH_SIZE} on GPUs and for archives, as in jobs",
+        ),
+    ] = None
     batch_wait_seconds: Annotated[float, Field(ge=0, description="how long a batch waits for more images")] = 0.005
     limits: LimitSpec = field(default_factory=LimitSpec)
     max_workers: Annotated[
         int | None, Field(ge=1, description="maximum number of replicas; none = always resources.num_workers")
     ] = None
     resources: ResourceSpec = field(default_factory=ResourceSpec)
+
+    @property
+    def online_batch_size(self) -> int:
+        """Images in one forward pass for requests with single images."""
+        return self.batch_size or (BATCH_SIZE if self.resources.gpus_per_worker else 1)
+
+    @property
+    def archive_batch_size(self) -> int:
+        """The same for archive runs."""
+        return self.batch_size or BATCH_SIZE
 
     def __post_init__(self) -> None:
         if self.resources.bank_shards != 1:

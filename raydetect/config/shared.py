@@ -9,6 +9,7 @@ from raydetect.config.validation import STRICT
 from raydetect.redaction import redacted_uri
 
 MiB = 1 << 20
+BATCH_SIZE = 16  # images in one forward pass; scores depend on it in the last digits
 USUAL_LEVEL = 0.01  # share of normal images that a job without a rule flags
 NO_FLAG = "none"  # `flag: none` in job files
 

@@ -16,6 +16,6 @@ def online_spec(served: ServeSpec, artifact: str, flag: FlagSpec) -> ScoreSpec:
         sink=sink,
         storage=served.storage,
         flag=flag,
-        batch_size=served.batch_size,
+        batch_size=served.online_batch_size,
         resources=served.resources,
     )

@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field
 from raydetect.artifacts.fit_preprocess import fit_preprocess
 from raydetect.blocks.coresets.group import Group
 from raydetect.config import FitSpec, StorageOptions
+from raydetect.config.shared import BATCH_SIZE
 from raydetect.config.validation import STRICT, validate
 from raydetect.errors import SpecError
 from raydetect.fitting.fit_run import FitRun, Fitted, ProgressCallback
@@ -28,7 +29,6 @@ from raydetect.views.windows import Input
 
 WHERE = "fit(images)"
 SHOW_AFTER_SECONDS = 2.0
-BATCH_SIZE = 16  # as the default of jobs
 SINGLY = 4  # images that take less time one by one than in a padded batch
 
 

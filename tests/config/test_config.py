@@ -5,9 +5,10 @@ import json
 import pytest
 import yaml
 
-from raydetect.config import FitSpec, FlagSpec, ScoreSpec, parse_job, public_spec, result_digest
+from raydetect.config import FitSpec, FlagSpec, ScoreSpec, ServeSpec, parse_job, public_spec, result_digest
 from raydetect.config.validation import apply_overrides, describe_fields, differences, parse_yaml, to_plain, validate
 from raydetect.errors import SpecError
+from raydetect.gateway.single_images import online_spec
 from raydetect.records import Part, Receipt
 
 SCORE = """
@@ -128,3 +129,14 @@ def test_records_survive_json() -> None:
     part = Part(shard=0, number=0, last=True, path="p", sha256="s", rows=2, statuses={"ok": 2})
     receipt = Receipt(shard=0, uri="u", fingerprint="f", rows=2, statuses={"ok": 2}, parts=(part,))
     assert validate(Receipt, json.loads(json.dumps(to_plain(receipt))), "r") == receipt
+
+
+@pytest.mark.parametrize(("stated", "gpus", "online", "archive"), [(None, 0, 1, 16), (None, 1, 16, 16), (8, 0, 8, 8)])
+def test_single_images_are_answered_one_by_one_on_cpus(
+    stated: int | None, gpus: int, online: int, archive: int
+) -> None:
+    values = {"kind": "serve", "detectors": {"line4": {"artifact": "a"}}, "resources": {"gpus_per_worker": gpus}}
+    spec = parse_job(values if stated is None else {**values, "batch_size": stated}, "serve")
+    assert isinstance(spec, ServeSpec)
+    assert (spec.online_batch_size, spec.archive_batch_size) == (online, archive)
+    assert online_spec(spec, "a", FlagSpec()).batch_size == online

@@ -46,7 +46,7 @@ def bound(spec: ServeSpec, tokens: Tokens) -> Application:
     resources = spec.resources
     scorer = serve.deployment(ScorerReplica, name=SCORER).options(
         ray_actor_options={"num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker},
-        max_ongoing_requests=BATCHES_WAITING * spec.batch_size + CHUNKS_PER_REPLICA,
+        max_ongoing_requests=BATCHES_WAITING * spec.archive_batch_size + CHUNKS_PER_REPLICA,
         graceful_shutdown_timeout_s=60,
         **_replicas(spec),
     )

@@ -67,7 +67,7 @@ class ScorerReplica:
         self._queue = DeviceQueue("cuda" if spec.resources.gpus_per_worker else "cpu")
         room = spec.resources.detectors_in_memory
         self._get = serve.multiplexed(max_num_models_per_replica=room)(self._loader())
-        self._batched.set_max_batch_size(spec.batch_size)
+        self._batched.set_max_batch_size(spec.online_batch_size)
         self._batched.set_batch_wait_timeout_s(spec.batch_wait_seconds)
         for name, served in islice(spec.detectors.items(), room):
             try:

@@ -39,7 +39,7 @@ def job_of(body: RunRequest, served: Served, spec: ServeSpec, allow: "Allowed") 
         sink=sink,
         storage=spec.storage,
         flag=served.flag,
-        batch_size=spec.batch_size,
+        batch_size=spec.archive_batch_size,
         chunk_images=body.chunk_images,
         max_bad_fraction=body.max_bad_fraction,
         engine="serve",
