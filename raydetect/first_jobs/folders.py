@@ -5,6 +5,7 @@ word for good or bad parts has the labels; above it may be a level with train an
 """
 
 import posixpath
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ BAD_WORDS = (
 )  # fmt: skip
 TRAIN_WORDS, TEST_WORDS = ("train", "training"), ("test", "testing", "test_public", "validation", "valid", "val")
 MASK_WORDS = frozenset(("ground_truth", "groundtruth", "gt", "mask", "masks"))
+AROUND = re.compile(
+    r"^(?:images?|imgs?)[ _-]+|[ _-]*(?:images?|imgs?|set)$|[ _-]+(?:data|files|parts|photos|pictures|samples)$"
+)
 NAMED = 4  # folders in a message
 
 
@@ -75,13 +79,19 @@ def read_folders(names: Sequence[str], where: str) -> Folders:
     return _without_labels(images) if level is None else _Labelled(where, images, masks, level).read()
 
 
+def meaning(folder: str) -> str:
+    """The word that says what a folder has: `training` of `Training-Images`."""
+    word = folded(folder)
+    return AROUND.sub("", word, count=1) or word
+
+
 def is_mask(name: str) -> bool:
     """Whether a path is in a folder of masks."""
-    return any(folded(folder) in MASK_WORDS for folder in name.split("/")[:-1])
+    return any(meaning(folder) in MASK_WORDS for folder in name.split("/")[:-1])
 
 
 def _is_normal(word: str) -> bool:
-    return folded(word) in NORMAL_WORDS or folded(word) in MORE_NORMAL
+    return meaning(word) in (*NORMAL_WORDS, *MORE_NORMAL)
 
 
 def _values(images: Sequence[tuple[str, ...]], level: int) -> Counter[str]:
@@ -90,20 +100,20 @@ def _values(images: Sequence[tuple[str, ...]], level: int) -> Counter[str]:
 
 def _labels(images: Sequence[tuple[str, ...]]) -> int | None:
     for level in range(1, max((len(path) for path in images), default=1)):
-        if any(_is_normal(word) or folded(word) in BAD_WORDS for word in _values(images, level)):
+        if any(_is_normal(word) or meaning(word) in BAD_WORDS for word in _values(images, level)):
             return level
     return None
 
 
 def _split(images: Sequence[tuple[str, ...]], above: int) -> int | None:
     for level in range(above + 1, max((len(path) for path in images), default=1)):
-        if any(folded(word) in TRAIN_WORDS + TEST_WORDS for word in _values(images, level)):
+        if any(meaning(word) in TRAIN_WORDS + TEST_WORDS for word in _values(images, level)):
             return level
     return None
 
 
 def _word(values: Counter[str], known: Sequence[str]) -> str | None:
-    return next((word for one in known for word in sorted(values) if folded(word) == one), None)
+    return next((word for one in known for word in sorted(values) if meaning(word) == one), None)
 
 
 def _without_labels(images: Sequence[tuple[str, ...]]) -> Folders:
@@ -149,7 +159,7 @@ class _Labelled:
 
     def _unnamed_normal(self, words: Counter[str]) -> tuple[str, ...]:
         """The only folder whose name does not say bad, if it is the only one."""
-        others = sorted(word for word in words if folded(word) not in BAD_WORDS)
+        others = sorted(word for word in words if meaning(word) not in BAD_WORDS)
         if len(others) > 1:
             shown = ", ".join(others[:NAMED]) + (", ..." if len(others) > NAMED else "")
             raise SpecError(

@@ -3,7 +3,7 @@
 import pytest
 
 from raydetect.errors import SpecError
-from raydetect.first_jobs.folders import is_mask, read_folders
+from raydetect.first_jobs.folders import is_mask, meaning, read_folders
 
 
 def test_visa_has_categories_a_folder_of_normal_images_and_masks() -> None:
@@ -49,6 +49,24 @@ def test_train_and_test_without_labels() -> None:
     found = read_folders(["train/a.png", "train/b.png", "test/c.png"], "x")
     assert found.train == "train/{name}" and found.test == "test/{name}" and found.normal_folder == "train"
     assert found.num_normal == 2 and "none says good or bad" in found.why
+
+
+def test_words_beside_the_meaning_of_a_folder_change_nothing() -> None:
+    names = ["training-images/a.jpg", "training-images/b.jpg", "test-images/c.jpg", "mask-images/c.png"]
+    found = read_folders(names, "x")
+    assert found.train == "training-images/{name}" and found.test == "test-images/{name}" and found.num_normal == 2
+    found = read_folders(["Good Images/a.png", "Good Images/b.png", "bad_imgs/c.png"], "x")
+    assert found.train == "{defect}/{name}.png" and found.normal_names == ("Good Images",) and found.num_normal == 2
+    assert found.num_anomalous == 1
+
+
+@pytest.mark.parametrize(
+    ("folder", "word"),
+    [("Training-Images", "training"), ("trainset", "train"), ("img_good", "good"), ("images", "images"), ("ok", "ok"),
+     ("test data", "test"), ("offset", "off"), ("goodness", "goodness")],
+)  # fmt: skip
+def test_the_meaning_of_a_folder(folder: str, word: str) -> None:
+    assert meaning(folder) == word
 
 
 def test_folders_of_unknown_meaning_are_named_and_all_images_count_as_good() -> None:
