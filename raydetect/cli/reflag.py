@@ -45,11 +45,14 @@ def reflag(results: str, overrides: tuple[str, ...], endpoint_url: str | None, p
 
 
 def _print(uri: str, done: "Reflagged") -> None:
+    from raydetect.progress.texts import counted
     from raydetect.sinks.consistency import names_text
     from raydetect.sinks.run_progress import NOTHING_FLAGGED, fdr_text
     from raydetect.storage import join_uri
 
-    click.echo(f"Reflagged {done.manifest['rows']:,} images of {uri}: {done.after.text}, before {done.before.text}.")
+    click.echo(
+        f"Reflagged {counted(done.manifest['rows'], 'image')} of {uri}: {done.after.text}, before {done.before.text}."
+    )
     flagged = f": {NOTHING_FLAGGED}" if done.after.nothing else f" {done.manifest['flagged']:,}"
     earlier = "nothing, by flag: none" if done.flagged_before is None else f"{done.flagged_before:,}"
     click.echo(f"Flagged{flagged}; before {earlier}.")
@@ -58,7 +61,7 @@ def _print(uri: str, done: "Reflagged") -> None:
     for kind, lacking in done.lacking.items():
         names = names_text(lacking.names, lacking.count)
         click.echo(
-            f"Without {kind}, since the scoring did not flag them: {lacking.count:,} flagged images ({names}). Score "
-            "into another sink.uri to have them."
+            f"Without {kind}, since the scoring did not flag them: {counted(lacking.count, 'flagged image')} ({names}). "
+            "Score into another sink.uri to have them."
         )
     click.echo(f"Manifest: {join_uri(uri, 'manifest.json')}")

@@ -24,6 +24,7 @@ def report(
     credentials from the environment.
     """
     with errors(BAD_JOB):
+        from raydetect.progress.texts import counted
         from raydetect.report.build import page_of
         from raydetect.report.tally import tally
         from raydetect.sinks.run_progress import flags_nothing
@@ -39,6 +40,7 @@ def report(
     totals = row_tally.totals
     flagged = "none flagged, by flag: none" if flags_nothing(run) else f"{totals.flagged:,} flagged"
     click.echo(
-        f"Reported {totals.rows:,} images in {totals.shards:,} shards: {flagged}, {totals.bad_rows:,} without a score."
+        f"Reported {counted(totals.rows, 'image')} in {counted(totals.shards, 'shard')}: {flagged}, "
+        f"{totals.bad_rows:,} without a score."
     )
     click.echo(f"Report: {output} ({len(text.encode()) / 1e6:.1f} MB)")

@@ -174,11 +174,13 @@ class FlagSpec:
 
     @property
     def text(self) -> str:
-        """The rule as a job file states it: `flag.alpha = 0.05`, `flag: none`, `no flag rule`."""
+        """The rule as a job file states it: `flag.alpha = 0.05`, `flag: none`, `the default flag rule`."""
         if self.nothing:
             return f"flag: {NO_FLAG}"
         stated = {"alpha": self.alpha, "threshold": self.threshold, "fdr": self.fdr}
-        return next((f"flag.{name} = {value:g}" for name, value in stated.items() if value is not None), "no flag rule")
+        return next(
+            (f"flag.{name} = {value:g}" for name, value in stated.items() if value is not None), "the default flag rule"
+        )
 
     def smallest_p(self, calibrated: int) -> tuple[str, float] | None:
         """The smallest p-value that a calibration must allow, and the setting that asks for it.

@@ -28,6 +28,7 @@ MASK_WORDS = frozenset(("ground_truth", "groundtruth", "gt", "mask", "masks"))
 AROUND = re.compile(
     r"^(?:images?|imgs?)[ _-]+|[ _-]*(?:images?|imgs?|set)$|[ _-]+(?:data|files|parts|photos|pictures|samples)$"
 )
+WORDS = re.compile(r"[^A-Za-z]+")
 NAMED = 4  # folders in a message
 
 
@@ -128,10 +129,21 @@ def _without_labels(images: Sequence[tuple[str, ...]]) -> Folders:
                 test=f"{test or train}/{{name}}",
                 normal_folder=train,
                 num_normal=values[train],
-                why=f"a folder is named {train}, and none says good or bad: what is in it counts as good parts",
+                why=f"a folder is named {train}, and none says good or bad: what is in it counts as good parts"
+                + _named_bad([path for path in images if path[-2:-1] == (train,)]),
             )
     groups = tuple(sorted(_values(images, 1)))
-    return Folders(num_normal=len(images), loose_groups=groups if len(groups) > 1 else ())
+    why = Folders().why + _named_bad(images)
+    return Folders(num_normal=len(images), loose_groups=groups if len(groups) > 1 else (), why=why)
+
+
+def _named_bad(fitted: Sequence[tuple[str, ...]]) -> str:
+    """A warning if the names of files say that some are bad parts; "" if none does."""
+    bad = [path[-1] for path in fitted if any(folded(word) in BAD_WORDS for word in WORDS.split(path[-1]))]
+    if not bad:
+        return ""
+    verb = "has a name that says" if len(bad) == 1 else "have names that say"
+    return f". BUT {len(bad):,} of {len(fitted):,} {verb} bad, such as {bad[0]}: move those to another folder first"
 
 
 @dataclass(frozen=True, slots=True)

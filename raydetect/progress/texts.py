@@ -17,6 +17,11 @@ def bytes_text(count: float) -> str:
     return f"{count:.1f} PB"
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 image`, `1,200 images`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def rate_text(count: float, seconds: float, unit: str) -> str:
     """`35.2 images/s`; empty within the first second, which says little of those that follow."""
     if seconds < 1 or not count:

@@ -60,6 +60,14 @@ def test_words_beside_the_meaning_of_a_folder_change_nothing() -> None:
     assert found.num_anomalous == 1
 
 
+def test_files_that_are_named_bad_are_warned_of() -> None:
+    names = ["train/normal-1.jpg", "train/anomaly-1.jpg", "train/Defect_2.jpg", "test/anomaly-3.jpg"]
+    why = read_folders(names, "x").why
+    assert "BUT 2 of 3 have names that say bad, such as anomaly-1.jpg: move those" in why
+    assert "BUT 1 of 2 has a name that says bad, such as ng 1.png" in read_folders(["1.png", "ng 1.png"], "x").why
+    assert "BUT" not in read_folders(["1.png", "badge.png", "good.png"], "x").why
+
+
 @pytest.mark.parametrize(
     ("folder", "word"),
     [("Training-Images", "training"), ("trainset", "train"), ("img_good", "good"), ("images", "images"), ("ok", "ok"),

@@ -83,6 +83,7 @@ def score(
 
 def _summary(plan: "ScorePlan", manifest: dict[str, Any]) -> None:
     from raydetect.left_out import left_out_of, left_out_text
+    from raydetect.progress.texts import counted
     from raydetect.sinks.run_progress import (
         NOTHING_FLAGGED,
         fdr_text,
@@ -97,7 +98,9 @@ def _summary(plan: "ScorePlan", manifest: dict[str, Any]) -> None:
 
     uri = plan.ledger.uri
     kinds = ", ".join(f"{count:,} {status}" for status, count in manifest["statuses"].items())
-    click.echo(f"Scored {manifest['rows']:,} images in {manifest['shards']:,} shards ({kinds or 'none'}).")
+    click.echo(
+        f"Scored {counted(manifest['rows'], 'image')} in {counted(manifest['shards'], 'shard')} ({kinds or 'none'})."
+    )
     left_out = left_out_text(left_out_of(manifest["left_out"]))
     if left_out:
         click.echo(f"Left out: {left_out}.")
