@@ -61,7 +61,7 @@ def _print(uri: str, done: "Reflagged") -> None:
     for kind, lacking in done.lacking.items():
         names = names_text(lacking.names, lacking.count)
         click.echo(
-            f"Without {kind}, since the scoring did not flag them: {counted(lacking.count, 'flagged image')} ({names}). "
-            "Score into another sink.uri to have them."
+            f"Without {kind}, since the scoring did not flag them: {counted(lacking.count, 'flagged image')} "
+            f"({names}). Score into another sink.uri to have them."
         )
     click.echo(f"Manifest: {join_uri(uri, 'manifest.json')}")
