@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -70,12 +71,12 @@ class FitDisplay:
     """Progress display for the phases of a fit."""
 
     def __init__(self, after_seconds: float = 0.0) -> None:
-        """Uses a live display if standard error is a terminal or the code runs in a notebook.
+        """Uses a live display if standard error is a terminal or the code runs in a notebook with ipywidgets.
 
         Args:
             after_seconds: delay before anything is shown; shorter steps show nothing.
         """
-        self._live = _live() if sys.stderr.isatty() or Console(stderr=True).is_jupyter else None
+        self._live = _live() if _can_be_live() else None
         self._shows_at = time.monotonic() + after_seconds
         self._tasks: dict[str, TaskID] = {}
         self._phases: dict[str, _Phase] = {}
@@ -216,6 +217,13 @@ class _Done(ProgressColumn):
     def render(self, task: Task) -> Text:
         """Renders the column."""
         return self._counted.render(task) if task.total is not None else Text(f"{int(task.completed)}")
+
+
+def _can_be_live() -> bool:
+    """Whether standard error is a terminal, or the code runs in a notebook with widgets."""
+    if Console(stderr=True).is_jupyter:
+        return find_spec("ipywidgets") is not None
+    return sys.stderr.isatty()
 
 
 def _live() -> Progress:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from raydetect.progress import activity
+from raydetect.progress import activity, displays
 from raydetect.progress.activity import ACTIVITY, doing, told
 from raydetect.progress.displays import FitDisplay, ScoreDisplay
 from raydetect.progress.texts import rate_text
@@ -111,3 +111,16 @@ def test_lines_go_to_standard_error_of_the_moment(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sys, "stderr", stream)
     ACTIVITY.line("read: 3 images")
     assert stream.getvalue() == "read: 3 images\n"
+
+
+@pytest.mark.parametrize("widgets", [True, False])
+def test_a_notebook_without_widgets_gets_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], widgets: bool
+) -> None:
+    monkeypatch.setattr(displays, "Console", lambda **_: SimpleNamespace(is_jupyter=True))
+    monkeypatch.setattr(displays, "find_spec", lambda name: object() if widgets else None)
+    assert displays._can_be_live() is widgets
+    if not widgets:
+        with FitDisplay() as display:
+            display.on_progress("read images", 3, None)
+        assert said(capsys) == ["read: 3 images"]
