@@ -254,12 +254,11 @@ class View:
             return size[0] * scale * image_size[1] / width, size[1] * scale * image_size[0] / height
         window = self.layout(size, image_size).windows[0]
         left, upper, right, lower = window.place
-        across = (right - left) / (window.box[2] - window.box[0])
-        down = (lower - upper) / (window.box[3] - window.box[1])
+        width = size[0] * (right - left) / (window.box[2] - window.box[0])  # in this order exact for whole pictures
+        height = size[1] * (lower - upper) / (window.box[3] - window.box[1])
         if self.alignment is None:
-            return size[0] * across, size[1] * down
-        seen = self.alignment.size
-        return max(size[0] * across, seen[0]), max(size[1] * down, seen[1])
+            return width, height
+        return max(width, self.alignment.size[0]), max(height, self.alignment.size[1])
 
 
 def _inside(start: float, stop: float, count: int, length: int) -> tuple[float, float, int, int] | None:

@@ -204,7 +204,7 @@ def test_a_copy_has_a_fit_of_its_own(duplicate: Any) -> None:
         scores = found.predict_proba(images(3))
         twin = duplicate(found)
         assert (twin.predict_proba(images(3)) == scores).all() and twin.threshold(0.5) == found.threshold(0.5)
-        assert twin.save("memory://same") == found.save("memory://same")
+        assert twin.save("memory://same", replace=True) == found.save("memory://same", replace=True)
         twin.fit(images(9), holdout_ratio=0.5, progress=False)
         assert (found.predict_proba(images(3)) == scores).all()
     assert repr(duplicate(model())) == repr(model())

@@ -66,11 +66,11 @@ def begin(line: Line, results: str, tmp_path: Path, *arguments: str, workers: in
 
 def test_three_workers_match_one_process_even_if_one_is_killed(line: Line, truth: str, tmp_path: Path) -> None:
     running = begin(line, "ray3", tmp_path, workers=3)
-    addresses = listening_addresses(descendants(running.process.pid))
-    assert addresses and addresses <= LOOPBACK
     victims = scoring_actors(running.process.pid)
     assert len(victims) == 3
     os.kill(victims[0], signal.SIGKILL)
+    addresses = listening_addresses(descendants(running.process.pid))
+    assert addresses and addresses <= LOOPBACK
     assert running.wait() == 0, running.text()
     same_as_truth(line, "ray3", truth)
     message = (running.folder / "stderr").read_text()
