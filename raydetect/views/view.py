@@ -254,11 +254,11 @@ class View:
             return size[0] * scale * image_size[1] / width, size[1] * scale * image_size[0] / height
         window = self.layout(size, image_size).windows[0]
         left, upper, right, lower = window.place
-        width = size[0] * (right - left) / (window.box[2] - window.box[0])  # in this order exact for whole pictures
-        height = size[1] * (lower - upper) / (window.box[3] - window.box[1])
+        across = size[0] * (right - left) / (window.box[2] - window.box[0])  # in this order exact for whole pictures
+        down = size[1] * (lower - upper) / (window.box[3] - window.box[1])
         if self.alignment is None:
-            return width, height
-        return max(width, self.alignment.size[0]), max(height, self.alignment.size[1])
+            return across, down
+        return max(across, self.alignment.size[0]), max(down, self.alignment.size[1])
 
 
 def _inside(start: float, stop: float, count: int, length: int) -> tuple[float, float, int, int] | None:
