@@ -112,6 +112,7 @@ def test_a_bad_image_among_good_ones_is_an_entry_and_all_bad_is_422(data_dir: Pa
     assert bad.status_code == 422 and "none of 4 images" in bad.json()["detail"]
     statuses = [entry["status"] for entry in bad.json()["results"]]
     assert statuses == ["corrupt", "empty", "not_an_image", "too_many_pixels"]
+    assert "more than limits.max_pixels = " in bad.json()["results"][-1]["error"]  # not that of a job
 
 
 def test_unknown_names_and_malformed_requests_are_reported(data_dir: Path) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from raydetect.storage import Storage, join_uri
 
 FORM_FIELDS = {"images", "heatmaps", "store_heatmaps", "category"}
 NAME_LETTERS = 200
+LIMITS = re.compile(r"\bsource\.(max_pixels|max_image_bytes)\b")  # what a job sets in its source, a server in `limits`
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,7 @@ def score_of(answer: Answer, heatmaps_uri: str | None, storage: Storage) -> Scor
     return Score(
         name=row.key,
         status=row.status,
-        error=row.error.removeprefix(f"{row.key}: "),
+        error=LIMITS.sub(r"limits.\1", row.error.removeprefix(f"{row.key}: ")),
         width=row.width,
         height=row.height,
         image_score=row.image_score,
