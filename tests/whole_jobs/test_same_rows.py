@@ -59,8 +59,7 @@ def begin(line: Line, results: str, tmp_path: Path, *arguments: str, workers: in
         if running.process.poll() is None and len(ledger.committed()) < 12 and scoring_actors(os.getpid()):
             return running
         assert running.wait() == 0, running.text()
-        fs, path = line.store.storage.filesystem(line.store.uri(results))
-        fs.rm(path, recursive=True)
+        line.store.storage.delete_folder(line.store.uri(results))
     raise AssertionError(f"{results}: ended three times before some but not all shards were seen committed")
 
 
