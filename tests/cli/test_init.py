@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import yaml
-from click.testing import CliRunner, Result
 
-from raydetect.cli.main import main
+from tests.builders.commands import call
 from tests.builders.sources import SOURCES, flat, good_and_bad
 
+pytestmark = pytest.mark.usefixtures("without_weights")
 QUICK = (
     "detector.params.image_size=[64, 64]",
     "detector.params.coreset_sampling_ratio=0.01",
@@ -20,19 +20,6 @@ QUICK = (
     "view={}",  # as many tiles of so few px take long
 )
 SMALL = (*(word for setting in QUICK for word in ("--set", setting)), "--local")
-
-
-@pytest.fixture(autouse=True)
-def _no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Caches without weights, and no network to download them."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-def call(*arguments: str) -> Result:
-    result = CliRunner().invoke(main, list(arguments))
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
 
 
 def written(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

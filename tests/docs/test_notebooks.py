@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
+import nbclient
+import nbformat
 import pytest
-
-nbformat = pytest.importorskip("nbformat", reason="the extra docs is not installed")
-nbclient = pytest.importorskip("nbclient", reason="the extra docs is not installed")
-pytest.importorskip("ipykernel", reason="the extra docs is not installed")
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))

@@ -6,11 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-import pytest
 from pydantic import Field
-
-pytest.importorskip("docstring_parser", reason="the extra docs is not installed")
-pytest.importorskip("matplotlib", reason="the extra docs is not installed")
 
 from jobs.docs import figures, reference
 from jobs.docs.job_files import field_rows

@@ -54,7 +54,6 @@ def test_links_are_moved_with_their_pages() -> None:
 
 
 def test_the_site_builds_without_a_warning() -> None:
-    pytest.importorskip("mkdocs", reason="the extra docs is not installed")
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     subprocess.run([sys.executable, "-m", "jobs.docs.site"], cwd=ROOT, check=True)
     ended = subprocess.run(

@@ -1,9 +1,6 @@
 """An archive that changes after it was scored: refused in words, or continued with only what is new."""
 
 import shutil
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from raydetect.sinks.rows import read_rows
 from raydetect.sinks.run_progress import progress
 from raydetect.sinks.verify import verify
 from tests.builders.archives import mixed_files, tar_bytes
+from tests.builders.commands import killed_after
 from tests.builders.images import encode, normal_image
 from tests.local.test_local import SCORE, fit, spec_of
 
@@ -147,23 +145,15 @@ def test_containers_are_told_apart_by_their_names(tmp_path: Path) -> None:
 
 
 KILLED = """
-    import os, signal, sys
     from raydetect.local import jobs
     from raydetect.planning.plan import plan_score
-    from raydetect.storage import Storage
+    from tests.local.test_local import SCORE
     from tests.planning.test_late_images import spec_in
     from pathlib import Path
 
-    plain, left = Storage.write, [int(sys.argv[2])]
-
-    def counted(self, uri, data):
-        left[0] -= 1
-        if left[0] < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        plain(self, uri, data)
-
-    Storage.write = counted
-    jobs.score(plan_score(spec_in(Path(sys.argv[1])), accept_new=True), lambda *_: None)
+    folder = Path(sys.argv[2])
+    SCORE["artifact"] = str(folder / "artifact")
+    jobs.score(plan_score(spec_in(folder), accept_new=True), lambda *_: None)
 """
 
 
@@ -179,9 +169,7 @@ def test_a_killed_run_goes_on_without_the_flag(writes: int, tmp_path: Path, on_d
     add(tmp_path / "in", *range(0, 12, 2))
     score(tmp_path)
     add(tmp_path / "in", 1, 3, 5, 7, 9)
-    code = f"from tests.local.test_local import SCORE; SCORE['artifact'] = {str(tmp_path / 'artifact')!r}\n"
-    command = [sys.executable, "-c", code + textwrap.dedent(KILLED), str(tmp_path), str(writes)]
-    assert subprocess.run(command, check=False).returncode == -9
+    assert killed_after(writes, KILLED, str(tmp_path)) == -9
     plan, manifest = score(tmp_path)
     assert (manifest["rows"], manifest["accepted"]["new"]) == (11, 5)
     assert len(rows_of(plan)) == 11 and verify(plan.ledger, lambda *_: None).whole

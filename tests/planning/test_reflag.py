@@ -3,9 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from raydetect.sinks.run_progress import progress
 from raydetect.sinks.verify import verify
 from raydetect.storage import Storage
 from tests.builders.archives import normal_files, pack
+from tests.builders.commands import killed_after
 from tests.local.test_local import SCORE, fit, run, spec_of
 
 pytestmark = pytest.mark.usefixtures("mixed_shards")
@@ -177,21 +175,10 @@ def test_an_unfinished_or_damaged_run_is_refused_unchanged(tmp_path: Path) -> No
 
 
 KILLED = """
-    import os, signal, sys
     from raydetect.planning.reflag import plan_reflag
     from raydetect.sinks.ledger import Ledger
-    from raydetect.storage import Storage, files
 
-    plain, left = Storage.write, [int(sys.argv[2])]
-
-    def counted(self, uri, data):
-        left[0] -= 1
-        if left[0] < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        plain(self, uri, data)
-
-    Storage.write = counted
-    plan_reflag(Ledger(sys.argv[1], Storage()), Storage(), ("flag.threshold=1.8",)).execute(lambda *_: None)
+    plan_reflag(Ledger(sys.argv[2], Storage()), Storage(), ("flag.threshold=1.8",)).execute(lambda *_: None)
 """
 
 
@@ -205,8 +192,7 @@ def test_a_killed_reflag_is_refused_by_all_others_and_continued_by_the_same_comm
     for writes in range(20):
         for name, data in old.items():
             (tmp_path / "a" / name).write_bytes(data)
-        command = [sys.executable, "-c", textwrap.dedent(KILLED), expected.uri, str(writes)]
-        ends.append(subprocess.run(command, check=False).returncode)
+        ends.append(killed_after(writes, KILLED, expected.uri))
         if ends[-1] == 0:
             break
         is_under_way = "reflagging" in json.loads((tmp_path / "a/run.json").read_text())

@@ -43,7 +43,8 @@ def fitted() -> Estimator:
     return model.fit(normal(40), holdout_ratio=0.5)
 
 
-def test_one_pass_has_what_the_single_methods_return(fitted: Estimator, monkeypatch: pytest.MonkeyPatch) -> None:
+def counted_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Gets the number of images of every forward pass from now on."""
     passes: list[int] = []
     plain = PatchCore.score
 
@@ -51,8 +52,13 @@ def test_one_pass_has_what_the_single_methods_return(fitted: Estimator, monkeypa
         passes.append(len(images_BCHW))
         return plain(self, images_BCHW)
 
-    images = np.concatenate([planted(4), normal(4, 500)])
     monkeypatch.setattr(PatchCore, "score", counted)
+    return passes
+
+
+def test_one_pass_has_what_the_single_methods_return(fitted: Estimator, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = np.concatenate([planted(4), normal(4, 500)])
+    passes = counted_passes(monkeypatch)
     found = fitted(images, alpha=0.05)
     assert passes == [8]
     assert len(found) == 8 and found.threshold == fitted.threshold(0.05)
@@ -144,14 +150,7 @@ def test_signs_are_those_of_scikit_learn(fitted: Estimator) -> None:
 
 
 def test_few_images_are_scored_one_by_one_and_alike(fitted: Estimator, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[int] = []
-    plain = PatchCore.score
-
-    def counted(self: PatchCore, images_BCHW: torch.Tensor) -> Any:
-        sizes.append(len(images_BCHW))
-        return plain(self, images_BCHW)
-
-    monkeypatch.setattr(PatchCore, "score", counted)
+    sizes = counted_passes(monkeypatch)
     fitted.save("memory://singly")
     usual = create_model.load("memory://singly")
     images = planted(5)
@@ -263,7 +262,6 @@ def test_wrong_labels_and_masks_are_refused(fitted: Estimator, tmp_path: Path) -
 
 
 def test_a_figure_shows_picture_regions_and_map(fitted: Estimator, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     image = planted(1)[0]
     figure = fitted.plot(image, alpha=0.05)
     left, right, _ = figure.axes

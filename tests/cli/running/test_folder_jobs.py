@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import yaml
-from click.testing import CliRunner, Result
+from click.testing import Result
 
-from raydetect.cli.main import main
 from raydetect.cli.running import placement
 from raydetect.cli.running.folder_job import names_images
 from raydetect.cli.running.placement import Size, Wanted, runs_here
@@ -16,23 +15,12 @@ from raydetect.config import ResourceSpec
 from raydetect.errors import SpecError
 from raydetect.records import Shard
 from raydetect.storage import Storage
+from tests.builders.commands import call
 from tests.builders.sources import flat, good_and_bad
 from tests.whole_jobs.runs import rows_of
 
+pytestmark = pytest.mark.usefixtures("without_weights")
 QUICK = ("--set", "detector.params.image_size=[64, 64]", "--set", "calibration={holdout_ratio: 0.4}")
-
-
-@pytest.fixture(autouse=True)
-def _no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Caches without weights, and no network to download them."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-def call(*arguments: str) -> Result:
-    result = CliRunner().invoke(main, list(arguments))
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
 
 
 @pytest.fixture
