@@ -1,7 +1,7 @@
 """Measures how long a detector takes to build its memory bank, and extrapolates to more images."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -9,7 +9,8 @@ from torch import Tensor
 
 from raydetect.blocks.coresets.group import Group
 from raydetect.blocks.coresets.keyed_rows import PAD_KEY, FitState
-from raydetect.detectors._base import Batch, Detector
+from raydetect.detectors._base import Detector
+from raydetect.fitting.collect import padded_batches
 from raydetect.fitting.image_cache import ImageCache
 
 LONG_SECONDS = 2.0  # of one bank; banks that take less are mostly overhead
@@ -24,10 +25,10 @@ class BankForecast:
         seconds_per_input: of the forward pass that collects rows.
     """
 
-    def __init__(self, detector: Detector, cache: ImageCache, keys: Sequence[str], batch_size: int) -> None:
+    def __init__(self, detector: Detector, cache: ImageCache, keys: list[str], batch_size: int) -> None:
         """Collects the rows of the inputs of a cache, twice."""
         self._detector = detector
-        self._batches = list(_batches(cache, keys, batch_size, detector.device))
+        self._batches = [batch for _, batch in padded_batches(cache, keys, batch_size, detector.device)]
         self._inputs = len(keys)
         self._collected()  # the first time is slower
         began = time.perf_counter()
@@ -65,15 +66,6 @@ class BankForecast:
         began = time.perf_counter()
         self._detector.finish(state, lambda done, total: None)
         return time.perf_counter() - began
-
-
-def _batches(cache: ImageCache, keys: Sequence[str], size: int, device: torch.device) -> Iterator[Batch]:
-    for start in range(0, len(keys), size):
-        part = list(keys[start : start + size])
-        images_BHWC = np.zeros((size, *cache.shape), np.uint8)
-        images_BHWC[: len(part)] = cache.pixels(part)
-        images_BCHW = torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).to(device)
-        yield Batch(images_BCHW, [*part, *[PAD_KEY] * (size - len(part))])
 
 
 def extrapolated(measured: Measured, wanted: float) -> float:

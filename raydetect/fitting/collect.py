@@ -1,6 +1,6 @@
 """Collects keyed rows: one forward pass of the detector over each image of a worker."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -30,16 +30,23 @@ def collect(
     need them if its image scores do not come from maps.
     """
     state, kept = FitState(group, max_bytes), _kept_patches(detector, cache, all_patches)
+    for part, batch in padded_batches(cache, keys, batch_size, detector.device):
+        with torch.inference_mode():
+            state.add(batch.keys, detector.collect(batch), kept(part))
+        on_progress(len(part))
+    return state
+
+
+def padded_batches(
+    cache: ImageCache, keys: list[str], batch_size: int, device: torch.device
+) -> Iterator[tuple[list[str], Batch]]:
+    """Yields the keys of a batch, and the batch, padded with zeros and PAD_KEY to `batch_size` images."""
     for start in range(0, len(keys), batch_size):
         part = keys[start : start + batch_size]
         images_BHWC = np.zeros((batch_size, *cache.shape), dtype=np.uint8)
         images_BHWC[: len(part)] = cache.pixels(part)
-        images_BCHW = torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).to(detector.device)
-        padded = [*part, *[PAD_KEY] * (batch_size - len(part))]
-        with torch.inference_mode():
-            state.add(padded, detector.collect(Batch(images_BCHW, padded)), kept(part))
-        on_progress(len(part))
-    return state
+        images_BCHW = torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).to(device)
+        yield part, Batch(images_BCHW, [*part, *[PAD_KEY] * (batch_size - len(part))])
 
 
 def _kept_patches(
