@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.made
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest quick check docs bench reproduce clean
+.PHONY: help demo test newest test-newest quick check docs bench reproduce clean
 .DELETE_ON_ERROR:
 
 # -qq leaves out pip's warnings (about running as root, its own version, indexes of the machine) but not its errors.
@@ -38,9 +38,12 @@ test: check ## the checks, then the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 # The newest Python, in an environment of its own; a part of the suite, because the pinned packages are the same.
-NEWEST ?= $(lastword python3.13 $(wildcard $(HOME)/.pyenv/versions/3.13.*/bin/python3.13))
+NEWEST ?= $(lastword $(shell command -v python3.13) $(wildcard $(HOME)/.pyenv/versions/3.13.*/bin/python3.13))
+newest:
+	@echo $(NEWEST)
+
 test-newest: ## a part of the test suite with the newest Python (an environment of 7 GB more)
-	@$(MAKE) --no-print-directory PYTHON=$(NEWEST) VENV=.venv-newest quick
+	@$(MAKE) --no-print-directory PYTHON=$(or $(NEWEST),python3.13) VENV=.venv-newest quick
 
 quick: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/config tests/archives tests/planning tests/python_api tests/packaging

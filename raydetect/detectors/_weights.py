@@ -38,6 +38,7 @@ IMAGENET = "imagenet"
 RANDOM = "random"
 OFFLINE = "Give a file: `weights: /path/to/weights.safetensors` (or a URL), or `weights: random`."
 CONNECT_SECONDS = 5.0
+PARALLEL = "module."  # what torch's DataParallel puts before the names of tensors
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 WeightsName = Annotated[str, Field(description='"imagenet", "random", or a path or URL of a weights file')]
 CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -138,11 +139,19 @@ def cached_imagenet(name: str) -> Path | None:
         path = _place_of(_torchvision_url(bare))
         return path if path.exists() else None
     import timm
-    from huggingface_hub import try_to_load_from_cache
 
     known = timm.get_pretrained_cfg(bare)
-    names = (known.hf_hub_filename,) if known and known.hf_hub_filename else HUB_FILES
-    found = [try_to_load_from_cache(known.hf_hub_id, file) for file in names] if known and known.hf_hub_id else []
+    if known is None or not known.hf_hub_id:
+        return None
+    return _in_hub_cache(known.hf_hub_id, (known.hf_hub_filename,) if known.hf_hub_filename else HUB_FILES)
+
+
+def _in_hub_cache(repository: str, names: Sequence[str]) -> Path | None:
+    """The first of some files of a repository that is in the cache of the Hugging Face Hub."""
+    from huggingface_hub import try_to_load_from_cache
+
+    bare, _, revision = repository.partition("@")
+    found = (try_to_load_from_cache(bare, name, revision=revision or None) for name in names)
     return next((Path(path) for path in found if isinstance(path, str)), None)
 
 
@@ -152,14 +161,13 @@ def hub_file(repository: str, names: Sequence[str]) -> Path:
     Raises:
         OSError: none is available, or the sha256 of the copy does not match its name in the cache.
     """
-    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
+    cached = _in_hub_cache(repository, names)
+    if cached is not None:
+        return _verified(cached)
     bare, _, revision = repository.partition("@")
-    for name in names:
-        found = try_to_load_from_cache(bare, name, revision=revision or None)
-        if isinstance(found, str):
-            return _verified(Path(found))
     require_reachable(constants.ENDPOINT)
     for name in names:
         try:
@@ -202,7 +210,9 @@ def require_reachable(url: str) -> None:
 
 
 def read_weights(place: str) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file or a state dict at a path or URL.
+    """The tensors of a .safetensors file, or of a state dict at a path or URL.
+
+    The state dict may be the entry `state_dict` of a checkpoint, and that of a `DataParallel` module.
 
     Raises:
         ArtifactError: it cannot be read, or contains anything but tensors.
@@ -223,9 +233,10 @@ def read_weights(place: str) -> dict[str, Tensor]:
         raise ArtifactError(
             f"{uri}: contains more than tensors ({type(error).__name__}). Save a plain state dict."
         ) from None
+    found = found.get("state_dict", found) if isinstance(found, dict) else found  # a training checkpoint
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise ArtifactError(f"{uri}: is not a plain state dict of tensors. Save model.state_dict().")
-    return found
+    return {name.removeprefix(PARALLEL): value for name, value in found.items()}
 
 
 def clip_facts(model: str, weights: str) -> Mapping[str, Any]:
@@ -256,9 +267,31 @@ def clip_weights(model: str, weights: str) -> dict[str, Tensor]:
     if not facts:
         return read_weights(weights)
     try:
-        repository, _, name = str(facts["hf_hub"]).rpartition("/")
-        path = hub_file(repository, [name] if name else CLIP_FILES) if repository else url_file(facts["url"])
-        return read_weights(str(path))
+        repository, names = _clip_repository(facts, weights)
+        return read_weights(str(hub_file(repository, names) if repository else url_file(facts["url"])))
     except Exception as error:
         reason = " ".join(str(error).split())[:400].rstrip(".")
         raise ArtifactError(f"weights {weights} of {model} are unavailable ({reason}). {OFFLINE}") from None
+
+
+def cached_clip(model: str, weights: str) -> Path | None:
+    """The cached file of a weights tag of open_clip; None if it is not there. Reads and downloads nothing."""
+    facts = clip_facts(model, weights)
+    repository, names = _clip_repository(facts, weights)
+    if repository:
+        return _in_hub_cache(repository, names)
+    path = _place_of(facts["url"])
+    return path if path.exists() else None
+
+
+def _clip_repository(facts: Mapping[str, Any], tag: str) -> tuple[str, Sequence[str]]:
+    """The repository of a tag's weights on the Hub, and the files to look for; "" if they are to come from a URL.
+
+    open_clip names for some tags a repository of another one (of laion400m_e32 that of laion400m_e31) beside the URL
+    of the right file.
+    """
+    hub = str(facts["hf_hub"])
+    if facts["url"] and tag not in hub:
+        return "", ()
+    repository, _, name = hub.rpartition("/")
+    return repository, [name] if name else CLIP_FILES

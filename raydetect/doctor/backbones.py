@@ -1,9 +1,10 @@
-"""Which detectors find the weights of their default backbone in a cache."""
+"""Which detectors find the weights of their default backbone, or CLIP model, in a cache."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from raydetect.detectors._registry import detector_class, list_models
-from raydetect.detectors._weights import IMAGENET, cached_imagenet, require_reachable
+from raydetect.detectors._weights import IMAGENET, cached_clip, cached_imagenet, require_reachable
 from raydetect.doctor.finding import Finding
 
 MORE = ("resnet18",)  # the backbone of examples and of `raydetect init` without a GPU
@@ -15,17 +16,24 @@ HOSTS = {False: "https://download.pytorch.org", True: "https://huggingface.co"}
 
 
 def weight_findings() -> Iterator[Finding]:
-    """One finding for each backbone that a detector has by default."""
+    """One finding for each backbone and CLIP model that a detector has by default."""
     users: dict[str, list[str]] = {name: [] for name in MORE}
+    clips: dict[tuple[str, str], list[str]] = {}
     for model in list_models():
         fields = detector_class(model).Params()
         backbone = getattr(fields, "backbone", None)
         if backbone is not None and getattr(fields, "weights", None) == IMAGENET:
             users.setdefault(backbone, []).append(model)
+        clip = getattr(fields, "clip_model", None)
+        if clip is not None:
+            clips.setdefault((clip, str(getattr(fields, "weights", ""))), []).append(model)
     refusals = {is_timm: _refusal(host) for is_timm, host in HOSTS.items()}
+    places = [(name, users[name], cached_imagenet(name), refusals[name.startswith("timm/")]) for name in sorted(users)]
+    for (name, tag), models in sorted(clips.items()):
+        places.append((f"{name} {tag}", models, cached_clip(name, tag), refusals[True]))
     advice = ADVICE
-    for name in sorted(users):
-        finding = _backbone(name, users[name], refusals[name.startswith("timm/")], advice)
+    for place in places:
+        finding = _finding(*place, advice)
         advice = "" if finding.advice else advice  # once is enough
         yield finding
 
@@ -39,8 +47,7 @@ def _refusal(host: str) -> str:
     return ""
 
 
-def _backbone(name: str, users: list[str], refusal: str, advice: str) -> Finding:
-    path = cached_imagenet(name)
+def _finding(name: str, users: list[str], path: Path | None, refusal: str, advice: str) -> Finding:
     text = f"{name} ({', '.join(users)})" if users else name
     if path is not None:
         return Finding("weights", "ok", f"{text}: {path}")

@@ -257,6 +257,18 @@ def test_a_host_that_cannot_be_reached_is_one_sentence_soon(caches: Path) -> Non
         _weights._imagenet("test_vit4")
 
 
+def test_a_training_checkpoint_and_a_data_parallel_module_are_read(tmp_path: Path) -> None:
+    plain = {"a.weight": torch.ones(2), "module_a.bias": torch.zeros(1)}
+    parallel = {f"module.{name}": value for name, value in plain.items()}
+    for content in (plain, parallel, {"epoch": 3, "state_dict": parallel}):
+        torch.save(content, tmp_path / "file.pt")
+        found = _weights.read_weights(str(tmp_path / "file.pt"))
+        assert found.keys() == plain.keys() and all(torch.equal(found[name], plain[name]) for name in plain)
+    torch.save({"epoch": 3, "a": torch.ones(2)}, tmp_path / "file.pt")
+    with pytest.raises(ArtifactError, match="is not a plain state dict of tensors"):
+        _weights.read_weights(str(tmp_path / "file.pt"))
+
+
 SCORING = """
 import sys, torch
 from raydetect.blocks.coresets.keyed_rows import FitState

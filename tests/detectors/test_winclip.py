@@ -280,6 +280,24 @@ def test_some_weights_need_another_activation_which_the_artifact_keeps(monkeypat
     torch.testing.assert_close(tower.pixel_mean, torch.tensor([0.5, 0.4, 0.3]))
 
 
+def test_a_tag_is_never_loaded_from_the_repository_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """open_clip names the repository of laion400m_e31 for laion400m_e32, and the URL of the right file."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    state = {"ln_final.bias": torch.ones(2)}
+    url = _weights.clip_facts("ViT-B-16-plus-240", "laion400m_e32")["url"]
+    place = tmp_path / "hub" / "checkpoints" / url.rpartition("/")[2]
+    place.parent.mkdir(parents=True)
+    assert "laion400m_e32" in place.name and _weights.cached_clip("ViT-B-16-plus-240", "laion400m_e32") is None
+    torch.save(state, place)
+    assert _weights.cached_clip("ViT-B-16-plus-240", "laion400m_e32") == place
+    monkeypatch.setattr(_weights, "_require_sha256", lambda path, digits: None)
+    found = _weights.clip_weights("ViT-B-16-plus-240", "laion400m_e32")
+    assert torch.equal(found["ln_final.bias"], state["ln_final.bias"])
+    repository, _ = _weights._clip_repository(_weights.clip_facts("ViT-B-32", "openai"), "openai")
+    assert repository == "timm/vit_base_patch32_clip_224.openai"
+
+
 @pytest.mark.parametrize("offline", [True, False])
 def test_weights_that_cannot_be_had_are_one_sentence_soon(
     offline: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -290,8 +308,8 @@ def test_weights_that_cannot_be_had_are_one_sentence_soon(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1" if offline else "0")
     started = time.perf_counter()
     why = "HF_HUB_OFFLINE is set" if offline else r"127\.0\.0\.1 cannot be reached"
-    with pytest.raises(ArtifactError, match=rf"weights laion400m_e32 of ViT-B-16-plus-240 .*{why}.*Give a file"):
-        build_detector("winclip", {}).load_weights()
+    with pytest.raises(ArtifactError, match=rf"weights laion400m_e31 of ViT-B-16-plus-240 .*{why}.*Give a file"):
+        build_detector("winclip", {"weights": "laion400m_e31"}).load_weights()
     assert time.perf_counter() - started < 3
     with pytest.raises(SpecError, match=r"is neither a tag of open_clip for ViT-B-32.*laion400m_e32"):
         build_detector("winclip", {"clip_model": "ViT-B/32", "weights": "laion400m_e33"}).load_weights()

@@ -19,4 +19,6 @@ def test_weights_are_named_with_their_detectors_and_file(tmp_path: Path, monkeyp
     wide, small = found["wide_resnet50_2"], found["resnet18"]
     assert wide.state == "ok" and "patchcore" in wide.found and wide.found.endswith(str(cached))
     assert small.state == "note" and "stfpm" in small.found and "HF_HUB_OFFLINE is set" in small.found
+    clip = found["ViT-B-16-plus-240"]
+    assert clip.state == "note" and "laion400m_e32 (winclip): in no cache" in clip.found
     assert sum(bool(finding.advice) for finding in found.values()) == 1
