@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from raydetect.cli.options import BAD_JOB, cluster, errors, expect, in_process, job_file, load, overrides
+from raydetect.cli.running.placement import Wanted, ray, runs_cells_here
 from raydetect.progress.activity import doing
 
 if TYPE_CHECKING:
@@ -19,16 +20,18 @@ if TYPE_CHECKING:
 @overrides
 @cluster
 @in_process
-def evaluate(job: Path, overrides: tuple[str, ...], address: str | None, in_process: bool) -> None:
+@ray
+def evaluate(job: Path, overrides: tuple[str, ...], address: str | None, in_process: bool, on_ray: bool) -> None:
     """Fit detectors on labelled data, or use existing results, and measure their accuracy.
 
     Running the same job again continues with the unfinished cells.
     """
     with errors(BAD_JOB):
+        wanted = Wanted(address, in_process, on_ray)
         spec = expect(load(job, overrides), "evaluate", job)
         cells = None if spec.results else _plan(spec)
     with errors(), doing("fitting and evaluating"):
-        finished_cells = _judge(spec) if cells is None else _run(*cells, address, in_process)
+        finished_cells = _judge(spec) if cells is None else _run(*cells, wanted)
         _report(spec, finished_cells)
 
 
@@ -45,7 +48,7 @@ def _plan(spec: "EvaluateSpec") -> tuple["Evaluation", list["Cell"]]:
     return evaluation, todo
 
 
-def _run(evaluation: "Evaluation", todo: list["Cell"], address: str | None, in_process: bool) -> list[dict[str, Any]]:
+def _run(evaluation: "Evaluation", todo: list["Cell"], wanted: Wanted) -> list[dict[str, Any]]:
     numbers = {cell.digest: number for number, cell in enumerate(evaluation.cells, start=1)}
 
     def on_cell(cell: "Cell", body: dict[str, Any]) -> None:
@@ -53,7 +56,7 @@ def _run(evaluation: "Evaluation", todo: list["Cell"], address: str | None, in_p
         position = f"cell {numbers[cell.digest]} of {len(evaluation.cells)}"
         click.echo(f"{position}: {cell.line}{of}, seed {cell.seed}: fitted in {body['fit_seconds']:.0f} s", err=True)
 
-    if in_process:
+    if runs_cells_here(wanted, len(todo)):
         from raydetect.evaluation.run import run_cell
         from raydetect.progress.displays import FitDisplay
 
@@ -65,7 +68,7 @@ def _run(evaluation: "Evaluation", todo: list["Cell"], address: str | None, in_p
     elif todo:
         from raydetect.distributed.evaluate import evaluate as evaluate_on_ray
 
-        evaluate_on_ray(evaluation, todo, address, on_cell)
+        evaluate_on_ray(evaluation, todo, wanted.target, on_cell)
     return [done for cell in evaluation.cells if (done := evaluation.finished(cell)) is not None]
 
 

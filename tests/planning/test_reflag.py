@@ -24,6 +24,7 @@ from raydetect.storage import Storage
 from tests.builders.archives import normal_files, pack
 from tests.builders.commands import killed_after
 from tests.local.test_local import SCORE, fit, run, spec_of
+from tests.objectstore import ObjectStore
 
 pytestmark = pytest.mark.usefixtures("mixed_shards")
 LOCATED = ("regions", "regions_left_out", "heatmap_uri", "close_up_uris")
@@ -72,6 +73,25 @@ def test_rows_are_those_of_scoring_with_the_rule(old: str, new: str, tmp_path: P
     assert all(files_of(tmp_path / "a")[name] == before[name] for name in kept)
     reflag(plan.ledger, old)
     assert files_of(tmp_path / "a") == before  # nothing is lost on the way
+
+
+def test_results_in_a_bucket_are_reflagged_as_those_in_a_folder(
+    object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", object_store.key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", object_store.secret)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    old, new = "flag.threshold=2.1", "flag.threshold=1.8"
+    expected = scored(tmp_path / "a", old).ledger
+    reflag(expected, new)
+    uri, endpoint = object_store.uri("line"), object_store.endpoint_url
+    ledger = run(f"sink.uri={uri}", f"sink.storage.endpoint_url={endpoint}", old)[0].ledger
+    ended = CliRunner().invoke(main, ["reflag", uri, "--set", new, "--endpoint-url", endpoint], catch_exceptions=False)
+    assert ended.exit_code == 0 and "flag.threshold = 1.8, before flag.threshold = 2.1" in ended.output, ended.output
+    assert without(rows_of(ledger), *LOCATED[2:]) == without(rows_of(expected), *LOCATED[2:])
+    assert verify(ledger, lambda *_: None).whole and progress(ledger).finished
+    again = CliRunner().invoke(main, ["reflag", uri, "--set", new, "--endpoint-url", endpoint], catch_exceptions=False)
+    assert again.exit_code == 0 and "nothing to do" in again.output
 
 
 def test_regions_and_heatmaps_are_equal_where_a_stricter_rule_needs_no_others(tmp_path: Path) -> None:

@@ -83,12 +83,12 @@ class Size:
         return (self.images or 0) <= SMALL_IMAGES and self.bytes <= SMALL_BYTES
 
     def text(self) -> str:
-        """`40 images`, or the bytes if the images are not counted."""
+        """`40 image files`, or the bytes if the images are not counted."""
         from raydetect.progress.texts import bytes_text
 
         if self.images is None:
             return bytes_text(self.bytes)
-        return f"{self.images:,} image{'' if self.images == 1 else 's'}"
+        return f"{self.images:,} image file{'' if self.images == 1 else 's'}"
 
 
 def runs_here(wanted: Wanted, resources: "ResourceSpec", size: "Any") -> bool:
@@ -102,11 +102,20 @@ def runs_here(wanted: Wanted, resources: "ResourceSpec", size: "Any") -> bool:
     if not wanted.is_open:
         return wanted.in_process
     if resources.num_actors > 1:
-        click.echo(f"Runs on a local Ray ({resources.num_actors} workers); --local runs in this process.", err=True)
-        return False
+        return _says(False, f"{resources.num_actors} workers")
     found: Size = size()
-    if found.is_small:
-        click.echo(f"Runs in this process ({found.text()}); --ray starts a local Ray.", err=True)
-        return True
-    click.echo(f"Runs on a local Ray ({found.text()}); --local runs in this process.", err=True)
-    return False
+    return _says(found.is_small, found.text())
+
+
+def runs_cells_here(wanted: Wanted, cells: int) -> bool:
+    """Decides whether the cells of an evaluation run in this process: a single one, as Ray runs several at a time."""
+    if not wanted.is_open or not cells:
+        return wanted.in_process
+    return _says(cells == 1, f"{cells:,} cell{'' if cells == 1 else 's'}")
+
+
+def _says(here: bool, why: str) -> bool:
+    where = "in this process" if here else "on a local Ray"
+    other = "--ray starts a local Ray" if here else "--local runs in this process"
+    click.echo(f"Runs {where} ({why}); {other}.", err=True)
+    return here

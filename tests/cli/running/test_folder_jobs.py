@@ -10,7 +10,7 @@ from click.testing import Result
 
 from raydetect.cli.running import placement
 from raydetect.cli.running.folder_job import names_images
-from raydetect.cli.running.placement import Size, Wanted, runs_here
+from raydetect.cli.running.placement import Size, Wanted, runs_cells_here, runs_here
 from raydetect.config import ResourceSpec
 from raydetect.errors import SpecError
 from raydetect.records import Shard
@@ -30,7 +30,7 @@ def line(tmp_path: Path) -> Path:
     good_and_bad(tmp_path / "new")
     ended = call("fit", str(tmp_path / "good"), "--out", str(tmp_path / "artifact"), *QUICK)
     assert ended.exit_code == 0, ended.output
-    assert "Runs in this process (8 images); --ray starts a local Ray.\n" in ended.stderr
+    assert "Runs in this process (8 image files); --ray starts a local Ray.\n" in ended.stderr
     next_line = f"Next: raydetect score NEW_IMAGES --artifact {tmp_path}/artifact --out RESULTS\n"
     assert ended.stdout.endswith(next_line)
     return tmp_path
@@ -56,7 +56,7 @@ def test_a_folder_is_fitted_and_scored_and_the_jobs_are_kept(line: Path) -> None
     place = (str(line / "new"), "--artifact", str(line / "artifact"), "--out", str(line / "results 1"))
     ended = call("score", *place, "--set", "flag.alpha=0.3")
     assert ended.exit_code == 0, ended.output
-    assert "Runs in this process (11 images); --ray starts a local Ray.\n" in ended.stderr
+    assert "Runs in this process (11 image files); --ray starts a local Ray.\n" in ended.stderr
     assert "Scored 11 images" in ended.stdout and "Image AUROC over 11 labelled images" in ended.stdout
     assert ended.stdout.endswith(f"Next: raydetect report '{line}/results 1' -o report.html\n")
     kept = yaml.safe_load((line / "results 1" / "job.yaml").read_text())
@@ -167,6 +167,17 @@ def shard(size: int, format: str = "tar") -> Shard:
     return Shard(0, "file:///x", format, size, "f")
 
 
+def test_one_cell_of_an_evaluation_runs_here_and_several_on_ray(capsys: pytest.CaptureFixture[str]) -> None:
+    open_ = Wanted(None, False, False)
+    assert runs_cells_here(open_, 1) and not runs_cells_here(open_, 6)
+    assert capsys.readouterr().err == (
+        "Runs in this process (1 cell); --ray starts a local Ray.\n"
+        "Runs on a local Ray (6 cells); --local runs in this process.\n"
+    )
+    assert runs_cells_here(Wanted(None, True, False), 6) and not runs_cells_here(Wanted(None, False, True), 1)
+    assert not runs_cells_here(open_, 0) and capsys.readouterr().err == ""
+
+
 def test_small_sources_run_here_and_others_on_ray(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -180,7 +191,7 @@ def test_small_sources_run_here_and_others_on_ray(
     assert not runs_here(open_, two, never)
     assert capsys.readouterr().err == "Runs on a local Ray (2 workers); --local runs in this process.\n"
     assert not runs_here(open_, one, lambda: Size(placement.SMALL_IMAGES + 1, 1))
-    assert "2,001 images" in capsys.readouterr().err
+    assert "2,001 image files" in capsys.readouterr().err
     assert runs_here(Wanted(None, True, False), two, never)
     assert not runs_here(Wanted(None, False, True), one, never)
     assert not runs_here(Wanted("auto", False, False), one, never)
