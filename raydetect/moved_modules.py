@@ -133,7 +133,7 @@ MOVED = {
     "worker.holdout": "fitting.holdout",
     "worker.jpeg": "images.jpeg",
     "worker.judge": "scoring.decision",
-    "worker.masks": "images.masks",
+    "worker.masks": "images.masks.decoding",
     "worker.one_fit": "fitting.fit_run",
     "worker.pages": "images.pages",
     "worker.phases": "fitting.timings",

@@ -6,7 +6,7 @@ from PIL import Image
 
 from raydetect.config import ViewSpec
 from raydetect.errors import MemberError, SpecError
-from raydetect.images.masks import mask_pixels
+from raydetect.images.masks.decoding import mask_pixels
 from raydetect.images.opening import DecodeRules, Loaded, loaded_image
 from raydetect.images.rasters.in_memory import of_view
 from raydetect.images.rasters.opening import raster_for_windows

@@ -10,7 +10,8 @@ from PIL import Image
 
 from raydetect.config import SourceSpec
 from raydetect.errors import SpecError
-from raydetect.evaluation.labelled_images import EvaluationOutcome, Masks, evaluate_decoded
+from raydetect.evaluation.labelled_images import EvaluationOutcome, evaluate_decoded
+from raydetect.images.masks.reading import Masks
 from raydetect.fitting.fit_run import Fitted, ProgressCallback
 from raydetect.images.decode import Pixels
 from raydetect.metrics.figures import image_figures, pixel_figures

@@ -15,7 +15,7 @@ from PIL import Image
 from raydetect.images import opening
 from raydetect.images.decode import Pixels, decode_image, decode_member
 from raydetect.images.jpeg import has_dct
-from raydetect.images.masks import decode_mask
+from raydetect.images.masks.decoding import decode_mask
 from raydetect.images.memory_budget import BYTES_PER_PIXEL
 from raydetect.images.opening import DecodeRules, loaded_image
 from raydetect.images.preprocess import Preprocess, reduced

@@ -8,7 +8,7 @@ from PIL import Image
 
 from raydetect.errors import MemberError
 from raydetect.images.decode import Pixels, decode_member
-from raydetect.images.masks import decode_mask
+from raydetect.images.masks.decoding import decode_mask
 from raydetect.images.opening import DecodeRules
 from raydetect.images.preprocess import Preprocess
 from raydetect.records import Member

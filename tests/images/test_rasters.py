@@ -14,7 +14,7 @@ from raydetect.config.view import TileSpec, ViewSpec
 from raydetect.errors import MemberError, SpecError
 from raydetect.images import decode
 from raydetect.images.decode import DecodePool, Pixels, decode_image, decode_member, decode_stream
-from raydetect.images.masks import sampled_mask
+from raydetect.images.masks.decoding import sampled_mask
 from raydetect.images.opening import DecodeRules, loaded_image
 from raydetect.images.preprocess import Preprocess
 from raydetect.images.rasters import library, opening
@@ -321,7 +321,7 @@ def test_masks_are_sampled_as_in_memory(
     box = (0.1 * (1 - share) * width, 0.0, share * width, share * height)
     expected, size = sampled_mask(data, image, RULES, canvas, box)
     monkeypatch.setattr(opening, "SHOWN_PIXELS", 100)
-    monkeypatch.setattr("raydetect.images.masks.BAND_PIXELS", 5000)
+    monkeypatch.setattr("raydetect.images.masks.decoding.BAND_PIXELS", 5000)
     found, same_size = sampled_mask(data, image, RULES, canvas, box)
     assert size == same_size == (width, height) and (found == expected).all() and found.dtype == bool
 

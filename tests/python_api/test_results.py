@@ -16,7 +16,7 @@ from raydetect.config import EvaluateSpec, ScoreSpec, parse_job
 from raydetect.detectors.patchcore import PatchCore
 from raydetect.errors import SpecError
 from raydetect.evaluation.cells import plan_evaluation
-from raydetect.evaluation.labelled_images import MaskError
+from raydetect.images.masks.reading import MaskError
 from raydetect.evaluation.run import run_cell
 from raydetect.local import jobs
 from raydetect.metrics import aupro, auroc, average_precision, best_f1, pixel_auroc, pixel_average_precision
