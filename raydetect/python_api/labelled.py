@@ -11,9 +11,9 @@ from PIL import Image
 from raydetect.config import SourceSpec
 from raydetect.errors import SpecError
 from raydetect.evaluation.labelled_images import EvaluationOutcome, evaluate_decoded
-from raydetect.images.masks.reading import Masks
 from raydetect.fitting.fit_run import Fitted, ProgressCallback
 from raydetect.images.decode import Pixels
+from raydetect.images.masks.reading import Masks
 from raydetect.metrics.figures import image_figures, pixel_figures
 from raydetect.metrics.quality import Quality
 from raydetect.python_api.in_process import Settings

@@ -22,9 +22,9 @@ from raydetect.config import EvaluateSpec, LabelledSpec, parse_job
 from raydetect.config.validation import parse_yaml
 from raydetect.errors import SpecError, StorageError
 from raydetect.evaluation.cells import plan_evaluation
-from raydetect.images.masks.reading import Masks
 from raydetect.evaluation.leaderboard import ALL, leaderboard
 from raydetect.images.decode import decode_windows
+from raydetect.images.masks.reading import Masks
 from raydetect.images.opening import DecodeRules
 from raydetect.images.preprocess import Preprocess
 from raydetect.local import jobs

@@ -16,8 +16,8 @@ from raydetect.config import EvaluateSpec, ScoreSpec, parse_job
 from raydetect.detectors.patchcore import PatchCore
 from raydetect.errors import SpecError
 from raydetect.evaluation.cells import plan_evaluation
-from raydetect.images.masks.reading import MaskError
 from raydetect.evaluation.run import run_cell
+from raydetect.images.masks.reading import MaskError
 from raydetect.local import jobs
 from raydetect.metrics import aupro, auroc, average_precision, best_f1, pixel_auroc, pixel_average_precision
 from raydetect.planning.plan import plan_score

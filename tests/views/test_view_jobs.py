@@ -22,8 +22,8 @@ from raydetect.config.validation import apply_overrides
 from raydetect.detectors.patchcore import PatchCore
 from raydetect.errors import SpecError
 from raydetect.evaluation.cells import plan_evaluation
-from raydetect.images.masks.reading import MaskError
 from raydetect.evaluation.run import run_cell
+from raydetect.images.masks.reading import MaskError
 from raydetect.local import jobs
 from raydetect.planning.forecast import forecast
 from raydetect.planning.plan import plan_score
