@@ -73,7 +73,8 @@ def fitted(name: str, device: Any) -> Any:
     from raydetect.config import FitSpec
     from raydetect.config.validation import validate
     from raydetect.fitting.fit_run import FitRun
-    from raydetect.fitting.image_cache import CachedImage, ImageCache, ReadFacts
+    from raydetect.fitting.image_cache import CachedImage, ImageCache
+    from raydetect.fitting.reading.counts import ReadFacts
     from raydetect.fitting.timings import Phases
     from raydetect.images.preprocess import Preprocess
     from tests.builders.images import DEFECTS, defect_image, normal_image

@@ -1,5 +1,7 @@
 """Checks of a fit job. They build its detector, so they import torch."""
 
+from functools import partial
+
 from raydetect.archives.formats.loose_files import loose_names
 from raydetect.archives.open import open_archive
 from raydetect.archives.path_patterns import Naming
@@ -12,6 +14,7 @@ from raydetect.detectors._ensemble import learns_from_labels, parts
 from raydetect.detectors._registry import build_from
 from raydetect.errors import SpecError
 from raydetect.fitting.holdout import crosses
+from raydetect.fitting.reading.auxiliary import require_auxiliary
 from raydetect.storage import Storage, normalise_uri
 
 
@@ -26,9 +29,9 @@ def fit_checks(spec: FitSpec) -> list[Check]:
         lambda: _labelled(spec),
         lambda: _masks(spec),
     ]
-    extra = spec.calibration.source
-    if extra is not None:
-        checks.append(lambda: first_shard(extra, source_storage(spec, extra)))
+    for extra in (spec.calibration.source, spec.auxiliary):
+        if extra is not None:
+            checks.append(partial(first_shard, extra, source_storage(spec, extra)))
     return checks
 
 
@@ -52,6 +55,7 @@ def _trainable(spec: FitSpec) -> None:
     detector = build_from(spec.detector, spec.seed)
     phases = {phase for _, part in parts(detector) for phase in part.phases}
     crosses(spec, detector, 0)
+    require_auxiliary(spec, detector)
     if spec.resources.detectors_in_memory != ResourceSpec().detectors_in_memory:
         raise SpecError("resources.detectors_in_memory: applies to scoring with a fleet, not to a fit. Remove it.")
     if spec.extend is not None:

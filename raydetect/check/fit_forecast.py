@@ -19,7 +19,8 @@ from raydetect.detectors._registry import build_from
 from raydetect.errors import SpecError
 from raydetect.fitting.calibrate import calibrate
 from raydetect.fitting.holdout import crosses
-from raydetect.fitting.image_cache import ImageCache, read_images
+from raydetect.fitting.image_cache import ImageCache
+from raydetect.fitting.reading.images import read_images
 from raydetect.fitting.timings import torch_threads
 from raydetect.fitting.train import Trainer
 from raydetect.planning.sampling import count_images
@@ -67,6 +68,10 @@ def forecast_fit(spec: FitSpec) -> FitForecast:
     if spec.per_category or spec.extend is not None:
         what = "per_category" if spec.per_category else "extend"
         raise SpecError(f"{what}: the time of such a fit is not forecast. Remove it to forecast a fit on all images.")
+    if spec.auxiliary is not None:
+        raise SpecError(
+            "auxiliary: the time of a training on auxiliary images is not forecast. `raydetect fit` shows it."
+        )
     archive = open_archive(spec.source, Storage(source_storage(spec, spec.source)))
     shards = archive.shards()
     images, how = count_images(archive, spec.source, tuple(shards))

@@ -218,6 +218,8 @@ def _print_detector(kind: Any, name: str) -> None:
 
     info = kind.info
     click.echo(f"{info.title} ({info.venue}, {info.paper}): {info.summary}.")
+    if info.auxiliary != "none":
+        click.echo(f"Trains on auxiliary images: {info.auxiliary}.")
     click.echo(f"Labels needed: {info.labels}. Localises: {'yes' if info.localises else 'no'}.")
     click.echo(f"Published: {info.published}")
     click.echo(f"With preset: paper, looks at {_paper_view_text(name)}.")

@@ -164,7 +164,18 @@ class FitSpec:
     ] = False
     extend: Annotated[
         str | None,
-        Field(description="artifact to whose memory bank the images of the source are added; none = a new fit"),
+        Field(
+            description="artifact to whose memory bank the images of the source are added; a detector that trained on "
+            "auxiliary images keeps its training and compares with those of the source instead; none = a new fit"
+        ),
+    ] = None
+    auxiliary: Annotated[
+        SourceSpec | None,
+        Field(
+            description="images that train a detector which learns from others than those it will score: of other "
+            "categories, with {category} in pattern, or of another data set, with masks of its defects; "
+            "`raydetect detectors NAME` says which"
+        ),
     ] = None
     batch_size: Annotated[int, Field(ge=1, description="images in one forward pass when collecting features")] = (
         BATCH_SIZE
@@ -196,6 +207,13 @@ class FitSpec:
     resources: ResourceSpec = field(default_factory=ResourceSpec)
 
     def __post_init__(self) -> None:
+        if self.auxiliary is not None and self.extend is not None:
+            raise ValueError("extend keeps what the artifact learnt from auxiliary images; remove auxiliary")
+        if self.auxiliary is not None and self.per_category:
+            raise ValueError(
+                "per_category would train on the auxiliary images once for each category; fit one category with "
+                "auxiliary, and the others with extend"
+            )
         if self.per_category and self.extend is not None:
             raise ValueError("extend takes one artifact; extend the categories of a fleet one by one")
         if self.detector.ensemble and self.extend is not None:

@@ -20,6 +20,7 @@ from raydetect.config.validation import STRICT
 from raydetect.errors import RaydetectError, SpecError
 
 Phase = Literal["collect", "train"]
+Auxiliary = Literal["none", "other categories", "labelled masks"]
 ProgressCallback = Callable[[int, int], None]
 
 
@@ -69,6 +70,9 @@ class DetectorInfo:
         summary: what it does, in one sentence.
         images: how many normal images it is designed for.
         labels: the labels needed for fitting.
+        auxiliary: what the train phase learns from instead of the source (`auxiliary` of a fit job): normal images of
+            other categories, or normal and anomalous images of another data set with masks of the defects. The source
+            then has only what is collected, and normal images to calibrate on.
         localises: whether the anomaly map locates defects.
         published: published accuracy with its source, as display text.
     """
@@ -79,6 +83,7 @@ class DetectorInfo:
     summary: str
     images: Literal["many normal", "none or a few normal"] = "many normal"
     labels: Literal["none", "some anomalous"] = "none"
+    auxiliary: Auxiliary = "none"
     localises: bool = True
     published: str = ""
 
@@ -94,6 +99,7 @@ class Batch:
         epoch: 0-based epoch during training, else 0.
         draws: during training, the index of every image among all draws of its epoch, the same for any number of
             workers; it distinguishes repeated draws of one image within an epoch.
+        masks_BHW: pixels of defects, bool, during a training on auxiliary images with masks; else None.
     """
 
     images_BCHW: Tensor
@@ -101,6 +107,20 @@ class Batch:
     labels: Sequence[int] | None = None
     epoch: int = 0
     draws: Sequence[int] = ()
+    masks_BHW: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What is known of an image to train on.
+
+    Attributes:
+        label: 0 normal or unlabelled, 1 anomalous.
+        category: None if the pattern has none.
+    """
+
+    label: int
+    category: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +213,11 @@ class Detector(abc.ABC):
         raise TypeError(f"{type(self).__name__} has no collect phase")
 
     @property
+    def only_collects(self) -> bool:
+        """Whether the images of the source are collected and never trained on, so that another fit is cheap."""
+        return "collect" in self.phases and (set(self.phases) == {"collect"} or self.info.auxiliary != "none")
+
+    @property
     def scores_by_map(self) -> bool:
         """Whether the image score is the highest of the map or of its patches, so that pixels can be left out."""
         return False
@@ -215,6 +240,9 @@ class Detector(abc.ABC):
 
     def extend(self, state: FitState) -> None:
         """Adds the data stored in this fitted detector to a state, before `finish` refits it.
+
+        A detector that trains on auxiliary images keeps its training and may add nothing: what it compares with are
+        then the new images alone.
 
         Raises:
             SpecError: this algorithm stores nothing that can be extended.
@@ -293,7 +321,8 @@ class TrainingPlan:
         epochs: passes over the images.
         batch_size: maximum number of images per batch, over all workers.
         rate: learning rate multiplier as a function of completed epochs, such as 12.25.
-        batches: maps (label by key, epoch) to the keys per batch; None = all images in a keyed order, split evenly.
+        batches: maps (what is known of each key, epoch) to the keys per batch; None = all images in a keyed order,
+            split evenly.
         all_in_every_step: whether every loss uses every parameter; if not, unused parameters are not updated.
     """
 
@@ -302,5 +331,5 @@ class TrainingPlan:
     epochs: int
     batch_size: int
     rate: Callable[[float], float] = lambda _: 1.0
-    batches: Callable[[Mapping[str, int], int], list[list[str]]] | None = None
+    batches: Callable[[Mapping[str, Known], int], list[list[str]]] | None = None
     all_in_every_step: bool = True

@@ -33,7 +33,16 @@ from raydetect.blocks.maps.anomaly_map import upsample
 from raydetect.blocks.maps.grad_cam import grad_cam, unit
 from raydetect.blocks.maps.patch_windows import pooled_windows, upsample_windows
 from raydetect.blocks.seeding import in_rounds, keyed_generator, keyed_seed
-from raydetect.detectors._base import Batch, Detector, DetectorInfo, ProgressCallback, Scores, TrainingPlan, UsedIf
+from raydetect.detectors._base import (
+    Batch,
+    Detector,
+    DetectorInfo,
+    Known,
+    ProgressCallback,
+    Scores,
+    TrainingPlan,
+    UsedIf,
+)
 from raydetect.detectors._networks import FineTuned
 from raydetect.detectors._weights import IMAGENET, RANDOM
 from raydetect.errors import SpecError
@@ -214,10 +223,10 @@ class CutPaste(FineTuned):
             batches=self._batches,
         )
 
-    def _batches(self, labels: Mapping[str, int], epoch: int) -> list[list[str]]:
+    def _batches(self, known: Mapping[str, Known], epoch: int) -> list[list[str]]:
         """The batches of an epoch: images in rounds, each round in a different order."""
         size = self.params.batch_size // NUM_CLASSES[self.params.augment_type]
-        drawn = in_rounds(sorted(labels), self.seed, "batches", epoch)
+        drawn = in_rounds(sorted(known), self.seed, "batches", epoch)
         return [list(islice(drawn, size)) for _ in range(self.params.steps_per_epoch)]
 
     def training_loss(self, piece: Batch) -> Tensor:

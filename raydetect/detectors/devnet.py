@@ -28,7 +28,7 @@ from raydetect.blocks.backbones.backbone import Backbone
 from raydetect.blocks.backbones.vision import transforms
 from raydetect.blocks.maps.anomaly_map import smooth, smooth_upsampled
 from raydetect.blocks.seeding import in_rounds, keyed_generator, keyed_seed, keyed_unit
-from raydetect.detectors._base import Batch, Detector, DetectorInfo, ImageSize, Scores, TrainingPlan
+from raydetect.detectors._base import Batch, Detector, DetectorInfo, ImageSize, Known, Scores, TrainingPlan
 from raydetect.detectors._networks import FineTuned
 from raydetect.errors import SpecError
 
@@ -147,16 +147,16 @@ class DevNet(FineTuned):
         for group in optimizer.param_groups:
             nn.utils.clip_grad_norm_(group["params"], self.params.max_gradient_norm)
 
-    def _batches(self, labels: Mapping[str, int], epoch: int) -> list[list[str]]:
+    def _batches(self, known: Mapping[str, Known], epoch: int) -> list[list[str]]:
         """Batches of half normal, half anomalous images; each kind drawn in rounds, so images are used equally often.
 
         Raises:
             SpecError: there are no normal or no anomalous images.
         """
-        kinds = [sorted(key for key, label in labels.items() if label == wanted) for wanted in (0, 1)]
+        kinds = [sorted(key for key, image in known.items() if image.label == wanted) for wanted in (0, 1)]
         if not all(kinds):
             missing = "normal" if kinds[1] else "labelled anomalous"
-            raise SpecError(f"devnet: none of {len(labels)} images to fit on is {missing}. Add images, with labels.")
+            raise SpecError(f"devnet: none of {len(known)} images to fit on is {missing}. Add images, with labels.")
         sizes = [self.params.batch_size // 2, self.params.batch_size - self.params.batch_size // 2]
         drawn = [in_rounds(keys, self.seed, "batches", label, epoch) for label, keys in enumerate(kinds)]
         return [

@@ -26,7 +26,9 @@ from raydetect.fitting.checkpoints import Checkpoints
 from raydetect.fitting.collect import collect
 from raydetect.fitting.ensemble_scale import choose_scaling, set_scales
 from raydetect.fitting.holdout import choose_folds, choose_holdout, choose_images, crosses, normal_keys
-from raydetect.fitting.image_cache import ImageCache, ReadFacts
+from raydetect.fitting.image_cache import ImageCache
+from raydetect.fitting.reading.auxiliary import AuxiliaryImages, auxiliary_keys, require_auxiliary
+from raydetect.fitting.reading.counts import ReadFacts
 from raydetect.fitting.timings import Phases, measured_facts, merged_facts
 from raydetect.fitting.train import Trainer
 from raydetect.images.preprocess import Preprocess
@@ -73,7 +75,7 @@ class FitRun:
         device: torch device of this worker.
         where: the source, for messages.
         phases: measurements so far.
-        shared: whether every worker already holds all images.
+        auxiliary: images that train a detector instead of those of the source; None if it does not learn from any.
         crossed: from the fits that each left out some images; None before, and with held-out images.
     """
 
@@ -86,7 +88,7 @@ class FitRun:
     device: torch.device
     where: str
     phases: Phases
-    shared: bool = False
+    auxiliary: AuxiliaryImages | None = None
     crossed: Calibration | None = None
 
     def run(self, read: ReadFacts) -> FitReport | None:
@@ -122,6 +124,7 @@ class FitRun:
         """
         storage = Storage(self.spec.storage)
         detector, facts = self._detector(storage)
+        require_auxiliary(self.spec, detector)
         detector.to(self.device)
         checkpoints: list[Checkpoints] = []
         with self.phases.phase("fit"):
@@ -172,10 +175,12 @@ class FitRun:
         for phase in part.phases:
             if phase == "collect":
                 self._collect(part, normal, name, all_patches, folds)
-            else:
+            elif self.spec.extend is None:  # what extends an artifact keeps its training
                 trainer = self._trainer(part, number, keys, storage)
                 losses = trainer.run(self._on_first(f"{name}train batches"))
                 facts = {"losses": [round(x, 6) for x in losses], "resumed_epochs": trainer.resumed_epochs}
+                if self.auxiliary is not None and trainer.cache is self.auxiliary.cache:
+                    facts["auxiliary"] = self.auxiliary.facts(trainer.keys)
                 checkpoints += [trainer.checkpoints] if trainer.checkpoints else []
         return facts
 
@@ -310,16 +315,20 @@ class FitRun:
 
     def _trainer(self, detector: Detector, number: int | None, keys: list[str], storage: Storage) -> Trainer:
         """Gives every worker all images and finds the checkpoints of an earlier run that was killed."""
-        if not self.shared:
-            self.cache.share(self.group, lambda _: True)
-            self.shared = True
-        texts = self.group.gather_bytes(json.dumps(keys).encode())
-        all_keys = sorted(key for text in texts for key in json.loads(text))
+        kind, cache = detector.info.auxiliary, self.cache
+        if kind == "none":
+            texts = self.group.gather_bytes(json.dumps(keys).encode())
+            all_keys = sorted(key for text in texts for key in json.loads(text))
+        else:
+            assert self.auxiliary is not None
+            cache = self.auxiliary.cache
+            all_keys = auxiliary_keys(self.spec, kind, cache, self.group)
+        cache.share_all(self.group)
         name = digest({"spec": result_settings(public_spec(self.spec)), "keys": all_keys, "member": number})[:16]
         checkpoints = None
         if self.uri is not None:
             checkpoints = Checkpoints(join_uri(self.uri, f"training-{name}"), storage, self.spec.checkpoint_epochs)
-        return Trainer(detector, self.cache, all_keys, self.group, checkpoints)
+        return Trainer(detector, cache, all_keys, self.group, checkpoints)
 
     def _count(self, here: int) -> int:
         return int(self.group.sum(torch.tensor([here]))[0])

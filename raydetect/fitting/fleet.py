@@ -13,7 +13,8 @@ from raydetect.blocks.coresets.group import Group
 from raydetect.config import public_spec
 from raydetect.errors import RaydetectError, SpecError
 from raydetect.fitting.fit_run import FitRun
-from raydetect.fitting.image_cache import CachedImage, ImageCache, ReadFacts
+from raydetect.fitting.image_cache import CachedImage, ImageCache
+from raydetect.fitting.reading.counts import ReadFacts
 from raydetect.fitting.shared_errors import shared_errors
 from raydetect.fitting.timings import Phases
 from raydetect.records import FitReport

@@ -51,7 +51,7 @@ def crosses(spec: FitSpec, detector: Detector, images: int) -> bool:
         SpecError: the job asks for folds and the detector trains, or is extended.
     """
     wanted = spec.calibration
-    is_cheap = set(detector.phases) == {"collect"} and spec.extend is None
+    is_cheap = detector.only_collects and (spec.extend is None or detector.info.auxiliary != "none")
     if wanted.method is None:
         return is_cheap and wanted.source is None and wanted.holdout_ratio is None and images < FEW_IMAGES
     if wanted.method == "cross" and not is_cheap:

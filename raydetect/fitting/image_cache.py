@@ -2,35 +2,24 @@
 
 import copy
 import json
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, field, replace
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from raydetect.archives.chunks import refuse_bad_member
-from raydetect.archives.labels import labels_text
-from raydetect.artifacts.fit_preprocess import FitRules
 from raydetect.blocks.coresets.group import Group
-from raydetect.config import SourceSpec
-from raydetect.config.validation import to_plain
 from raydetect.detectors._base import Batch
-from raydetect.errors import SpecError, TooManyBadRows
-from raydetect.images.decode import DecodePool, Pixels, decode_stream
-from raydetect.images.opening import DecodeRules
+from raydetect.images.decode import Pixels
 from raydetect.images.preprocess import Preprocess
-from raydetect.left_out import LeftOutCount, left_out_of, left_out_text
-from raydetect.records import OK, Chunk, LeftOut, Member
+from raydetect.records import OK, Member
 from raydetect.storage import Scratch
 from raydetect.views.align import NOT_MOVED, Shift
 from raydetect.views.view import Layout, Window
 from raydetect.views.windows import Input
 
 SHARED_PER_BROADCAST = 64
-REASONS = 3
-BAD_SHARD = ("bad_shard", "unreadable")  # statuses of a row that stands for a whole shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,23 +59,32 @@ class ImageCache:
 
     Attributes:
         preprocess: how the images were decoded, which is what the artifact records.
+        has_masks: whether the pixels of defects are kept too.
+        is_shared: whether it has the images of all workers.
     """
 
-    def __init__(self, preprocess: Preprocess, of_category: Callable[[str], Preprocess] | None = None) -> None:
+    def __init__(
+        self,
+        preprocess: Preprocess,
+        of_category: Callable[[str], Preprocess] | None = None,
+        has_masks: bool = False,
+    ) -> None:
         """Creates an empty cache for images decoded by these rules; categories may have regions of their own."""
         self.preprocess = preprocess
         self._preprocess_of = of_category or (lambda _: preprocess)
+        self.has_masks, self.is_shared = has_masks, False
         self.shape = (*preprocess.image_size, 3)
+        self._stored = (*preprocess.image_size, 3 + has_masks)
         self.images: dict[str, CachedImage] = {}
         self._rows: dict[str, int] = {}
-        self._bytes = int(np.prod(self.shape))
+        self._bytes = int(np.prod(self._stored))
         self._file = Scratch("decoded images")
 
     def __len__(self) -> int:
         return len(self.images)
 
     def add(self, image: CachedImage, pixels_HWC: np.ndarray) -> None:
-        """Adds an image; does nothing if its key exists.
+        """Adds an image, with its mask as a fourth channel if masks are kept; does nothing if its key exists.
 
         Raises:
             StorageError: the temporary folder is full.
@@ -155,17 +153,54 @@ class ImageCache:
         view.images = {key: image for key, image in self.images.items() if image.category == category}
         return view
 
+    def add_masked(
+        self,
+        member: Member,
+        decoded: Iterator[Input | Pixels],
+        mask_of: Callable[[Member, Layout, Pixels], np.ndarray],
+    ) -> Pixels:
+        """Adds the only input of the next image of `decoded` and its mask; returns its `Pixels`.
+
+        Args:
+            member: the image.
+            decoded: what was decoded.
+            mask_of: the pixels of defects on the canvas of an image, bool.
+        """
+        item = next(decoded)
+        if isinstance(item, Pixels):
+            return item
+        pixels = next(decoded)
+        assert isinstance(pixels, Pixels)
+        if pixels.status == OK:
+            left, upper, right, lower = item.window.place
+            masked_HWC = np.zeros(self._stored, np.uint8)
+            masked_HWC[..., :3] = item.image_HWC
+            masked_HWC[upper:lower, left:right, 3] = mask_of(member, item.layout, pixels)
+            self.add(_cached(member, item, self.preprocess), masked_HWC)
+        return pixels
+
     def pixels(self, keys: Sequence[str]) -> np.ndarray:
         """Reads the images of `keys` in that order, uint8 of shape (B, H, W, 3)."""
-        images_BHWC = np.empty((len(keys), *self.shape), dtype=np.uint8)
+        return self._stored_rows(keys)[..., :3]
+
+    def _stored_rows(self, keys: Sequence[str]) -> np.ndarray:
+        rows_BHWC = np.empty((len(keys), *self._stored), dtype=np.uint8)
         for i, key in enumerate(keys):
-            self._file.read_at(self._rows[key] * self._bytes, images_BHWC[i].data)
-        return images_BHWC
+            self._file.read_at(self._rows[key] * self._bytes, rows_BHWC[i].data)
+        return rows_BHWC
 
     def batch(self, keys: Sequence[str], device: torch.device, epoch: int = 0, draws: Sequence[int] = ()) -> Batch:
-        """Reads the images of `keys` in that order as a batch on a device."""
-        images_BCHW = torch.from_numpy(self.pixels(keys)).permute(0, 3, 1, 2).to(device)
-        return Batch(images_BCHW, keys, [self.images[key].label or 0 for key in keys], epoch, draws)
+        """Reads the images of `keys` in that order as a batch on a device, with their masks if they are kept."""
+        stored_BCHW = torch.from_numpy(self._stored_rows(keys)).permute(0, 3, 1, 2).to(device)
+        masks_BHW = stored_BCHW[:, 3].bool() if self.has_masks else None
+        labels = [self.images[key].label or 0 for key in keys]
+        return Batch(stored_BCHW[:, :3], keys, labels, epoch, draws, masks_BHW)
+
+    def share_all(self, group: Group) -> None:
+        """Exchanges images, so that every worker has all of them; does nothing the second time."""
+        if not self.is_shared:
+            self.share(group, lambda _: True)
+            self.is_shared = True
 
     def share(self, group: Group, wanted: Callable[[CachedImage], bool]) -> None:
         """Exchanges images, so that every worker adds those that it wants of all others; each is broadcast once."""
@@ -180,9 +215,9 @@ class ImageCache:
         self, group: Group, root: int, images: list[CachedImage], wanted: Callable[[CachedImage], bool]
     ) -> None:
         if group.rank == root:
-            block_BHWC = self.pixels([image.key for image in images])
+            block_BHWC = self._stored_rows([image.key for image in images])
         else:
-            block_BHWC = np.empty((len(images), *self.shape), dtype=np.uint8)
+            block_BHWC = np.empty((len(images), *self._stored), dtype=np.uint8)
         block_BHWC = group.broadcast(torch.from_numpy(block_BHWC), root).numpy()
         for image, pixels_HWC in zip(images, block_BHWC, strict=True):
             if wanted(image):
@@ -201,159 +236,3 @@ def _restored(fields: list[Any]) -> CachedImage:
     image = CachedImage(*fields)
     (width, height), (across, down) = image.size, image.shift
     return replace(image, size=(width, height), shift=(across, down))
-
-
-@dataclass(frozen=True, slots=True)
-class ReadFacts:
-    """Counts from reading a source on all workers.
-
-    Attributes:
-        bad: number of images that could not be used.
-        bad_reasons: reasons of the first ones.
-        labels: (label, value it was read from, number of images).
-        left_out: files that are not images, by reason.
-        hints: what another view may do better, one sentence each.
-    """
-
-    bad: int = 0
-    bad_reasons: tuple[str, ...] = ()
-    hints: tuple[str, ...] = ()
-    labels: tuple[tuple[int | None, str, int], ...] = ()
-    left_out: Mapping[str, LeftOut] = field(default_factory=dict)
-
-    def plain(self) -> dict[str, Any]:
-        """Returns the entries for the artifact's record."""
-        return {
-            "labels": to_plain(self.labels),
-            "left_out": to_plain(self.left_out),
-            "bad_reasons": list(self.bad_reasons),
-            **({"hints": list(self.hints)} if self.hints else {}),
-        }
-
-    @property
-    def labels_text(self) -> str:
-        """Labels for messages, ` (label: 0 = good (209), 1 = broken (63))`; "" if no image has a label."""
-        has_labels = any(label is not None for label, _, _ in self.labels)
-        return f" (label: {labels_text(self.labels)})" if has_labels else ""
-
-
-@dataclass(slots=True)
-class ReadImages:
-    """Counts of usable and bad images of this worker, their labels and sizes, and the first reasons for bad ones.
-
-    Attributes:
-        sizes: number of images by (width, height) in px of the upright image; of all workers after `checked_total`.
-        levels: number of 16-bit grey images by the levels of 256 that they span; likewise.
-    """
-
-    good: int = 0
-    bad: int = 0
-    reasons: list[str] = field(default_factory=list)
-    labels: Counter[tuple[int | None, str]] = field(default_factory=Counter)
-    left_out: LeftOutCount = field(default_factory=LeftOutCount)
-    shards: int = 0
-    bad_shards: int = 0
-    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
-    levels: Counter[int] = field(default_factory=Counter)
-
-    def note_chunk(self, chunk: Chunk) -> None:
-        """Counts a chunk; the last chunk of a shard shows whether the shard could be read."""
-        self.left_out.add_all(chunk.left_out)
-        self.shards += chunk.last
-        self.bad_shards += any(map(_stands_for_a_shard, chunk.members))
-
-    def note(self, member: Member, pixels: Pixels, source: SourceSpec) -> None:
-        """Counts a decoded image.
-
-        Raises:
-            BadMemberError: it is bad and `on_bad_member` is `fail`.
-        """
-        refuse_bad_member(pixels.status, pixels.error, source)
-        if pixels.status != OK:
-            self.note_bad(pixels.error)
-            return
-        self.good += 1
-        self.labels[member.label, member.raw_label] += 1
-        self.sizes[pixels.width or 0, pixels.height or 0] += 1
-        self.levels.update([] if pixels.levels is None else [pixels.levels])
-
-    def note_bad(self, reason: str) -> None:
-        """Counts a bad image."""
-        self.bad += 1
-        self.reasons = [*self.reasons, reason][:REASONS]
-
-    def checked_total(self, group: Group, limit: float, where: str) -> ReadFacts:
-        """Sums the counts of all workers.
-
-        Raises:
-            SpecError: there are no images.
-            TooManyBadRows: more than the fraction `limit` of images or shards is bad.
-        """
-        labels = [[*key, count] for key, count in self.labels.items()]
-        counts = [self.good, self.bad, self.shards, self.bad_shards]
-        sizes = [[*size, count] for size, count in self.sizes.items()]
-        fields = [counts, self.reasons, labels, to_plain(self.left_out.counts), sizes, list(self.levels.items())]
-        sums = ReadImages()
-        for text in group.gather_bytes(json.dumps(fields).encode()):
-            sums._add(json.loads(text))
-        self.sizes, self.levels = sums.sizes, sums.levels
-        bad, total = sums.bad, sums.bad + sums.good
-        if total == 0:
-            left_out = left_out_text(sums.left_out.counts) or "nothing"
-            raise SpecError(f"{where}: has no images; left out: {left_out}. Check source.uri, format and pattern.")
-        reasons = tuple(sums.reasons[:REASONS])
-        if bad > limit * total or sums.bad_shards > limit * sums.shards:
-            raise TooManyBadRows(
-                f"{bad} of {total} images cannot be used, and {sums.bad_shards} of {sums.shards} shards, more "
-                f"than max_bad_fraction = {limit}. First: {'; '.join(reasons)}"
-            )
-        all_labels = tuple((label, value, count) for (label, value), count in sums.labels.items())
-        return ReadFacts(bad, reasons, labels=all_labels, left_out=sums.left_out.counts)
-
-    def _add(self, fields: list[Any]) -> None:
-        (good, bad, shards, bad_shards), reasons, labels, left_out, sizes, levels = fields
-        self.good, self.bad, self.reasons = self.good + good, self.bad + bad, self.reasons + reasons
-        self.shards, self.bad_shards = self.shards + shards, self.bad_shards + bad_shards
-        self.labels.update({(label, value): count for label, value, count in labels})
-        self.left_out.add_all(left_out_of(left_out))
-        self.sizes.update({(width, height): count for width, height, count in sizes})
-        self.levels.update(dict(levels))
-
-
-def read_images(
-    chunks: Iterable[Chunk],
-    source: SourceSpec,
-    rules: FitRules,
-    threads: int,
-    on_progress: Callable[[int], None],
-) -> tuple[ImageCache, ReadImages]:
-    """Decodes all images of the chunks into a cache.
-
-    Args:
-        chunks: encoded images.
-        source: settings of the source.
-        rules: decoding rules of the fit.
-        threads: number of decoding threads.
-        on_progress: called with the number of images of each chunk.
-
-    Raises:
-        BadMemberError: an image is bad and `on_bad_member` is `fail`.
-        SpecError: a category has no mask although the fit needs one.
-    """
-    cache, counts = ImageCache(rules.common, rules.of), ReadImages()
-    with DecodePool(threads) as pool:
-        for chunk in chunks:
-            counts.note_chunk(chunk)
-            groups: dict[Preprocess, list[Member]] = {}
-            for member in chunk.members:
-                groups.setdefault(rules.of(member.category), []).append(member)
-            for preprocess, members in groups.items():
-                decoded = decode_stream(members, DecodeRules.of(source), preprocess, pool)
-                for member in members:
-                    counts.note(member, cache.add_decoded(member, decoded), source)
-            on_progress(len(chunk.members))
-    return cache, counts
-
-
-def _stands_for_a_shard(member: Member) -> bool:
-    return member.status in BAD_SHARD and member.key.startswith(f"{member.image_uri}#")

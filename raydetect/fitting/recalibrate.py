@@ -22,7 +22,8 @@ from raydetect.errors import SpecError
 from raydetect.fitting.calibrate import calibrate
 from raydetect.fitting.fit_run import ProgressCallback
 from raydetect.fitting.holdout import normal_keys
-from raydetect.fitting.image_cache import ImageCache, ReadImages
+from raydetect.fitting.image_cache import ImageCache
+from raydetect.fitting.reading.counts import ReadImages
 from raydetect.images.decode import DecodePool, decode_stream
 from raydetect.images.opening import DecodeRules
 from raydetect.records import Chunk, Member

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from raydetect.blocks.coresets.group import Group
 from raydetect.blocks.networks.sync_norm import shared_batch_norm
 from raydetect.blocks.seeding import shuffled
-from raydetect.detectors._base import Detector, TrainingPlan
+from raydetect.detectors._base import Detector, Known, TrainingPlan
 from raydetect.errors import RaydetectError, SpecError
 from raydetect.fitting.checkpoints import Checkpoints
 from raydetect.fitting.image_cache import ImageCache
@@ -146,8 +146,9 @@ class Trainer:
 
     def _batches(self, plan: TrainingPlan, epoch: int) -> list[list[str]]:
         if plan.batches is not None:
-            labels = {key: self.cache.images[key].label or 0 for key in self.keys}
-            batches = plan.batches(labels, epoch)
+            images = {key: self.cache.images[key] for key in self.keys}
+            known = {key: Known(image.label or 0, image.category) for key, image in images.items()}
+            batches = plan.batches(known, epoch)
         else:
             batches = even_batches(shuffled(self.keys, self.detector.seed, epoch), plan.batch_size)
         if min(map(len, batches)) < self.group.size:

@@ -7,15 +7,19 @@ import torch
 
 from raydetect.artifacts.fit_preprocess import FitRules
 from raydetect.blocks.coresets.group import Group
-from raydetect.config import FitSpec, SourceSpec
+from raydetect.config import FitSpec, SourceSpec, source_storage
+from raydetect.detectors._registry import build_from
 from raydetect.fitting.fit_run import FitRun, ProgressCallback
 from raydetect.fitting.fleet import fit_fleet
 from raydetect.fitting.holdout import drop_duplicates
-from raydetect.fitting.image_cache import ImageCache, ReadFacts, read_images
+from raydetect.fitting.image_cache import ImageCache
+from raydetect.fitting.reading.auxiliary import AuxiliaryImages, auxiliary_kind
+from raydetect.fitting.reading.counts import ReadFacts
+from raydetect.fitting.reading.images import read_images
 from raydetect.fitting.shared_errors import shared_errors
 from raydetect.fitting.timings import Phases
 from raydetect.records import Chunk, FitReport
-from raydetect.storage import normalise_uri
+from raydetect.storage import Storage, normalise_uri
 from raydetect.views.hints import dark_hints, hints
 
 
@@ -26,6 +30,7 @@ def fit_worker(
     group: Group,
     on_progress: ProgressCallback,
     device: torch.device,
+    auxiliary: Iterable[Chunk] | None = None,
 ) -> FitReport | None:
     """Runs one worker's part of a fit job, starting from encoded images.
 
@@ -36,6 +41,7 @@ def fit_worker(
         group: the workers.
         on_progress: progress callback.
         device: torch device of this worker.
+        auxiliary: this worker's encoded auxiliary images, if the job has some.
 
     Returns:
         The report on the first worker, None on the others.
@@ -54,20 +60,47 @@ def fit_worker(
             calibration_cache, _ = _read(
                 spec, spec.calibration.source, calibration, group, on_progress, "read calibration images"
             )
+        auxiliary_images = None if auxiliary is None else _read_auxiliary(spec, auxiliary, group, on_progress)
     where = ", ".join(spec.source.uris()) + read.labels_text
     work = FitRun(
-        spec, normalise_uri(spec.artifact), group, cache, calibration_cache, on_progress, device, where, phases
+        spec,
+        normalise_uri(spec.artifact),
+        group,
+        cache,
+        calibration_cache,
+        on_progress,
+        device,
+        where,
+        phases,
+        auxiliary_images,
     )
     return fit_fleet(work, read) if spec.per_category else work.run(read)
 
 
+def _read_auxiliary(
+    spec: FitSpec, chunks: Iterable[Chunk], group: Group, on_progress: ProgressCallback
+) -> AuxiliaryImages:
+    """Reads auxiliary images at the size of the others; a region or alignment is of the parts to score alone."""
+    assert spec.auxiliary is not None
+    kind = auxiliary_kind(build_from(spec.detector, spec.seed))
+    masks = Storage(source_storage(spec, spec.auxiliary)) if kind == "labelled masks" else None
+    seen = replace(spec, view=spec.view.settings)
+    return AuxiliaryImages(*_read(seen, spec.auxiliary, chunks, group, on_progress, "read auxiliary images", masks))
+
+
 def _read(
-    spec: FitSpec, source: SourceSpec, chunks: Iterable[Chunk], group: Group, on_progress: ProgressCallback, phase: str
+    spec: FitSpec,
+    source: SourceSpec,
+    chunks: Iterable[Chunk],
+    group: Group,
+    on_progress: ProgressCallback,
+    phase: str,
+    masks: Storage | None = None,
 ) -> tuple[ImageCache, ReadFacts]:
     threads = spec.resources.cpus_per_worker
     with shared_errors(group):
         rules = FitRules(spec)
-        cache, counts = read_images(chunks, source, rules, threads, lambda done: on_progress(phase, done, None))
+        cache, counts = read_images(chunks, source, rules, threads, lambda done: on_progress(phase, done, None), masks)
     read = counts.checked_total(group, spec.max_bad_fraction, ", ".join(source.uris()))
     found = hints(counts.sizes, cache.preprocess.view, cache.preprocess.image_size) + dark_hints(counts.levels)
     read = replace(read, hints=tuple(found))

@@ -35,10 +35,11 @@ def fit(spec: FitSpec, on_progress: ProgressCallback) -> FitReport:
         SpecError: the job cannot run with these settings.
         TooManyBadRows: too many images of the source are bad.
     """
-    source = spec.calibration.source
-    calibration = None if source is None else _chunks(spec, source)
+    calibration, auxiliary = (
+        None if source is None else _chunks(spec, source) for source in (spec.calibration.source, spec.auxiliary)
+    )
     device = _device(spec.resources.gpus_per_worker)
-    report = fit_worker(spec, _chunks(spec, spec.source), calibration, Group(), on_progress, device)
+    report = fit_worker(spec, _chunks(spec, spec.source), calibration, Group(), on_progress, device, auxiliary)
     assert report is not None
     return report
 

@@ -16,7 +16,8 @@ from raydetect.config.shared import BATCH_SIZE
 from raydetect.config.validation import STRICT, validate
 from raydetect.errors import SpecError
 from raydetect.fitting.fit_run import FitRun, Fitted, ProgressCallback
-from raydetect.fitting.image_cache import ImageCache, ReadFacts
+from raydetect.fitting.image_cache import ImageCache
+from raydetect.fitting.reading.counts import ReadFacts
 from raydetect.fitting.timings import Phases, torch_threads
 from raydetect.images.decode import Pixels
 from raydetect.progress.displays import shown

@@ -17,7 +17,7 @@ from raydetect.blocks.maps.anomaly_map import upsample
 from raydetect.blocks.maps.grad_cam import grad_cam, unit
 from raydetect.blocks.maps.patch_windows import upsample_windows
 from raydetect.blocks.seeding import keyed_generator
-from raydetect.detectors._base import Batch
+from raydetect.detectors._base import Batch, Known
 from raydetect.detectors._registry import build_detector
 from raydetect.detectors.cutpaste import CutPaste
 from raydetect.errors import SpecError
@@ -27,6 +27,7 @@ from tests.contracts.cases import as_batch
 
 IMAGES = as_batch([normal_image(i, 64) for i in range(10)])
 KEYS = [f"image-{i}" for i in range(10)]
+KNOWN = Known(0, None)
 
 
 def build(**params: object) -> CutPaste:
@@ -147,10 +148,10 @@ def test_an_epoch_is_a_number_of_steps_that_draw_every_image_equally_often() -> 
     detector = build(batch_size=14, steps_per_epoch=23)  # 4 images in 3 versions
     plan = detector.begin_training(10)
     assert plan.batches is not None
-    batches = plan.batches(dict.fromkeys(KEYS, 0), 0)
+    batches = plan.batches(dict.fromkeys(KEYS, KNOWN), 0)
     assert [len(batch) for batch in batches] == [4] * 23
     assert set(Counter(key for batch in batches for key in batch).values()) == {9, 10}
-    assert plan.batches(dict.fromkeys(KEYS[::-1], 0), 0) == batches != plan.batches(dict.fromkeys(KEYS, 0), 1)
+    assert plan.batches(dict.fromkeys(KEYS[::-1], KNOWN), 0) == batches != plan.batches(dict.fromkeys(KEYS, KNOWN), 1)
     rates = [plan.rate(done) for done in (0, 2.5, 5)]
     assert rates == pytest.approx([1.0, 0.5, 0.0])
 

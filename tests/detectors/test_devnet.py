@@ -16,7 +16,7 @@ from raydetect.blocks.backbones.backbone import Backbone
 from raydetect.blocks.seeding import keyed_generator, keyed_unit
 from raydetect.check import find_problems
 from raydetect.config import FitSpec, parse_job
-from raydetect.detectors._base import Batch
+from raydetect.detectors._base import Batch, Known
 from raydetect.detectors._registry import build_detector
 from raydetect.detectors.devnet import DevNet, deviation_loss, worst_mean
 from raydetect.errors import SpecError
@@ -147,16 +147,17 @@ def test_images_are_turned_as_pillow_turns_them_by_angles_of_their_draw() -> Non
 def test_batches_are_half_labelled_and_in_rounds() -> None:
     detector = build(batch_size=7, steps_per_epoch=10)
     plan = detector.begin_training(30)
-    labels = {f"n{i}": 0 for i in range(10)} | {f"a{i}": 1 for i in range(8)}
+    known = {f"n{i}": Known(0, None) for i in range(10)} | {f"a{i}": Known(1, None) for i in range(8)}
     assert plan.batches is not None
-    batches = plan.batches(labels, 0)
-    assert [sum(labels[key] for key in batch) for batch in batches] == [4] * 10 and {len(b) for b in batches} == {7}
+    batches = plan.batches(known, 0)
+    assert [sum(known[key].label for key in batch) for batch in batches] == [4] * 10
+    assert {len(batch) for batch in batches} == {7}
     counts = Counter(key for batch in batches for key in batch)
     assert {counts[f"n{i}"] for i in range(10)} == {3} and {counts[f"a{i}"] for i in range(8)} == {5}
-    assert plan.batches(dict(reversed(labels.items())), 0) == batches != plan.batches(labels, 1)
+    assert plan.batches(dict(reversed(known.items())), 0) == batches != plan.batches(known, 1)
     for kept, missing in ((0, "labelled anomalous"), (1, "normal")):
         with pytest.raises(SpecError, match=f"devnet: none of [0-9]+ images to fit on is {missing}"):
-            plan.batches({key: label for key, label in labels.items() if label == kept}, 0)
+            plan.batches({key: image for key, image in known.items() if image.label == kept}, 0)
 
 
 def test_learning_rates_fall_and_gradients_are_cut() -> None:

@@ -126,6 +126,9 @@ def _print_fit(spec: "FitSpec", report: "FitReport") -> None:
     per_category = f" for each of {facts['categories']} categories" if "categories" in facts else ""
     total = sum(seconds.values())
     click.echo(f"Fitted {spec.detector.title}{per_category} on {images['fitted']} images{by_workers} in {total:.0f} s.")
+    for member in facts.get("members", [facts]):
+        if "auxiliary" in member:
+            click.echo(_auxiliary_text(member["auxiliary"]))
     for phase, elapsed in seconds.items():
         peak = bytes_text(facts["peak_memory_bytes"][phase])
         click.echo(f"  {phase:<10} {elapsed:8.1f} s   peak memory of a worker so far {peak}")
@@ -146,6 +149,12 @@ def _print_fit(spec: "FitSpec", report: "FitReport") -> None:
     if note:
         click.echo(f"Note: {note}.")
     click.echo(f"Artifact: {report.uri} (sha256 {report.digest[:16]})")
+
+
+def _auxiliary_text(auxiliary: dict[str, Any]) -> str:
+    categories = len(auxiliary["categories"])
+    of = f" of {categories:,} categor{'y' if categories == 1 else 'ies'}" if categories else ""
+    return f"Trained on {auxiliary['images']:,} auxiliary images{of}; {auxiliary['bad']:,} bad left out."
 
 
 def _calibrated_text(facts: Mapping[str, Any]) -> str:

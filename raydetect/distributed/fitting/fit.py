@@ -37,7 +37,7 @@ from raydetect.storage import Storage, join_uri, normalise_uri
 if TYPE_CHECKING:
     from raydetect.fitting.fit_run import ProgressCallback
 
-IMAGES, CALIBRATION, STARTED = "images", "calibration", "started"
+IMAGES, CALIBRATION, AUXILIARY, STARTED = "images", "calibration", "auxiliary", "started"
 POLL_SECONDS = 0.3
 PROGRESS_SECONDS = 0.2
 GIVE_UP_SECONDS = 10.0
@@ -58,8 +58,7 @@ def fit(spec: FitSpec, address: str | None, on_progress: "ProgressCallback") -> 
         ClusterError: the cluster failed more than `max_failures` times.
     """
     spec = _absolute(spec)
-    extra = spec.calibration.source
-    refuse_memory_uris([spec.artifact, *spec.source.uris(), *(extra.uris() if extra else ())])
+    refuse_memory_uris([spec.artifact, *(uri for source in _sources(spec).values() for uri in source.uris())])
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # workers resolve relative paths, e.g. of weights, like the driver
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a finished or lost worker is noticed
     folder, storage = _ray_folder(spec), Storage(spec.storage)
@@ -77,18 +76,21 @@ def fit(spec: FitSpec, address: str | None, on_progress: "ProgressCallback") -> 
 
 
 def _fit(spec: FitSpec, address: str | None, on_progress: "ProgressCallback") -> FitReport:
-    calibration = spec.calibration.source
     on_progress("start Ray", 0, None)
     with session(address, spec.resources):
         on_progress("start workers and load weights", 0, None)
-        datasets = {IMAGES: _dataset(spec, spec.source)} | (
-            {CALIBRATION: _dataset(spec, calibration)} if calibration else {}
-        )
+        datasets = {name: _dataset(spec, source) for name, source in _sources(spec).items()}
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor = ray.remote(num_cpus=0, scheduling_strategy=here)(ProgressActor).remote()
         trainer = _trainer(spec, datasets, actor)
         with translated(address):
             return _run_trainer(trainer, actor, on_progress)
+
+
+def _sources(spec: FitSpec) -> dict[str, SourceSpec]:
+    """The sources of a job by the names of their data sets."""
+    named = {IMAGES: spec.source, CALIBRATION: spec.calibration.source, AUXILIARY: spec.auxiliary}
+    return {name: source for name, source in named.items() if source is not None}
 
 
 def _ray_folder(spec: FitSpec) -> str:
@@ -153,8 +155,16 @@ def _work(config: dict[str, Any]) -> None:
         ray.get(progress.actor.begin.remote())
     group.gather_bytes(b"")  # barrier: no worker reports before `begin`
     try:
-        calibration = None if spec.calibration.source is None else _chunks(CALIBRATION)
-        report = fit_worker(spec, _chunks(IMAGES), calibration, group, progress.on_progress, device)
+        chunks = {name: _chunks(name) for name in _sources(spec)}
+        report = fit_worker(
+            spec,
+            chunks[IMAGES],
+            chunks.get(CALIBRATION),
+            group,
+            progress.on_progress,
+            device,
+            chunks.get(AUXILIARY),
+        )
     except (StorageError, ClusterError) as error:  # a retry may succeed
         ray.get(progress.actor.fail.remote(error, final=False))
         raise
