@@ -7,8 +7,9 @@ commonalities", arXiv 2205.00908. Its authors published no code: layers, optimiz
 implementation TooTouch/MemSeg ("code" below).
 Differs from the paper: during training, an image is not matched with its own memory entry, since scored images are not
 in the memory; the stem is frozen with the levels, so the memory stays consistent with the head's input; the foreground
-is found by Otsu's threshold and the image border instead of a threshold per category; without `textures`, procedural
-textures replace DTD; images are resized without a crop; the last step is used instead of one chosen on test images.
+is the convex hull of what differs from a plain border in colour instead of a binarised picture; without `textures`,
+procedural textures replace DTD; images are resized without a crop; the last step is used instead of one chosen on test
+images.
 
 Shapes: B images, M memory entries, K neighbours, C channels, h w feature grid, H W pixels.
 """
@@ -22,7 +23,8 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor, nn
 
-from raydetect.blocks.augment.synthesis import blend, foreground, perlin_mask, shuffled_tiles, uniform
+from raydetect.blocks.augment.foreground import foreground
+from raydetect.blocks.augment.synthesis import blend, perlin_mask, shuffled_tiles, uniform
 from raydetect.blocks.augment.textures import Textures, adjusted
 from raydetect.blocks.backbones.backbone import Backbone
 from raydetect.blocks.coresets.keyed_rows import FitState
@@ -37,6 +39,7 @@ from raydetect.detectors._weights import WeightsName, load_backbone
 from raydetect.errors import SpecError
 
 BACKBONE, MEMORY, STAGE, FUSION, DECODER = "backbone", "memory", "stage", "fusion", "decoder"
+FOREGROUND = "foreground"
 STRIDES = (2, 4, 8, 16)  # of the stem and the three levels
 MULTIPLE = 32
 TILES = (4, 8)
@@ -127,7 +130,10 @@ class MemSeg(NetworkDetector):
         ] = 0.5
         foreground: Annotated[
             Literal["auto", "none"],
-            Field(description="region for defects: auto = outside a plain background (sec. 3.1), none = anywhere"),
+            Field(
+                description="region for defects: auto = the convex hull of what differs from a plain border (after "
+                "sec. 3.1), none = anywhere"
+            ),
         ] = "auto"
         l1_weight: Annotated[float, Field(ge=0, description="lambda of the L1 loss (sec. 3.4)")] = 0.6
         focal_weight: Annotated[float, Field(ge=0, description="lambda of the focal loss (sec. 3.4)")] = 0.4
@@ -164,6 +170,7 @@ class MemSeg(NetworkDetector):
         self._stage_weights: dict[str, Tensor] = {}
         self._memory_keys: list[str] = []
         self._num_memories = params.memory_size
+        self._foreground_share = 1.0
 
     def load_weights(self) -> str:
         """Loads the backbone and the initial weights of the trained stage, and reads the textures."""
@@ -217,9 +224,11 @@ class MemSeg(NetworkDetector):
         return self.params.memory_size
 
     def collect(self, batch: Batch) -> dict[str, Tensor]:
-        """The levels of every image, one row per position."""
+        """The levels of every image, one row per position, and the share of its foreground."""
         levels = self.networks[BACKBONE](batch.images_BCHW)[1:]
-        return {f"level{i}": level.flatten(2).transpose(1, 2) for i, level in enumerate(levels)}
+        rows = {f"level{i}": level.flatten(2).transpose(1, 2) for i, level in enumerate(levels)}
+        shares = [float(self._region(image).float().mean()) for image in batch.images_BCHW.cpu()]
+        return rows | {FOREGROUND: torch.tensor(shares)[:, None, None]}
 
     def finish(self, state: FitState, on_progress: ProgressCallback) -> None:
         """Stores the images of all workers in the memory."""
@@ -237,11 +246,12 @@ class MemSeg(NetworkDetector):
             for i, stride in enumerate(STRIDES[1:])
         ]
         self.networks[MEMORY] = Memory(levels).to(self.device)
+        self._foreground_share = float(state.rows[FOREGROUND].all_rows().mean())
         on_progress(self._num_memories, self._num_memories)
 
     def facts(self) -> dict[str, Any]:
-        """How many images are in memory."""
-        return {"memory_images": self._num_memories}
+        """How many images are in memory, and which share of them simulated defects may lie on, on average."""
+        return {"memory_images": self._num_memories, "foreground_share": round(self._foreground_share, 4)}
 
     def begin_training(self, num_images: int) -> TrainingPlan:
         """A new stage and head, optimised by AdamW for enough epochs to reach `training_steps`."""
@@ -303,13 +313,18 @@ class MemSeg(NetworkDetector):
         if uniform(0, 1, generator) >= self.params.anomalous_ratio:
             return image, torch.zeros(size_px)
         mask = perlin_mask(size_px, generator)
-        if self.params.foreground == "auto":
-            mask &= foreground(image_3HW)
+        mask &= self._region(image_3HW)
         if uniform(0, 1, generator) < self.params.texture_ratio:
             source = self._textures.draw(size_px, generator)
         else:
             source = shuffled_tiles(adjusted(image, generator), TILES, generator)
         return blend(image, source, mask, uniform(LEAST_OPACITY, 1, generator)), mask.float()
+
+    def _region(self, image_3HW: Tensor) -> Tensor:
+        """Where simulated defects may lie, (H, W) bool."""
+        if self.params.foreground == "auto":
+            return foreground(image_3HW)
+        return torch.ones(image_3HW.shape[1:], dtype=torch.bool)
 
     def _forward(self, images_B3HW: Tensor, excluded_BM: Tensor | None = None) -> Tensor:
         """Anomaly probability, float32 (B, H, W), of images in [0, 255]; ignores the memory entries `excluded_BM`."""

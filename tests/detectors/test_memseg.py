@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from scipy.ndimage import zoom
 
-from raydetect.blocks.augment.synthesis import foreground
+from raydetect.blocks.augment.foreground import foreground
 from raydetect.blocks.backbones.backbone import Backbone
 from raydetect.blocks.coresets.keyed_rows import FitState
 from raydetect.blocks.networks.fusion import CoordinateAttention, MaskDecoder, Memory, MultiScaleFusion, deepest_stage
@@ -148,7 +148,7 @@ def test_feature_dim_is_what_the_decoder_begins_with(layer: str | None, feature_
 
 def test_the_memory_holds_the_features_of_the_stated_number_of_images() -> None:
     detector = collected(images=4)
-    assert detector.num_collected() == 5 and detector.facts() == {"memory_images": 4}
+    assert detector.num_collected() == 5 and detector.facts()["memory_images"] == 4
     memory = detector.networks["memory"]
     assert isinstance(memory, Memory)
     with torch.inference_mode():
@@ -219,7 +219,7 @@ def test_the_users_parameters_work_together() -> None:
     detector.begin_training(6)
     detector.training_loss(normal_batch(6)).backward()
     detector.end_training()
-    assert detector.facts() == {"memory_images": 6}
+    assert detector.facts()["memory_images"] == 6
     deepest = detector.networks["memory"].get_buffer("level2").permute(0, 3, 1, 2)
     assert detector.networks["stage"](deepest).shape == (6, 512, 2, 2)
     other = build_detector("memseg", {**SMALL, **words})

@@ -1,6 +1,7 @@
 """Image losses and synthetic defects against slow reference code and closed forms."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 from raydetect.blocks.augment import synthesis, textures
+from raydetect.blocks.augment.foreground import foreground
 from raydetect.blocks.networks import losses
 from raydetect.blocks.networks.unet import keyed_init, padded
 from raydetect.blocks.seeding import keyed_generator
@@ -113,23 +115,38 @@ def test_shuffled_tiles_are_the_same_tiles() -> None:
     assert tiles(found) == tiles(image)
 
 
-def test_the_threshold_matches_otsu() -> None:
-    random = np.random.default_rng(0)
-    for low, high, share in ((40, 180, 0.5), (90, 120, 0.8), (10, 240, 0.1)):
-        grey = np.where(random.uniform(size=900) < share, random.normal(low, 9, 900), random.normal(high, 12, 900))
-        grey = np.clip(np.rint(grey), 0, 255).astype(np.int64)
-        assert synthesis.otsu_threshold(torch.from_numpy(grey)) == plain.otsu_threshold(grey)
-    assert synthesis.otsu_threshold(torch.full((9,), 7)) in range(256)
-
-
 def test_the_foreground_is_the_object_on_a_plain_border() -> None:
-    disc = torch.zeros(40, 40, dtype=torch.bool)
-    disc[12:30, 10:28] = True
-    dark_on_bright = torch.where(disc, 30, 220).to(torch.uint8).expand(3, 40, 40)
-    assert torch.equal(synthesis.foreground(dark_on_bright), disc)
-    assert torch.equal(synthesis.foreground(255 - dark_on_bright), disc)
+    """Whatever its brightness: an object with parts as bright as the background is covered whole."""
+    yy, xx = np.mgrid[:80, :80]
+    disc = torch.from_numpy((yy - 42) ** 2 + (xx - 38) ** 2 < 25**2)
+    shade = torch.where(torch.from_numpy(xx < 38), 60, 225).to(torch.uint8)  # half of it is as bright as the border
+    picture = torch.stack([torch.where(disc, shade, 225), torch.where(disc, shade, 200), torch.where(disc, shade, 40)])
+    for image in (picture.to(torch.uint8), 255 - picture.to(torch.uint8)):
+        found = foreground(image)
+        assert (found & disc).sum() >= 0.98 * disc.sum() and (found & ~disc).sum() <= 0.02 * disc.sum()
+    noisy = picture + torch.randint(-6, 7, picture.shape, generator=torch.Generator().manual_seed(0))
+    found = foreground(noisy.clamp(0, 255).to(torch.uint8))
+    assert (found & disc).sum() >= 0.98 * disc.sum() and (found & ~disc).sum() <= 0.05 * disc.sum()
+
+
+def test_without_a_plain_border_or_an_object_defects_may_lie_anywhere() -> None:
     striped = (torch.arange(40) // 5 % 2 * 200).to(torch.uint8).expand(3, 40, 40)
-    assert synthesis.foreground(striped).all()
+    plain_picture = torch.full((3, 40, 40), 90, dtype=torch.uint8)
+    speck = plain_picture.clone()
+    speck[:, 20:23, 20:23] = 250
+    line = plain_picture.clone()
+    line[:, 20, 3:37] = 250
+    for image in (striped, plain_picture, speck, line):
+        assert foreground(image).all()
+
+
+def test_the_foreground_covers_nuts(real_data: Path) -> None:
+    """By brightness alone, less than half of a nut was covered; it is what is less yellow than the background."""
+    for path in sorted((real_data / "hazelnut_toy" / "train").rglob("*.jpg"))[:8]:
+        image = torch.from_numpy(np.array(Image.open(path).convert("RGB").resize((128, 128)))).permute(2, 0, 1)
+        red, _, blue = image.int()
+        nut = (blue > 0.6 * red) & (blue > 60)
+        assert nut.float().mean() > 0.03 and (foreground(image) & nut).sum() > 0.98 * nut.sum()
 
 
 def test_every_procedural_texture_and_variation_is_a_valid_image() -> None:

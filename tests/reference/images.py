@@ -83,15 +83,3 @@ def perlin_noise(size_px: tuple[int, int], angles: np.ndarray) -> np.ndarray:
         lower = corners[1, 0] * (1 - fade_x) + corners[1, 1] * fade_x
         found[r, c] = math.sqrt(2) * (upper * (1 - fade_y) + lower * fade_y)
     return found
-
-
-def otsu_threshold(grey: np.ndarray) -> int:
-    """The grey level threshold with the largest between-class variance, by exhaustive search."""
-    best, found = -1.0, 0
-    for threshold in range(255):
-        below, above = grey[grey <= threshold], grey[grey > threshold]
-        if len(below) and len(above):
-            spread = len(below) * len(above) * (below.mean() - above.mean()) ** 2
-            if spread > best * (1 + 1e-12):
-                best, found = spread, threshold
-    return found

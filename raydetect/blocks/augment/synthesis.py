@@ -1,4 +1,4 @@
-"""Simulated defects: their location (Perlin noise, foreground) and the blended content.
+"""Simulated defects: their location (Perlin noise) and the blended content.
 
 Every function draws from the given generator, so a defect is determined by its seed.
 
@@ -14,7 +14,6 @@ from raydetect.blocks.backbones.vision import InterpolationMode, transforms
 
 PERLIN_OCTAVES = 6
 PERLIN_THRESHOLD = 0.5
-BORDER_SHARE = 0.9
 
 
 def uniform(low: float, high: float, generator: Generator) -> float:
@@ -91,31 +90,3 @@ def shuffled_tiles(image_3HW: Tensor, tiles: tuple[int, int], generator: Generat
     tiled = parts.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4)
     shuffled[:, : rows * height, : columns * width] = tiled.reshape(inner.shape)
     return shuffled
-
-
-def foreground(image_3HW: Tensor) -> Tensor:
-    """The foreground mask of an image, (H, W) bool; all True if the border is not a plain background.
-
-    Grey values are split by Otsu's threshold. The class that covers at least nine tenths of the border is background.
-
-    Args:
-        image_3HW: uint8.
-
-    Source: Otsu, IEEE TSMC 9 (1979); the border rule is ours.
-    """
-    grey_HW = image_3HW.float().mean(0).round().long()
-    bright_HW = grey_HW > otsu_threshold(grey_HW)
-    edge = torch.cat([bright_HW[0], bright_HW[-1], bright_HW[1:-1, 0], bright_HW[1:-1, -1]]).float().mean()
-    if edge >= BORDER_SHARE:
-        return ~bright_HW
-    return bright_HW if edge <= 1 - BORDER_SHARE else torch.ones_like(bright_HW)
-
-
-def otsu_threshold(grey_X: Tensor) -> int:
-    """The grey value t in 0..255 whose split (<= t, > t) maximises the between-class variance."""
-    counts = torch.bincount(grey_X.flatten(), minlength=256).double()
-    values = torch.arange(256, dtype=torch.float64)
-    below, total = counts.cumsum(0), counts.sum()
-    sum_below, whole = (counts * values).cumsum(0), (counts * values).sum()
-    spread = (whole * below - total * sum_below).square() / (below * (total - below)).clamp(min=1)
-    return int(spread.argmax())

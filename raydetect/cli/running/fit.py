@@ -1,7 +1,7 @@
 """`raydetect fit`: fits a detector on normal images."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,15 +126,12 @@ def _print_fit(spec: "FitSpec", report: "FitReport") -> None:
     per_category = f" for each of {facts['categories']} categories" if "categories" in facts else ""
     total = sum(seconds.values())
     click.echo(f"Fitted {spec.detector.title}{per_category} on {images['fitted']} images{by_workers} in {total:.0f} s.")
-    for member in facts.get("members", [facts]):
-        if "auxiliary" in member:
-            click.echo(_auxiliary_text(member["auxiliary"]))
     for phase, elapsed in seconds.items():
         peak = bytes_text(facts["peak_memory_bytes"][phase])
         click.echo(f"  {phase:<10} {elapsed:8.1f} s   peak memory of a worker so far {peak}")
     for member in facts.get("members", [facts]):
-        if "coreset" in member:
-            click.echo(_coreset_text(member["coreset"]))
+        for line in _member_lines(member):
+            click.echo(line)
     _print_labels(facts)
     click.echo(f"Weights: {facts['weights']}")
     if "random seed:" in str(facts["weights"]):
@@ -149,6 +146,16 @@ def _print_fit(spec: "FitSpec", report: "FitReport") -> None:
     if note:
         click.echo(f"Note: {note}.")
     click.echo(f"Artifact: {report.uri} (sha256 {report.digest[:16]})")
+
+
+def _member_lines(member: Mapping[str, Any]) -> Iterator[str]:
+    """What the fit of one detector found."""
+    if "auxiliary" in member:
+        yield _auxiliary_text(member["auxiliary"])
+    if "foreground_share" in member:
+        yield f"Simulated defects lie on the foreground, {member['foreground_share']:.0%} of a picture on average."
+    if "coreset" in member:
+        yield _coreset_text(member["coreset"])
 
 
 def _auxiliary_text(auxiliary: dict[str, Any]) -> str:
