@@ -47,12 +47,15 @@ class NetworkDetector(Detector):
         return type(self).__module__.rpartition(".")[2]
 
     def freeze(self) -> None:
-        """Prepares all networks for scoring (eval mode, no gradients); call last in a fit."""
+        """Prepares all networks for scoring (eval mode, no gradients); call last in a fit.
+
+        Their memory format becomes that of a loaded artifact: another one, as trainings use, gives other last digits.
+        """
         for network in self.networks.values():
             if isinstance(network, Backbone):
                 network.freeze()
             else:
-                network.eval().requires_grad_(False)
+                network.to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
         self.is_fitted = True
 
     def tensors(self) -> dict[str, Tensor]:
