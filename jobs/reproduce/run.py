@@ -268,7 +268,7 @@ def main() -> None:
             if arguments.data in (None, data) and (only is None or name in only):
                 result = {**reproduce(name, data, Path(root)), **machine()}
                 (RESULTS / f"{name}-{data}.json").write_text(json.dumps(result, indent=1) + "\n")
-                print(table([result]).splitlines()[-1], flush=True)
+                print("\n".join(table([result]).splitlines()[2:]), flush=True)
     write_table()
     write_measured()
     print(f"Written: {RESULTS / 'README.md'}")
