@@ -48,6 +48,8 @@ DETECTORS: dict[str, dict[str, Any]] = {
     "simplenet": {**RESNET, "embedding_dims": None, "epochs": 4},
     "spade": {**RESNET, "pooled_level": "layer3", "k_neighbors": 10},
     "stfpm": {**RESNET, "epochs": 12, "learning_rate": 0.1},
+    "uniad": {**RESNET, "layers": ["layer1", "layer2", "layer3"], "neighbor_size": 5, "hidden_dims": 128}
+    | {"n_encoder_layers": 2, "n_decoder_layers": 2, "feedforward_dims": 512, "epochs": 20, "learning_rate": 1e-3},
 }
 WINCLIP = {"clip_model": "ViT-B-32", "weights": "random"}  # no weights at hand: only its speed
 

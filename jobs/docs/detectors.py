@@ -25,7 +25,8 @@ def page() -> str:
 
 
 def _line(row: Comparison) -> list[str]:
-    figures = [format(row.measured[key], form) if key in row.measured else "-" for key, form in FIGURES]
+    measured = ((row.measured.get(key), form) for key, form in FIGURES)
+    figures = ["-" if figure is None else format(figure, form) for figure, form in measured]
     return [f"[`{row.name}`](#{row.name})", row.needs, "yes" if row.localises else "no", row.fit, *figures]
 
 

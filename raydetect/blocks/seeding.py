@@ -50,8 +50,11 @@ def in_rounds(keys: Sequence[str], seed: int, *purpose: str | int) -> Iterator[s
         yield from shuffled(keys, keyed_seed(seed, *purpose), number)
 
 
-def mixed_hash(values_N: Tensor, seed: int) -> Tensor:
-    """Hash of 64-bit integers with wrap-around (finaliser of splitmix64, Steele et al. 2014)."""
+def mixed_hash(values_N: Tensor, seed: int | Tensor) -> Tensor:
+    """Hash of 64-bit integers with wrap-around (finaliser of splitmix64, Steele et al. 2014).
+
+    A tensor of seeds is broadcast with the values.
+    """
     mixed_N = values_N ^ seed
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         mixed_N = (mixed_N ^ ((mixed_N >> shift) & ((1 << (64 - shift)) - 1))) * factor

@@ -323,6 +323,7 @@ class TrainingPlan:
         rate: learning rate multiplier as a function of completed epochs, such as 12.25.
         batches: maps (what is known of each key, epoch) to the keys per batch; None = all images in a keyed order,
             split evenly.
+        max_gradient_norm: norm to which the gradient of all parameters together is clipped; None = it is not clipped.
         all_in_every_step: whether every loss uses every parameter; if not, unused parameters are not updated.
     """
 
@@ -332,4 +333,5 @@ class TrainingPlan:
     batch_size: int
     rate: Callable[[float], float] = lambda _: 1.0
     batches: Callable[[Mapping[str, Known], int], list[list[str]]] | None = None
+    max_gradient_norm: float | None = None
     all_in_every_step: bool = True

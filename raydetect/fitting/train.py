@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -168,6 +169,8 @@ class Trainer:
             )
         plan.optimizer.zero_grad(set_to_none=True)
         (loss * share * self.group.size if self.group.size > 1 else loss).backward()  # DDP divides by size
+        if plan.max_gradient_norm is not None:
+            torch.nn.utils.clip_grad_norm_(plan.module.parameters(), plan.max_gradient_norm)
         plan.optimizer.step()
         return value
 

@@ -198,6 +198,19 @@ CASES = (
         bad={"momentum": {"momentum": 1.5}, "epochs": {"epochs": 0}},
     ),
     Case(
+        "uniad",
+        RANDOM,
+        floor=0.8,
+        pixel_floor=0.8,
+        bad={
+            "odd": {"neighbor_size": 4},
+            "multiple of n_heads": {"hidden_dims": 60, "n_heads": 8},
+            "hides all": {"image_size": [112, 112]},
+            "pooling_px 300": {"pooling_px": 300},
+            "dropout": {"dropout": 1},
+        },
+    ),
+    Case(
         "winclip",
         {"k_shot": 8},
         floor=0.9,

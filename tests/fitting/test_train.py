@@ -2,9 +2,10 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,7 +48,9 @@ class Small(Detector):
             layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.BatchNorm2d(2)]
         self.net = nn.Sequential(*layers).double().train()
         optimizer = torch.optim.Adam(self.net.parameters(), lr=0.01)
-        return TrainingPlan(self.net, optimizer, epochs=5, batch_size=4, rate=lambda done: 0.5 ** (done // 2))
+        return TrainingPlan(
+            self.net, optimizer, epochs=5, batch_size=4, rate=lambda done: 0.5 ** (done // 2), max_gradient_norm=1.0
+        )
 
     def training_loss(self, batch: Batch) -> Tensor:
         images = batch.images_BCHW.double() / 255
@@ -158,6 +161,38 @@ def test_a_kept_state_goes_on_to_the_bit(tmp_path: Path, monkeypatch: pytest.Mon
     checkpoints.save(other, torch.optim.SGD(other.parameters(), 0.1), [1.0])
     with pytest.raises(StorageError, match=r"epoch-000001\.safetensors: is not a checkpoint of this fit .*Remove it"):
         train(Group(), checkpoints)
+
+
+def length(parts: Iterable[Tensor]) -> float:
+    """L2 norm of all values together."""
+    return float(torch.cat([part.flatten() for part in parts]).norm())
+
+
+@pytest.mark.parametrize("limit", [None, 0.01, 100.0])
+def test_only_a_gradient_above_the_limit_is_clipped(limit: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[tuple[float, float]] = []
+    plain = Small.begin_training
+
+    def begins(self: Small, num_images: int) -> TrainingPlan:
+        plain(self, num_images)
+        return TrainingPlan(self.net, torch.optim.SGD(self.net.parameters(), 1.0), 1, 4, max_gradient_norm=limit)
+
+    def step(self: Trainer, plan: TrainingPlan, *others: Any) -> float:
+        values = list(plan.module.parameters())
+        before = [value.detach().clone() for value in values]
+        gradients = torch.autograd.grad(self.detector.training_loss(others[1]), values)
+        found = one_step(self, plan, *others)
+        moved = [was - value.detach() for was, value in zip(before, values, strict=True)]
+        steps.append((length(gradients), length(moved)))
+        return found
+
+    one_step = Trainer._step
+    monkeypatch.setattr(Small, "begin_training", begins)
+    monkeypatch.setattr(Trainer, "_step", step)
+    train(Group())
+    assert len(steps) == 3 and steps[0][0] > 1
+    for gradient, moved in steps:
+        assert moved == pytest.approx(gradient if limit is None else min(gradient, limit), rel=1e-3)
 
 
 @given(st.integers(1, 200), st.integers(1, 40))

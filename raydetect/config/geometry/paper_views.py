@@ -38,6 +38,7 @@ PAPER_VIEWS: Mapping[str, PaperView] = {
     "simplenet": CENTRE_224,  # the paper's; the script of its authors uses 329 and 288 px
     "spade": CENTRE_224,
     "stfpm": AT_DEFAULT_SIZE,
+    "uniad": AT_DEFAULT_SIZE,
     "winclip": PaperView(view=ViewSpec(resize="short_side")),  # CLIP's own: the short side fills the input
 }
 
