@@ -9,7 +9,7 @@ from raydetect.artifacts.fit_preprocess import FitRules
 from raydetect.blocks.coresets.group import Group
 from raydetect.config import FitSpec, SourceSpec
 from raydetect.fitting.fit_run import FitRun, ProgressCallback
-from raydetect.fitting.fleet import fit_fleet
+from raydetect.fitting.fleet import fit_fleet, fit_shared
 from raydetect.fitting.holdout import drop_duplicates
 from raydetect.fitting.image_cache import ImageCache, ReadFacts, read_images
 from raydetect.fitting.shared_errors import shared_errors
@@ -58,6 +58,8 @@ def fit_worker(
     work = FitRun(
         spec, normalise_uri(spec.artifact), group, cache, calibration_cache, on_progress, device, where, phases
     )
+    if spec.per_category == "calibration":
+        return fit_shared(work, read)
     return fit_fleet(work, read) if spec.per_category else work.run(read)
 
 
