@@ -156,7 +156,7 @@ def test_a_fleet_says_before_its_fits_which_category_cannot_be_calibrated(monkey
         (source, r"no usable normal image of category 'Hex nut', so .* be calibrated\. Add normal images"),
         (
             {},
-            r"no usable normal image of .Hex nut.*; 4 image\(s\) there have no category\. .*calibration\.source",
+            r"no usable normal image of category .Hex nut.*; 4 .* have no category\. .*calibration\.source",
         ),
     ):
         held = {**changes, "uri": "memory://fleet/held"}
