@@ -3,6 +3,13 @@
     artifact.json                           the index, written last as the commit
     categories/bottle-1a2b3c4d5e6f/         an ordinary artifact: artifact.json and its tensors
 
+The members may share one detector (`per_category: calibration`). Its tensors then lie beside the index, which names
+them, and the record of each member has a calibration of its own:
+
+    artifact.json                           the index, with an entry `tensors`
+    tensors-0a1b2c3d4e5f6a7b.safetensors    those of all members
+    categories/bottle-1a2b3c4d5e6f/         artifact.json, whose entry `tensors` is the same and says `shared`
+
 The index contains the digest of every member's record, which covers the member's tensors, so the digest of the index
 covers the whole fleet. An ordinary artifact has an index too: it scores images of any category or without one.
 """
@@ -19,6 +26,7 @@ from raydetect.artifacts.record import (
     FORMATS,
     ArtifactRecord,
     Sha256,
+    TensorsShape,
     checked,
     kind_of,
     parse_record,
@@ -44,12 +52,14 @@ class FleetShape:
     """Required entries of an index; further entries are allowed."""
 
     categories: Mapping[str, MemberShape]
+    tensors: TensorsShape | None = None
     packages: Mapping[str, str] = field(default_factory=dict)
 
 
 FOLDER = re.compile(r"categories/[a-z0-9_-]+")
 SLUG_LENGTH = 40
 READERS = 16
+OF_THE_DETECTOR = ("detector", "params", "seed", "tensors", "bank", "preprocess")  # entries that sharing members share
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -75,6 +85,15 @@ class ArtifactIndex:
     digest: str
     body: Mapping[str, Any]
     categories: Mapping[str, ArtifactRef] = field(default_factory=dict)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether all categories have the same detector, each with a calibration of its own."""
+        return bool(self.categories) and self.body.get("tensors") is not None
+
+    def detector_of(self, ref: ArtifactRef) -> ArtifactRef:
+        """Identifies the detector of an artifact of the index: equal if two share it, which is then loaded once."""
+        return ArtifactRef(self.uri, self.digest) if self.is_shared else ref
 
     def for_category(self, category: str | None) -> ArtifactRef | None:
         """Returns the artifact that scores images of this category; None if a fleet has none.
@@ -153,7 +172,8 @@ def read_records(index: ArtifactIndex, storage: Storage) -> dict[str | None, Art
     Also reads the headers of the tensor files, so that inconsistencies are found while a job is planned.
 
     Raises:
-        ArtifactError: a member is missing, damaged or does not match the index; the message names the category.
+        ArtifactError: a member is missing, damaged or does not match the index or the members that share its detector;
+            the message names the category.
         StorageError: the storage failed.
     """
     if not index.categories:
@@ -161,15 +181,33 @@ def read_records(index: ArtifactIndex, storage: Storage) -> dict[str | None, Art
         check_bank(record, read_header(record, storage))
         return {None: record}
     with ThreadPoolExecutor(READERS) as pool:
-        records = pool.map(lambda name: _read_member(index, name, storage), index.categories)
-        return dict(zip(index.categories, records, strict=True))
+        found = pool.map(lambda name: _read_member(index, name, storage), index.categories)
+        records = dict[str | None, ArtifactRecord](zip(index.categories, found, strict=True))
+    if index.is_shared:
+        _require_shared(index, records, storage)
+    return records
+
+
+def _require_shared(index: ArtifactIndex, records: Mapping[str | None, ArtifactRecord], storage: Storage) -> None:
+    first = next(iter(records.values()))
+    for name, record in records.items():
+        differs = next((key for key in OF_THE_DETECTOR if record.body.get(key) != first.body.get(key)), None)
+        if record.body["tensors"] != {**index.body["tensors"], "shared": True}:
+            differs = "tensors"
+        if differs is not None:
+            raise ArtifactError(
+                f"{index.uri}: category {name!r}: its record has other {differs} than the detector that all categories "
+                "share. Fit again, or copy the whole fleet again."
+            )
+    check_bank(first, read_header(first, storage))
 
 
 def _read_member(index: ArtifactIndex, category: str, storage: Storage) -> ArtifactRecord:
     ref = index.categories[category]
     try:
         record = read_record(ref.uri, storage)
-        check_bank(record, read_header(record, storage))
+        if not index.is_shared:
+            check_bank(record, read_header(record, storage))
     except ArtifactError as error:
         raise ArtifactError(f"{index.uri}: category {category!r}: {error}") from None
     if record.digest != ref.digest:

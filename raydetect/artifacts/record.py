@@ -4,7 +4,8 @@ An artifact is a folder with this record and one safetensors file. The tensors a
 from their sha256; the record, written last, names them and is the commit, after which the tensors of a replaced
 artifact are removed. So a killed fit leaves no partial artifact, and the previous one whole.
 
-A fleet (`fleet.py`) has a record of the same name that lists one artifact for each category.
+A fleet (`fleet.py`) has a record of the same name that lists one artifact for each category. Its members may share the
+tensors of one detector, which lie beside its record.
 """
 
 import hashlib
@@ -26,8 +27,9 @@ from raydetect.views.view import View
 
 FORMAT_VERSION = 2  # 2: `preprocess` states how images are decoded, which readers of format 1 would not know
 WITH_VIEW = 3  # 3: `preprocess` has a view; others stay at 2, so that earlier versions can read them
+SHARED = 4  # 4: `tensors` may be those of the fleet, in its folder; others stay at 2 and 3
 # Fleets start at 2, so that readers of format 1 ask for an update instead of reporting a damaged record.
-FORMATS = {"detector": WITH_VIEW, "fleet": 2}
+FORMATS = {"detector": SHARED, "fleet": 2}
 RECORD = "artifact.json"
 MAX_SIDE_PX = 16_384
 MAX_REASON = 200
@@ -111,11 +113,12 @@ class PreprocessShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorsShape:
-    """Entry of the safetensors file."""
+    """Entry of the safetensors file; `shared` if it lies in the folder of the fleet, for all its categories."""
 
     file: Name
     sha256: Sha256
     bytes: Positive
+    shared: Annotated[bool, Field(strict=True)] = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,7 +239,11 @@ def write_record(uri: str, storage: Storage, body: Mapping[str, Any]) -> str:
         StorageError: the record cannot be written.
     """
     version = WITH_VIEW if body.get("preprocess", {}).get("view") else FORMAT_VERSION
-    return write_json(uri, storage, {"format_version": version, **body})
+    if body["tensors"].get("shared"):
+        version = SHARED
+    elif body.get("format_version") != SHARED:  # a member of a fleet that is saved by itself has tensors of its own
+        version = body.get("format_version", version)
+    return write_json(uri, storage, {**body, "format_version": version})
 
 
 def write_json(uri: str, storage: Storage, body: Mapping[str, Any]) -> str:

@@ -73,12 +73,14 @@ def remove_replaced(uri: str, storage: Storage) -> None:
     """
     index = read_index(uri, storage)
     folders = {ref.uri for ref in index.categories.values()}
+    in_members = (RECORD,) if index.is_shared else (RECORD, ".safetensors")
     own = index.body.get("tensors", {}).get("file")
     for file in list(storage.list(uri)):
         name = file.uri.removeprefix(f"{uri.rstrip('/')}/")
         match = WRITTEN.fullmatch(name)
         if match is None:
             continue
-        is_named = match["own"] == own if match["own"] else file.uri.rpartition("/")[0] in folders
+        folder = file.uri.rpartition("/")[0]
+        is_named = match["own"] == own if match["own"] else folder in folders and name.endswith(in_members)
         if not is_named:
             storage.delete(file.uri)

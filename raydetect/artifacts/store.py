@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Protocol
@@ -11,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from raydetect.artifacts.checks import load_checked, require_finite
-from raydetect.artifacts.fleet import ArtifactIndex, ArtifactRef
+from raydetect.artifacts.fleet import READERS, ArtifactIndex, ArtifactRef, member_uri, write_fleet
 from raydetect.artifacts.record import ArtifactRecord, Calibration, read_record, write_record
 from raydetect.artifacts.replacement import remove_replaced
 from raydetect.artifacts.tensor_file import TensorFile
@@ -43,6 +44,10 @@ class Artifact:
         """Returns itself, as it is already loaded."""
         return self
 
+    def record_of(self, ref: ArtifactRef) -> ArtifactRecord:
+        """Returns its own record."""
+        return self.record
+
 
 class DetectorSource(Protocol):
     """Source of detectors for scoring: an index and the loaded artifacts."""
@@ -56,6 +61,13 @@ class DetectorSource(Protocol):
 
         Raises:
             ArtifactError: the artifact cannot be loaded.
+        """
+
+    def record_of(self, ref: ArtifactRef) -> ArtifactRecord:
+        """Reads the record alone, of an artifact whose detector is loaded already.
+
+        Raises:
+            ArtifactError: the record cannot be read.
         """
 
 
@@ -80,9 +92,21 @@ class StoredDetectors:
             ArtifactError: the artifact is missing or damaged, or was replaced since the index was read.
         """
         artifact = load_artifact(ref.uri, self.storage, self.search)
-        if artifact.record.digest != ref.digest:
-            raise ArtifactError(f"{ref.uri}: was replaced after the job was planned. Start the job again.")
-        return artifact
+        return Artifact(artifact.detector, _unchanged(artifact.record, ref))
+
+    def record_of(self, ref: ArtifactRef) -> ArtifactRecord:
+        """Reads the record alone, of an artifact whose detector is loaded already.
+
+        Raises:
+            ArtifactError: the record is missing or damaged, or was replaced since the index was read.
+        """
+        return _unchanged(read_record(ref.uri, self.storage), ref)
+
+
+def _unchanged(record: ArtifactRecord, ref: ArtifactRef) -> ArtifactRecord:
+    if record.digest != ref.digest:
+        raise ArtifactError(f"{ref.uri}: was replaced after the job was planned. Start the job again.")
+    return record
 
 
 def save_artifact(
@@ -107,6 +131,52 @@ def save_artifact(
         ArtifactError: a tensor has values that are not finite.
         StorageError: a file cannot be written.
     """
+    entry = _write_tensors(uri, storage, detector)
+    body = {**_describe(name, detector, facts), "tensors": entry, "calibration": to_plain(calibration)}
+    written = write_record(uri, storage, body)
+    remove_replaced(uri, storage)
+    return written
+
+
+def save_shared(
+    uri: str,
+    storage: Storage,
+    name: str,
+    detector: Detector,
+    calibrations: Mapping[str, Calibration],
+    facts: Mapping[str, Any],
+    facts_of: Mapping[str, Mapping[str, Any]],
+) -> str:
+    """Writes a fleet whose categories share one detector, with its tensors once, and returns the digest of the index.
+
+    Args:
+        uri: folder of the fleet; the files of an earlier artifact there are removed.
+        storage: storage of that folder.
+        name: detector name.
+        detector: a fitted detector.
+        calibrations: scores of held-out normal images by category.
+        facts: further entries of the index, as for `save_artifact`.
+        facts_of: entries of the record of each category that differ from `facts`.
+
+    Raises:
+        ArtifactError: a tensor has values that are not finite.
+        StorageError: a file cannot be written.
+    """
+    entry, common = _write_tensors(uri, storage, detector), _describe(name, detector, facts)
+
+    def write(category: str) -> str:
+        own = {"tensors": {**entry, "shared": True}, "calibration": to_plain(calibrations[category])}
+        return write_record(member_uri(uri, category), storage, {**common, **facts_of[category], **own})
+
+    with ThreadPoolExecutor(READERS) as pool:
+        members = dict(zip(calibrations, pool.map(write, calibrations), strict=True))
+    written = write_fleet(uri, storage, members, {**common, "tensors": entry})
+    remove_replaced(uri, storage)
+    return written
+
+
+def _write_tensors(uri: str, storage: Storage, detector: Detector) -> dict[str, Any]:
+    """Writes the tensors of a detector and returns their entry in its record."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in detector.tensors().items()}
     require_finite(tensors, uri)
     storage.remove_leftovers(uri)
@@ -114,20 +184,20 @@ def save_artifact(
     sha256 = hashlib.sha256(data).hexdigest()
     file_name = f"tensors-{sha256[:16]}.safetensors"
     storage.write(join_uri(uri, file_name), data)
+    return {"file": file_name, "sha256": sha256, "bytes": len(data)}
+
+
+def _describe(name: str, detector: Detector, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a record but for tensors and calibration."""
     bank = detector.memory_bank()
-    body = {
+    return {
         **facts,
         **({} if bank is None else {"bank": _describe_bank(bank, detector)}),
         "detector": name,
         "params": to_plain(detector.params),
         "seed": detector.seed,
-        "tensors": {"file": file_name, "sha256": sha256, "bytes": len(data)},
-        "calibration": to_plain(calibration),
         "packages": package_versions(),
     }
-    written = write_record(uri, storage, body)
-    remove_replaced(uri, storage)
-    return written
 
 
 def _describe_bank(name: str, detector: Detector) -> dict[str, Any]:

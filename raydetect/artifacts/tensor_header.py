@@ -32,12 +32,20 @@ def tensors_uri(uri: str, entry: Mapping[str, Any]) -> str:
     """Returns the URI of an artifact's tensors.
 
     Raises:
-        ArtifactError: the record names a file outside the artifact's folder.
+        ArtifactError: the record names a file outside the artifact's folder, or shares those of a fleet and is in none.
     """
     file_name = str(entry["file"])
     if "/" in file_name or file_name.startswith("."):
         raise ArtifactError(f"{uri}: the record names {file_name!r}, outside the folder. Fit again.")
-    return join_uri(uri, file_name)
+    if not entry.get("shared"):
+        return join_uri(uri, file_name)
+    fleet, _, folder = uri.rstrip("/").rpartition("/categories/")
+    if not fleet or "/" in folder:
+        raise ArtifactError(
+            f"{uri}: its tensors are those of a fleet, and the folder is not in one. Copy the whole fleet, and name "
+            "the category's folder in it."
+        )
+    return join_uri(fleet, file_name)
 
 
 def read_header(record: ArtifactRecord, storage: Storage) -> dict[str, TensorEntry]:

@@ -95,7 +95,7 @@ def _labelled(spec: FitSpec) -> None:
             return  # sidecars or a label column inside may have labels
         for facts in map(naming.read, loose_names(shard)):
             if facts is not None:
-                group = (facts.category or "") if spec.per_category else ""
+                group = (facts.category or "") if spec.per_category is True else ""
                 has_anomalous[group] = has_anomalous.get(group, False) or facts.label == 1
     lacking = sorted(group for group, found in has_anomalous.items() if not found)
     if lacking:

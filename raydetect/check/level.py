@@ -19,7 +19,7 @@ def level_text(spec: FitSpec, normal: int | None) -> str:
     """Why a job without a flag rule will not flag at the usual level; "" if it will, or if that is not known yet.
 
     Images that turn out to be bad make the level coarser. Nothing is said on fleets, whose categories have levels of
-    their own.
+    their own, whether they share a detector or not.
 
     Args:
         spec: the job.

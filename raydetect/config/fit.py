@@ -15,6 +15,7 @@ STANDARD: Preset = "standard"
 JpegScale = Literal["at_least_2x", "full"]
 Precision = Literal["float32", "bfloat16"]
 CalibrationMethod = Literal["cross", "holdout"]
+PerCategory = bool | Literal["calibration"]
 AT_LEAST_2X: JpegScale = "at_least_2x"
 ENSEMBLE = "ensemble"
 HOLDOUT_RATIO = 0.1
@@ -156,10 +157,11 @@ class FitSpec:
     )
     seed: Annotated[int, Field(ge=0, description="seeds every random choice")] = 0
     per_category: Annotated[
-        bool,
+        PerCategory,
         Field(
-            description="fit a fleet: one detector per {category} of the pattern, in parallel on the workers, "
-            "in one artifact"
+            description="true: fit a fleet, one detector per {category} of the pattern, in parallel on the workers, in "
+            "one artifact; calibration: fit one detector on the images of all categories and calibrate it for each, in "
+            "a fleet that stores and loads it once"
         ),
     ] = False
     extend: Annotated[
@@ -211,20 +213,33 @@ class FitSpec:
             raise ValueError("extend keeps what the artifact learnt from auxiliary images; remove auxiliary")
         if self.auxiliary is not None and self.per_category:
             raise ValueError(
-                "per_category would train on the auxiliary images once for each category; fit one category with "
-                "auxiliary, and the others with extend"
+                "auxiliary trains a detector for one category; remove per_category, and fit the others with extend"
             )
-        if self.per_category and self.extend is not None:
+        if self.per_category is True and self.extend is not None:
             raise ValueError("extend takes one artifact; extend the categories of a fleet one by one")
+        if self.per_category == "calibration":
+            self._refuse_with_calibration_alone()
         if self.detector.ensemble and self.extend is not None:
             raise ValueError("extend adds to one memory bank; refit an ensemble on all images")
         if self.resources.bank_shards != 1:
             raise ValueError("resources.bank_shards applies to scoring jobs only; remove it")
         object.__setattr__(self, "view", view_of_presets(self.detector.members, self.view))
-        if self.view.has_files_of_category and not self.per_category:
+        if self.view.has_files_of_category and self.per_category is not True:
             raise ValueError(
                 "view.region has a mask for each {category}, or view.align_to a picture, but the job fits one "
-                "detector; set per_category"
+                "detector, which has one view; set per_category: true, or name one file for all"
             )
         if self.precision is not None:
             object.__setattr__(self, "detector", self.detector.at_precision(self.precision))
+
+    def _refuse_with_calibration_alone(self) -> None:
+        if self.extend is not None:
+            raise ValueError(
+                "extend takes the bank of one artifact with one calibration; fit again on all images for "
+                "per_category: calibration"
+            )
+        if self.detector.ensemble:
+            raise ValueError(
+                "an ensemble sets the scale of its members by images held out of all categories, so per_category: "
+                "calibration takes one detector; set detector.name, or per_category: true"
+            )

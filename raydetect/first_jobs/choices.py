@@ -233,7 +233,8 @@ def _per_category(looked: Looked) -> list[Setting]:
     folders = looked.folders
     if len(folders.categories) > 1:
         why = f"each of {len(folders.categories)} categories gets a detector of its own"
-        return [Setting("per_category", True, why)]
+        other = "per_category: calibration   # one detector of all categories, with a threshold for each"
+        return [Setting("per_category", True, why, other)]
     if folders.loose_groups:
         why = f"one detector for all {len(folders.loose_groups)} folders; if they are different products, use instead"
         other = 'per_category: true   # and in source, pattern: "{category}/{name}"'

@@ -5,14 +5,16 @@ exchange. The result is the same for any number of workers.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain, zip_longest
 from typing import Any
 
 import torch
 
 from raydetect.artifacts.record import Calibration
-from raydetect.artifacts.store import load_artifact, save_artifact
+from raydetect.artifacts.store import load_artifact, save_artifact, save_shared
 from raydetect.blocks.coresets.group import Group
 from raydetect.blocks.coresets.keyed_rows import FitState
 from raydetect.config import HOLDOUT_RATIO, FitSpec, public_spec, result_settings
@@ -21,12 +23,12 @@ from raydetect.detectors._base import Detector
 from raydetect.detectors._ensemble import Ensemble, learns_from_labels, parts
 from raydetect.detectors._registry import build_from
 from raydetect.errors import SpecError
-from raydetect.fitting.calibrate import calibrate
+from raydetect.fitting.calibrate import calibrate_each
 from raydetect.fitting.checkpoints import Checkpoints
 from raydetect.fitting.collect import collect
 from raydetect.fitting.ensemble_scale import choose_scaling, set_scales
 from raydetect.fitting.holdout import choose_folds, choose_holdout, choose_images, crosses, normal_keys
-from raydetect.fitting.image_cache import ImageCache
+from raydetect.fitting.image_cache import CachedImage, ImageCache
 from raydetect.fitting.reading.auxiliary import AuxiliaryImages, auxiliary_keys, require_auxiliary
 from raydetect.fitting.reading.counts import ReadFacts
 from raydetect.fitting.timings import Phases, measured_facts, merged_facts
@@ -48,17 +50,24 @@ class Fitted:
 
     Attributes:
         detector: the fitted detector.
-        calibration: from held-out normal images.
+        calibrations: from held-out normal images, by category if each has its own; else one under None.
         preprocess: how its images were decoded.
         facts: other fields of the artifact's record.
         checkpoints: training checkpoints to delete once the artifact is committed.
+        images: number of images by their use, of each category that has a calibration of its own.
     """
 
     detector: Detector
-    calibration: Calibration
+    calibrations: Mapping[str | None, Calibration]
     preprocess: Preprocess
     facts: Mapping[str, Any]
     checkpoints: tuple[Checkpoints, ...] = ()
+    images: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+    @property
+    def calibration(self) -> Calibration:
+        """The only calibration."""
+        return self.calibrations[None]
 
 
 @dataclass(slots=True)
@@ -77,6 +86,7 @@ class FitRun:
         phases: measurements so far.
         auxiliary: images that train a detector instead of those of the source; None if it does not learn from any.
         crossed: from the fits that each left out some images; None before, and with held-out images.
+        categories: names of all, sorted, if each gets a calibration of its own; () = all images together.
     """
 
     spec: FitSpec
@@ -89,7 +99,8 @@ class FitRun:
     where: str
     phases: Phases
     auxiliary: AuxiliaryImages | None = None
-    crossed: Calibration | None = None
+    crossed: dict[str | None, Calibration] | None = None
+    categories: tuple[str, ...] = ()
 
     def run(self, read: ReadFacts) -> FitReport | None:
         """Fits the detector; the first worker writes the artifact.
@@ -104,17 +115,26 @@ class FitRun:
             SpecError: too few images, or the detector does not support what the job asks for.
         """
         assert self.uri is not None
-        storage, name = Storage(self.spec.storage), self.spec.detector.name
+        storage = Storage(self.spec.storage)
         if not self.group.rank:
             storage.require_writable(self.uri)
             storage.remove_leftovers(self.uri)
         fitted = self.fit(read)
         if self.group.rank:
             return None
-        artifact_digest = save_artifact(self.uri, storage, name, fitted.detector, fitted.calibration, fitted.facts)
+        report = self._save(fitted, self.uri, storage)
         for checkpoints in fitted.checkpoints:
             checkpoints.clear()
-        return FitReport(self.uri, artifact_digest, fitted.facts)
+        return report
+
+    def _save(self, fitted: Fitted, uri: str, storage: Storage) -> FitReport:
+        name, detector, facts = self.spec.detector.name, fitted.detector, fitted.facts
+        if not self.categories:
+            return FitReport(uri, save_artifact(uri, storage, name, detector, fitted.calibration, facts), facts)
+        facts_of = {category: {**ReadFacts().plain(), "images": counts} for category, counts in fitted.images.items()}
+        calibrations = {category: fitted.calibrations[category] for category in self.categories}
+        artifact_digest = save_shared(uri, storage, name, detector, calibrations, facts, facts_of)
+        return FitReport(uri, artifact_digest, {**facts, "categories": len(self.categories)})
 
     def fit(self, read: ReadFacts) -> Fitted:
         """Fits on every worker; writes nothing but training checkpoints.
@@ -131,7 +151,7 @@ class FitRun:
             folds = self._folds(detector)
             held_out = self._held_out(folds)
             fit_keys = self._fit_keys([] if folds else held_out, learns_from_labels(detector))
-            counts = self._counts(fit_keys)
+            counts, counts_of = self._counts(fit_keys), self._counts_of_categories(fit_keys)
             self._require_labels(detector, fit_keys)
             trained = [
                 self._run_phases(part, number, fit_keys, storage, checkpoints, not detector.scores_by_map, folds)
@@ -141,8 +161,10 @@ class FitRun:
             with self.phases.phase("scale"):
                 held_out = self._scale(detector, held_out, counts)
         with self.phases.phase("calibrate"):
-            calibration = self.crossed or self._calibrate(detector, [held_out], self._count(len(held_out)))
-        counts |= {"held_out": len(calibration.scores), "bad": read.bad}
+            calibrations = self.crossed or self._calibrate(detector, [held_out], self._count(len(held_out)))
+        sizes = {name: len(calibration.scores) for name, calibration in calibrations.items()}
+        images_of = {name: {**counts_of[name], "held_out": sizes[name], "bad": 0} for name in self.categories}
+        counts |= {"held_out": sum(sizes.values()), "bad": read.bad}
         if self.cache.preprocess.view.has_tiles:
             judged, images = set(held_out), self._calibration_images().images.values()
             counts["held_out_tiles"] = self._count(sum(image.image_key in judged for image in images))
@@ -154,7 +176,7 @@ class FitRun:
         }
         if folds:
             facts["folds"] = len(folds)
-        return Fitted(detector, calibration, self.cache.preprocess, facts, tuple(checkpoints))
+        return Fitted(detector, calibrations, self.cache.preprocess, facts, tuple(checkpoints), images_of)
 
     def _run_phases(
         self,
@@ -216,19 +238,31 @@ class FitRun:
 
     def _folds(self, detector: Detector) -> list[list[str]]:
         """This worker's normal images by the fit that leaves them out; none if images are held out."""
-        wanted, images = self.spec.calibration, normal_keys(self.cache)
-        if not crosses(self.spec, detector, self._count(len(images))):
+        count, seed, parts_here = self.spec.calibration.folds, self.spec.seed, self._parts(self.cache)
+        if not crosses(self.spec, detector, min(self._count(len(keys)) for keys in parts_here.values())):
             return []
-        return choose_folds(images, wanted.folds, self.spec.seed, self.group, self.where)
+        each = [choose_folds(keys, count, seed, self.group, where) for where, keys in parts_here.items()]
+        return [list(chain(*fold)) for fold in zip_longest(*each, fillvalue=())]
 
     def _held_out(self, folds: list[list[str]]) -> list[str]:
         """This worker's calibration keys, sorted."""
         if self.calibration_cache is not None:
-            return normal_keys(self.calibration_cache)
+            return sorted(chain(*self._parts(self.calibration_cache).values()))
         if folds:
             return normal_keys(self.cache)
         ratio, seed = self.spec.calibration.holdout_ratio or HOLDOUT_RATIO, self.spec.seed
-        return sorted(choose_holdout(normal_keys(self.cache), ratio, seed, self.group, self.where))
+        each = (choose_holdout(keys, ratio, seed, self.group, where) for where, keys in self._parts(self.cache).items())
+        return sorted(chain(*each))
+
+    def _parts(self, cache: ImageCache) -> dict[str, list[str]]:
+        """This worker's normal images by what is calibrated on its own, under its name for messages."""
+        if not self.categories:
+            return {self.where: normal_keys(cache)}
+        category = cache.categories()
+        found: dict[str | None, list[str]] = {name: [] for name in self.categories}
+        for key in normal_keys(cache):
+            found.get(category[key], []).append(key)  # a calibration source may have further categories
+        return {f"{self.where}: category {name!r}": keys for name, keys in found.items()}
 
     def _fit_keys(self, held_out: list[str], with_labels: bool) -> list[str]:
         """This worker's inputs to fit on, sorted; anomalous images only for detectors that learn from labels.
@@ -246,13 +280,21 @@ class FitRun:
         return sorted(i.key for i in images if i.image_key not in excluded and (with_labels or i.label != 1))
 
     def _counts(self, fit_keys: list[str]) -> dict[str, int]:
-        images = self.cache.images
-        fitted = {images[key].image_key for key in fit_keys}
-        anomalous = {image.image_key for image in images.values() if image.label == 1}
-        counts = {"fitted": len(fitted), "labelled_anomalous_left_out": len(anomalous - fitted)}
-        if self.cache.preprocess.view.has_tiles:
-            counts["fitted_tiles"] = len(fit_keys)
+        counts = _uses(self.cache.images.values(), set(fit_keys), self.cache.preprocess.view.has_tiles)
         return {name: self._count(count) for name, count in counts.items()}
+
+    def _counts_of_categories(self, fit_keys: list[str]) -> dict[str, dict[str, int]]:
+        """The same for each category with a calibration of its own."""
+        inputs: dict[str | None, list[CachedImage]] = {name: [] for name in self.categories}
+        for image in self.cache.images.values() if self.categories else ():
+            inputs[image.category].append(image)
+        chosen, has_tiles = set(fit_keys), self.cache.preprocess.view.has_tiles
+        here = {name: _uses(inputs[name], chosen, has_tiles) for name in self.categories}
+        total: dict[str, Counter[str]] = {name: Counter() for name in self.categories}
+        for text in self.group.gather_bytes(json.dumps(here).encode()):
+            for name, counts in json.loads(text).items():
+                total[name].update(counts)
+        return {name: dict(counts) for name, counts in total.items()}
 
     def _require_labels(self, detector: Detector, fit_keys: list[str]) -> None:
         if learns_from_labels(detector):
@@ -309,9 +351,10 @@ class FitRun:
             detector.finish(state.only(set(fitted)), self._on_first(phase))
             yield fold
 
-    def _calibrate(self, detector: Detector, rounds: Iterable[list[str]], total: int) -> Calibration:
+    def _calibrate(self, detector: Detector, rounds: Iterable[list[str]], total: int) -> dict[str | None, Calibration]:
         images, on_progress = self._calibration_images(), self._phase_progress("calibrate images", total)
-        return calibrate(detector, images, rounds, self.spec.batch_size, self.group, on_progress)
+        size, names = self.spec.batch_size, self.categories
+        return calibrate_each(detector, images, rounds, size, self.group, on_progress, names)
 
     def _trainer(self, detector: Detector, number: int | None, keys: list[str], storage: Storage) -> Trainer:
         """Gives every worker all images and finds the checkpoints of an earlier run that was killed."""
@@ -339,3 +382,12 @@ class FitRun:
     def _on_first(self, phase: str) -> Callable[[int, int], None]:
         """Progress callback of a step that all workers do together; only the first one reports it."""
         return lambda done, total: None if self.group.rank else self.on_progress(phase, done, total)
+
+
+def _uses(inputs: Collection[CachedImage], fit_keys: set[str], has_tiles: bool) -> dict[str, int]:
+    """Number of images by their use."""
+    chosen = [image for image in inputs if image.key in fit_keys]
+    fitted = {image.image_key for image in chosen}
+    anomalous = {image.image_key for image in inputs if image.label == 1}
+    tiles = {"fitted_tiles": len(chosen)} if has_tiles else {}
+    return {"fitted": len(fitted), "labelled_anomalous_left_out": len(anomalous - fitted), **tiles}

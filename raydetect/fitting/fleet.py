@@ -1,4 +1,7 @@
-"""Fits a fleet: images move to the worker that owns their category, and every worker fits its categories on its own."""
+"""Fits a fleet: images move to the worker that owns their category, and every worker fits its categories on its own.
+
+Or all workers fit one detector on the images of all categories and calibrate it for each (`per_category: calibration`).
+"""
 
 import json
 from collections import Counter
@@ -55,6 +58,30 @@ def fit_fleet(work: FitRun, read: ReadFacts) -> FitReport | None:
     return _commit(work, reports, read)
 
 
+def fit_shared(work: FitRun, read: ReadFacts) -> FitReport | None:
+    """Fits one detector on all images, calibrates it for each category and commits the fleet that shares it.
+
+    Images are held out, or dealt to the folds of cross-validation, within each category.
+
+    Args:
+        work: the fit, with the images this worker has read.
+        read: facts from reading the source, for the record.
+
+    Returns:
+        The report on the first worker, None on the others.
+
+    Raises:
+        SpecError: an image has no category, or a category has too few normal images; the message names it.
+    """
+    names = sorted(_categories(work))
+    lacking = sorted(set(names) - set(_counted(work, work.cache, normal=True)[0]))
+    if lacking:
+        raise SpecError(
+            f"{work.where}: category {lacking[0]!r} has no usable normal image to fit on. Add some, or leave it out."
+        )
+    return replace(work, categories=tuple(names)).run(read)
+
+
 def assign_categories(counts: Mapping[str, int], size: int) -> dict[str, int]:
     """Assigns categories to workers: the largest first, each to the worker with the fewest images so far."""
     load = [0] * size
@@ -74,24 +101,25 @@ def _categories(work: FitRun) -> dict[str, int]:
     total, missing = _counted(work, work.cache)
     if missing:
         raise SpecError(
-            f"{work.where}: {missing} image(s) have no category, and per_category fits one detector for each. "
-            "Add {category} to source.pattern."
+            f"{work.where}: {missing} image(s) have no category, and per_category fits or calibrates a detector for "
+            "each. Add {category} to source.pattern."
         )
     if work.calibration_cache is not None:
-        judged, missing = _counted(work, work.calibration_cache)
+        judged, missing = _counted(work, work.calibration_cache, normal=True)
         lacking = sorted(set(total) - set(judged))
         if lacking:
             without = f"; {missing} image(s) there have no category" if missing else ""
             raise SpecError(
-                f"calibration.source: has no usable image of category {lacking[0]!r}, so that its detector could not "
-                f"be calibrated{without}. Add normal images of it, and {{category}} to calibration.source.pattern."
+                f"calibration.source: has no usable normal image of category {lacking[0]!r}, so that its detector "
+                f"could not be calibrated{without}. Add normal images of it, and {{category}} to "
+                "calibration.source.pattern."
             )
     return total
 
 
-def _counted(work: FitRun, cache: ImageCache) -> tuple[dict[str, int], int]:
-    """Number of inputs by category on all workers, and of those without one."""
-    here = Counter(image.category for image in cache.images.values())
+def _counted(work: FitRun, cache: ImageCache, normal: bool = False) -> tuple[dict[str, int], int]:
+    """Number of inputs by category on all workers, or of normal ones, and of those without one."""
+    here = Counter(image.category for image in cache.images.values() if not (normal and image.label == 1))
     uncategorised = here.pop(None, 0)
     gathered = [json.loads(text) for text in work.group.gather_bytes(json.dumps([uncategorised, here]).encode())]
     total: Counter[str] = Counter()

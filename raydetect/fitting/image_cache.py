@@ -83,6 +83,10 @@ class ImageCache:
     def __len__(self) -> int:
         return len(self.images)
 
+    def categories(self) -> dict[str, str | None]:
+        """The category of each image by its key."""
+        return {image.image_key: image.category for image in self.images.values()}
+
     def add(self, image: CachedImage, pixels_HWC: np.ndarray) -> None:
         """Adds an image, with its mask as a fourth channel if masks are kept; does nothing if its key exists.
 

@@ -1,10 +1,10 @@
 """Recalibrates a fitted artifact: scores normal images it has not seen to set new thresholds, without fitting.
 
 The new artifact has the tensors of the old one and a record that refers to it (`lineage`). A fleet gets a new
-calibration for every category, from images of that category.
+calibration for every category, from images of that category; a detector that its categories share is loaded once.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from raydetect.artifacts.tensor_header import tensors_uri
 from raydetect.blocks.coresets.group import Group
 from raydetect.config import CalibrateSpec, public_spec
 from raydetect.config.validation import to_plain
+from raydetect.detectors._base import Detector
 from raydetect.errors import SpecError
 from raydetect.fitting.calibrate import calibrate
 from raydetect.fitting.fit_run import ProgressCallback
@@ -77,14 +78,18 @@ def recalibrate(
     storage.remove_leftovers(uri)
     images = _read(spec, index, records, chunks, on_progress)
     bad = images.counts.checked_total(Group(), spec.max_bad_fraction, ", ".join(spec.source.uris())).bad
+    keys = {name: _keys(record, images.caches[name]) for name, record in records.items()}
+    detectors = _detectors(index, records, storage, device)
     calibrations = {
-        name: _new_calibration(spec, record, images.caches[name], on_progress, device)
-        for name, record in records.items()
+        name: _new_calibration(spec, detector, images.caches[name], keys[name], on_progress)
+        for name, detector in detectors
     }
     digests = {
-        name: _write(spec, record, calibrations[name], uri if name is None else member_uri(uri, name), bad)
+        name: _write(spec, record, calibrations[name], _place(uri, name), bad, index.is_shared)
         for name, record in records.items()
     }
+    if index.is_shared and uri != index.uri:
+        _copy_tensors(index.uri, uri, storage, index.body["tensors"])
     members = {name: digest for name, digest in digests.items() if name is not None}
     new_digest = write_fleet(uri, storage, members, index.body) if members else digests[None]
     remove_replaced(uri, storage)
@@ -141,24 +146,48 @@ def _decode(spec: CalibrateSpec, members: list[Member], cache: ImageCache, count
             counts.note(member, cache.add_decoded(member, decoded), spec.source)
 
 
-def _new_calibration(
-    spec: CalibrateSpec, record: ArtifactRecord, cache: ImageCache, on_progress: ProgressCallback, device: torch.device
-) -> Calibration:
+def _detectors(
+    index: ArtifactIndex, records: Mapping[str | None, ArtifactRecord], storage: Storage, device: torch.device
+) -> Iterator[tuple[str | None, Detector]]:
+    """Yields the detector of each category, loaded when it is needed; one that all share is loaded once."""
+    first = next(iter(records.values()))
+    shared = load_artifact(first.uri, storage).detector.to(device) if index.is_shared else None
+    for name, record in records.items():
+        yield name, shared or load_artifact(record.uri, storage).detector.to(device)
+
+
+def _keys(record: ArtifactRecord, cache: ImageCache) -> list[str]:
     keys = normal_keys(cache)
     if not keys:
         raise SpecError(f"{record.uri}: the source has no normal image to calibrate it on. Add some.")
-    detector = load_artifact(record.uri, Storage(spec.storage)).detector.to(device)
+    return keys
+
+
+def _new_calibration(
+    spec: CalibrateSpec, detector: Detector, cache: ImageCache, keys: list[str], on_progress: ProgressCallback
+) -> Calibration:
     return calibrate(
         detector, cache, [keys], spec.batch_size, Group(), lambda done: on_progress("calibrate images", done, None)
     )
 
 
-def _write(spec: CalibrateSpec, record: ArtifactRecord, calibration: Calibration, uri: str, bad: int) -> str:
-    """Writes one detector's artifact and returns its digest."""
+def _copy_tensors(uri: str, new_uri: str, storage: Storage, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies tensors into the folder of an artifact of their own, and returns their entry there."""
+    storage.write(join_uri(new_uri, entry["file"]), storage.read(tensors_uri(uri, entry)))
+    return {name: value for name, value in entry.items() if name != "shared"}
+
+
+def _place(uri: str, category: str | None) -> str:
+    return uri if category is None else member_uri(uri, category)
+
+
+def _write(
+    spec: CalibrateSpec, record: ArtifactRecord, calibration: Calibration, uri: str, bad: int, shares: bool
+) -> str:
+    """Writes one detector's artifact, or only its record if it shares the tensors of the fleet; returns its digest."""
     storage, body = Storage(spec.storage), dict(record.body)
-    if uri != record.uri:
-        entry = body["tensors"]
-        storage.write(join_uri(uri, entry["file"]), storage.read(tensors_uri(record.uri, entry)))
+    if uri != record.uri and not shares:
+        body["tensors"] = _copy_tensors(record.uri, uri, storage, body["tensors"])
     images: dict[str, Any] = {**body.get("images", {}), "held_out": len(calibration.scores)}
     images.pop("held_out_tiles", None)  # those of the fit, by which its rate was measured
     entry = {"artifact": record.uri, "digest": record.digest, "images": body.get("images", {})}

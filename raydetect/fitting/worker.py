@@ -10,7 +10,7 @@ from raydetect.blocks.coresets.group import Group
 from raydetect.config import FitSpec, SourceSpec, source_storage
 from raydetect.detectors._registry import build_from
 from raydetect.fitting.fit_run import FitRun, ProgressCallback
-from raydetect.fitting.fleet import fit_fleet
+from raydetect.fitting.fleet import fit_fleet, fit_shared
 from raydetect.fitting.holdout import drop_duplicates
 from raydetect.fitting.image_cache import ImageCache
 from raydetect.fitting.reading.auxiliary import AuxiliaryImages, auxiliary_kind
@@ -74,6 +74,8 @@ def fit_worker(
         phases,
         auxiliary_images,
     )
+    if spec.per_category == "calibration":
+        return fit_shared(work, read)
     return fit_fleet(work, read) if spec.per_category else work.run(read)
 
 

@@ -189,7 +189,7 @@ class Estimator(Scoring):
         artifact = load_artifact(normalise_uri(uri), storage)
         body = artifact.record.body
         model = cls(spec_of_record(body), body["seed"])
-        model._fitted = Fitted(artifact.detector, artifact.record.calibration, artifact.record.preprocess, body)
+        model._fitted = Fitted(artifact.detector, {None: artifact.record.calibration}, artifact.record.preprocess, body)
         return model.configure(**settings)
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:

@@ -61,6 +61,9 @@ def detector_text(run: Mapping[str, Any], storage: Storage) -> str:
 
 
 def _described(index: ArtifactIndex) -> str:
+    if index.is_shared:
+        name = str(index.body["detector"])
+        return f"{name} calibrated for each of {len(index.categories):,} categories ({index.digest[:16]})"
     if index.categories:
         return f"fleet of {len(index.categories):,} detectors ({index.digest[:16]})"
     members = [str(member.get("detector")) for member in index.body.get("members", [])]

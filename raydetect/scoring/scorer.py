@@ -2,13 +2,14 @@
 
 Batches never span chunks and are padded to one size, so an image is processed by the same kernels for any number of
 workers. With a fleet, the images of a chunk are grouped by category and batched per group, so an image gets the same
-row as with its category's artifact alone.
+row as with its category's artifact alone. Categories that share a detector are one group: what an image gets does not
+depend on the others of its batch, and its p-value, flag and heatmap are by the calibration of its category.
 """
 
 import heapq
 import socket
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -56,6 +57,7 @@ class _Work:
 
     chunk: Chunk
     wanted: tuple[Heatmaps, ...]
+    refs: dict[int, ArtifactRef] = field(default_factory=dict)
     headers: dict[int, Pixels] = field(default_factory=dict)
     outcomes: dict[int, dict[str, Any]] = field(default_factory=dict)
     result: ChunkResult = field(default_factory=lambda: ChunkResult([], {}))
@@ -72,7 +74,7 @@ class Scorer:
     def __init__(
         self, source: DetectorSource, spec: ScoreSpec, queue: DeviceQueue | None = None, online: bool = False
     ) -> None:
-        """Loads a single artifact at once, and the detectors of a fleet on demand.
+        """Loads the detector at once if there is only one, and the detectors of a fleet on demand.
 
         Args:
             source: a loaded artifact, or the stored artifacts of an index.
@@ -105,48 +107,56 @@ class Scorer:
             BadMemberError: an image is bad and the source has `on_bad_member: fail`.
         """
         work = _Work(chunk, tuple(wanted) or (self.spec.sink.heatmaps,) * len(chunk.members))
-        for ref, positions in self._groups(chunk):
-            self._score_group(ref, positions, work)
+        for positions in self._groups(work):
+            self._score_group(positions, work)
         for position, member in enumerate(chunk.members):
             header = work.headers.get(position) or self._undecoded(member)
             outcome = work.outcomes.get(position) or self._bad_outcome(header)
             work.result.rows.append(self._row(member, chunk, header, outcome))
         return work.result
 
-    def _groups(self, chunk: Chunk) -> list[tuple[ArtifactRef, list[int]]]:
-        """Positions of readable images by the artifact that scores them, sorted by artifact."""
+    def _groups(self, work: "_Work") -> list[list[int]]:
+        """Positions of readable images by the detector that scores them, sorted by detector; notes their artifacts."""
         groups: dict[ArtifactRef, list[int]] = {}
-        for position, member in enumerate(chunk.members):
+        for position, member in enumerate(work.chunk.members):
             ref = self.index.for_category(member.category)
             if ref is not None and member.status == OK:
-                groups.setdefault(ref, []).append(position)
-        return sorted(groups.items())
+                work.refs[position] = ref
+                groups.setdefault(self.index.detector_of(ref), []).append(position)
+        return [positions for _, positions in sorted(groups.items())]
 
-    def _score_group(self, ref: ArtifactRef, positions: list[int], work: "_Work") -> None:
-        """Scores the images of one artifact."""
+    def _score_group(self, positions: list[int], work: "_Work") -> None:
+        """Scores the images of one detector."""
 
-        def score(loaded: LoadedDetector) -> None:
+        def score(loaded: Mapping[ArtifactRef, LoadedDetector]) -> None:
             for scored in self._chosen(self._scored(loaded, positions, work), loaded, work):
-                self._draw(scored, loaded, work)
+                self._draw(scored, loaded[work.refs[scored.position]], work)
 
-        self.detectors.use(ref, score)
+        self.detectors.use_all(sorted({work.refs[position] for position in positions}), score)
 
-    def _scored(self, loaded: LoadedDetector, positions: list[int], work: "_Work") -> Iterator[Scored]:
+    def _scored(
+        self, by_ref: Mapping[ArtifactRef, LoadedDetector], positions: list[int], work: "_Work"
+    ) -> Iterator[Scored]:
         """Scores the images at `positions`; stores their headers in `work`."""
+        loaded = next(iter(by_ref.values()))
         members = [work.chunk.members[position] for position in positions]
         decoded = decode_stream(members, self.rules, loaded.preprocess, self._decoding)
         noted = _note(decoded, positions, work.headers)
         for item in score_batches(loaded.detector, noted, self.spec.batch_size, self._submit):
             yield replace(item, position=positions[item.position])
 
-    def _chosen(self, scored: Iterable[Scored], loaded: LoadedDetector, work: "_Work") -> Iterator[Scored]:
+    def _chosen(
+        self, scored: Iterable[Scored], by_ref: Mapping[ArtifactRef, LoadedDetector], work: "_Work"
+    ) -> Iterator[Scored]:
         """Notes the outcome of every image and yields the images that get a heatmap.
 
         A map leaves the device only for regions or a heatmap. `top_k` compares images of one artifact only, since raw
         scores of different detectors are not comparable.
         """
-        best: list[tuple[float, int, Scored]] = []
+        best: dict[ArtifactRef, list[tuple[float, int, Scored]]] = {ref: [] for ref in by_ref}
         for item in scored:
+            ref = work.refs[item.position]
+            loaded = by_ref[ref]
             work.outcomes[item.position] = _outcome(item, loaded, work.chunk.members[item.position])
             if not item.is_finite:
                 continue
@@ -158,10 +168,11 @@ class Scorer:
             if heatmaps == "all" or (heatmaps == "flagged" and may_flag):
                 yield item
             elif heatmaps == "top_k":
-                heapq.heappush(best, (item.image_score, -item.position, item))
-                if len(best) > self.spec.sink.top_k:
-                    heapq.heappop(best)
-        yield from (item for _, _, item in sorted(best, key=lambda entry: -entry[1]))
+                heapq.heappush(best[ref], (item.image_score, -item.position, item))
+                if len(best[ref]) > self.spec.sink.top_k:
+                    heapq.heappop(best[ref])
+        kept = (item for entries in best.values() for _, _, item in entries)
+        yield from sorted(kept, key=lambda item: item.position)
 
     def _located(self, item: Scored, threshold: float) -> dict[str, Any]:
         """The columns that say where an image is anomalous."""

@@ -21,7 +21,7 @@ SCORERS_KEPT = 8
 
 
 class SharedDetectors:
-    """The detectors of one index, each loaded once and shared by all scorers of a device."""
+    """The detectors of one index, each loaded once and shared by its categories and by all scorers of a device."""
 
     def __init__(self, index: ArtifactIndex, storage: Storage) -> None:
         """Creates the cache; nothing is loaded yet."""
@@ -42,12 +42,27 @@ class SharedDetectors:
             ArtifactError: it is missing or damaged, or was replaced since the index was read.
         """
         with self._lock:
-            detector = self._detectors.get(ref)
+            name = self.index.detector_of(ref)
+            detector = self._detectors.get(name)
             if detector is not None:
-                return Artifact(detector, self._records[ref])
+                return Artifact(detector, self._record(ref))
             artifact = self._stored.load(ref)
-            self._detectors[ref], self._records[ref] = artifact.detector, artifact.record
+            self._detectors[name], self._records[ref] = artifact.detector, artifact.record
             return artifact
+
+    def record_of(self, ref: ArtifactRef) -> ArtifactRecord:
+        """Returns the record alone, of an artifact whose detector is loaded already.
+
+        Raises:
+            ArtifactError: it is missing or damaged, or was replaced since the index was read.
+        """
+        with self._lock:
+            return self._record(ref)
+
+    def _record(self, ref: ArtifactRef) -> ArtifactRecord:
+        if ref not in self._records:
+            self._records[ref] = self._stored.record_of(ref)
+        return self._records[ref]
 
 
 @dataclass(slots=True)
@@ -75,7 +90,7 @@ class ScorerPool:
         return [Answer(replace(row, chunk=""), result.pictures.get(i)) for i, row in enumerate(result.rows)]
 
     def warm_up(self, spec: ScoreSpec) -> None:
-        """Loads a single artifact, so that the first image does not wait for it; loads nothing for a fleet.
+        """Loads the detector if there is only one, so that the first image does not wait for it; else nothing.
 
         Raises:
             ArtifactError, SpecError: the artifact cannot be loaded or does not fit `flag`.

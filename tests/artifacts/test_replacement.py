@@ -100,6 +100,22 @@ def test_fleets_and_single_detectors_replace_each_other_whole(place: Path) -> No
     assert len(written(place)) == 5
 
 
+def test_categories_that_share_a_detector_replace_other_artifacts_and_are_replaced_whole(place: Path) -> None:
+    path = job(place, "fit")
+    shared, fleet = ("--set", "per_category=calibration"), ("--set", "per_category=true")
+    done("fit", path, "--local", *fleet)
+    assert "Replaced fleet of 2 categories of " in done("fit", path, "--local", *shared, "--replace")
+    assert len(written(place)) == 4  # index, tensors and two records
+    done("fit", path, "--local", *fleet, "--replace")
+    assert len(written(place)) == 5
+    done("fit", path, "--local", *shared, "--replace")
+    (place / "in/b").rename(place / "in/c")
+    done("fit", path, "--local", *shared, "--replace")
+    assert len(written(place)) == 4 and not any("/b-" in name for name in written(place))
+    done("fit", path, "--local", "--replace")
+    assert len(written(place)) == 2
+
+
 def test_an_artifact_that_is_extended_in_place_is_named_by_the_job(place: Path) -> None:
     path = job(place, "fit")
     done("fit", path, "--local", "--set", f"source.uri={place}/in/a", "--set", "source.pattern={name}.png")

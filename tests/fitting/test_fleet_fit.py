@@ -153,10 +153,10 @@ def test_a_fleet_says_before_its_fits_which_category_cannot_be_calibrated(monkey
     bolts = [(f"bolt/train/good/{i:03d}.png", encode(normal_image(500 + i, 48))) for i in range(4)]
     pack("memory://fleet/held", ".tar", bolts, 1)
     for changes, words in (
-        (source, r"no usable image of category 'Hex nut', so .* be calibrated\. Add normal images"),
+        (source, r"no usable normal image of category 'Hex nut', so .* be calibrated\. Add normal images"),
         (
             {},
-            r"no usable image of category 'Hex nut'.*; 4 image\(s\) there have no category\. .*calibration\.source",
+            r"no usable normal image of category .Hex nut.*; 4 .* have no category\. .*calibration\.source",
         ),
     ):
         held = {**changes, "uri": "memory://fleet/held"}

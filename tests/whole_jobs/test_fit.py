@@ -6,6 +6,7 @@ import re
 import signal
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,30 @@ def test_a_fleet_is_fitted_in_parallel_and_routes_images(line: Line, cluster: st
     run_here("score", job)
     statuses = Counter((row["category"], row["status"]) for row in rows_of(store.uri("fleet-night"), store.storage))
     assert statuses == {("left", "ok"): 4, ("right", "ok"): 4, ("odd", "unknown_category"): 1}
+
+
+def test_one_detector_of_all_categories_is_fitted_together_and_calibrated_for_each(line: Line, cluster: str) -> None:
+    store = line.store
+    files = [(f"{kind}/{name[-8:]}", data) for kind in ("left", "right") for name, data in normal_files(16)]
+    pack(store.uri("both"), ".tar", files, 3, store.storage)
+    source = {"uri": store.uri("both"), "pattern": "{category}/{name}.png"}
+    settings = {"source": source, "per_category": "calibration"}
+    message = run_on(cluster, "fit", fit_job(line, "shared2", 2, **settings))
+    assert "Fitted patchcore on 24 images of 2 categories by 2 workers" in message
+    run_here("fit", fit_job(line, "shared1", 1, **settings))
+    two, one = (read_index(store.uri(name), store.storage) for name in ("shared2", "shared1"))
+    assert two.is_shared and two.body["tensors"] == one.body["tensors"] and two.body["images"] == one.body["images"]
+    members, others = (read_records(index, store.storage) for index in (two, one))
+    assert list(members) == list(others) == ["left", "right"]
+    for category, member in members.items():
+        same_fit(member, others[category])
+        assert member.body["images"]["held_out"] == 4
+    found = []
+    for name, run in (("shared-there", partial(run_on, cluster)), ("shared-here", run_here)):
+        run("score", line.job(name, source=source, artifact=store.uri("shared2"), flag={"alpha": 0.25}))
+        names = ("key", "category", "image_score", "p_value", "threshold", "flagged", "artifact")
+        found.append([[row[name] for name in names] for row in rows_of(store.uri(name), store.storage)])
+    assert found[0] == found[1] and len(found[0]) == 32
 
 
 def test_bottle_has_the_same_bank_on_one_two_and_four_workers_even_if_one_is_killed(

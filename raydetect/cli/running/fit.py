@@ -123,9 +123,12 @@ def _print_fit(spec: "FitSpec", report: "FitReport") -> None:
     facts = report.facts
     images, seconds = facts["images"], facts["seconds"]
     by_workers = f" by {facts['workers']} workers" if facts["workers"] > 1 else ""
-    per_category = f" for each of {facts['categories']} categories" if "categories" in facts else ""
+    is_shared = spec.per_category == "calibration"
+    per_category = "" if is_shared or "categories" not in facts else f" for each of {facts['categories']} categories"
+    of_categories = f" of {facts['categories']} categories" if is_shared else ""
     total = sum(seconds.values())
-    click.echo(f"Fitted {spec.detector.title}{per_category} on {images['fitted']} images{by_workers} in {total:.0f} s.")
+    on = f"on {images['fitted']} images{of_categories}"
+    click.echo(f"Fitted {spec.detector.title}{per_category} {on}{by_workers} in {total:.0f} s.")
     for phase, elapsed in seconds.items():
         peak = bytes_text(facts["peak_memory_bytes"][phase])
         click.echo(f"  {phase:<10} {elapsed:8.1f} s   peak memory of a worker so far {peak}")
@@ -141,7 +144,8 @@ def _print_fit(spec: "FitSpec", report: "FitReport") -> None:
     for reason in facts["bad_reasons"]:
         click.echo(f"Bad: {reason}")
     left_out = f"{images['bad']} bad and {images['labelled_anomalous_left_out']} labelled anomalous left out"
-    click.echo(f"Calibrated on {_calibrated_text(facts)}; {left_out}.")
+    each = "each category " if is_shared else ""
+    click.echo(f"Calibrated {each}on {_calibrated_text(facts)}; {left_out}.")
     note = "" if "categories" in facts else usual_level_text(images["held_out"])
     if note:
         click.echo(f"Note: {note}.")
@@ -167,7 +171,7 @@ def _auxiliary_text(auxiliary: dict[str, Any]) -> str:
 def _calibrated_text(facts: Mapping[str, Any]) -> str:
     images = facts["images"]["held_out"]
     if "categories" in facts:
-        return f"{images:,} normal images that the scoring fits had not seen"
+        return f"{images:,} normal images in all that the scoring fits had not seen"
     if "folds" not in facts:
         return f"{images:,} held-out normal images"
     return f"{images:,} normal images, each scored by one of {facts['folds']} fits that had not seen it"
