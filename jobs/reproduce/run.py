@@ -102,7 +102,7 @@ def fit(name: str, data: Path, source: Path, artifact: Path) -> tuple[int, str, 
     overrides = {"source.uri": source, "source.pattern": "train/{defect}/{name}", "artifact": artifact}
     params = stated(name)["params"]
     folder = os.environ.get("RAYDETECT_WEIGHTS")
-    if folder and "backbone" in params and "weights" not in params:
+    if folder and params.get("backbone") and "weights" not in params:
         overrides["detector.params.weights"] = Path(folder) / WEIGHTS
     if "textures" in params:
         overrides["detector.params.textures"] = data / params["textures"]

@@ -18,7 +18,7 @@ FILE = "measured.json"
 FITS: dict[tuple[str, ...], str] = {("collect",): "one pass", ("train",): "training"}
 WIDTH = 80
 COLUMNS: tuple[tuple[str, Literal["left", "right"], int], ...] = (
-    ("Detector", "left", 9),
+    ("Detector", "left", 11),
     ("Needs", "left", 15),
     ("Fit", "left", 12),
     ("Fit, s", "right", 6),

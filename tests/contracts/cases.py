@@ -154,6 +154,27 @@ CASES = (
         bad={"coreset_sampling_ratio": {"coreset_sampling_ratio": 0}, "n_neighbors": {"n_neighbors": 0}},
     ),
     Case(
+        "pyramidflow",
+        {},
+        floor=0.8,
+        pixel_floor=0.8,
+        bad={
+            "kernel_size": {"kernel_size": 4},
+            "multiple of 8 px": {"image_size": [100, 100], "backbone": None},
+            "levels": {"levels": 1},
+            "batch_size": {"batch_size": 3},
+            "volume_norm": {"volume_norm": "CVN"},
+        },
+    ),
+    Case(
+        "pyramidflow",
+        {**RANDOM, "backbone": "resnet18", "volume_norm": "spatial"},
+        floor=0.8,
+        pixel_floor=0.8,
+        bad={"multiple of 32 px": {"image_size": [48, 48]}, "resnet34": {"backbone": "resnet50"}},
+        variant="backbone",
+    ),
+    Case(
         "spade",
         RANDOM,
         floor=0.9,

@@ -1,4 +1,4 @@
-"""Batch normalisation with statistics over the images of all workers.
+"""Normalisation over batches with statistics over the images of all workers.
 
 torch's SyncBatchNorm does not support the CPU.
 
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from raydetect.blocks.networks.volume_norm import VolumeNorm
 
 
 class _Sum(torch.autograd.Function):
@@ -34,16 +36,29 @@ class _Sum(torch.autograd.Function):
 
 
 @contextmanager
-def shared_batch_norm(module: nn.Module) -> Iterator[None]:
-    """Within the block, all batch norms of `module` in training mode use statistics over all workers."""
-    norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
-    for norm in norms:
+def shared_norms(module: nn.Module) -> Iterator[None]:
+    """Within the block, all batch norms and volume norms of `module` in training mode use means over all workers."""
+    batch_norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    volume_norms = [part for part in module.modules() if isinstance(part, VolumeNorm)]
+    for norm in batch_norms:
         norm.forward = partial(_forward, norm)  # type: ignore[method-assign]
+    for volume_norm in volume_norms:
+        volume_norm.mean_of = partial(_mean, volume_norm.dims)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for norm in norms:
+        for norm in batch_norms:
             del norm.forward
+        for volume_norm in volume_norms:
+            del volume_norm.mean_of
+
+
+def _mean(dims: tuple[int, ...], values: Tensor) -> Tensor:
+    """Mean over dimensions that include the batch, each of size 1 in the result."""
+    sums = values.sum(dims, keepdim=True)
+    here = values.new_tensor([values.numel() // sums.numel()])
+    total = _Sum.apply(torch.cat([sums.flatten(), here]))
+    return (total[:-1] / total[-1].detach()).view_as(sums)
 
 
 def _forward(norm: nn.modules.batchnorm._BatchNorm, values: Tensor) -> Tensor:
