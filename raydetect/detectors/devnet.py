@@ -133,7 +133,6 @@ class DevNet(FineTuned):
         trained = nn.ModuleDict(self.networks).to(self.device).to(memory_format=torch.channels_last).train()
         rate, decay = self.params.learning_rate, self.params.weight_decay
         optimizer = torch.optim.Adam(trained.parameters(), lr=rate, weight_decay=decay)
-        optimizer.register_step_pre_hook(self._clip_gradients)
         return TrainingPlan(
             trained,
             optimizer,
@@ -141,11 +140,8 @@ class DevNet(FineTuned):
             self.params.batch_size,
             rate=lambda done: 0.1 ** (int(done) // self.params.decay_epochs),
             batches=self._batches,
+            max_gradient_norm=self.params.max_gradient_norm,
         )
-
-    def _clip_gradients(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        for group in optimizer.param_groups:
-            nn.utils.clip_grad_norm_(group["params"], self.params.max_gradient_norm)
 
     def _batches(self, known: Mapping[str, Known], epoch: int) -> list[list[str]]:
         """Batches of half normal, half anomalous images; each kind drawn in rounds, so images are used equally often.

@@ -134,6 +134,19 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "coreset_sampling_ratio": 0.1,
         "smoothing_sigma": 4.0,
     },
+    # arXiv 2303.02595 (sec. 4) and gasharper/PyramidFlow: ResNet-18 at 1,024 px, 4 stacks, Adam at 2e-4, weight decay
+    # 1e-5, 15 epochs of pairs
+    "pyramidflow": {
+        "image_size": (1024, 1024),
+        "backbone": "resnet18",
+        "channels": 16,
+        "stacks": 4,
+        "kernel_size": 7,
+        "epochs": 15,
+        "batch_size": 2,
+        "learning_rate": 2e-4,
+        "weight_decay": 1e-5,
+    },
     # Pattern Recognition 112 (2021), secs. 3 and 4: k in {2, 4, 8, 16}, three sets, 300 epochs, Adam at 1e-4
     "riad": {
         "image_size": (256, 256),
@@ -182,6 +195,27 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "momentum": 0.9,
         "weight_decay": 1e-4,
     },
+    # arXiv 2206.03687 (secs. 3 and 4) and zhiyuanyou/UniAD: EfficientNet-B4 at stride 16, 4 + 4 layers of 256, 8
+    # heads, 7 x 7 neighbours, jitter of 20, AdamW at 1e-4, 1,000 epochs of batches of 8, gradients clipped at 0.1
+    "uniad": {
+        "image_size": (224, 224),
+        "backbone": "efficientnet_b4",
+        "token_px": 16,
+        "neighbor_size": 7,
+        "hidden_dims": 256,
+        "n_heads": 8,
+        "n_encoder_layers": 4,
+        "n_decoder_layers": 4,
+        "feedforward_dims": 1024,
+        "dropout": 0.1,
+        "jitter_scale": 20.0,
+        "epochs": 1000,
+        "batch_size": 8,
+        "learning_rate": 1e-4,
+        "weight_decay": 1e-4,
+        "max_gradient_norm": 0.1,
+        "pooling_px": 16,
+    },
     # arXiv 2303.14814 (secs. 4 and 5): ViT-B/16+ of LAION-400M at 240 px, windows of 2 x 2 and 3 x 3 patches
     "winclip": {
         "image_size": (240, 240),
@@ -210,10 +244,12 @@ OURS: dict[str, set[str]] = {
     "fastflow": {"clamp"},
     "memseg": {"stem", "deepest_layer", "feature_dim", "textures", "texture_ratio", "foreground", "epochs"},
     "patchcore": {"max_bank_vectors", "coreset_mode", "projected_dims", "n_neighbors", "search"},
+    "pyramidflow": {"levels", "volume_norm"},  # the authors choose both for each category
     "riad": {"backbone", "layers", "base_width", "batch_size", "weight_decay"},
     "simplenet": set(),
     "spade": {"pooled_level", "level_fusion", "max_gallery_images"},
     "stfpm": set(),
+    "uniad": {"layers"},  # the stages of the paper's backbone, by torchvision's names
     "winclip": {
         "window_size",
         "k_shot",
