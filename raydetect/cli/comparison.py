@@ -16,9 +16,9 @@ from raydetect.detectors._registry import detector_class, list_models
 
 FILE = "measured.json"
 FITS: dict[tuple[str, ...], str] = {("collect",): "one pass", ("train",): "training"}
-WIDTH = 80
+WIDTH = 94
 COLUMNS: tuple[tuple[str, Literal["left", "right"], int], ...] = (
-    ("Detector", "left", 9),
+    ("Detector", "left", 23),
     ("Needs", "left", 15),
     ("Fit", "left", 12),
     ("Fit, s", "right", 6),
