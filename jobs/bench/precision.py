@@ -45,6 +45,7 @@ DETECTORS: dict[str, dict[str, Any]] = {
     "memseg": {**RESNET, "deepest_layer": None, "training_steps": 24},
     "patchcore": {**RESNET, "coreset_sampling_ratio": 0.05},
     "pyramidflow": {**RESNET, "epochs": 1, "learning_rate": 1e-3},
+    "reverse_distillation_pp": {**RESNET, "epochs": 6, "batch_size": 16, "smoothing_sigma": 2.0},
     "riad": {"base_width": 8, "grid_size": [8], "epochs": 8, "learning_rate": 3e-3},
     "simplenet": {**RESNET, "embedding_dims": None, "epochs": 4},
     "spade": {**RESNET, "pooled_level": "layer3", "k_neighbors": 10},

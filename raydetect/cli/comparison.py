@@ -18,8 +18,8 @@ FILE = "measured.json"
 FITS: dict[tuple[str, ...], str] = {("collect",): "one pass", ("train",): "training"}
 WIDTH = 80
 COLUMNS: tuple[tuple[str, Literal["left", "right"], int], ...] = (
-    ("Detector", "left", 11),
-    ("Needs", "left", 15),
+    ("Detector", "left", 13),
+    ("Needs", "left", 12),
     ("Fit", "left", 12),
     ("Fit, s", "right", 6),
     ("Images/s", "right", 8),
@@ -75,13 +75,26 @@ def print_comparison(rows: Sequence[Comparison], where: str) -> None:
         table.add_column(name, justify=justify, overflow="fold", width=width)
     for row in rows:
         needs = row.needs if row.localises else f"{row.needs}; does not localise"
-        table.add_row(row.name, needs, row.fit, *(_figure(row.measured.get(key), form) for key, form in FIGURES))
+        table.add_row(
+            _name_lines(row.name, COLUMNS[0][2]),
+            needs,
+            row.fit,
+            *(_figure(row.measured.get(key), form) for key, form in FIGURES),
+        )
     console = Console(file=sys.stdout, width=WIDTH, highlight=False)
     console.print(table)
     console.print(where)
     console.print("\nPublished:")
     for row in rows:
         console.print(Padding(f"{row.name}: {row.published}", (0, 0, 0, 2)))
+
+
+def _name_lines(name: str, width: int) -> str:
+    """A name in lines of at most `width` characters, broken after underscores."""
+    lines = [""]
+    for part in name.replace("_", "_ ").split():
+        lines = [*lines[:-1], lines[-1] + part] if len(lines[-1] + part) <= width else [*lines, part]
+    return "\n".join(lines)
 
 
 def _figure(value: float | None, form: str) -> str:

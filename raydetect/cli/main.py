@@ -206,9 +206,10 @@ def detectors(name: str | None, compare: bool) -> None:
             comparison.print_comparison(*comparison.compare())
             return
         if name is None:
+            width = max(map(len, list_models()))
             for known in list_models():
                 info = detector_class(known).info
-                click.echo(f"{known:<12} {info.title}, {info.venue}: {info.summary}")
+                click.echo(f"{known:<{width}} {info.title}, {info.venue}: {info.summary}")
             return
         _print_detector(detector_class(name), name)
 

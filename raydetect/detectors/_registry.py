@@ -16,8 +16,13 @@ from raydetect.detectors._base import Detector, UsedIf
 from raydetect.detectors._ensemble import Ensemble
 from raydetect.errors import SpecError
 
-ALIASES = {"cflow_ad": "cflow"}
+ALIASES = {"cflow_ad": "cflow", "rd++": "reverse_distillation_pp", "rdpp": "reverse_distillation_pp"}
 """Alternative names of detectors."""
+
+VARIANTS = dict.fromkeys(
+    ("reverse_distillation", "rd4ad", "rd"), "reverse_distillation_pp with params {projector: false, batch_size: 16}"
+)
+"""Names of algorithms that are a detector with certain parameters, and how to ask for them."""
 
 
 @cache
@@ -33,6 +38,8 @@ def detector_class(name: str) -> type[Detector]:
         SpecError: no detector has this name; the message suggests the closest one.
     """
     name = ALIASES.get(name, name)
+    if name in VARIANTS:
+        raise SpecError(f"detector {name!r} is {VARIANTS[name]}. Use that.")
     if name not in list_models():
         raise SpecError(f"detector {name!r} is unknown.{nearest(name, list_models())}")
     module = importlib.import_module(f"{package.__name__}.{name}")

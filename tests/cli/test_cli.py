@@ -124,7 +124,7 @@ def test_detectors_are_listed_with_defaults_and_doc_lines() -> None:
     for name in list_models():
         assert any(line.startswith(name) for line in listed.splitlines())
         described = call("detectors", name).output
-        assert "arXiv:" in described or "doi:" in described
+        assert any(word in described for word in ("arXiv:", "doi:", "https://openaccess.thecvf.com/"))
         assert f"image_size: tuple[int, int] = {sizes.get(name, [256, 256])}" in described
     assert "coreset_sampling_ratio: float = 0.1" in call("detectors", "patchcore").output
     wrong = call("detectors", "patchcor")
@@ -144,12 +144,15 @@ def test_waiting_threads_leave_their_core_to_others(monkeypatch: pytest.MonkeyPa
 
 def test_detectors_are_compared_in_one_table() -> None:
     lines = [line for line in call("detectors", "--compare").output.splitlines() if line.strip()]
+    broken = {
+        name: name.partition("_")[0] + "_" * ("_" in name) for name in list_models()
+    }  # long ones, after underscores
     names = [line.split()[0] for line in lines]
-    assert [name for name in names if name in list_models()] == list(list_models())
+    assert [name for name in names if name in broken.values()] == list(broken.values())
     stored = json.loads((Path(comparison.__file__).parents[1] / "detectors" / "measured.json").read_text())
     assert set(stored["detectors"]) <= set(list_models())
     for name, figures in stored["detectors"].items():
-        line = next(line for line in lines if line.split()[0] == name)
+        line = next(line for line in lines if line.split()[0] == broken[name])
         assert f"{figures['image_auroc']:.3f}" in line
     assert max(map(len, lines)) <= 80
     refused = call("detectors", "patchcore", "--compare")

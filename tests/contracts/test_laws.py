@@ -82,9 +82,12 @@ def test_every_detector_has_a_case(case: Case) -> None:
 
 def test_class_name_matches_file_and_info_is_complete(case: Case) -> None:
     kind = detector_class(case.name)
-    assert kind.__name__.lower() == case.name
+    assert kind.__name__.lower() == case.name.replace("_", "")
     assert (
-        kind.info.paper.startswith(("arXiv:", "doi:")) and kind.info.venue and kind.info.summary and kind.info.published
+        kind.info.paper.startswith(("arXiv:", "doi:", "https://openaccess.thecvf.com/"))
+        and kind.info.venue
+        and kind.info.summary
+        and kind.info.published
     )
     assert kind.phases and set(kind.phases) <= {"collect", "train"}
 

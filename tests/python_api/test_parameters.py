@@ -47,6 +47,8 @@ SETTINGS: dict[str, tuple[Any, Any]] = {
     "epochs": (None, 3),
     "texture_ratio": (0.5, 0),
     "backbone": ("resnet18", None),
+    "projector": (True, False),
+    "ssot_weight": (1.0, 0),
 }
 STATED: dict[str, Any] = {"k_neighbors": 3, "train_difference": False, "textures": "memory://textures"}
 
@@ -123,7 +125,7 @@ def as_record(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", list_models())
 def test_one_number_is_a_square_in_python_and_in_job_files(name: str) -> None:
     side = 240
-    if name in ("memseg", "pyramidflow"):
+    if name in ("memseg", "pyramidflow", "reverse_distillation_pp"):
         side = 256
     assert create_model(name, image_size=side).get_params()["image_size"] == (side, side)
     detector = {"name": name, "params": {"image_size": side}}

@@ -57,8 +57,8 @@ def _without_the_compiler() -> Iterator[None]:
 with _without_the_compiler():
     from torchvision import models
     from torchvision.models.feature_extraction import create_feature_extractor
-    from torchvision.models.resnet import BasicBlock
+    from torchvision.models.resnet import BasicBlock, Bottleneck
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms import functional as transforms  # v2 also loads the compiler
 
-__all__ = ["BasicBlock", "InterpolationMode", "create_feature_extractor", "models", "transforms"]
+__all__ = ["BasicBlock", "Bottleneck", "InterpolationMode", "create_feature_extractor", "models", "transforms"]

@@ -35,6 +35,7 @@ PAPER_VIEWS: Mapping[str, PaperView] = {
     "memseg": AT_DEFAULT_SIZE,
     "patchcore": CENTRE_224,
     "pyramidflow": AT_DEFAULT_SIZE,
+    "reverse_distillation_pp": AT_DEFAULT_SIZE,
     "riad": AT_DEFAULT_SIZE,
     "simplenet": CENTRE_224,  # the paper's; the script of its authors uses 329 and 288 px
     "spade": CENTRE_224,
