@@ -19,7 +19,7 @@ FITS: dict[tuple[str, ...], str] = {("collect",): "one pass", ("train",): "train
 WIDTH = 80
 COLUMNS: tuple[tuple[str, Literal["left", "right"], int], ...] = (
     ("Detector", "left", 13),
-    ("Needs", "left", 12),
+    ("Needs", "left", 11),
     ("Fit", "left", 12),
     ("Fit, s", "right", 6),
     ("Images/s", "right", 8),
@@ -61,7 +61,7 @@ def compare() -> tuple[list[Comparison], str]:
     rows = []
     for name in list_models():
         kind = detector_class(name)
-        needs = kind.info.images if kind.info.labels == "none" else f"{kind.info.images}, {kind.info.labels}"
+        needs = kind.info.images if kind.info.labels == "none" else f"{kind.info.images} and {kind.info.labels}"
         fit = FITS.get(kind.phases, "training and one pass")
         measured = stored["detectors"].get(name, {})
         rows.append(Comparison(name, needs, kind.info.localises, fit, measured, kind.info.published))
@@ -74,7 +74,7 @@ def print_comparison(rows: Sequence[Comparison], where: str) -> None:
     for name, justify, width in COLUMNS:
         table.add_column(name, justify=justify, overflow="fold", width=width)
     for row in rows:
-        needs = row.needs if row.localises else f"{row.needs}; does not localise"
+        needs = row.needs if row.localises else f"{row.needs} (does not localise)"
         table.add_row(
             _name_lines(row.name, COLUMNS[0][2]),
             needs,

@@ -147,6 +147,21 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "learning_rate": 2e-4,
         "weight_decay": 1e-5,
     },
+    # CVPR 2023 and tientrandinh/Revisiting-Reverse-Distillation; CVPR 2022 (arXiv 2201.10703): WRN50 at 256 px, sigma 4,
+    # Adam at 5e-3 and 1e-3 for projectors, two batches of 16, lambda 0.2, noise x 0.2, 200 epochs (RD)
+    "reverse_distillation_pp": {
+        "image_size": (256, 256),
+        "backbone": "wide_resnet50_2",
+        "projector": True,
+        "projector_weight": 0.2,
+        "ssot_weight": 0.0,
+        "noise_strength": 0.2,
+        "epochs": 200,
+        "batch_size": 32,
+        "learning_rate": 5e-3,
+        "projector_learning_rate": 1e-3,
+        "smoothing_sigma": 4.0,
+    },
     # Pattern Recognition 112 (2021), secs. 3 and 4: k in {2, 4, 8, 16}, three sets, 300 epochs, Adam at 1e-4
     "riad": {
         "image_size": (256, 256),
@@ -245,6 +260,7 @@ OURS: dict[str, set[str]] = {
     "memseg": {"stem", "deepest_layer", "feature_dim", "textures", "texture_ratio", "foreground", "epochs"},
     "patchcore": {"max_bank_vectors", "coreset_mode", "projected_dims", "n_neighbors", "search"},
     "pyramidflow": {"levels", "volume_norm"},  # the authors choose both for each category
+    "reverse_distillation_pp": {"ssot_partners"},
     "riad": {"backbone", "layers", "base_width", "batch_size", "weight_decay"},
     "simplenet": set(),
     "spade": {"pooled_level", "level_fusion", "max_gallery_images"},
