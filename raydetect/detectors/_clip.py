@@ -161,7 +161,7 @@ class ClipDetector(NetworkDetector):
         """Restores towers and prompt embeddings."""
         self.require_tensors(tensors, TEXT_EMBEDDINGS, QUICK_GELU)
         self.quick_gelu = bool(tensors[QUICK_GELU])
-        self.words_2D = tensors[TEXT_EMBEDDINGS]
+        self.words_2D = tensors[TEXT_EMBEDDINGS].float()
         super().load_tensors(tensors)
 
     def require_tensors(self, tensors: Mapping[str, Tensor], *names: str) -> None:
