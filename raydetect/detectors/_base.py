@@ -100,6 +100,7 @@ class Batch:
         draws: during training, the index of every image among all draws of its epoch, the same for any number of
             workers; it distinguishes repeated draws of one image within an epoch.
         masks_BHW: pixels of defects, bool, during a training on auxiliary images with masks; else None.
+        categories: during training, the category of every image; None if the pattern has none.
     """
 
     images_BCHW: Tensor
@@ -108,6 +109,7 @@ class Batch:
     epoch: int = 0
     draws: Sequence[int] = ()
     masks_BHW: Tensor | None = None
+    categories: Sequence[str | None] = ()
 
 
 @dataclass(frozen=True, slots=True)

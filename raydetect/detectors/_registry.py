@@ -16,7 +16,12 @@ from raydetect.detectors._base import Detector, UsedIf
 from raydetect.detectors._ensemble import Ensemble
 from raydetect.errors import SpecError
 
-ALIASES = {"cflow_ad": "cflow", "rd++": "reverse_distillation_pp", "rdpp": "reverse_distillation_pp"}
+ALIASES = {
+    "april_gan": "aprilgan",
+    "cflow_ad": "cflow",
+    "rd++": "reverse_distillation_pp",
+    "rdpp": "reverse_distillation_pp",
+}
 """Alternative names of detectors."""
 
 VARIANTS = dict.fromkeys(

@@ -13,40 +13,28 @@ Shapes: B images, P patches on a grid h w, W windows, D embedding dim, C token w
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from raydetect.blocks.backbones.backbone import tensors_digest
-from raydetect.blocks.backbones.clip import (
-    PIXEL_MEAN,
-    PIXEL_STD,
-    ImageTower,
-    TextTower,
-    build_clip,
-    clip_config,
-    load_clip,
-)
 from raydetect.blocks.backbones.prompts import ANOMALOUS_STATES, NORMAL_STATES, compose
 from raydetect.blocks.coresets.keyed_rows import FitState
 from raydetect.blocks.device_constants import kept_on_device
 from raydetect.blocks.maps.anomaly_map import upsample
 from raydetect.blocks.maps.windows import harmonic_mean, spread_harmonic, window_patches
 from raydetect.blocks.search.neighbors import BankSearch
-from raydetect.detectors._base import Batch, Detector, DetectorInfo, ImageSize, ProgressCallback, Scores
-from raydetect.detectors._networks import NetworkDetector
-from raydetect.detectors._weights import RANDOM, clip_facts, clip_weights
-from raydetect.errors import ArtifactError, SpecError
+from raydetect.detectors._base import Batch, DetectorInfo, ImageSize, ProgressCallback, Scores
+from raydetect.detectors._clip import ClipDetector, checked_config, require_whole_patches
+from raydetect.detectors._weights import RANDOM
 
-IMAGE, TEXT = "image", "text"
-TEXT_EMBEDDINGS, QUICK_GELU, MEMORY, PATCHES = "text_embeddings", "quick_gelu", "memory.", "memory.patches"
+MEMORY, PATCHES = "memory.", "memory.patches"
 
 
-class WinCLIP(NetworkDetector):
+class WinCLIP(ClipDetector):
     """Similarity of windows to text prompts, and their distance to windows of a few normal images."""
 
     info = DetectorInfo(
@@ -62,7 +50,7 @@ class WinCLIP(NetworkDetector):
     smoke: ClassVar = {"clip_model": "tiny", "weights": RANDOM}
 
     @dataclass(frozen=True, slots=True, kw_only=True)
-    class Params(Detector.Params):
+    class Params(ClipDetector.Params):
         """Parameters of WinCLIP."""
 
         image_size: Annotated[
@@ -98,25 +86,14 @@ class WinCLIP(NetworkDetector):
         temperature: Annotated[
             float, Field(gt=0, description="of the softmax over the two prompt classes (eq. 1); CLIP's initial value")
         ] = 0.07
-        keep_text_tower: Annotated[
-            bool, Field(description="store the text tower, which set_class_name needs; false = smaller artifact")
-        ] = True
 
         def __post_init__(self) -> None:
-            try:
-                config = clip_config(self.clip_model)
-                if self.class_name != "object":
-                    require_named(self.prompts_normal, self.prompts_anomalous)
-            except SpecError as error:
-                raise ValueError(str(error)) from None
+            config = checked_config("winclip", self)
             square = (self.window_size or 0, self.window_size or 0)
             size = next((given for given in (self.image_size, square) if any(given)), config.image_size)
             if any(square) and size != square:
                 raise ValueError(f"window_size {self.window_size} contradicts image_size {list(size)}")
-            if min(size) < 1 or size[0] % config.patch_px or size[1] % config.patch_px:
-                raise ValueError(
-                    f"image_size {list(size)} is not a multiple of {config.patch_px} px, {config.name}'s patch"
-                )
+            require_whole_patches(size, config)
             if max(self.scales) * config.patch_px > min(size):
                 raise ValueError(f"scales {list(self.scales)}: windows are larger than an image_size of {list(size)}")
             object.__setattr__(self, "image_size", size)
@@ -126,67 +103,19 @@ class WinCLIP(NetworkDetector):
     def __init__(self, params: Params, seed: int = 0) -> None:
         """Stores the parameters."""
         super().__init__(params, seed)
-        self.words_2D: Tensor | None = None
         self.memory: dict[str, BankSearch] = {}
-        self.quick_gelu = False
 
     def num_collected(self) -> int:
         """`k_shot`."""
         return self.params.k_shot
 
-    def load_weights(self) -> str:
-        """Loads both towers and embeds the prompts."""
-        config, weights = clip_config(self.params.clip_model), self.params.weights
-        facts = {} if weights == RANDOM else clip_facts(config.name, weights)
-        self.quick_gelu = bool(facts.get("quick_gelu", False))
-        found = None if weights == RANDOM else clip_weights(config.name, weights)
-        pixels = facts.get("mean", PIXEL_MEAN), facts.get("std", PIXEL_STD)
-        image, text = build_clip(config, self.params.image_size, self.seed, self.quick_gelu, *pixels)
-        if found is not None:
-            load_clip(image, text, found, weights)
-        source = f"random seed:{self.seed}" if weights == RANDOM else weights
-        source += f" sha256:{tensors_digest({**image.state_dict(), **text.state_dict()})}"
-        self.networks = {IMAGE: image, TEXT: text}
-        self.to(self.device)
-        self.words_2D = self._embed_prompts(text)
-        if not self.params.keep_text_tower:
-            del self.networks[TEXT]
-        return source
+    def default_prompts(self) -> tuple[Sequence[str], Sequence[str]]:
+        """Every state in every template (sec. 4.1)."""
+        return compose(NORMAL_STATES), compose(ANOMALOUS_STATES)
 
-    def make_networks(self) -> dict[str, nn.Module]:
-        """The stored towers, with random weights."""
-        config = clip_config(self.params.clip_model)
-        image, text = build_clip(config, self.params.image_size, self.seed, self.quick_gelu)
-        return {IMAGE: image, TEXT: text} if self.params.keep_text_tower else {IMAGE: image}
-
-    def prompts(self) -> tuple[list[str], list[str]]:
-        """Prompts for normal parts and for defects: every state in every template (sec. 4.1), or the user's."""
-        texts = (
-            self.params.prompts_normal or compose(NORMAL_STATES),
-            (self.params.prompts_anomalous or compose(ANOMALOUS_STATES)),
-        )
-        normal, anomalous = ([text.replace("{}", self.params.class_name) for text in part] for part in texts)
-        return normal, anomalous
-
-    @torch.inference_mode()
-    def _embed_prompts(self, text: TextTower) -> Tensor:
-        return torch.stack([F.normalize(self.run(text.embed, texts).mean(0), dim=-1) for texts in self.prompts()])
-
-    def set_class_name(self, name: str) -> None:
-        """Sets the class name; a fitted detector keeps its normal images.
-
-        Raises:
-            SpecError: the name is empty, there is no text tower, or no user prompt contains {}.
-        """
-        if not name.strip():
-            raise SpecError("winclip: an empty class name was given. Name what the images show, such as 'screw'.")
-        require_named(self.params.prompts_normal, self.params.prompts_anomalous)
-        text = self.networks.get(TEXT)
-        if self.words_2D is not None and text is None:
-            raise SpecError("winclip: has no text tower to embed a class name. Fit with keep_text_tower: true.")
-        self.params = replace(self.params, class_name=name)
-        if isinstance(text, TextTower):
-            self.words_2D = self._embed_prompts(text)
+    def mean_embedding(self, embeddings_ND: Tensor) -> Tensor:
+        """The mean, normalised."""
+        return F.normalize(embeddings_ND.mean(0), dim=-1)
 
     def collect(self, batch: Batch) -> dict[str, Tensor]:
         """Patches and windows of normal images."""
@@ -211,7 +140,7 @@ class WinCLIP(NetworkDetector):
         """Number of normal images in memory."""
         if PATCHES not in self.memory:
             return {"memory": {"images": 0}}
-        height, width = self._tower().grid
+        height, width = self.tower().grid
         return {"memory": {"images": self.memory[PATCHES].num_rows // (height * width)}}
 
     @torch.inference_mode()
@@ -234,25 +163,21 @@ class WinCLIP(NetworkDetector):
 
     def _by_text(self, whole_1D: Tensor, windows: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
         """(image score, map on the grid of patches) of one image, from the prompts (eqs. 1-4)."""
-        grid, score_1 = self._tower().grid, self._anomaly_probability(whole_1D)
+        grid, score_1 = self.tower().grid, self._anomaly_probability(whole_1D)
         spread = [spread_harmonic(self._anomaly_probability(found), grid, side) for side, found in windows.items()]
         return score_1, harmonic_mean([score_1[:, None, None], *spread])
 
     def _by_memory(self, patches_BPC: Tensor, windows: Mapping[int, Tensor]) -> Tensor:
         """Mean distance of patches and windows to the normal images (eqs. 5-6), (B, h, w)."""
-        grid = self._tower().grid
+        grid = self.tower().grid
         near = [self._distance(PATCHES, patches_BPC).view(-1, *grid)]
         near += [spread_harmonic(self._distance(f"{MEMORY}{s}", found), grid, s) for s, found in windows.items()]
         return torch.stack(near).mean(0)
 
     def _embed(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
         """Embeddings of whole images, their patches, and their windows at every scale."""
-        tower, size = self._tower(), self.params.image_size
-        if (images_BCHW.shape[-2], images_BCHW.shape[-1]) != size:
-            raise SpecError(
-                f"winclip: expects images of {size[0]} x {size[1]} px, given {images_BCHW.shape[-2]} x "
-                f"{images_BCHW.shape[-1]}. Resize them."
-            )
+        self.require_size(images_BCHW)
+        tower = self.tower()
         tokens_BTC = self.run(tower.tokens, images_BCHW)
         sides = self.params.scales
         windows = {
@@ -260,13 +185,6 @@ class WinCLIP(NetworkDetector):
             for side in sides
         }
         return *self.run(tower.embed, tokens_BTC), windows
-
-    def _tower(self) -> ImageTower:
-        tower = self.networks.get(IMAGE)
-        if not isinstance(tower, ImageTower):
-            self.require_fitted()
-        assert isinstance(tower, ImageTower)
-        return tower
 
     def _anomaly_probability(self, embeddings_XD: Tensor) -> Tensor:
         """Anomaly probability: softmax over the cosines to the two prompt classes (eqs. 1-2)."""
@@ -281,40 +199,20 @@ class WinCLIP(NetworkDetector):
 
     def tensors(self) -> dict[str, Tensor]:
         """Towers, prompt embeddings, and memory."""
-        found = super().tensors()
-        assert self.words_2D is not None
-        memory = {name: search.bank() for name, search in self.memory.items()}
-        return {**found, TEXT_EMBEDDINGS: self.words_2D, QUICK_GELU: torch.tensor([self.quick_gelu]), **memory}
+        return super().tensors() | {name: search.bank() for name, search in self.memory.items()}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Restores towers, prompt embeddings, and memory."""
         needed = [PATCHES, *(f"{MEMORY}{side}" for side in self.params.scales)] if self.params.k_shot else []
-        for name in (TEXT_EMBEDDINGS, QUICK_GELU, *needed):
-            if name not in tensors:
-                raise ArtifactError(f"winclip: the artifact has no tensor {name!r}. Fit again.")
-        self.quick_gelu = bool(tensors[QUICK_GELU])
-        self.words_2D = tensors[TEXT_EMBEDDINGS]
+        self.require_tensors(tensors, *needed)
         self.memory = {name: BankSearch(tensors[name]) for name in needed}
         super().load_tensors(tensors)
 
     def to(self, device: torch.device) -> "WinCLIP":
         """Moves towers, prompt embeddings, and memory."""
         super().to(device)
-        self.words_2D = None if self.words_2D is None else self.words_2D.to(device)
         self.memory = {name: search.to(device) for name, search in self.memory.items()}
         return self
-
-
-def require_named(*prompts: Sequence[str] | None) -> None:
-    """Rejects user prompts that do not depend on the class name.
-
-    Raises:
-        SpecError: both prompt lists are the user's, and none contains {}.
-    """
-    if all(texts is not None and not any("{}" in text for text in texts) for texts in prompts):
-        raise SpecError(
-            "winclip: the class name would change nothing. Put {} into prompts_normal or prompts_anomalous."
-        )
 
 
 _window_patches = kept_on_device(window_patches)

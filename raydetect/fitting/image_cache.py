@@ -198,7 +198,8 @@ class ImageCache:
         stored_BCHW = torch.from_numpy(self._stored_rows(keys)).permute(0, 3, 1, 2).to(device)
         masks_BHW = stored_BCHW[:, 3].bool() if self.has_masks else None
         labels = [self.images[key].label or 0 for key in keys]
-        return Batch(stored_BCHW[:, :3], keys, labels, epoch, draws, masks_BHW)
+        categories = [self.images[key].category for key in keys]
+        return Batch(stored_BCHW[:, :3], keys, labels, epoch, draws, masks_BHW, categories)
 
     def share_all(self, group: Group) -> None:
         """Exchanges images, so that every worker has all of them; does nothing the second time."""

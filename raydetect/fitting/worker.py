@@ -13,7 +13,7 @@ from raydetect.fitting.fit_run import FitRun, ProgressCallback
 from raydetect.fitting.fleet import fit_fleet, fit_shared
 from raydetect.fitting.holdout import drop_duplicates
 from raydetect.fitting.image_cache import ImageCache
-from raydetect.fitting.reading.auxiliary import AuxiliaryImages, auxiliary_kind
+from raydetect.fitting.reading.auxiliary import AuxiliaryImages, auxiliary_kind, require_auxiliary
 from raydetect.fitting.reading.counts import ReadFacts
 from raydetect.fitting.reading.images import read_images
 from raydetect.fitting.shared_errors import shared_errors
@@ -84,8 +84,10 @@ def _read_auxiliary(
 ) -> AuxiliaryImages:
     """Reads auxiliary images at the size of the others; a region or alignment is of the parts to score alone."""
     assert spec.auxiliary is not None
-    kind = auxiliary_kind(build_from(spec.detector, spec.seed))
-    masks = Storage(source_storage(spec, spec.auxiliary)) if kind == "labelled masks" else None
+    detector = build_from(spec.detector, spec.seed)
+    require_auxiliary(spec, detector)
+    has_masks = auxiliary_kind(detector) == "labelled masks"
+    masks = Storage(source_storage(spec, spec.auxiliary)) if has_masks else None
     seen = replace(spec, view=spec.view.settings)
     return AuxiliaryImages(*_read(seen, spec.auxiliary, chunks, group, on_progress, "read auxiliary images", masks))
 

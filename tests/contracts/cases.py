@@ -13,6 +13,7 @@ from raydetect.detectors._registry import build_detector, detector_class, unused
 from raydetect.local import jobs
 from raydetect.storage import Storage
 from tests.builders.archives import normal_files, pack
+from tests.builders.auxiliary import auxiliary_of
 from tests.builders.images import DEFECTS, defect_image, encode, normal_image
 
 SIZE_PX = 64
@@ -67,6 +68,20 @@ class Case:
 RANDOM = {"weights": "random"}
 DIFFERENCE = {**RANDOM, "head": "difference", "layers": ["layer1", "layer2"], "smoothing_sigma": 1}
 CASES = (
+    Case(
+        "aprilgan",
+        {"k_shot": 8, "temperature": 0.1},  # text says little with random weights
+        floor=0.7,
+        pixel_floor=0.88,
+        bad={
+            "multiple of 14 px": {"image_size": [512, 512]},
+            "ascending numbers of the 24 blocks": {"layers": [6, 25]},
+            "layers": {"layers": [6, 6]},
+            "ViT-L-14": {"clip_model": "ViT-L/15"},
+            "k_shot": {"k_shot": -1},
+            "mosaic_ratio": {"mosaic_ratio": 1.5},
+        },
+    ),
     Case(
         "cflow",
         RANDOM,
@@ -314,6 +329,7 @@ def _fit(case: Case, folder: str, params: dict[str, Any], images: int, shard_ima
             "detector": {"name": case.name, "preset": "smoke", "params": params},
             "artifact": f"memory://{folder}/artifact",
             "seed": seed,
+            **auxiliary_of(case.name, folder=f"memory://{folder}/auxiliary"),
             "batch_size": 8,
             "resources": {"cpus_per_worker": 1},
         },

@@ -7,6 +7,20 @@ from typing import Any
 
 # By parameter: value. A size is (height, width) in px and is that of `preset: paper`.
 PUBLISHED: dict[str, dict[str, Any]] = {
+    # ByChelsea/VAND-APRIL-GAN, train.sh and test_zero_shot.sh: OpenAI's ViT-L/14-336 at 518 px, blocks 6, 12, 18, 24,
+    # softmax of 100 times the cosine, focal loss with gamma 2, Adam at 1e-3, 8 images; on VisA 15 epochs, no mosaics
+    "aprilgan": {
+        "image_size": (518, 518),
+        "clip_model": "ViT-L-14-336",
+        "weights": "openai",
+        "layers": (6, 12, 18, 24),
+        "temperature": 0.01,
+        "focal_gamma": 2.0,
+        "epochs": 15,
+        "batch_size": 8,
+        "learning_rate": 1e-3,
+        "mosaic_ratio": 0.0,
+    },
     # arXiv 2107.12571 (sec. 5.1) and gudovskiy/cflow-ad: 8 coupling layers, P = 128, clamp 1.9, fibres of 256
     # positions, 25 meta-epochs of 8 passes, 2 of them warming up, Adam at 2e-4
     "cflow": {
@@ -244,6 +258,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 # Parameters that no paper states a value for: how it is run, another variant than the published one, or a choice of
 # ours.
 OURS: dict[str, set[str]] = {
+    "aprilgan": {"k_shot", "class_name", "prompts_normal", "prompts_anomalous", "keep_text_tower"},
     "cflow": set(),
     "cutpaste": {"last_layer", "pretrained", "level", "head_dims", "shift_ratio", "smoothing_sigma"},
     "devnet": {"last_layer", "hidden_dims", "map", "smoothing_sigma"},

@@ -204,11 +204,13 @@ def test_fit_depends_on_the_seed(case: Case) -> None:
 def test_a_second_fit_forgets_the_first(case: Case) -> None:
     detector = case.build()
     detector.load_weights()
-    images = cases.test_images(8)[0]
+    images, _, masks = cases.test_images(8)
     keys = [str(i) for i in range(16)]
 
     def fit_on(rows: range) -> dict[str, torch.Tensor]:
-        batch = Batch(images[list(rows)], [keys[i] for i in rows], [i % 2 for i in range(len(rows))])
+        labels, masks_BHW = [i % 2 for i in range(len(rows))], torch.from_numpy(masks[list(rows)])
+        names = [keys[i] for i in rows]
+        batch = Batch(images[list(rows)], names, labels, masks_BHW=masks_BHW, categories=["widget"] * len(rows))
         for phase in detector.phases:
             if phase == "collect":
                 with torch.inference_mode():

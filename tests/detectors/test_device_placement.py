@@ -29,6 +29,7 @@ def variant(name: str, params: dict[str, Any]) -> Case:
 
 
 VARIANTS = (
+    variant("aprilgan", {"k_shot": 0}),
     replace(BY_ID["cutpaste"], params={"weights": "random", "level": "image"}, variant="level-image"),
     variant("devnet", {"map": "patches"}),
     variant("memseg", {"k_neighbors": 3}),
@@ -41,9 +42,9 @@ VARIANTS = (
     variant("spade", {"level_fusion": "average"}),
     variant("winclip", {"k_shot": 0}),
 )
-WAITS = {"patchcore": 2, "spade": 1, "winclip": 3, "differnet-difference": 1, "differnet-distance": 1}
+WAITS = {"patchcore": 2, "spade": 1, "winclip": 3, "aprilgan": 2, "differnet-difference": 1, "differnet-distance": 1}
 """How often `score` waits for the device: once per exact search, see the README of detectors. Others never do."""
-WAITS |= {"patchcore-n_neighbors-1": 1, "winclip-k_shot-0": 0}
+WAITS |= {"patchcore-n_neighbors-1": 1, "winclip-k_shot-0": 0, "aprilgan-k_shot-0": 0}
 
 
 def waits(case: Case) -> int:
@@ -71,7 +72,9 @@ def test_scoring_stays_on_the_device_and_waits_only_where_it_says_so(case: Case)
     assert torch.equal(before.anomaly_map_BHW, after.anomaly_map_BHW)  # the fake copy has left nothing behind
 
 
-@pytest.mark.parametrize("name", ["patchcore", "patchcore-search-bfloat16", "spade", "winclip", "differnet-distance"])
+@pytest.mark.parametrize(
+    "name", ["patchcore", "patchcore-search-bfloat16", "spade", "winclip", "aprilgan", "differnet-distance"]
+)
 def test_the_rescue_of_unproven_patches_stays_on_the_device(name: str) -> None:
     case = next(case for case in (*CASES, *VARIANTS) if case.id == name)
     assert score_on_fake_gpu(fitted(name), SIZE, pending=2) > waits(case)

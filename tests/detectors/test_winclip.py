@@ -121,7 +121,7 @@ def test_texts_are_embedded_as_open_clip_does() -> None:
 
 def test_words_are_the_mean_over_every_state_in_every_template() -> None:
     detector = build(prompts_normal=None, prompts_anomalous=None, class_name="metal nut")
-    normal, anomalous = detector.prompts()
+    normal, anomalous = detector.prompts("metal nut")
     assert len(TEMPLATES) == len(set(TEMPLATES)) == 22
     assert (len(set(normal)), len(set(anomalous))) == (7 * 22, 4 * 22)
     assert "a close-up photo of a flawless metal nut." in normal and "a photo of the large metal nut." in normal
@@ -266,8 +266,8 @@ def test_some_weights_need_another_activation_which_the_artifact_keeps(monkeypat
     state = {f"visual.{name}": value for name, value in image.visual.state_dict().items()}
     state |= dict(text.clip.state_dict())
     facts = {"quick_gelu": True, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.2), "hf_hub": "somebody/clip/"}
-    monkeypatch.setattr("raydetect.detectors.winclip.clip_facts", lambda *_: facts)
-    monkeypatch.setattr("raydetect.detectors.winclip.clip_weights", lambda *_: state)
+    monkeypatch.setattr("raydetect.detectors._clip.clip_facts", lambda *_: facts)
+    monkeypatch.setattr("raydetect.detectors._clip.clip_weights", lambda *_: state)
     detector = fitted(weights="some_tag")
     images = as_batch([picture(900)])
     usual = fitted()

@@ -55,6 +55,21 @@ class ClipConfig:
         return int(self.settings["vision_cfg"]["patch_size"])
 
     @property
+    def num_blocks(self) -> int:
+        """Blocks of the image tower."""
+        return int(self.settings["vision_cfg"]["layers"])
+
+    @property
+    def width(self) -> int:
+        """Dims of a token of the image tower, C."""
+        return int(self.settings["vision_cfg"]["width"])
+
+    @property
+    def embed_dim(self) -> int:
+        """Dims of an embedding, D."""
+        return int(self.settings["embed_dim"])
+
+    @property
     def image_size(self) -> tuple[int, int]:
         """(height, width) in px of the training images."""
         side = int(self.settings["vision_cfg"]["image_size"])
@@ -121,6 +136,18 @@ class ImageTower(nn.Module):
         out_BTC = self.visual.ln_post(self.visual.transformer(tokens_BTC))
         embeddings_BD = (out_BTC[:, 0] @ self.visual.proj).float()
         return F.normalize(embeddings_BD, dim=-1), F.normalize(out_BTC[:, 1:].float(), dim=-1)
+
+    def embed_blocks(self, tokens_BTC: Tensor, blocks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        """L2-normalised embeddings (B, D), and the patch tokens (B, T - 1, C) after some blocks, as they leave them.
+
+        Args:
+            tokens_BTC: output of `tokens`.
+            blocks: numbers of blocks, from 1, ascending.
+        """
+        indices = [number - 1 for number in blocks]
+        last_BTC, found = self.visual.transformer.forward_intermediates(tokens_BTC, indices=indices)
+        embeddings_BD = (self.visual.ln_post(last_BTC[:, 0]) @ self.visual.proj).float()
+        return F.normalize(embeddings_BD, dim=-1), [block_BTC[:, 1:].float() for block_BTC in found]
 
     def embed_windows(self, tokens_BTC: Tensor, patches_WK: Tensor) -> Tensor:
         """L2-normalised embeddings of windows, (B, W, D), each from the class token and the window's patches only.

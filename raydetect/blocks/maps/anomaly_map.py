@@ -13,9 +13,15 @@ from raydetect.blocks.search.matrix_product import product
 LEAST_LIKELIHOOD = 1e-300
 
 
-def upsample(grid_Bhw: Tensor, size_px: tuple[int, int]) -> Tensor:
-    """Bilinear upsampling (pixel centres, no corner alignment) to (height, width), float32."""
-    return F.interpolate(grid_Bhw[:, None].float(), size=size_px, mode="bilinear", align_corners=False)[:, 0]
+def upsample(grid_Bhw: Tensor, size_px: tuple[int, int], align_corners: bool = False) -> Tensor:
+    """Bilinear upsampling to (height, width), float32; grid and map share the edges of their corner pixels.
+
+    Args:
+        grid_Bhw: scores of patches.
+        size_px: (height, width).
+        align_corners: they share the centres of their corner pixels instead.
+    """
+    return F.interpolate(grid_Bhw[:, None].float(), size=size_px, mode="bilinear", align_corners=align_corners)[:, 0]
 
 
 def negative_log_mean_likelihood(levels: Sequence[Tensor], size_px: tuple[int, int]) -> Tensor:

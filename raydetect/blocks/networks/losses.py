@@ -1,4 +1,4 @@
-"""Image and mask losses: SSIM, gradient magnitude similarity, focal.
+"""Image and mask losses: SSIM, gradient magnitude similarity, focal, dice.
 
 All are computed in float32 even under autocast: variances as differences of large means lose precision in bfloat16.
 
@@ -18,6 +18,7 @@ SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2
 GMS_C = 0.0026
 GMS_SCALES = 4
 FOCAL_SMOOTH = 1e-5
+DICE_SMOOTH = 1.0  # in pixels
 TINY = 1e-12  # avoids infinite gradients of square roots at 0
 
 
@@ -110,3 +111,20 @@ def focal_loss(anomalous_BHW: Tensor, mask_BHW: Tensor, gamma: float) -> Tensor:
         right = mask * anomalous + (1 - mask) * (1 - anomalous)
         right = (1 - 2 * FOCAL_SMOOTH) * right + 2 * FOCAL_SMOOTH
         return ((1 - right).clamp(min=0).pow(gamma) * -right.log()).mean()
+
+
+def dice_loss(anomalous_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
+    """Mean over images of one minus the Dice coefficient, (2 |p m| + 1) / (|p| + |m| + 1) with sums over pixels.
+
+    Args:
+        anomalous_BHW: anomaly probability, in [0, 1].
+        mask_BHW: 1 where a pixel is anomalous, else 0; any dtype.
+
+    Source: Milletari et al., 3DV 2016, eq. 2, without squares and smoothed by one pixel as in APRIL-GAN's code, so that
+        an image without defects has a gradient.
+    """
+    with torch.autocast(anomalous_BHW.device.type, enabled=False):
+        anomalous_BN, mask_BN = anomalous_BHW.float().flatten(1), mask_BHW.float().flatten(1)
+        common_B = (anomalous_BN * mask_BN).sum(1)
+        sizes_B = anomalous_BN.sum(1) + mask_BN.sum(1)
+        return (1 - (2 * common_B + DICE_SMOOTH) / (sizes_B + DICE_SMOOTH)).mean()

@@ -26,6 +26,7 @@ class PaperView:
 CENTRE_224 = PaperView({"image_size": (224, 224)}, ViewSpec(resize="short_side", size=(256, 256), crop=(224, 224)))
 AT_DEFAULT_SIZE = PaperView()
 PAPER_VIEWS: Mapping[str, PaperView] = {
+    "aprilgan": AT_DEFAULT_SIZE,
     "cflow": AT_DEFAULT_SIZE,
     "cutpaste": AT_DEFAULT_SIZE,
     "devnet": AT_DEFAULT_SIZE,
