@@ -54,6 +54,13 @@ class EvaluateSpec:
     detectors: Annotated[
         tuple[DetectorSpec, ...], Field(description="detectors to fit and evaluate; one line of the leaderboard each")
     ] = ()
+    per_category: Annotated[
+        bool,
+        Field(
+            description="fit every detector for each category of data; false = one detector for the images of all of "
+            "them, as for UniAD. Figures are of each category and their mean at either"
+        ),
+    ] = True
     grid: Annotated[
         Mapping[str, tuple[Any, ...]],
         Field(description="parameter values by name; every detector is fitted with every combination"),
@@ -81,16 +88,18 @@ class EvaluateSpec:
             raise ValueError("set exactly one of data, archive and results")
         if bool(self.results) == bool(self.detectors):
             raise ValueError("set detectors with data or archive, and not with results")
+        if self.data is None and not self.per_category:
+            raise ValueError("per_category applies to data; an archive always fits one detector for all its images")
         if self.results and (self.grid or self.seeds != (0,)):
             raise ValueError("grid and seeds apply to detectors that are fitted; remove them with results")
         if self.grid and any(detector.ensemble for detector in self.detectors):
             raise ValueError("grid sets parameters of single detectors; list ensembles in a job of their own")
         if self.results and self.view != STRETCH:
             raise ValueError("view applies to detectors that are fitted; remove it with results")
-        if self.view.has_files_of_category and self.data is None:
+        if self.view.has_files_of_category and (self.data is None or not self.per_category):
             raise ValueError(
-                "view.region has a mask for each {category}, or view.align_to a picture, but archive fits one detector "
-                "for all; name one"
+                "view.region has a mask for each {category}, or view.align_to a picture, but one detector is fitted "
+                "for all categories; name one"
             )
         for detector in self.detectors:
             view_of_presets(detector.members, self.view)

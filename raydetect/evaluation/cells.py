@@ -28,7 +28,7 @@ class Cell:
     Attributes:
         detector: with the parameters of this point of the grid.
         line: row of the leaderboard: the detector with the parameters set in the job.
-        category: the category to fit and evaluate; None = the whole archive.
+        category: the category to fit and evaluate; None = all together.
         seed: of the fit.
         digest: of everything that determines its metrics.
     """
@@ -95,7 +95,7 @@ def plan_evaluation(spec: EvaluateSpec) -> Evaluation:
     settings = {
         name: value
         for name, value in result_settings(public_spec(spec)).items()
-        if name not in ("detectors", "grid", "seeds", "output", "view")
+        if name not in ("detectors", "grid", "seeds", "output", "view", "per_category")  # cells have a category
     }
     cells = []
     for detector, line in _lines(spec):
@@ -123,9 +123,11 @@ def _view(spec: EvaluateSpec, cell: Cell) -> dict[str, Any]:
 
 
 def _data(spec: EvaluateSpec) -> tuple[tuple[Labelled, ...], dict[str | None, str]]:
-    """The images of a layout, and the fingerprint of the data of each category."""
+    """The images of a layout, and the fingerprint of the data of each category, or of all together under None."""
     if spec.data is not None:
         images = tuple(read_layout(spec.data, Storage(spec.storage)))
+        if not spec.per_category:
+            return images, {None: digest(list(images))}
         names = sorted({image.category for image in images})
         return images, {name: digest([i for i in images if i.category == name]) for name in names}
     assert spec.archive is not None

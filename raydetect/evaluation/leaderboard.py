@@ -24,7 +24,10 @@ def leaderboard(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     the total fit seconds and the peak memory.
     """
     groups: dict[str, dict[int, dict[str, dict[str, float]]]] = {}
+    spent: dict[tuple[str, int], float] = {}  # seconds of all fits of a detector and seed
     for cell in cells:
+        of = cell["line"], cell.get("seed") or 0
+        spent[of] = spent.get(of, 0.0) + float(cell.get("fit_seconds", 0.0))
         for category, found in cell["categories"].items():
             numbers = {name: figure["value"] for name, figure in found["figures"].items()}
             numbers |= {name: float(cell[name]) for name in COSTS if name in cell}
@@ -34,19 +37,23 @@ def leaderboard(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         categories = sorted({category for found in seeds.values() for category in found})
         for category in categories:
             lines.append(_line(line, category, [found[category] for found in seeds.values() if category in found]))
-        whole = [found for found in seeds.values() if sorted(found) == categories]
+        whole = [
+            _over_categories(list(found.values()), spent[line, seed])
+            for seed, found in seeds.items()
+            if sorted(found) == categories
+        ]
         if len(categories) > 1 and whole:
-            lines.append(_line(line, ALL, [_over_categories(list(found.values())) for found in whole]))
+            lines.append(_line(line, ALL, whole))
     return sorted(
         lines, key=lambda row: (row["category"] != ALL, row["category"], -row["image_auroc"], row["detector"])
     )
 
 
-def _over_categories(found: list[dict[str, float]]) -> dict[str, float]:
+def _over_categories(found: list[dict[str, float]], fit_seconds: float) -> dict[str, float]:
     names = [name for name in found[0] if all(name in numbers for numbers in found)]
     mean = {name: math.fsum(numbers[name] for numbers in found) / len(found) for name in names}
     if "fit_seconds" in mean:
-        mean["fit_seconds"] *= len(found)
+        mean["fit_seconds"] = fit_seconds
         mean["peak_memory_bytes"] = max(numbers["peak_memory_bytes"] for numbers in found)
     return mean
 

@@ -137,7 +137,7 @@ def cell_chunks(evaluation: Evaluation, cell: Cell, split: str) -> Iterator[Chun
     storage = Storage(source_storage(evaluation.spec, source))
     if evaluation.spec.archive is None:
         root = normalise_uri(source.uris()[0])
-        chosen = [i for i in evaluation.images if (i.category, i.split) == (cell.category, split)]
+        chosen = [i for i in evaluation.images if i.split == split and cell.category in (None, i.category)]
         yield from member_chunks((_member(image, root, storage) for image in chosen), FIT_CHUNK_IMAGES)
         return
     archive = open_archive(source, storage)

@@ -73,13 +73,19 @@ def _decoded(root: Path, split: str) -> tuple[list[dict[str, str]], list[Image.I
     return rows, [Image.open(root / row["path"]).convert("RGB") for row in rows]
 
 
-def fit_in_memory(detector: Detector, bottles: Bottles, batch_size: int = 16) -> list[float]:
-    """Runs all phases of a detector whose weights are loaded; returns the training losses."""
+def fit_in_memory(detector: Detector, bottles: Bottles, batch_size: int = 16, trains: bool = True) -> list[float]:
+    """Runs all phases of a detector whose weights are loaded; returns the training losses.
+
+    Without `trains`, networks are made and frozen without a step, to compare with.
+    """
     cache, losses = ImageCache(Preprocess(detector.params.image_size)), []
     for name, image, label in zip(bottles.names, bottles.images_BHWC, bottles.labels, strict=True):
         cache.add(CachedImage(name, int(label), None), image)
     for phase in detector.phases:
-        if phase == "train":
+        if phase == "train" and not trains:
+            detector.begin_training(len(cache.images))
+            detector.end_training()
+        elif phase == "train":
             losses = Trainer(detector, cache, list(cache.images), Group()).run(lambda *_: None)
         else:
             normal = [name for name, image in cache.images.items() if image.label != 1]
@@ -99,6 +105,12 @@ def aurocs(detector: Detector, bottles: Bottles, batch_size: int = 16) -> tuple[
         maps.append(found.anomaly_map_BHW.numpy())
     image_auroc = float(roc_auc_score(bottles.labels, scores))
     return image_auroc, float(roc_auc_score(bottles.masks_BHW.ravel(), np.concatenate(maps).ravel()))
+
+
+def aurocs_untrained(detector: Detector, bottles: Bottles, test: Bottles) -> tuple[float, float]:
+    """(image AUROC, pixel AUROC) of the same networks without a step of training; fit the detector afterwards."""
+    fit_in_memory(detector, bottles, trains=False)
+    return aurocs(detector, test)
 
 
 def scores_of(detector: Detector, bottles: Bottles, batch_size: int = 16) -> np.ndarray:

@@ -147,8 +147,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "learning_rate": 2e-4,
         "weight_decay": 1e-5,
     },
-    # CVPR 2023 and tientrandinh/Revisiting-Reverse-Distillation; CVPR 2022 (arXiv 2201.10703): WRN50 at 256 px, sigma 4,
-    # Adam at 5e-3 and 1e-3 for projectors, two batches of 16, lambda 0.2, noise x 0.2, 200 epochs (RD)
+    # CVPR 2023 and tientrandinh/Revisiting-Reverse-Distillation; CVPR 2022 (arXiv 2201.10703): WRN50 at 256 px,
+    # sigma 4, Adam at 5e-3 and 1e-3 for projectors, two batches of 16, lambda 0.2, noise x 0.2, 200 epochs (RD)
     "reverse_distillation_pp": {
         "image_size": (256, 256),
         "backbone": "wide_resnet50_2",

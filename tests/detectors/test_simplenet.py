@@ -10,7 +10,7 @@ from raydetect.blocks.backbones.patch_embeddings import patch_embeddings, pooled
 from raydetect.detectors._base import Batch
 from raydetect.detectors._registry import build_detector
 from raydetect.detectors.simplenet import SimpleNet, truncated_l1
-from tests.builders.bottle import aurocs, fit_in_memory, read_bottles
+from tests.builders.bottle import aurocs, aurocs_untrained, fit_in_memory, read_bottles
 from tests.builders.images import defect_image, normal_image
 from tests.contracts.cases import as_batch
 from tests.reference import embedding as plain
@@ -116,9 +116,12 @@ def test_it_finds_the_broken_bottles(real_data: Path, real_weights: Path) -> Non
     params = {"backbone": "resnet18", "weights": str(real_weights), "image_size": [96, 96], "embedding_dims": None}
     detector = build_detector("simplenet", {**params, "epochs": 4})
     detector.load_weights()
-    losses = fit_in_memory(detector, read_bottles(real_data, "train", 96))
-    test = read_bottles(real_data, "test", 96)
-    image_auroc, pixel_auroc = aurocs(detector, test.only(np.arange(0, len(test.names), 3)))
-    print(f"image AUROC {image_auroc:.4f}, pixel AUROC {pixel_auroc:.4f}, losses {losses}")
+    train, test = read_bottles(real_data, "train", 96), read_bottles(real_data, "test", 96)
+    test = test.only(np.arange(0, len(test.names), 3))
+    image_before, pixel_before = aurocs_untrained(detector, train, test)
+    losses = fit_in_memory(detector, train)
+    image_auroc, pixel_auroc = aurocs(detector, test)
+    print(f"AUROC {image_before:.4f}, {pixel_before:.4f} -> {image_auroc:.4f}, {pixel_auroc:.4f}, losses {losses}")
+    assert image_auroc >= image_before + 0.3 and pixel_auroc >= pixel_before + 0.3
     assert losses[-1] < 0.92 * losses[0]
     assert image_auroc >= 0.97 and pixel_auroc >= 0.93

@@ -1,5 +1,7 @@
 """STFPM against closed forms."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
@@ -7,6 +9,7 @@ from raydetect.blocks.backbones.backbone import Backbone
 from raydetect.detectors._base import Batch
 from raydetect.detectors._registry import build_detector
 from raydetect.detectors.stfpm import STFPM, level_error
+from tests.builders.bottle import aurocs, aurocs_untrained, fit_in_memory, read_bottles
 from tests.builders.images import defect_image, normal_image
 from tests.contracts.cases import as_batch
 
@@ -58,3 +61,19 @@ def test_the_map_is_the_product_of_the_levels_and_the_score_its_maximum() -> Non
         product *= torch.nn.functional.interpolate(level[:, None], (64, 64), mode="bilinear")[:, 0]
     np.testing.assert_allclose(scores.anomaly_map_BHW.numpy(), product.numpy(), rtol=1e-3, atol=1e-7)
     assert torch.equal(scores.image_score_B, scores.anomaly_map_BHW.flatten(1).max(1).values)
+
+
+def test_it_finds_the_broken_bottles_and_did_not_before_its_steps(real_data: Path, real_weights: Path) -> None:
+    """The paper's settings but for image size, batches of 16 and 8 epochs of 100; every second test image."""
+    params = {"weights": str(real_weights), "image_size": [64, 64], "batch_size": 16, "epochs": 8}
+    detector = build_detector("stfpm", params)
+    detector.load_weights()
+    train, test = read_bottles(real_data, "train", 64), read_bottles(real_data, "test", 64)
+    test = test.only(np.arange(0, len(test.names), 2))
+    image_before, pixel_before = aurocs_untrained(detector, train, test)
+    losses = fit_in_memory(detector, train)
+    image_auroc, pixel_auroc = aurocs(detector, test)
+    print(f"AUROC {image_before:.4f}, {pixel_before:.4f} -> {image_auroc:.4f}, {pixel_auroc:.4f}, losses {losses}")
+    assert losses[-1] < 0.3 * losses[0]
+    assert image_auroc >= 0.98 and pixel_auroc >= 0.95
+    assert image_auroc >= image_before + 0.2 and pixel_auroc >= pixel_before + 0.3

@@ -132,6 +132,10 @@ def test_a_category_that_is_not_there_is_refused(tmp_path: Path) -> None:
         ({"data": {"uri": "x", "layout": "btad"}, "detectors": []}, "set detectors with data or archive"),
         ({"results": ["x"], "detectors": [], "seeds": [1]}, "remove them with results"),
         ({"data": {"uri": "x", "layout": "mvtec"}}, "mvtec_ad"),
+        (
+            {"archive": {"train": {"uri": "x"}, "test": {"uri": "y"}}, "per_category": False},
+            "per_category applies to data",
+        ),
     ],
 )
 def test_a_job_that_contradicts_itself_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -197,6 +201,23 @@ def test_a_grid_over_two_seeds_and_categories_makes_eight_cells_and_a_leaderboar
             assert row["pixel_auroc_std"] == pytest.approx(np.std(values, ddof=1))
             assert row["fit_seconds"] > 0 and row["images_per_second"] > 0 and row["peak_memory_bytes"] > 1e7
     assert call("check", job).output.endswith("ready to evaluate.\n")
+
+
+def test_one_detector_for_all_categories_has_figures_of_each_and_their_mean(tmp_path: Path) -> None:
+    data_set(tmp_path / "data")
+    data = {"uri": str(tmp_path / "data"), "layout": "mvtec_ad"}
+    settings = {"data": data, "output": str(tmp_path / "out"), "per_category": False, "grid": {}}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump({**JOB, **settings}))
+    ended = call("evaluate", str(tmp_path / "job.yaml"))
+    assert ended.exit_code == 0 and "Runs in this process (1 cell)" in ended.output, ended.output
+    (cell,) = cells_of(tmp_path)
+    assert cell["category"] is None and set(cell["categories"]) == {"cap", "cup"}
+    images = list((tmp_path / "data").glob("*/train/good/*.png"))
+    assert cell["fitted_images"] > len(images) / 2
+    both, *each = pq.read_table(tmp_path / "out" / "leaderboard.parquet").to_pylist()
+    assert both["category"] == ALL and both["fit_seconds"] == cell["fit_seconds"]
+    assert both["image_auroc"] == pytest.approx(np.mean([row["image_auroc"] for row in each])) and len(each) == 2
+    assert call("check", str(tmp_path / "job.yaml")).output.endswith("ready to evaluate.\n")
 
 
 def test_figures_are_those_of_scikit_learn_and_of_exact_code_on_the_same_maps(
