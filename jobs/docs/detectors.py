@@ -1,33 +1,51 @@
 """The page about detectors, from their classes and the stored figures of `make reproduce`."""
 
+from collections.abc import Mapping, Sequence
+
 from jobs.docs.job_files import field_rows
 from jobs.docs.markdown import escaped, sentence, table
-from raydetect.cli.comparison import FIGURES, Comparison, compare
+from raydetect.cli.comparison import FIGURES, NOT_MEASURED, NOTES, Comparison, compare
 from raydetect.detectors._registry import ALIASES, detector_class
 
 INTRODUCTION = """# Detectors
 
-`raydetect detectors NAME` prints the same in a terminal, and `raydetect detectors --compare` the first table.
+`raydetect detectors NAME` prints the same in a terminal, and `raydetect detectors --compare` the tables.
 Choose one in a job with `detector: {name: NAME, params: {...}}`, or in Python with `create_model(NAME, ...)`.
 [When to use which](../../raydetect/detectors/README.md#when-to-use-which) gives advice, cost and differences from the
 papers.
 
-Figures are our own; *Published* is what the authors reported, on their data. A dash means: not measured.
-
 """
-HEAD = ("Detector", "Needs", "Localises", "Fit", "Fit, s", "Images/s", "x backbone", "Image AUROC", "Pixel AUROC")
+ABOUT_FIGURES = f"""
+## Figures
+
+Figures of `make reproduce`, a table for each machine; *Published*, below, is what the authors reported, on their data.
+A dash means: not measured. {" ".join(NOTES)}
+[Jobs at the published settings](../../jobs/reproduce/published/README.md) are for whoever has the data set and a GPU.
+"""
+HEAD = ("Detector", "Needs", "Localises", "Fit")
+FIGURES_HEAD = ("Detector", *(title for _, title, _ in FIGURES), "Ours (default)")
 
 
 def page() -> str:
     """The page as Markdown."""
-    rows, where = compare()
-    return f"{INTRODUCTION}{table(HEAD, [_line(row) for row in rows])}\n{where}\n\n" + "\n".join(map(_section, rows))
+    groups = compare()
+    rows = sorted((row for found in groups.values() for row in found), key=lambda row: row.name)
+    properties = table(HEAD, [[_link(row), row.needs, "yes" if row.localises else "no", row.fit] for row in rows])
+    return f"{INTRODUCTION}{properties}{ABOUT_FIGURES}{_figures(groups)}\n" + "\n".join(map(_section, rows))
 
 
-def _line(row: Comparison) -> list[str]:
-    measured = ((row.measured.get(key), form) for key, form in FIGURES)
-    figures = ["-" if figure is None else format(figure, form) for figure, form in measured]
-    return [f"[`{row.name}`](#{row.name})", row.needs, "yes" if row.localises else "no", row.fit, *figures]
+def _figures(groups: Mapping[str, Sequence[Comparison]]) -> str:
+    text = ""
+    for where, rows in groups.items():
+        if where == NOT_MEASURED:
+            text += f"\n{where}: {', '.join(map(_link, rows))}.\n"
+        else:
+            text += f"\n{where}:\n\n" + table(FIGURES_HEAD, [[_link(row), *row.figures, row.settings] for row in rows])
+    return text
+
+
+def _link(row: Comparison) -> str:
+    return f"[`{row.name}`](#{row.name})"
 
 
 def _section(row: Comparison) -> str:

@@ -203,7 +203,7 @@ def detectors(name: str | None, compare: bool) -> None:
                 raise SpecError("--compare: compares all detectors. Omit the name.")
             from raydetect.cli import comparison
 
-            comparison.print_comparison(*comparison.compare())
+            comparison.print_comparison(comparison.compare())
             return
         if name is None:
             width = max(map(len, list_models()))

@@ -142,21 +142,37 @@ def test_waiting_threads_leave_their_core_to_others(monkeypatch: pytest.MonkeyPa
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
-def test_detectors_are_compared_in_one_table() -> None:
-    lines = [line for line in call("detectors", "--compare").output.splitlines() if line.strip()]
-    broken = {
-        name: name.partition("_")[0] + "_" * ("_" in name) for name in list_models()
-    }  # long ones, after underscores
-    names = [line.split()[0] for line in lines]
-    assert [name for name in names if name in broken.values()] == list(broken.values())
+def test_detectors_are_compared_by_machine_with_their_settings() -> None:
+    lines = call("detectors", "--compare").output.splitlines()
+    table, published = lines[: lines.index("Published:")], lines[lines.index("Published:") + 1 :]
+    assert max(map(len, lines)) <= 80
+    assert sorted(line.split(" ")[0] for line in table if line.split(" ")[0] in list_models()) == list(list_models())
+    assert [line.partition(":")[0].strip() for line in published if line[2:3].strip()] == list(list_models())
     stored = json.loads((Path(comparison.__file__).parents[1] / "detectors" / "measured.json").read_text())
     assert set(stored["detectors"]) <= set(list_models())
-    for name, figures in stored["detectors"].items():
-        line = next(line for line in lines if line.split()[0] == broken[name])
-        assert f"{figures['image_auroc']:.3f}" in line
-    assert max(map(len, lines)) <= 80
+    machine = ""
+    for line in table:
+        machine = line if line.endswith(": make reproduce") or line == comparison.NOT_MEASURED else machine
+        figures = stored["detectors"].get(line.split(" ")[0])
+        if figures:
+            assert machine == f"{stored['data']}, {figures['machine']}: make reproduce"
+            assert f"{figures['image_auroc']:.3f}" in line
+        elif line in list_models():
+            assert machine == comparison.NOT_MEASURED
+    text = " ".join(" ".join(table).split())
+    assert "ours: 256 px, resnet18, 100 % of the training, 188 of 209 images" in text  # stfpm
+    assert "ours: 128 px (448), resnet18, 20 % of the training" in text and "8 labelled defects" in text  # devnet
     refused = call("detectors", "patchcore", "--compare")
     assert refused.exit_code == 2 and "Omit the name" in refused.output
+
+
+def test_what_differs_from_the_defaults_is_beside_a_figure() -> None:
+    measured = {"images": {"fitted": 9, "normal": 10, "defects": 0}, "tuned": True}
+    settings = {"image_size": [64, 128], "epochs": 5, "sub_epochs": 2, "layers": ["layer1"], "clamp": 1.9}
+    assert comparison.settings_text("cflow", {"settings": settings, **measured}) == (
+        "64 x 128 px (256), wide_resnet50_2, 5 % of the training, layers layer1 (layer2+layer3+layer4), "
+        "9 of 10 images, settings chosen after another run on the same test images"
+    )
 
 
 def test_a_score_job_from_check_to_status(place: Place) -> None:
