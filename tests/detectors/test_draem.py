@@ -1,6 +1,8 @@
 """DRAEM against closed forms: its loss, its simulated defects, its networks' sizes and its score."""
 
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from raydetect.detectors._registry import build_detector
 from raydetect.detectors.draem import DRAEM, ReconstructionNet, SegmentationNet
 from raydetect.errors import ArtifactError
 from tests.builders.archives import pack
+from tests.builders.bottle import aurocs, aurocs_untrained, fit_in_memory, read_bottles
 from tests.builders.images import defect_image, encode, normal_image
 from tests.contracts.cases import as_batch
 from tests.reference import images as plain
@@ -156,3 +159,18 @@ def test_the_rate_falls_to_a_tenth_after_400_and_600_of_700_epochs() -> None:
     rates = [plan.rate(epoch) for epoch in (0, 399.9, 400, 599.9, 600, 699)]
     assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
     assert all(group["lr"] == SMALL["learning_rate"] for group in plan.optimizer.param_groups)
+
+
+def test_it_finds_the_broken_bottles_and_did_not_before_its_steps(real_data: Path) -> None:
+    """A narrow network at 64 px, 6 epochs of 700 at ten times the rate; every second test image."""
+    params: dict[str, Any] = {"base_width": 16, "epochs": 6, "learning_rate": 1e-3}
+    detector = build_detector("draem", {"image_size": [64, 64], **params})
+    detector.load_weights()
+    train, test = read_bottles(real_data, "train", 64), read_bottles(real_data, "test", 64)
+    test = test.only(np.arange(0, len(test.names), 2))
+    image_before, pixel_before = aurocs_untrained(detector, train, test)
+    losses = fit_in_memory(detector, train)
+    image_auroc, pixel_auroc = aurocs(detector, test)
+    print(f"AUROC {image_before:.4f}, {pixel_before:.4f} -> {image_auroc:.4f}, {pixel_auroc:.4f}, losses {losses}")
+    assert image_auroc >= image_before + 0.3 and pixel_auroc >= pixel_before + 0.3
+    assert image_auroc >= 0.8 and pixel_auroc >= 0.8

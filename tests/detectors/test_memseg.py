@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from raydetect.detectors._base import Batch
 from raydetect.detectors._registry import build_detector
 from raydetect.detectors.memseg import MemSeg, warm_cosine
 from raydetect.errors import ArtifactError, SpecError
+from tests.builders.bottle import aurocs, aurocs_untrained, fit_in_memory, read_bottles
 from tests.builders.images import defect_image, normal_image
 from tests.contracts.cases import as_batch
 from tests.reference import images as plain
@@ -294,3 +296,22 @@ def test_the_rate_warms_up_and_falls_by_a_cosine_over_the_stated_steps() -> None
     least = 1e-4 / 3e-3
     assert plan.rate(0) == pytest.approx(least) and plan.rate(plan.epochs) == pytest.approx(least)
     assert [warm_cosine(x, least) for x in (0.05, 0.1, 0.55)] == pytest.approx([(1 + least) / 2, 1, (1 + least) / 2])
+
+
+def test_it_finds_the_broken_bottles_and_did_not_before_its_steps(real_data: Path, real_weights: Path) -> None:
+    """64 px, a new deepest stage and 100 steps of 5,000; every second test image."""
+    params: dict[str, Any] = {
+        "weights": str(real_weights),
+        "deepest_layer": None,
+        "training_steps": 100,
+    }
+    detector = build_detector("memseg", {"image_size": [64, 64], **params})
+    detector.load_weights()
+    train, test = read_bottles(real_data, "train", 64), read_bottles(real_data, "test", 64)
+    test = test.only(np.arange(0, len(test.names), 2))
+    image_before, pixel_before = aurocs_untrained(detector, train, test)
+    losses = fit_in_memory(detector, train)
+    image_auroc, pixel_auroc = aurocs(detector, test)
+    print(f"AUROC {image_before:.4f}, {pixel_before:.4f} -> {image_auroc:.4f}, {pixel_auroc:.4f}, losses {losses}")
+    assert image_auroc >= image_before + 0.3 and pixel_auroc >= pixel_before + 0.3
+    assert image_auroc >= 0.9 and pixel_auroc >= 0.88
