@@ -76,6 +76,7 @@ def test_dependencies_are_pinned() -> None:
         *project["optional-dependencies"]["cpu"],
         *project["optional-dependencies"]["rasters"],
         *project["optional-dependencies"]["plot"],
+        *project["optional-dependencies"]["kubernetes"],
         *project["optional-dependencies"]["dev"],
         *project["optional-dependencies"]["docs"],
         *project["optional-dependencies"]["bench"],

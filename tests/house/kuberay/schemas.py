@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonschema import Draft202012Validator
 
 SOURCE = "https://github.com/ray-project/kuberay"
 KINDS = ("rayclusters", "rayjobs", "rayservices")
@@ -68,6 +69,18 @@ def of_tag(clone: Path, tag: str) -> dict[str, Any]:
         schema["properties"]["metadata"] = {"type": "object"}
         kinds[crd["spec"]["names"]["kind"]] = shared(schema, definitions)
     return {"source": SOURCE, "tag": tag, "licence": "Apache-2.0", "kinds": kinds, "$defs": definitions}
+
+
+def stored() -> dict[str, Any]:
+    """The schemas beside this module, by tag, oldest first."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(Path(__file__).parent.glob("v*.json"))}
+
+
+def problems(body: dict[str, Any], schema: dict[str, Any]) -> list[str]:
+    """What the API server has against a resource, with the schemas of a version of the operator."""
+    of_kind = {**schema["kinds"][body["kind"]], "$defs": schema["$defs"]}
+    found = Draft202012Validator(of_kind).iter_errors(body)
+    return [f"{error.json_path}: {error.message[:200]}" for error in found]
 
 
 def main(clone: str, *tags: str) -> None:

@@ -15,9 +15,10 @@ from jsonschema import Draft202012Validator
 
 from raydetect.config import parse_job
 from raydetect.config.validation import parse_yaml
+from tests.house.kuberay import schemas
 
 ROOT = Path(__file__).parents[3]
-SCHEMAS = {path.stem: json.loads(path.read_text()) for path in sorted(Path(__file__).parent.glob("v*.json"))}
+SCHEMAS = schemas.stored()
 OLDEST = min(SCHEMAS)
 MAX_NAME = {"RayCluster": 53, "RayJob": 47, "RayService": 47}
 TOKEN = {"mode": "token", "secretName": "raydetect-token"}
@@ -36,10 +37,7 @@ each = pytest.mark.parametrize("body", RAY)
 
 
 def problems(body: dict[str, Any], tag: str) -> list[str]:
-    """What the API server of an operator's version has against a resource."""
-    schema = {**SCHEMAS[tag]["kinds"][body["kind"]], "$defs": SCHEMAS[tag]["$defs"]}
-    found = Draft202012Validator(schema).iter_errors(body)
-    return [f"{error.json_path}: {error.message[:200]}" for error in found]
+    return schemas.problems(body, SCHEMAS[tag])
 
 
 def cluster_of(body: dict[str, Any]) -> dict[str, Any]:
