@@ -25,12 +25,10 @@ from raydetect.cli.options import (
     errors,
     expect,
     job_file,
-    job_values,
     ledger_of,
     load,
     load_checked,
     overrides,
-    parse,
     storage_options,
 )
 from raydetect.cli.plan import plan
@@ -38,6 +36,7 @@ from raydetect.cli.reflag import reflag
 from raydetect.cli.report import report
 from raydetect.cli.running.fit import fit
 from raydetect.cli.running.score import score
+from raydetect.cli.running.submit import submit
 from raydetect.cli.verify import verify
 from raydetect.errors import SpecError
 from raydetect.progress.activity import told
@@ -101,28 +100,6 @@ def check(job: Path, overrides: tuple[str, ...]) -> None:
     for line in lines:
         click.echo(line)
     click.echo(f"{job}: ready to {spec.kind}.")
-
-
-@main.command()
-@job_file
-@overrides
-@click.option("--address", required=True, help="Ray dashboard, http://HOST:8265.")
-@click.option("--no-wait", is_flag=True, help="Return as soon as the job is accepted.")
-def submit(job: Path, overrides: tuple[str, ...], address: str, no_wait: bool) -> None:
-    """Submit a job file to a cluster (Ray Jobs), follow its log and exit with its code."""
-    with errors(BAD_JOB):
-        values = job_values(job, overrides)
-        parse(values, job)
-        from raydetect.distributed import submit as jobs
-    with errors():
-        client, name = jobs.submit(address, values)
-        click.echo(f"Submitted {name} to {address}.", err=True)
-        if no_wait:
-            click.echo(name)
-            return
-        code = jobs.follow(client, name, lambda text: click.echo(text, nl=False))
-    click.echo(f"{name} ended with exit code {code}.", err=True)
-    sys.exit(code)
 
 
 @main.command()
@@ -246,5 +223,5 @@ def _px(size: tuple[int, int]) -> str:
     return f"{size[0]} x {size[1]}"
 
 
-for command in (audit, calibrate, doctor, evaluate, export, fit, init, plan, reflag, report, score, verify):
+for command in (audit, calibrate, doctor, evaluate, export, fit, init, plan, reflag, report, score, submit, verify):
     main.add_command(command)

@@ -76,6 +76,7 @@ def test_dependencies_are_pinned() -> None:
         *project["optional-dependencies"]["cpu"],
         *project["optional-dependencies"]["rasters"],
         *project["optional-dependencies"]["plot"],
+        *project["optional-dependencies"]["kubernetes"],
         *project["optional-dependencies"]["dev"],
         *project["optional-dependencies"]["docs"],
         *project["optional-dependencies"]["bench"],
@@ -113,13 +114,9 @@ def test_cluster_files_load_and_use_the_pinned_ray(path: Path) -> None:
     images = images_in(found) or re.findall(r"image: (\S+)", path.read_text())
     assert images and all(image.endswith(f"ray{PINNED_RAY.group(1)}") for image in images), images
     text = path.read_text()
-    assert re.search(r"RAY_AUTH_MODE\W+(value:\s*)?token", text)
-    for body in found:
-        if "kind" in body:
-            assert body["kind"] in ("RayCluster", "RayJob", "RayService", "ConfigMap", "CronJob") and body["apiVersion"]
-            spec = body.get("spec")
-            if body["kind"] == "RayCluster" and isinstance(spec, dict):
-                assert spec["rayVersion"] == PINNED_RAY.group(1)
+    assert re.search(r"RAY_AUTH_MODE\W+(value:\s*)?token|authOptions: {mode: token, ", text)
+    for version in re.findall(r"rayVersion: (.+)", text):
+        assert version == f'"{PINNED_RAY.group(1)}"'
 
 
 def test_ray_up_accepts_its_config() -> None:
@@ -131,15 +128,31 @@ def test_ray_up_accepts_its_config() -> None:
         validate_config({**config, "max_wokers": 3})
 
 
-def test_dockerfile_uses_the_pinned_ray_and_installs_this_project() -> None:
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.gpu"])
+def test_dockerfile_uses_the_pinned_ray_and_installs_this_project(name: str) -> None:
     assert PINNED_RAY is not None
-    text = (ROOT / "cluster" / "Dockerfile").read_text()
+    text = (ROOT / "cluster" / name).read_text()
     assert f"FROM rayproject/ray:{PINNED_RAY.group(1)}-py311" in text
     assert "constraints.txt" in text and "RAY_AUTH_MODE=token" in text
     assert f"ENV {CALLBACK}={BOUNDED}" in text
+    assert f"docker build -f cluster/{name} -t " in text
 
 
-@pytest.mark.parametrize("name", ["rayjob-score.yaml", "cronjob-audit.yaml"])
+def test_the_image_without_gpus_takes_torch_without_cuda_and_the_other_with_it() -> None:
+    plain, gpu = ((ROOT / "cluster" / name).read_text() for name in ("Dockerfile", "Dockerfile.gpu"))
+    index = "https://download.pytorch.org/whl/cpu"
+    assert f"ARG TORCH_INDEX={index}\n" in plain
+    assert f"--index-url {index}" in (ROOT / "docs" / "install.md").read_text()
+    first, second = re.findall(r"^RUN (.+?[^\\])$", plain, re.MULTILINE | re.DOTALL)
+    assert '--index-url "$TORCH_INDEX"' in first and "constraints.txt" in first
+    assert "torch.version.cuda is None" in second
+    (pattern,) = re.findall(r"grep -E '(.+?)'", first)
+    pinned = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if re.search(pattern, line)]
+    assert [line.partition("==")[0] for line in pinned] == ["torch", "torchvision"]
+    assert "INDEX" not in gpu and "torch.version.cuda is not None" in gpu and "[gpu,rasters]" in gpu
+
+
+@pytest.mark.parametrize("name", ["rayjob-score.yaml", "rayjob-gpu.yaml", "cronjob-audit.yaml"])
 def test_jobs_in_kubernetes_files_are_valid(name: str) -> None:
     bodies = documents(ROOT / "cluster" / name)
     config = next(body for body in bodies if body["kind"] == "ConfigMap")

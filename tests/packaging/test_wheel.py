@@ -152,9 +152,10 @@ def test_the_installation_page_has_every_extra() -> None:
     assert project["requires-python"] == f">={versions[0]}"
 
 
-def test_the_image_of_clusters_installs_extras_that_exist() -> None:
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.gpu"])
+def test_the_image_of_clusters_installs_extras_that_exist(name: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    text = (ROOT / "cluster" / "Dockerfile").read_text()
+    text = (ROOT / "cluster" / name).read_text()
     install = re.search(
         r"pip install .*-c /home/ray/raydetect/constraints\.txt '/home/ray/raydetect\[([\w,]+)\]'", text
     )

@@ -1,0 +1,1 @@
+"""Jobs on clusters of their own on Kubernetes, as RayJobs of KubeRay; `rayjob.yaml` is what they start from."""
