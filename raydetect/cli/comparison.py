@@ -61,7 +61,8 @@ def compare() -> tuple[list[Comparison], str]:
     rows = []
     for name in list_models():
         kind = detector_class(name)
-        needs = kind.info.images if kind.info.labels == "none" else f"{kind.info.images}, {kind.info.labels}"
+        also = [what for what in (kind.info.labels, kind.info.auxiliary) if what != "none"]
+        needs = ", ".join([kind.info.images, *also])
         fit = FITS.get(kind.phases, "training and one pass")
         measured = stored["detectors"].get(name, {})
         rows.append(Comparison(name, needs, kind.info.localises, fit, measured, kind.info.published))

@@ -54,6 +54,14 @@ class EvaluateSpec:
     detectors: Annotated[
         tuple[DetectorSpec, ...], Field(description="detectors to fit and evaluate; one line of the leaderboard each")
     ] = ()
+    auxiliary: Annotated[
+        SourceSpec | None,
+        Field(
+            description="images that train detectors which learn from others than those they score, as in a fit job; "
+            "none = for a detector that learns from other categories, the normal training images of all categories of "
+            "data but the evaluated one"
+        ),
+    ] = None
     grid: Annotated[
         Mapping[str, tuple[Any, ...]],
         Field(description="parameter values by name; every detector is fitted with every combination"),
@@ -83,6 +91,8 @@ class EvaluateSpec:
             raise ValueError("set detectors with data or archive, and not with results")
         if self.results and (self.grid or self.seeds != (0,)):
             raise ValueError("grid and seeds apply to detectors that are fitted; remove them with results")
+        if self.results and self.auxiliary is not None:
+            raise ValueError("auxiliary applies to detectors that are fitted; remove it with results")
         if self.grid and any(detector.ensemble for detector in self.detectors):
             raise ValueError("grid sets parameters of single detectors; list ensembles in a job of their own")
         if self.results and self.view != STRETCH:

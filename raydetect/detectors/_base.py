@@ -81,7 +81,7 @@ class DetectorInfo:
     paper: str
     venue: str
     summary: str
-    images: Literal["many normal", "none or a few normal"] = "many normal"
+    images: Literal["many normal", "a few normal", "none or a few normal"] = "many normal"
     labels: Literal["none", "some anomalous"] = "none"
     auxiliary: Auxiliary = "none"
     localises: bool = True
@@ -265,7 +265,9 @@ class Detector(abc.ABC):
         return [batch]
 
     def training_loss(self, piece: Any) -> Tensor:
-        """Scalar loss of a piece, a mean over images, with gradients; a piece is a `Batch` unless split further."""
+        """Scalar loss of a piece, a mean over images (or items of several), with gradients; a piece is a `Batch` unless
+        split further.
+        """
         raise TypeError(f"{type(self).__name__} has no train phase")
 
     def end_training(self) -> None:
@@ -319,10 +321,13 @@ class TrainingPlan:
         module: all trainable modules.
         optimizer: for the parameters of `module`.
         epochs: passes over the images.
-        batch_size: maximum number of images per batch, over all workers.
+        batch_size: maximum number of images per batch, over all workers; at least `images_per_item`.
         rate: learning rate multiplier as a function of completed epochs, such as 12.25.
         batches: maps (what is known of each key, epoch) to the keys per batch; None = all images in a keyed order,
             split evenly.
+        images_per_item: consecutive images of a batch that the loss looks at together, such as 2 for pairs; they are
+            never on different workers. If the images of an epoch leave an item incomplete, the first ones of its order
+            are used again to complete it.
         all_in_every_step: whether every loss uses every parameter; if not, unused parameters are not updated.
     """
 
@@ -332,4 +337,5 @@ class TrainingPlan:
     batch_size: int
     rate: Callable[[float], float] = lambda _: 1.0
     batches: Callable[[Mapping[str, Known], int], list[list[str]]] | None = None
+    images_per_item: int = 1
     all_in_every_step: bool = True

@@ -1,15 +1,16 @@
 """Trains a gradient-based detector on one or several workers, with the same global batches for any number of workers.
 
-Every worker holds all images and takes every size-th image of each global batch; gradients are averaged by
-DistributedDataParallel, and batch norms see the whole batch. The order depends on seed and epoch only, and an epoch
-is split into batches of nearly equal size, so that none is too small for the workers. Learning rates are a function
-of the completed epochs, so resuming needs only tensors.
+Every worker holds all images and takes every size-th item of each global batch: an image, or the images that a loss
+looks at together. Gradients are averaged by DistributedDataParallel, and batch norms see the whole batch. The
+order depends on seed and epoch only, and an epoch is split into batches of nearly equal size, so that none is too small
+for the workers. Learning rates are a function of the completed epochs, so resuming needs only tensors.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain, cycle, islice
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from raydetect.detectors._base import Detector, Known, TrainingPlan
 from raydetect.errors import RaydetectError, SpecError
 from raydetect.fitting.checkpoints import Checkpoints
 from raydetect.fitting.image_cache import ImageCache
+
+Part = TypeVar("Part")
 
 
 class TrainingDiverged(RaydetectError):
@@ -68,7 +71,7 @@ class Trainer:
 
         Raises:
             TrainingDiverged: a loss is not finite.
-            SpecError: a batch has fewer images than there are workers.
+            SpecError: a batch has fewer items than there are workers.
         """
         plan = self.detector.begin_training(len(self.keys))
         checkpoint = self.checkpoints.last() if self.checkpoints else None
@@ -135,25 +138,32 @@ class Trainer:
             factor = plan.rate(epoch + number / len(batches))
             for param_group, rate in zip(plan.optimizer.param_groups, rates, strict=True):
                 param_group["lr"] = rate * factor
-            mine = keys[self.group.rank :: self.group.size]
+            mine = self._share(keys, plan)
             share = len(mine) / len(keys)
-            draws = range(drawn, drawn + len(keys))[self.group.rank :: self.group.size]
+            draws = self._share(range(drawn, drawn + len(keys)), plan)
             drawn += len(keys)
             pieces = self.detector.training_pieces(self.cache.batch(mine, self.detector.device, epoch, draws))
             losses += [self._step(plan, loss_of, piece, share, epoch) for piece in pieces]
             on_progress(1, plan.epochs * len(batches))
         return sum(losses) / len(losses)
 
+    def _share(self, parts: Sequence[Part], plan: TrainingPlan) -> list[Part]:
+        """What belongs to this worker's images of a batch: every size-th item, whole."""
+        return [part for i, part in enumerate(parts) if i // plan.images_per_item % self.group.size == self.group.rank]
+
     def _batches(self, plan: TrainingPlan, epoch: int) -> list[list[str]]:
+        each = plan.images_per_item
         if plan.batches is not None:
             images = {key: self.cache.images[key] for key in self.keys}
             known = {key: Known(image.label or 0, image.category) for key, image in images.items()}
             batches = plan.batches(known, epoch)
         else:
-            batches = even_batches(shuffled(self.keys, self.detector.seed, epoch), plan.batch_size)
-        if min(map(len, batches)) < self.group.size:
+            items = whole_items(shuffled(self.keys, self.detector.seed, epoch), each)
+            batches = [list(chain(*batch)) for batch in even_batches(items, plan.batch_size // each)]
+        if min(map(len, batches)) // each < self.group.size:
+            what = "images" if each == 1 else f"sets of {each} images"
             raise SpecError(
-                f"{len(self.keys)} images in batches of {plan.batch_size} leave a batch with fewer images than the "
+                f"{len(self.keys)} images in batches of {plan.batch_size} leave a batch with fewer {what} than the "
                 f"{self.group.size} workers. Lower resources.num_workers."
             )
         return batches
@@ -172,13 +182,21 @@ class Trainer:
         return value
 
 
-def even_batches(keys: list[str], batch_size: int) -> list[list[str]]:
-    """Splits keys into consecutive batches of at most `batch_size`; sizes differ by at most one, smaller ones last."""
-    count = -(-len(keys) // batch_size)
-    least, longer = divmod(len(keys), count)
-    batches, start = [], 0
+def whole_items(order: Sequence[str], images_per_item: int) -> list[list[str]]:
+    """Consecutive items of an epoch's order; the last one is completed with the first keys, so that all are used."""
+    missing = -len(order) % images_per_item
+    keys = [*order, *islice(cycle(order), missing)]
+    return [keys[start : start + images_per_item] for start in range(0, len(keys), images_per_item)]
+
+
+def even_batches(items: Sequence[Part], batch_size: int) -> list[list[Part]]:
+    """Splits items into consecutive batches of at most `batch_size`; sizes differ by at most one, smaller ones last."""
+    count = -(-len(items) // batch_size)
+    least, longer = divmod(len(items), count)
+    batches: list[list[Part]] = []
+    start = 0
     for number in range(count):
         stop = start + least + (number < longer)
-        batches.append(keys[start:stop])
+        batches.append(list(items[start:stop]))
         start = stop
     return batches

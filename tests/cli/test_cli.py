@@ -119,7 +119,7 @@ def test_shell_completion_works() -> None:
 
 def test_detectors_are_listed_with_defaults_and_doc_lines() -> None:
     listed = call("detectors").output
-    sizes = {"winclip": [0, 0], "devnet": [448, 448], "differnet": [448, 448]}  # CLIP models have a size of their own
+    sizes = {"winclip": [0, 0], "devnet": [448, 448], "differnet": [448, 448], "regad": [224, 224]}
     for name in list_models():
         assert any(line.startswith(name) for line in listed.splitlines())
         described = call("detectors", name).output

@@ -13,6 +13,7 @@ from raydetect.detectors._registry import build_detector, detector_class, unused
 from raydetect.local import jobs
 from raydetect.storage import Storage
 from tests.builders.archives import normal_files, pack
+from tests.builders.auxiliary import auxiliary_of
 from tests.builders.images import DEFECTS, defect_image, encode, normal_image
 
 SIZE_PX = 64
@@ -166,6 +167,18 @@ CASES = (
         },
     ),
     Case(
+        "regad",
+        {},
+        floor=0.8,
+        pixel_floor=0.8,
+        bad={
+            "multiple of 16 px": {"image_size": [100, 100]},
+            "k_shot": {"k_shot": 0},
+            "batch_size": {"batch_size": 0},
+            "resnet34": {"backbone": "resnet50"},
+        },
+    ),
+    Case(
         "riad",
         {},
         floor=0.8,
@@ -252,6 +265,7 @@ def _fit(case: Case, folder: str, params: dict[str, Any], images: int, shard_ima
             "detector": {"name": case.name, "preset": "smoke", "params": params},
             "artifact": f"memory://{folder}/artifact",
             "seed": seed,
+            **auxiliary_of(case.name, folder=f"memory://{folder}/auxiliary"),
             "batch_size": 8,
             "resources": {"cpus_per_worker": 1},
         },

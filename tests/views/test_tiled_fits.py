@@ -12,13 +12,15 @@ from raydetect.archives.base import chunk_members
 from raydetect.archives.open import open_archive
 from raydetect.artifacts.record import read_record
 from raydetect.blocks.coresets.group import Group
-from raydetect.config import FitSpec, parse_job
+from raydetect.config import FitSpec, SourceSpec, parse_job
 from raydetect.detectors._registry import detector_class
 from raydetect.errors import SpecError
 from raydetect.fitting.fit_run import FitRun
 from raydetect.fitting.worker import fit_worker
+from raydetect.records import Chunk
 from raydetect.storage import Storage
 from tests.builders.archives import pack
+from tests.builders.auxiliary import auxiliary_of
 from tests.builders.group import together
 from tests.builders.images import encode, normal_image
 from tests.contracts.cases import CASES, Case
@@ -43,6 +45,7 @@ def spec_of(case: Case, artifact: str, **changes: Any) -> FitSpec:
         "calibration": {"holdout_ratio": 0.25},
         "batch_size": 8,
         "view": TILED,
+        **auxiliary_of(case.name, folder="memory://views/auxiliary"),
         **changes,
     }
     spec = parse_job(values, "job")
@@ -52,14 +55,18 @@ def spec_of(case: Case, artifact: str, **changes: Any) -> FitSpec:
 
 def fit_over(spec: FitSpec, size: int) -> None:
     """Fits over `size` workers as threads; every worker reads some of the chunks."""
-    archive = open_archive(spec.source, Storage())
-    chunks = [c for s in archive.shards() for c in chunk_members(s, archive.read(s), 2, 1 << 30)]
+    chunks, auxiliary = _chunks(spec.source), None if spec.auxiliary is None else _chunks(spec.auxiliary)
 
     def work(group: Group) -> object:
-        mine = [chunk for i, chunk in enumerate(chunks) if i % size == group.rank]
-        return fit_worker(spec, mine, None, group, lambda *_: None, torch.device("cpu"))
+        mine, other = (part and part[group.rank :: size] for part in (chunks, auxiliary))
+        return fit_worker(spec, mine or [], None, group, lambda *_: None, torch.device("cpu"), other)
 
     together(size, work)
+
+
+def _chunks(source: SourceSpec) -> list[Chunk]:
+    archive = open_archive(source, Storage())
+    return [c for s in archive.shards() for c in chunk_members(s, archive.read(s), 2, 1 << 30)]
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ from raydetect.detectors._base import Detector
 from raydetect.detectors._ensemble import Ensemble
 from raydetect.detectors._registry import list_models
 from tests.builders.archives import mixed_files, normal_files, pack
+from tests.builders.auxiliary import auxiliary_of
 from tests.builders.images import DEFECTS, defect_image, encode
 from tests.contracts.cases import CASES, Case
 from tests.whole_jobs.conftest import Line
@@ -48,6 +49,7 @@ def job(line: Line, workers: int) -> str:
         "storage": line.store.settings,
         "calibration": {"holdout_ratio": 0.4},
         "batch_size": 8,
+        **auxiliary_of(*list_models(), folder=line.store.uri("others"), storage=line.store.storage),
         "resources": {"num_workers": workers, "cpus_per_worker": 1},
     }
     return write_job(line.folder / f"all{workers}.yaml", values)

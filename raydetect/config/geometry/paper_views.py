@@ -34,6 +34,7 @@ PAPER_VIEWS: Mapping[str, PaperView] = {
     "fastflow": AT_DEFAULT_SIZE,
     "memseg": AT_DEFAULT_SIZE,
     "patchcore": CENTRE_224,
+    "regad": AT_DEFAULT_SIZE,
     "riad": AT_DEFAULT_SIZE,
     "simplenet": CENTRE_224,  # the paper's; the script of its authors uses 329 and 288 px
     "spade": CENTRE_224,
