@@ -72,11 +72,13 @@ def fitted(name: str, device: Any) -> Any:
     from raydetect.blocks.coresets.group import Group
     from raydetect.config import FitSpec
     from raydetect.config.validation import validate
+    from raydetect.detectors._registry import detector_class
     from raydetect.fitting.fit_run import FitRun
     from raydetect.fitting.image_cache import CachedImage, ImageCache
     from raydetect.fitting.reading.counts import ReadFacts
     from raydetect.fitting.timings import Phases
     from raydetect.images.preprocess import Preprocess
+    from tests.builders.auxiliary import other_images
     from tests.builders.images import DEFECTS, defect_image, normal_image
 
     cache = ImageCache(Preprocess((SIZE_PX, SIZE_PX)))
@@ -85,7 +87,7 @@ def fitted(name: str, device: Any) -> Any:
         if number % 4 == 0:
             image_HWC, _ = defect_image(number, DEFECTS[number // 4 % len(DEFECTS)], SIZE_PX)
             cache.add(CachedImage(f"defect-{number:03d}", 1, None), image_HWC)
-    job = {
+    job: dict[str, Any] = {
         "kind": "fit",
         "source": {"uri": "generated images"},
         "detector": {"name": name, "preset": "smoke", "params": chosen_params(name)},
@@ -93,8 +95,11 @@ def fitted(name: str, device: Any) -> Any:
         "batch_size": BATCH,
         "calibration": {"holdout_ratio": 0.2},
     }
+    if detector_class(name).info.auxiliary == "other categories":
+        job["auxiliary"] = {"uri": "generated images"}
     spec = validate(FitSpec, job, name)
-    run = FitRun(spec, None, Group(), cache, None, lambda *_: None, device, "generated images", Phases())
+    auxiliary = other_images(IMAGES, SIZE_PX) if "auxiliary" in job else None
+    run = FitRun(spec, None, Group(), cache, None, lambda *_: None, device, "generated images", Phases(), auxiliary)
     return run.fit(ReadFacts()).detector
 
 

@@ -1,7 +1,8 @@
 """Fits every detector on real images with its job file in this folder and writes its accuracy (`make reproduce`).
 
 Images come from the folder in RAYDETECT_DATA. Detectors are fitted on the training images only; those that need labels
-also get eight defective test images, which are then excluded from the evaluation. Settings are in the job files, the
+also get eight defective test images, which are then excluded from the evaluation. Those that learn from other
+categories are trained on normal images of the other data sets. Settings are in the job files, the
 seed is 0 and the last epoch is used. Some jobs were moved closer to the paper's settings after a first run fell short
 on the test images; their files state the result of that run.
 """
@@ -46,6 +47,7 @@ CATEGORIES = {
     MIXED: ("mvtec_bottle_256", "hazelnut_toy", "cookie_aws_half", "deeppcb_92000")
 }  # fitted on as one source
 DATA = {"mvtec_bottle_256": None, "hazelnut_toy": ("patchcore", "spade", "stfpm"), MIXED: ("uniad",)}  # None: all
+MOST_OTHERS = 60  # images of each, evenly spaced
 COMPARED = "mvtec_bottle_256"
 MEASURED = HERE.parents[1] / "raydetect" / "detectors" / "measured.json"
 LABELLED = 8
@@ -94,15 +96,29 @@ def lay_out(pictures: Sequence[Picture], folder: Path) -> None:
         shutil.copy(picture.path, path)
 
 
+def lay_out_others(root: Path, data: str, folder: Path) -> None:
+    """Copies normal images of the other data sets to `<data set>/<number>`."""
+    for name in sorted(set(CATEGORIES[MIXED]) - {data}):
+        pictures = listed(root / name, "train")
+        (folder / name).mkdir(parents=True)
+        for number in np.linspace(0, len(pictures) - 1, min(MOST_OTHERS, len(pictures))).round().astype(int):
+            path = pictures[number].path
+            shutil.copy(path, folder / name / f"{number:04d}{path.suffix}")
+
+
 def stated(name: str) -> dict[str, Any]:
     """The name and parameters of the detector in a job file of this folder."""
     found = parse_yaml((HERE / f"{name}.yaml").read_text(), name)["detector"]
     return {"params": {}, **found}
 
 
-def fit(name: str, data: Path, source: Path, artifact: Path) -> tuple[int, str, float]:
-    """(exit code, last line, seconds) of `raydetect fit`; `textures` in the job file is a folder within `data`."""
+def fit(name: str, data: Path, source: Path, artifact: Path, others: Path) -> tuple[int, str, float]:
+    """(exit code, last line, seconds) of `raydetect fit`; `textures` in the job file is a folder within `data`, and
+    `others` has what `lay_out_others` has written, if the detector learns from it.
+    """
     overrides = {"source.uri": source, "source.pattern": "train/{defect}/{name}", "artifact": artifact}
+    if others.exists():
+        overrides |= {"auxiliary.uri": others, "auxiliary.pattern": "{category}/{name}"}
     params = stated(name)["params"]
     folder = os.environ.get("RAYDETECT_WEIGHTS")
     if folder and params.get("backbone") and "weights" not in params:
@@ -188,7 +204,10 @@ def reproduce(name: str, data: str, folder: Path) -> dict[str, Any]:
     figures: dict[str, Any] = {"detector": name, "data": data, "train": len(train), "test": len(test)}
     with tempfile.TemporaryDirectory(prefix="raydetect-reproduce-") as temporary:
         lay_out(train, Path(temporary) / "data")
-        code, message, seconds = fit(name, folder, Path(temporary) / "data", Path(temporary) / "artifact")
+        place = Path(temporary)
+        if detector_class(stated(name)["name"]).info.auxiliary == "other categories":
+            lay_out_others(folder, data, place / "others")
+        code, message, seconds = fit(name, folder, place / "data", place / "artifact", place / "others")
         if code:
             return {**figures, "not_run": message.removeprefix("Error: ")}
         artifact = load_artifact(normalise_uri(f"{temporary}/artifact"), Storage())

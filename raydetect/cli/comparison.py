@@ -70,7 +70,8 @@ def compare() -> dict[str, list[Comparison]]:
     groups: dict[str, list[Comparison]] = {}
     for name in list_models():
         kind = detector_class(name)
-        needs = kind.info.images if kind.info.labels == "none" else f"{kind.info.images} and {kind.info.labels}"
+        also = [what for what in (kind.info.labels, kind.info.auxiliary) if what != "none"]
+        needs = " and ".join([kind.info.images, *also])
         fit = FITS.get(kind.phases, "training and one pass")
         measured = stored["detectors"].get(name, {})
         settings = settings_text(name, measured) if measured else ""

@@ -61,6 +61,14 @@ class EvaluateSpec:
             "them, as for UniAD. Figures are of each category and their mean at either"
         ),
     ] = True
+    auxiliary: Annotated[
+        SourceSpec | None,
+        Field(
+            description="images that train detectors which learn from others than those they score, as in a fit job; "
+            "none = for a detector that learns from other categories, the normal training images of all categories of "
+            "data but the evaluated one"
+        ),
+    ] = None
     grid: Annotated[
         Mapping[str, tuple[Any, ...]],
         Field(description="parameter values by name; every detector is fitted with every combination"),
@@ -88,20 +96,25 @@ class EvaluateSpec:
             raise ValueError("set exactly one of data, archive and results")
         if bool(self.results) == bool(self.detectors):
             raise ValueError("set detectors with data or archive, and not with results")
-        if self.data is None and not self.per_category:
-            raise ValueError("per_category applies to data; an archive always fits one detector for all its images")
+        self._check_categories()
         if self.results and (self.grid or self.seeds != (0,)):
             raise ValueError("grid and seeds apply to detectors that are fitted; remove them with results")
+        if self.results and self.auxiliary is not None:
+            raise ValueError("auxiliary applies to detectors that are fitted; remove it with results")
         if self.grid and any(detector.ensemble for detector in self.detectors):
             raise ValueError("grid sets parameters of single detectors; list ensembles in a job of their own")
         if self.results and self.view != STRETCH:
             raise ValueError("view applies to detectors that are fitted; remove it with results")
+        for detector in self.detectors:
+            view_of_presets(detector.members, self.view)
+        if self.resources.bank_shards != 1:
+            raise ValueError("resources.bank_shards applies to scoring jobs only; remove it")
+
+    def _check_categories(self) -> None:
+        if self.data is None and not self.per_category:
+            raise ValueError("per_category applies to data; an archive always fits one detector for all its images")
         if self.view.has_files_of_category and (self.data is None or not self.per_category):
             raise ValueError(
                 "view.region has a mask for each {category}, or view.align_to a picture, but one detector is fitted "
                 "for all categories; name one"
             )
-        for detector in self.detectors:
-            view_of_presets(detector.members, self.view)
-        if self.resources.bank_shards != 1:
-            raise ValueError("resources.bank_shards applies to scoring jobs only; remove it")

@@ -81,7 +81,7 @@ class DetectorInfo:
     paper: str
     venue: str
     summary: str
-    images: Literal["many normal", "none or a few normal"] = "many normal"
+    images: Literal["many normal", "a few normal", "none or a few normal"] = "many normal"
     labels: Literal["none", "some anomalous"] = "none"
     auxiliary: Auxiliary = "none"
     localises: bool = True

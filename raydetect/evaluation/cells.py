@@ -14,8 +14,10 @@ from raydetect.config import DetectorSpec, EvaluateSpec, ViewSpec, public_spec, 
 from raydetect.config.fit import STANDARD
 from raydetect.config.geometry.paper_views import view_of_presets
 from raydetect.config.validation import digest, to_plain
+from raydetect.detectors._base import Auxiliary
 from raydetect.detectors._registry import build_from
 from raydetect.errors import DamagedError, SpecError
+from raydetect.fitting.reading.auxiliary import NEEDED, auxiliary_kind
 from raydetect.storage import Storage, join_uri, normalise_uri
 
 FORMAT_VERSION = 1
@@ -47,11 +49,20 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """An evaluation job with its data listed; nothing is fitted or written yet."""
+    """An evaluation job with its data listed; nothing is fitted or written yet.
+
+    Attributes:
+        spec: the job.
+        cells: what is to be evaluated.
+        images: of the categories to evaluate; empty for an archive.
+        others: normal training images of all categories of the data set, for detectors that learn from other
+            categories; empty if there are none, or the job names `auxiliary`.
+    """
 
     spec: EvaluateSpec
     cells: tuple[Cell, ...]
     images: tuple[Labelled, ...]
+    others: tuple[Labelled, ...] = ()
 
     @property
     def output(self) -> str:
@@ -95,18 +106,55 @@ def plan_evaluation(spec: EvaluateSpec) -> Evaluation:
     settings = {
         name: value
         for name, value in result_settings(public_spec(spec)).items()
-        if name not in ("detectors", "grid", "seeds", "output", "view", "per_category")  # cells have a category
+        if name not in ("detectors", "grid", "seeds", "output", "view", "per_category", "auxiliary")
     }
+    others = _others(spec)
     cells = []
     for detector, line in _lines(spec):
         for (category, fingerprint), seed in itertools.product(groups.items(), spec.seeds):
             own = {"detector": to_plain(detector), "seed": seed, "category": category, "data": fingerprint}
             cell = Cell(detector, line, category, seed, "")
             view = _view(spec, cell)
-            cells.append(replace(cell, digest=digest({**settings, **own, **view})))
+            auxiliary = _auxiliary(spec, cell, others)
+            cells.append(replace(cell, digest=digest({**settings, **own, **view, **auxiliary})))
     if len({cell.digest for cell in cells}) != len(cells):
         raise SpecError("detectors: two of them are identical, with the same parameters. Keep one.")
-    return Evaluation(spec, tuple(cells), images)
+    if spec.auxiliary is not None and all(learns_from(cell) == "none" for cell in cells):
+        raise SpecError("auxiliary: no detector of the job learns from auxiliary images. Remove it.")
+    return Evaluation(spec, tuple(cells), images, others)
+
+
+def learns_from(cell: Cell) -> Auxiliary:
+    """What the detector of a cell learns from besides the images of its category."""
+    return auxiliary_kind(build_from(cell.detector, cell.seed))
+
+
+def _others(spec: EvaluateSpec) -> tuple[Labelled, ...]:
+    """Normal training images of all categories of a data set, if a detector needs them and the job names no others."""
+    kinds = {auxiliary_kind(build_from(detector, 0)) for detector, _ in _lines(spec)}
+    if spec.data is None or spec.auxiliary is not None or "other categories" not in kinds:
+        return ()
+    images = read_layout(replace(spec.data, categories=()), Storage(spec.storage))
+    return tuple(image for image in images if image.split == "train" and image.label == 0)
+
+
+def _auxiliary(spec: EvaluateSpec, cell: Cell, others: tuple[Labelled, ...]) -> dict[str, Any]:
+    """What determines the training of a cell on auxiliary images; empty if there is none.
+
+    Raises:
+        SpecError: there are no images of other categories.
+    """
+    kind = learns_from(cell)
+    if kind == "none":
+        return {}
+    if spec.auxiliary is not None:
+        archive = open_archive(spec.auxiliary, Storage(source_storage(spec, spec.auxiliary)))
+        settings = result_settings(public_spec(spec))["auxiliary"]
+        return {"auxiliary": {"source": settings, "data": archive_fingerprint(archive.shards())}}
+    mine = [] if cell.category is None else [image for image in others if image.category != cell.category]
+    if not mine:
+        raise SpecError(f"auxiliary: {cell.detector.title} learns from {NEEDED[kind]}. Name them there.")
+    return {"auxiliary": digest(mine)}
 
 
 def cell_view(spec: EvaluateSpec, cell: Cell) -> ViewSpec:

@@ -1,6 +1,6 @@
 """Runs a cell (fit, scoring, metrics) in this process or in a Ray task; pixels do not leave it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from raydetect.blocks.coresets.group import Group
 from raydetect.config import FIT_CHUNK_BYTES, FIT_CHUNK_IMAGES, FitSpec, SourceSpec, source_storage
 from raydetect.config.validation import to_plain, validate
 from raydetect.errors import RaydetectError
-from raydetect.evaluation.cells import Cell, Evaluation, cell_view
+from raydetect.evaluation.cells import Cell, Evaluation, cell_view, learns_from
 from raydetect.evaluation.labelled_images import EvaluationOutcome, evaluate_images, member_chunks, peak_memory_bytes
 from raydetect.fitting.fit_run import ProgressCallback
 from raydetect.fitting.worker import fit_worker
@@ -37,7 +37,8 @@ def run_cell(evaluation: Evaluation, cell: Cell, on_progress: ProgressCallback) 
     spec, uri = evaluation.spec, join_uri(evaluation.output, "artifacts", cell.name)
     device = _device(spec.resources.gpus_per_worker)
     fit_spec = cell_fit_spec(evaluation, cell, uri)
-    report = fit_worker(fit_spec, cell_chunks(evaluation, cell, "train"), None, Group(), on_progress, device)
+    auxiliary = None if fit_spec.auxiliary is None else auxiliary_chunks(evaluation, cell)
+    report = fit_worker(fit_spec, cell_chunks(evaluation, cell, "train"), None, Group(), on_progress, device, auxiliary)
     assert report is not None
     artifact = load_artifact(report.uri, Storage(spec.storage))
     artifact.detector.to(device)
@@ -59,6 +60,7 @@ def run_cell(evaluation: Evaluation, cell: Cell, on_progress: ProgressCallback) 
         "weights": facts["weights"],
         "fitted_images": facts["images"]["fitted"],
         **({"hints": facts["hints"]} if "hints" in facts else {}),
+        **({"auxiliary": facts["auxiliary"]} if "auxiliary" in facts else {}),
         "fit_seconds": round(sum(facts["seconds"].values()), 3),
         "categories": figures,
         "packages": package_versions(),
@@ -117,6 +119,7 @@ def cell_fit_spec(evaluation: Evaluation, cell: Cell, uri: str) -> FitSpec:
         "calibration": {"holdout_ratio": spec.holdout_ratio},
         "preprocess": spec.preprocess,
         "view": cell_view(spec, cell),
+        "auxiliary": cell_auxiliary(evaluation, cell),
         "resources": spec.resources,
     }
     return validate(FitSpec, values, "evaluate")
@@ -131,16 +134,37 @@ def cell_source(evaluation: Evaluation, split: str) -> SourceSpec:
     return SourceSpec(uri=normalise_uri(spec.data.uri), format="prefix")
 
 
+def cell_auxiliary(evaluation: Evaluation, cell: Cell) -> SourceSpec | None:
+    """Returns where the auxiliary images of the detector of a cell are; None if it learns from none."""
+    if learns_from(cell) == "none":
+        return None
+    return evaluation.spec.auxiliary or cell_source(evaluation, "train")
+
+
+def auxiliary_chunks(evaluation: Evaluation, cell: Cell) -> Iterator[Chunk]:
+    """Yields the images of `cell_auxiliary`: those of the job, or of all categories of the data set but the cell's."""
+    if evaluation.spec.auxiliary is not None:
+        return _archive_chunks(evaluation, evaluation.spec.auxiliary)
+    return _chosen_chunks(evaluation, [image for image in evaluation.others if image.category != cell.category])
+
+
 def cell_chunks(evaluation: Evaluation, cell: Cell, split: str) -> Iterator[Chunk]:
-    """Yields the images of a cell's split, which are read as they are needed."""
-    source = cell_source(evaluation, split)
-    storage = Storage(source_storage(evaluation.spec, source))
-    if evaluation.spec.archive is None:
-        root = normalise_uri(source.uris()[0])
-        chosen = [i for i in evaluation.images if i.split == split and cell.category in (None, i.category)]
-        yield from member_chunks((_member(image, root, storage) for image in chosen), FIT_CHUNK_IMAGES)
-        return
-    archive = open_archive(source, storage)
+    """Returns the images of a cell's split, which are read as they are needed."""
+    if evaluation.spec.archive is not None:
+        return _archive_chunks(evaluation, cell_source(evaluation, split))
+    chosen = [i for i in evaluation.images if i.split == split and cell.category in (None, i.category)]
+    return _chosen_chunks(evaluation, chosen)
+
+
+def _chosen_chunks(evaluation: Evaluation, chosen: Iterable[Labelled]) -> Iterator[Chunk]:
+    """Yields some images of the data set."""
+    source = cell_source(evaluation, "train")
+    storage, root = Storage(source_storage(evaluation.spec, source)), normalise_uri(source.uris()[0])
+    return member_chunks((_member(image, root, storage) for image in chosen), FIT_CHUNK_IMAGES)
+
+
+def _archive_chunks(evaluation: Evaluation, source: SourceSpec) -> Iterator[Chunk]:
+    archive = open_archive(source, Storage(source_storage(evaluation.spec, source)))
     for shard in archive.shards():
         yield from read_chunks(archive, shard, source, FIT_CHUNK_IMAGES, FIT_CHUNK_BYTES)
 

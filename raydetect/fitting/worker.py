@@ -60,7 +60,7 @@ def fit_worker(
             calibration_cache, _ = _read(
                 spec, spec.calibration.source, calibration, group, on_progress, "read calibration images"
             )
-        auxiliary_images = None if auxiliary is None else _read_auxiliary(spec, auxiliary, group, on_progress)
+        auxiliary_images = None if auxiliary is None else read_auxiliary(spec, auxiliary, group, on_progress)
     where = ", ".join(spec.source.uris()) + read.labels_text
     work = FitRun(
         spec,
@@ -79,10 +79,20 @@ def fit_worker(
     return fit_fleet(work, read) if spec.per_category else work.run(read)
 
 
-def _read_auxiliary(
+def read_auxiliary(
     spec: FitSpec, chunks: Iterable[Chunk], group: Group, on_progress: ProgressCallback
 ) -> AuxiliaryImages:
-    """Reads auxiliary images at the size of the others; a region or alignment is of the parts to score alone."""
+    """Reads auxiliary images at the size of the others; a region or alignment is of the parts to score alone.
+
+    Args:
+        spec: the job, with `auxiliary`.
+        chunks: this worker's encoded auxiliary images.
+        group: the workers.
+        on_progress: progress callback.
+
+    Raises:
+        RaydetectError: images are bad and the job does not allow it, or masks are missing.
+    """
     assert spec.auxiliary is not None
     detector = build_from(spec.detector, spec.seed)
     require_auxiliary(spec, detector)

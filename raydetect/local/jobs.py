@@ -36,15 +36,16 @@ def fit(spec: FitSpec, on_progress: ProgressCallback) -> FitReport:
         TooManyBadRows: too many images of the source are bad.
     """
     calibration, auxiliary = (
-        None if source is None else _chunks(spec, source) for source in (spec.calibration.source, spec.auxiliary)
+        None if source is None else read_source(spec, source) for source in (spec.calibration.source, spec.auxiliary)
     )
     device = _device(spec.resources.gpus_per_worker)
-    report = fit_worker(spec, _chunks(spec, spec.source), calibration, Group(), on_progress, device, auxiliary)
+    report = fit_worker(spec, read_source(spec, spec.source), calibration, Group(), on_progress, device, auxiliary)
     assert report is not None
     return report
 
 
-def _chunks(spec: FitSpec | CalibrateSpec, source: SourceSpec) -> Iterator[Chunk]:
+def read_source(spec: FitSpec | CalibrateSpec, source: SourceSpec) -> Iterator[Chunk]:
+    """Yields the encoded images of a source of a job, which are read as they are needed."""
     archive = open_archive(source, Storage(source_storage(spec, source)))
     for shard in archive.shards():
         yield from read_chunks(archive, shard, source, FIT_CHUNK_IMAGES, FIT_CHUNK_BYTES)
@@ -89,7 +90,7 @@ def calibrate(spec: CalibrateSpec, on_progress: ProgressCallback) -> Recalibrate
     Raises:
         RaydetectError: the artifact or the images cannot be used.
     """
-    return recalibrate(spec, _chunks(spec, spec.source), on_progress, _device(spec.resources.gpus_per_worker))
+    return recalibrate(spec, read_source(spec, spec.source), on_progress, _device(spec.resources.gpus_per_worker))
 
 
 def _device(gpus: float) -> torch.device:

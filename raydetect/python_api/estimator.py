@@ -12,7 +12,7 @@ import torch
 
 from raydetect.artifacts.replacement import refuse_existing
 from raydetect.artifacts.store import load_artifact, save_artifact
-from raydetect.config import AT_LEAST_2X, STRETCH, DetectorSpec, FitSpec, JpegScale, ViewSpec
+from raydetect.config import AT_LEAST_2X, STRETCH, DetectorSpec, FitSpec, JpegScale, SourceSpec, ViewSpec
 from raydetect.config.validation import to_plain, validate
 from raydetect.detectors._describe import (
     call_text,
@@ -102,6 +102,7 @@ class Estimator(Scoring):
         holdout_ratio: float | None = None,
         jpeg_scale: JpegScale = AT_LEAST_2X,
         view: ViewSpec | Mapping[str, Any] = STRETCH,
+        auxiliary: SourceSpec | Mapping[str, Any] | None = None,
         progress: bool = True,
     ) -> "Estimator":
         """Fits on normal images and returns the model; replaces an earlier fit.
@@ -118,6 +119,8 @@ class Estimator(Scoring):
                 "full". Arrays and PIL images are taken as they are.
             view: which parts of an image the detector looks at and at which size, now and whenever the model scores;
                 a mapping as in a job file, such as `{"tile": {"overlap": 32}}`.
+            auxiliary: images for a detector that learns from others than those it scores, as a source of a job file,
+                such as `{"uri": "others/", "pattern": "{category}/{name}"}`.
             progress: whether to show the progress of a fit that takes more than two seconds.
 
         Raises:
@@ -128,7 +131,7 @@ class Estimator(Scoring):
         refuse_duplicates(inputs)
         if learns_from_labels(build_from(self.spec, self.seed)) and all(image.label != 1 for image in inputs):
             raise SpecError(f"{self.spec.title}: needs labelled anomalous images. Call fit(images, y=labels).")
-        spec = self._fit_spec(len(inputs), holdout_ratio, jpeg_scale, view)
+        spec = self._fit_spec(len(inputs), holdout_ratio, jpeg_scale, view, auxiliary)
         with running(spec.resources.cpus_per_worker, progress) as on_progress:
             self._fitted = fit_inputs(spec, inputs, torch.device(self.settings.device), on_progress)
         self._is_renamed = False
@@ -257,7 +260,12 @@ class Estimator(Scoring):
         return call_text(self.spec, self.seed)
 
     def _fit_spec(
-        self, count: int, holdout_ratio: float | None, jpeg_scale: str, view: ViewSpec | Mapping[str, Any]
+        self,
+        count: int,
+        holdout_ratio: float | None,
+        jpeg_scale: str,
+        view: ViewSpec | Mapping[str, Any],
+        auxiliary: SourceSpec | Mapping[str, Any] | None,
     ) -> FitSpec:
         """The equivalent fit job, for the fitting code and for the record."""
         settings = self.settings
@@ -273,6 +281,7 @@ class Estimator(Scoring):
             "calibration": {"holdout_ratio": holdout_ratio},
             "preprocess": {"jpeg_scale": jpeg_scale},
             "view": view,
+            "auxiliary": auxiliary,
             "resources": {"cpus_per_worker": settings.num_threads, "gpus_per_worker": gpus},
         }
         return validate(FitSpec, values, "fit")

@@ -19,7 +19,9 @@ from raydetect.fitting.fit_run import FitRun, Fitted, ProgressCallback
 from raydetect.fitting.image_cache import ImageCache
 from raydetect.fitting.reading.counts import ReadFacts
 from raydetect.fitting.timings import Phases, torch_threads
+from raydetect.fitting.worker import read_auxiliary
 from raydetect.images.decode import Pixels
+from raydetect.local.jobs import read_source
 from raydetect.progress.displays import shown
 from raydetect.python_api.inputs import BadImagesError, InputImage, decode_inputs
 from raydetect.records import Member
@@ -104,8 +106,11 @@ def fit_inputs(spec: FitSpec, inputs: list[InputImage], device: torch.device, on
             pixels = cache.add_decoded(Member(image.key, image.key, label=image.label), decoded)
             sizes[pixels.width or 0, pixels.height or 0] += 1
             on_progress("read images", 1, len(inputs))
+        auxiliary = None
+        if spec.auxiliary is not None:
+            auxiliary = read_auxiliary(spec, read_source(spec, spec.auxiliary), Group(), on_progress)
     read = ReadFacts(hints=tuple(hints(sizes, preprocess.view, preprocess.image_size)))
-    return FitRun(spec, None, Group(), cache, None, on_progress, device, WHERE, phases).fit(read)
+    return FitRun(spec, None, Group(), cache, None, on_progress, device, WHERE, phases, auxiliary).fit(read)
 
 
 def score_inputs(

@@ -33,6 +33,7 @@ ELSEWHERE = {
     "progress": "fit(images, progress=...), and likewise in every call that scores",
     "holdout_ratio": "fit(images, holdout_ratio=...)",
     "view": "fit(images, view=...)",
+    "auxiliary": "fit(images, auxiliary=...)",
     "jpeg_scale": "fit(images, jpeg_scale=...)",
     "alpha": "predict(images, alpha=...)",
 }

@@ -119,8 +119,8 @@ def test_shell_completion_works() -> None:
 
 def test_detectors_are_listed_with_defaults_and_doc_lines() -> None:
     listed = call("detectors").output
-    sizes = {"devnet": [448, 448], "differnet": [448, 448], "uniad": [224, 224], "aprilgan": [518, 518]}
-    sizes |= {"winclip": [0, 0], "pyramidflow": [0, 0]}  # one that depends on the backbone
+    sizes = {"devnet": [448, 448], "differnet": [448, 448], "uniad": [224, 224], "regad": [224, 224]}
+    sizes |= {"aprilgan": [518, 518], "winclip": [0, 0], "pyramidflow": [0, 0]}  # one that depends on the backbone
     for name in list_models():
         assert any(line.startswith(name) for line in listed.splitlines())
         described = call("detectors", name).output

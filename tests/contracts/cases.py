@@ -230,6 +230,18 @@ CASES = (
         variant="ssot",
     ),
     Case(
+        "regad",
+        {},
+        floor=0.8,
+        pixel_floor=0.8,
+        bad={
+            "multiple of 16 px": {"image_size": [100, 100]},
+            "k_shot": {"k_shot": 0},
+            "batch_size": {"batch_size": 0},
+            "resnet34": {"backbone": "resnet50"},
+        },
+    ),
+    Case(
         "riad",
         {},
         floor=0.8,

@@ -176,6 +176,17 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "projector_learning_rate": 1e-3,
         "smoothing_sigma": 4.0,
     },
+    # arXiv 2207.07361 (sec. 4) and MediaBrain-SJTU/RegAD: ResNet-18 to layer3 at 224 px, SGD at 1e-4 with momentum 0.9,
+    # 50 epochs of batches of 32, sigma 4
+    "regad": {
+        "image_size": (224, 224),
+        "backbone": "resnet18",
+        "epochs": 50,
+        "batch_size": 32,
+        "learning_rate": 1e-4,
+        "momentum": 0.9,
+        "smoothing_sigma": 4.0,
+    },
     # Pattern Recognition 112 (2021), secs. 3 and 4: k in {2, 4, 8, 16}, three sets, 300 epochs, Adam at 1e-4
     "riad": {
         "image_size": (256, 256),
@@ -276,6 +287,7 @@ OURS: dict[str, set[str]] = {
     "patchcore": {"max_bank_vectors", "coreset_mode", "projected_dims", "n_neighbors", "search"},
     "pyramidflow": {"levels", "volume_norm"},  # the authors choose both for each category
     "reverse_distillation_pp": {"ssot_partners"},
+    "regad": {"k_shot"},  # the paper has 2, 4 and 8
     "riad": {"backbone", "layers", "base_width", "batch_size", "weight_decay"},
     "simplenet": set(),
     "spade": {"pooled_level", "level_fusion", "max_gallery_images"},

@@ -401,3 +401,31 @@ def test_a_mask_of_more_bytes_than_an_image_may_have_is_not_read(suffix: str, tm
     assert masks.read(uris[0]) == bytes(1000)
     with pytest.raises(StorageError, match=r"more than source\.max_image_bytes = 1,000 bytes"):
         masks.read(uris[1])
+
+
+def test_a_detector_of_other_categories_is_trained_on_all_but_the_evaluated_one(tmp_path: Path) -> None:
+    data_set(tmp_path / "data")
+    params = {"image_size": [32, 32], "k_shot": 2, "epochs": 1}
+    values: dict[str, Any] = {
+        **JOB,
+        "grid": {},
+        "detectors": [{"name": "regad", "preset": "smoke", "params": params}],
+        "data": {"uri": str(tmp_path / "data"), "layout": "mvtec_ad", "categories": ["cap"]},
+        "output": str(tmp_path / "out"),
+    }
+    job = tmp_path / "job.yaml"
+    job.write_text(yaml.safe_dump(values))
+    ended = call("evaluate", str(job), "--local")
+    assert ended.exit_code == 0, ended.output
+    (cell,) = cells_of(tmp_path)
+    assert cell["category"] == "cap" and cell["auxiliary"] == {"images": 12, "categories": ["cup"], "bad": 0}
+    named = {"uri": str(tmp_path / "data"), "pattern": "{category}/train/{defect}/{name}"}
+    whole = plan_evaluation(parse_job(values, "job"))  # type: ignore[arg-type]
+    other = plan_evaluation(parse_job({**values, "auxiliary": named}, "job"))  # type: ignore[arg-type]
+    assert len(whole.others) == 24 and not other.others and whole.cells[0].digest != other.cells[0].digest
+    plain = {**values, "detectors": JOB["detectors"]}
+    with pytest.raises(SpecError, match="auxiliary: no detector of the job learns from auxiliary images"):
+        plan_evaluation(parse_job({**plain, "auxiliary": named}, "job"))  # type: ignore[arg-type]
+    shutil.rmtree(tmp_path / "data" / "cup")
+    with pytest.raises(SpecError, match="auxiliary: regad learns from normal images of other categories"):
+        plan_evaluation(parse_job(values, "job"))  # type: ignore[arg-type]

@@ -47,7 +47,7 @@ def test_each_detector_has_the_view_of_its_paper(name: str) -> None:
     elif name == "winclip":
         assert preprocess.image_size == (240, 240) and preprocess.view.recorded() == {"resize": "short_side"}
     else:
-        sizes = {"differnet": 448, "devnet": 448, "uniad": 224, "pyramidflow": 1024, "aprilgan": 518}
+        sizes = {"differnet": 448, "devnet": 448, "uniad": 224, "regad": 224, "pyramidflow": 1024, "aprilgan": 518}
         assert preprocess.image_size[0] == sizes.get(name, 256)
         assert preprocess.view.recorded() == {}
 

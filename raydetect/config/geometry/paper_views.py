@@ -37,6 +37,7 @@ PAPER_VIEWS: Mapping[str, PaperView] = {
     "patchcore": CENTRE_224,
     "pyramidflow": AT_DEFAULT_SIZE,
     "reverse_distillation_pp": AT_DEFAULT_SIZE,
+    "regad": AT_DEFAULT_SIZE,
     "riad": AT_DEFAULT_SIZE,
     "simplenet": CENTRE_224,  # the paper's; the script of its authors uses 329 and 288 px
     "spade": CENTRE_224,
