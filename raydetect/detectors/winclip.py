@@ -5,9 +5,10 @@ Given k normal images (WinCLIP+), windows and patches are also compared with tho
 Source: Jeong et al., "WinCLIP: Zero-/Few-Shot Anomaly Classification and Segmentation", CVPR 2023, arXiv 2303.14814:
 the compositional prompt ensemble (sec. 4.1), windows and harmonic means, eq. 4 (sec. 4.2), association with normal
 images, eqs. 5-7 (sec. 4.3).
-Differs from the paper: images are resized bilinearly (CLIP: bicubic). Where the paper is silent, as in public
-reproductions: text embeddings are averaged before normalisation, the temperature is 0.07, patches are the last block's
-tokens after its norm and before the projection, and the two maps of WinCLIP+ are averaged.
+Differs from the paper: images are resized bilinearly (CLIP: bicubic). Where the paper is silent, these are our choices:
+text embeddings are averaged before normalisation, the temperature is 0.07, patches are the last block's tokens before
+the projection, and the two maps of WinCLIP+ are averaged. Whether CLIP's last norm is applied to the patches is
+`norm_patches`: it is in the tokens that open_clip 3 returns.
 
 Shapes: B images, P patches on a grid h w, W windows, D embedding dim, C token width, H W pixels.
 """
@@ -27,7 +28,7 @@ from raydetect.blocks.device_constants import kept_on_device
 from raydetect.blocks.maps.anomaly_map import upsample
 from raydetect.blocks.maps.windows import harmonic_mean, spread_harmonic, window_patches
 from raydetect.blocks.search.neighbors import BankSearch
-from raydetect.detectors._base import Batch, DetectorInfo, ImageSize, ProgressCallback, Scores
+from raydetect.detectors._base import Batch, DetectorInfo, ImageSize, ProgressCallback, Scores, UsedIf
 from raydetect.detectors._clip import ClipDetector, checked_config, require_whole_patches
 from raydetect.detectors._weights import RANDOM
 
@@ -83,6 +84,14 @@ class WinCLIP(ClipDetector):
             tuple[str, ...] | None,
             Field(min_length=1, description="prompts for a defect, {} is the class name; none = the paper's 88"),
         ] = None
+        norm_patches: Annotated[
+            bool,
+            Field(
+                description="with k_shot: compare patches after CLIP's last norm (as in the tokens of open_clip 3); "
+                "false = before it"
+            ),
+            UsedIf("k_shot", unless=(0,)),
+        ] = True
         temperature: Annotated[
             float, Field(gt=0, description="of the softmax over the two prompt classes (eq. 1); CLIP's initial value")
         ] = 0.07
@@ -184,7 +193,7 @@ class WinCLIP(ClipDetector):
             side: self.run(tower.embed_windows, tokens_BTC, _window_patches(tokens_BTC.device, tower.grid, side))
             for side in sides
         }
-        return *self.run(tower.embed, tokens_BTC), windows
+        return *self.run(tower.embed, tokens_BTC, self.params.norm_patches), windows
 
     def _anomaly_probability(self, embeddings_XD: Tensor) -> Tensor:
         """Anomaly probability: softmax over the cosines to the two prompt classes (eqs. 1-2)."""

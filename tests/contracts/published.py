@@ -296,6 +296,7 @@ OURS: dict[str, set[str]] = {
     "winclip": {
         "window_size",
         "k_shot",
+        "norm_patches",
         "class_name",
         "prompts_normal",
         "prompts_anomalous",

@@ -313,3 +313,22 @@ def test_weights_that_cannot_be_had_are_one_sentence_soon(
     assert time.perf_counter() - started < 3
     with pytest.raises(SpecError, match=r"is neither a tag of open_clip for ViT-B-32.*laion400m_e32"):
         build_detector("winclip", {"clip_model": "ViT-B/32", "weights": "laion400m_e33"}).load_weights()
+
+
+@pytest.mark.parametrize("norm_patches", [True, False])
+def test_patches_are_compared_before_or_after_the_last_norm(norm_patches: bool) -> None:
+    """Against what the transformer gives for the whole image."""
+    detector = fitted(k_shot=2, norm_patches=norm_patches)
+    tower = detector.networks["image"]
+    assert isinstance(tower, ImageTower)
+    image, seen = as_batch([picture(7, detector.params.image_size)]), []
+    hook = tower.visual.transformer.register_forward_hook(lambda _, __, output: seen.append(output))
+    with torch.inference_mode():
+        whole, patches, _ = detector._embed(image)
+    hook.remove()
+    before = seen[-1][:, 1:]  # after the windows
+    expected = tower.visual.ln_post(before) if norm_patches else before
+    torch.testing.assert_close(patches, torch.nn.functional.normalize(expected, dim=-1))
+    other = fitted(k_shot=2, norm_patches=not norm_patches)
+    assert torch.equal(whole, other._embed(image)[0])
+    assert not torch.equal(detector.score(image).anomaly_map_BHW, other.score(image).anomaly_map_BHW)

@@ -131,11 +131,18 @@ class ImageTower(nn.Module):
         normed_BTC: Tensor = self.visual.ln_pre(tokens_BTC)
         return normed_BTC
 
-    def embed(self, tokens_BTC: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, D) and the last block's normed patch tokens (B, T - 1, C), both L2-normalised."""
-        out_BTC = self.visual.ln_post(self.visual.transformer(tokens_BTC))
+    def embed(self, tokens_BTC: Tensor, norm_patches: bool = True) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, D) and the last block's patch tokens (B, T - 1, C), both L2-normalised.
+
+        Args:
+            tokens_BTC: output of `tokens`.
+            norm_patches: whether the patch tokens are those after CLIP's last norm, as the embeddings always are.
+        """
+        last_BTC = self.visual.transformer(tokens_BTC)
+        out_BTC = self.visual.ln_post(last_BTC)
         embeddings_BD = (out_BTC[:, 0] @ self.visual.proj).float()
-        return F.normalize(embeddings_BD, dim=-1), F.normalize(out_BTC[:, 1:].float(), dim=-1)
+        patches_BPC = (out_BTC if norm_patches else last_BTC)[:, 1:].float()
+        return F.normalize(embeddings_BD, dim=-1), F.normalize(patches_BPC, dim=-1)
 
     def embed_blocks(self, tokens_BTC: Tensor, blocks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         """L2-normalised embeddings (B, D), and the patch tokens (B, T - 1, C) after some blocks, as they leave them.
