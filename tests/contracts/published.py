@@ -126,11 +126,13 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "weight_decay": 5e-4,
         "top_pixels": 100,
     },
-    # arXiv 2106.08265 (secs. 3 and 4): WRN50 at 224 of 256 px, levels 2 and 3, coreset of 10 %, sigma 4
+    # arXiv 2106.08265 (secs. 3 and 4): WRN50 at 224 of 256 px, levels 2 and 3, coreset of 10 %, sigma 4;
+    # amazon-science/patchcore-inspection: embeddings of 1,024 dims, which only `preset: paper` has
     "patchcore": {
         "image_size": (224, 224),
         "backbone": "wide_resnet50_2",
         "layers": ("layer2", "layer3"),
+        "embedding_dims": 1024,
         "coreset_sampling_ratio": 0.1,
         "smoothing_sigma": 4.0,
     },
@@ -147,8 +149,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "learning_rate": 2e-4,
         "weight_decay": 1e-5,
     },
-    # CVPR 2023 and tientrandinh/Revisiting-Reverse-Distillation; CVPR 2022 (arXiv 2201.10703): WRN50 at 256 px, sigma 4,
-    # Adam at 5e-3 and 1e-3 for projectors, two batches of 16, lambda 0.2, noise x 0.2, 200 epochs (RD)
+    # CVPR 2023 and tientrandinh/Revisiting-Reverse-Distillation; CVPR 2022 (arXiv 2201.10703): WRN50 at 256 px, sigma 4
+    # for the map, Adam at 5e-3 and 1e-3 for projectors, two batches of 16, lambda 0.2, noise x 0.2, 200 epochs (RD)
     "reverse_distillation_pp": {
         "image_size": (256, 256),
         "backbone": "wide_resnet50_2",
