@@ -8,7 +8,7 @@ from typing import Any
 # By parameter: value. A size is (height, width) in px and is that of `preset: paper`.
 PUBLISHED: dict[str, dict[str, Any]] = {
     # arXiv 2107.12571 (sec. 5.1) and gudovskiy/cflow-ad: 8 coupling layers, P = 128, clamp 1.9, fibres of 256
-    # positions, 25 meta-epochs of 8 passes, 2 of them warming up, Adam at 2e-4
+    # positions, 25 meta-epochs of 8 passes, 2 of them warming up, Adam at 2e-4, rotations by up to 5 degrees
     "cflow": {
         "image_size": (256, 256),
         "backbone": "wide_resnet50_2",
@@ -23,6 +23,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "batch_size": 32,
         "fibre_batch": 256,
         "learning_rate": 2e-4,
+        "turn_degrees": 5.0,
     },
     # arXiv 2104.04015 (appendix): SGD 0.03, momentum 0.9, weight decay 3e-5, 256 epochs of 256 steps, 96 images for
     # 3-way
