@@ -65,7 +65,7 @@ def build_detector(name: str, params: Mapping[str, Any], seed: int = 0, preset: 
         name: a name of `list_models()`, or "ensemble" with the parameters of an artifact's record.
         params: overrides of the preset.
         seed: seed of all random choices of the fit.
-        preset: "standard", the detector's defaults, "paper", with the size of the paper's input, or "smoke", a small
+        preset: "standard", the detector's defaults, "paper", with the paper's input, or "smoke", a small
             one for tests.
 
     Raises:

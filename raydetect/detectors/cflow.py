@@ -10,7 +10,8 @@ Differs from the paper: a level's likelihoods are divided by the maximum over th
 an image's score does not depend on other images; the map is the negative logarithm of the paper's aggregated likelihood
 instead of a constant minus it, which ranks pixels identically and does not saturate; a step uses the same number of
 positions from every image, where the official code shuffles over the batch, so workers can share it; a step updates
-only its own level (in the official code, momentum also moved the others); maps are upsampled without corner alignment;
+only its own level (in the official code, momentum also moved the others); convolutions of the backbone pad with zeros,
+as its weights were trained, where the official code pads by reflection; maps are upsampled without corner alignment;
 the last epoch is used instead of one chosen on the test set.
 
 Shapes: B images, C channels, h w feature grid, S positions, L levels, P dims of the position encoding.
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from raydetect.blocks.augment.rotation import randomly_turned
 from raydetect.blocks.backbones.backbone import Backbone
 from raydetect.blocks.coresets.keyed_rows import FitState
 from raydetect.blocks.device_constants import kept_on_device
@@ -136,6 +138,14 @@ class CFlow(NetworkDetector):
             int, Field(ge=1, description="maximum positions per step, over all images; at least batch_size (sec. 5.1)")
         ] = 256
         learning_rate: Annotated[float, Field(gt=0, description="of Adam, with cosine decay (sec. 5.1)")] = 2e-4
+        turn_degrees: Annotated[
+            float,
+            Field(
+                ge=0,
+                le=180,
+                description="maximum random rotation of training images (official code); 0 is better for short fits",
+            ),
+        ] = 5.0
 
         def __post_init__(self) -> None:
             """Rejects inconsistent parameters."""
@@ -207,9 +217,12 @@ class CFlow(NetworkDetector):
         return COOL_TO + (1 - COOL_TO) * (1 + math.cos(math.pi * meta_epoch / self.params.epochs)) / 2
 
     def training_pieces(self, batch: Batch) -> list[Fibres]:
-        """Positions of every image in a keyed order, `fibre_batch // batch_size` per image and step."""
+        """Positions of every rotated image in a keyed order, `fibre_batch // batch_size` per image and step."""
+        degrees = self.params.turn_degrees
+        columns = zip(batch.images_BCHW, batch.keys, strict=True)
+        turned = [randomly_turned(image, degrees, self.seed, key, batch.epoch) for image, key in columns]
         with torch.no_grad():
-            levels = self._fibres(self.networks[BACKBONE](batch.images_BCHW))
+            levels = self._fibres(self.networks[BACKBONE](torch.stack(turned)))
         pieces = []
         for whole in levels:
             images, positions, _ = whole.features_BSC.shape

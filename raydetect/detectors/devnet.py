@@ -7,7 +7,7 @@ prior, the deviation, its loss; top-K patch scores; two scales; gradients as map
 Detection with Deviation Networks", KDD 2019, arXiv 1911.08623 (eqs. 5-7). Where the papers are silent, as in the
 authors' code: patch scores are absolute values, the second scale takes every second pixel, learning rates are divided
 by 10 every 10 epochs, gradients are clipped at norm 1, training images are randomly rotated, an epoch draws its images
-in rounds.
+in rounds, gradient maps are cut at their 99th percentile before they are smoothed.
 Differs from the authors' code: gradient maps are not rescaled to [0, 1] per image, so maps of different images are
 comparable.
 
@@ -24,15 +24,16 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from raydetect.blocks.augment.rotation import randomly_turned
 from raydetect.blocks.backbones.backbone import Backbone
-from raydetect.blocks.backbones.vision import transforms
 from raydetect.blocks.maps.anomaly_map import smooth, smooth_upsampled
-from raydetect.blocks.seeding import in_rounds, keyed_generator, keyed_seed, keyed_unit
+from raydetect.blocks.seeding import in_rounds, keyed_generator, keyed_seed
 from raydetect.detectors._base import Batch, Detector, DetectorInfo, ImageSize, Known, Scores, TrainingPlan
 from raydetect.detectors._networks import FineTuned
 from raydetect.errors import SpecError
 
 BACKBONE, HEAD = "backbone", "head"
+HIGHEST_SHARE = 0.99
 
 
 class DevNet(FineTuned):
@@ -165,7 +166,7 @@ class DevNet(FineTuned):
         assert piece.labels is not None
         draws = piece.draws or [0] * len(piece.keys)
         rotated = [
-            self._rotated(image_CHW, key, piece.epoch, draw)
+            randomly_turned(image_CHW, self.params.turn_degrees, self.seed, key, piece.epoch, draw)
             for image_CHW, key, draw in zip(piece.images_BCHW, piece.keys, draws, strict=True)
         ]
         score_B = self._scores(self._backbone().normalised(torch.stack(rotated)))[0]
@@ -173,10 +174,6 @@ class DevNet(FineTuned):
         generator = keyed_generator(self.seed, "prior", piece.epoch, step)
         prior_N = torch.randn(self.params.prior_draws, generator=generator).to(score_B)
         return deviation_loss(score_B, torch.tensor(piece.labels).to(score_B), prior_N, self.params.margin)
-
-    def _rotated(self, image_CHW: Tensor, *key: str | int) -> Tensor:
-        degrees = self.params.turn_degrees * (2 * keyed_unit(self.seed, "turn", *key) - 1)
-        return transforms.rotate(image_CHW, degrees)
 
     def _backbone(self) -> Backbone:
         backbone = self.networks[BACKBONE]
@@ -210,12 +207,14 @@ class DevNet(FineTuned):
         return Scores(score_B, torch.stack(maps).mean(0))
 
     def _with_gradients(self, images_BCHW: Tensor) -> Scores:
-        """Like `score`; the map is the absolute gradient of the image score, summed over channels."""
+        """Like `score`; the map is the absolute gradient of the image score, summed over channels, without peaks."""
         with torch.inference_mode(False), torch.enable_grad():
             normal_BCHW = self._backbone().normalised(images_BCHW.clone()).requires_grad_(True)
             score_B = self._scores(normal_BCHW)[0]
             (gradient_BCHW,) = torch.autograd.grad(score_B.sum(), normal_BCHW)
         map_BHW = gradient_BCHW.abs().sum(1)
+        highest_B = map_BHW.flatten(1).quantile(HIGHEST_SHARE, 1)
+        map_BHW = torch.minimum(map_BHW, highest_B[:, None, None])
         return Scores(score_B.detach(), smooth(map_BHW, self.params.smoothing_sigma))
 
 

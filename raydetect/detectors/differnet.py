@@ -133,7 +133,7 @@ class DifferNet(NetworkDetector):
             bool | None,
             Field(
                 description="difference: true (default) = a network trained on simulated defects, false = the mean "
-                "distance to the K nearest; none for the flow"
+                "distance to the K nearest, which needs no training and localised better on bottles; none for the flow"
             ),
             DIFFERENCE_HEAD,
         ] = None

@@ -4,9 +4,10 @@ The second network learns to recognise defects from image and repair, so no exam
 
 Source: Zavrtanik, Kristan and Skocaj, "DRAEM - A discriminatively trained reconstruction embedding for surface anomaly
 detection", ICCV 2021, arXiv 2108.07610; where the paper is silent, the authors' code ("code" below).
-Differs from the paper: without `textures`, defects use procedural textures instead of the DTD data set; the saturation
-of textures is scaled by a factor; an epoch uses every image once, where the code samples with replacement; the last
-epoch is used.
+Differs from the paper: without `textures`, defects use procedural textures instead of the DTD data set; of `textures`,
+at most 1,000 are used, where the code uses all 5,640 of DTD; the saturation of textures is scaled by a factor, and
+their autocontrast stretches all values, where the code first cuts 0 to 20 % at either end; an epoch uses every image
+once, where the code samples with replacement; the last epoch is used.
 
 Shapes: B images, C channels, H W pixels.
 """
@@ -70,8 +71,8 @@ class DRAEM(NetworkDetector):
         textures: Annotated[
             str | None,
             Field(
-                description="folder or archive of texture images for defects, such as DTD (sec. 4); none = "
-                "procedural textures"
+                description="folder or archive of texture images for defects, such as DTD (sec. 4), of which at most "
+                "1,000 are used; none = procedural textures"
             ),
         ] = None
         base_width: Annotated[

@@ -7,7 +7,8 @@ Source: Yu et al., "FastFlow: Unsupervised Anomaly Detection and Localization vi
 Differs from the paper: no known differences in the flow. Differs from those two: scale and shift of the layer norm are
 part of the flow, so the likelihood is exact (they omit the scale from the determinant, so shrinking all features lowers
 the loss); the map is the negative logarithm of their mean likelihood over levels, which ranks pixels identically and
-does not saturate.
+does not saturate; transformers are treated like convolutional networks, with a trained layer norm over each level's
+whole map, where those two give the flow the tokens after the transformer's pretrained final norm, without another norm.
 
 Shapes: B images, C channels, h w feature grid, H W pixels.
 """

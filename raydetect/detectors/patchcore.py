@@ -1,9 +1,9 @@
 """PatchCore: a coreset of normal patch embeddings; a patch's anomaly score is its distance to the nearest one.
 
 Source: Roth et al., "Towards Total Recall in Industrial Anomaly Detection", CVPR 2022, arXiv 2106.08265.
-Differs from the paper: the levels are concatenated at their native widths instead of being pooled to 1024 dims, and
-deeper ones are upsampled bilinearly after the 3x3 averaging; the greedy coreset uses integer-rounded projections, so it
-is identical on any machine; images are resized without a centre crop.
+Differs from the paper: the greedy coreset uses integer-rounded projections, so it is identical on any machine. Unless
+`preset: paper`, the levels are concatenated at their native widths, where the authors' code pools each level to 1024
+dims and then all of them together (`embedding_dims`), and images are resized without a centre crop.
 
 Shapes: B images, h w feature grid, N patches (B * h * w), M bank rows, D feature dim, K neighbours.
 """
@@ -58,6 +58,14 @@ class PatchCore(Detector):
             tuple[str, ...], Field(min_length=1, description="used levels, shallowest first (sec. 3.1)")
         ] = ("layer2", "layer3")
         weights: WeightsName = "imagenet"
+        embedding_dims: Annotated[
+            int | None,
+            Field(
+                ge=1,
+                description="dims to pool the 3x3 neighbourhoods of each level, then all levels together, to (authors' "
+                "code: 1024, as in preset: paper); none = 3x3 means of the levels at their native widths",
+            ),
+        ] = None
         coreset_sampling_ratio: Annotated[
             float, Field(gt=0, le=1, description="share of patch embeddings kept in the memory bank (sec. 3.2)")
         ] = 0.1
@@ -212,7 +220,7 @@ class PatchCore(Detector):
     def _embed(self, images_BCHW: Tensor) -> Tensor:
         if self.backbone is None:
             raise NotFittedError("patchcore: has no backbone yet. Call load_weights or load an artifact first.")
-        return patch_embeddings(self.backbone(images_BCHW))
+        return patch_embeddings(self.backbone(images_BCHW), self.params.embedding_dims)
 
     def tensors(self) -> dict[str, Tensor]:
         """Backbone weights and memory bank."""

@@ -8,6 +8,9 @@ Differs from the paper: its authors published no code, so widths, batch size and
 implementation by plutoyuxie; losses use images in [0, 1], which the constants of SSIM and GMS assume; GMS replicates
 edge pixels instead of excluding the border, and smoothing averages over valid pixels only; scoring masks are drawn once
 from the seed, so scores are reproducible. There is no early stopping on a validation split.
+Differs from that implementation: its losses use images in [-1, 1], so its L2 loss weighs four times as much and the
+constants of SSIM and GMS are relatively smaller; it draws one cell size per batch, blurs by a 3x3 median before GMS,
+weighs the map of cell size k by k squared, and smooths the map by a Gaussian of 7 px.
 
 Shapes: B images, S sets, C channels, H W pixels.
 """

@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from raydetect.blocks.backbones.backbone import Backbone
-from raydetect.blocks.backbones.patch_embeddings import patch_embeddings, pooled_patch_embeddings
+from raydetect.blocks.backbones.patch_embeddings import patch_embeddings
 from raydetect.blocks.device_constants import sent_ahead
 from raydetect.blocks.maps.anomaly_map import smooth_upsampled
 from raydetect.blocks.search.matrix_product import product
@@ -173,10 +173,7 @@ class SimpleNet(NetworkDetector):
         return Scores(score_Bhw.flatten(1).amax(1), map_BHW)
 
     def _embed(self, images_BCHW: Tensor) -> Tensor:
-        levels = self.networks[BACKBONE](images_BCHW)
-        if self.params.embedding_dims is None:
-            return patch_embeddings(levels)
-        return pooled_patch_embeddings(levels, self.params.embedding_dims)
+        return patch_embeddings(self.networks[BACKBONE](images_BCHW), self.params.embedding_dims)
 
 
 def truncated_l1(normal_N: Tensor, anomalous_N: Tensor, margin: float) -> Tensor:

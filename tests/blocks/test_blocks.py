@@ -10,7 +10,7 @@ from raydetect.blocks.backbones.patch_embeddings import patch_embeddings
 from raydetect.blocks.maps.anomaly_map import negative_log_mean_likelihood, smooth, smooth_upsampled, upsample
 from raydetect.blocks.seeding import SkipInitialisation, keyed_generator, keyed_unit, shuffled
 from raydetect.errors import ArtifactError, SpecError
-from tests.reference import reference
+from tests.reference import embedding, reference
 
 
 def features(count: int, dims: int, seed: int, clusters: int = 7) -> torch.Tensor:
@@ -26,6 +26,16 @@ def test_patch_embeddings_are_local_means_on_one_grid() -> None:
     levels = [random.normal(size=(2, 3, 6, 8)).astype(np.float32), random.normal(size=(2, 5, 3, 4)).astype(np.float32)]
     found = patch_embeddings([torch.from_numpy(level) for level in levels])
     np.testing.assert_allclose(found.numpy(), reference.patch_embeddings(levels), atol=1e-5)
+
+
+@pytest.mark.parametrize("dims", [8, 45, 70])  # fewer than, as many as, and more than the numbers of a level
+def test_patch_embeddings_of_given_dims_are_those_of_slow_code(dims: int) -> None:
+    random = torch.Generator().manual_seed(0)
+    levels = [torch.randn(2, 5, 6, 7, generator=random), torch.randn(2, 9, 3, 4, generator=random)]
+    want = embedding.pooled_patch_embeddings([level.numpy() for level in levels], dims)
+    np.testing.assert_allclose(patch_embeddings(levels, dims).numpy(), want, atol=1e-6)
+    one = levels[:1]
+    torch.testing.assert_close(patch_embeddings(one, 5), patch_embeddings(one))  # nine numbers a channel: means
 
 
 @pytest.mark.parametrize("sigma", [0.5, 2.0, 4.0])

@@ -22,7 +22,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "mosaic_ratio": 0.0,
     },
     # arXiv 2107.12571 (sec. 5.1) and gudovskiy/cflow-ad: 8 coupling layers, P = 128, clamp 1.9, fibres of 256
-    # positions, 25 meta-epochs of 8 passes, 2 of them warming up, Adam at 2e-4
+    # positions, 25 meta-epochs of 8 passes, 2 of them warming up, Adam at 2e-4, rotations by up to 5 degrees
     "cflow": {
         "image_size": (256, 256),
         "backbone": "wide_resnet50_2",
@@ -37,6 +37,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "batch_size": 32,
         "fibre_batch": 256,
         "learning_rate": 2e-4,
+        "turn_degrees": 5.0,
     },
     # arXiv 2104.04015 (appendix): SGD 0.03, momentum 0.9, weight decay 3e-5, 256 epochs of 256 steps, 96 images for
     # 3-way
@@ -140,11 +141,13 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "weight_decay": 5e-4,
         "top_pixels": 100,
     },
-    # arXiv 2106.08265 (secs. 3 and 4): WRN50 at 224 of 256 px, levels 2 and 3, coreset of 10 %, sigma 4
+    # arXiv 2106.08265 (secs. 3 and 4): WRN50 at 224 of 256 px, levels 2 and 3, coreset of 10 %, sigma 4;
+    # amazon-science/patchcore-inspection: embeddings of 1,024 dims, which only `preset: paper` has
     "patchcore": {
         "image_size": (224, 224),
         "backbone": "wide_resnet50_2",
         "layers": ("layer2", "layer3"),
+        "embedding_dims": 1024,
         "coreset_sampling_ratio": 0.1,
         "smoothing_sigma": 4.0,
     },

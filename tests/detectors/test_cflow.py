@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from raydetect.blocks.coresets.keyed_rows import FitState
 from raydetect.blocks.networks.flows import log_likelihood
-from raydetect.blocks.seeding import keyed_generator
+from raydetect.blocks.seeding import keyed_generator, keyed_unit
 from raydetect.detectors._base import Batch
 from raydetect.detectors._registry import build_detector, detector_class
 from raydetect.detectors.cflow import CFlow, Fibres, LevelFlows, position_codes
@@ -94,7 +95,7 @@ def test_the_steps_of_two_workers_are_the_steps_of_one_cut_by_images() -> None:
 
 
 def test_every_position_comes_once_with_its_own_code_in_another_order_each_epoch() -> None:
-    detector = built(fibre_batch=32)
+    detector = built(fibre_batch=32, turn_degrees=0)
     batch = images(2)
     level = detector.networks["backbone"](batch.images_BCHW)[0]
     codes = position_codes(8, *level.shape[2:])
@@ -111,6 +112,22 @@ def test_every_position_comes_once_with_its_own_code_in_another_order_each_epoch
         assert places[0].tolist() != places[1].tolist()
         orders.append(places.tolist())
     assert orders[0] != orders[1]
+
+
+def test_an_image_is_turned_by_another_small_angle_in_each_epoch() -> None:
+    detector = built(fibre_batch=256)  # all positions of the first level in one step
+    batch = images(2)
+    codes = position_codes(8, 8, 8)
+    for epoch in (0, 7):
+        degrees = [5 * (2 * keyed_unit(0, "turn", key, epoch) - 1) for key in batch.keys]
+        pillow = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in batch.images_BCHW]
+        turned = [np.asarray(image.rotate(angle)) for image, angle in zip(pillow, degrees, strict=True)]
+        level = detector.networks["backbone"](torch.from_numpy(np.stack(turned)).permute(0, 3, 1, 2))[0]
+        step = detector.training_pieces(Batch(batch.images_BCHW, batch.keys, epoch=epoch))[0]
+        places = torch.cdist(step.codes_BSP, codes.expand(2, -1, -1)).argmin(2)
+        for i in range(2):
+            assert sorted(places[i].tolist()) == list(range(64))
+            torch.testing.assert_close(step.features_BSC[i], level[i].flatten(1).T[places[i]], rtol=1e-4, atol=1e-4)
 
 
 def test_the_loss_is_the_softplus_of_minus_the_likelihood_per_dim_and_falls() -> None:
@@ -204,6 +221,7 @@ def test_it_finds_the_broken_bottles(real_data: Path, real_weights: Path) -> Non
     """
     params = {"backbone": "resnet18", "weights": str(real_weights), "layers": ["layer2", "layer3"]}
     few = {"image_size": [96, 96], "epochs": 2, "sub_epochs": 1, "warm_up_epochs": 0, "learning_rate": 1e-3}
+    few["turn_degrees"] = 0  # two passes are too few to learn rotated images besides
     detector = build_detector("cflow", {**params, **few})
     detector.load_weights()
     train, test = read_bottles(real_data, "train", 96), read_bottles(real_data, "test", 96)

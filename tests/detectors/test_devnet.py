@@ -12,6 +12,7 @@ from scipy.ndimage import gaussian_filter
 from torch import nn
 
 from raydetect import create_model
+from raydetect.blocks.augment.rotation import randomly_turned
 from raydetect.blocks.backbones.backbone import Backbone
 from raydetect.blocks.seeding import keyed_generator, keyed_unit
 from raydetect.check import find_problems
@@ -102,7 +103,8 @@ def test_scores_and_gradient_maps_are_those_of_slow_code(hidden_dims: list[int])
     scores = detector.score(IMAGES[2:6])
     np.testing.assert_allclose(scores.image_score_B.numpy(), want.detach().numpy(), rtol=1e-3)
     (slopes,) = torch.autograd.grad(want.sum(), normal)
-    maps = [gaussian_filter(slope, 4.0, mode="reflect") for slope in slopes.abs().sum(1).numpy()]
+    cut = [np.minimum(slope, np.percentile(slope, 99)) for slope in slopes.abs().sum(1).numpy()]
+    maps = [gaussian_filter(slope, 4.0, mode="reflect") for slope in cut]
     np.testing.assert_allclose(scores.anomaly_map_BHW.numpy(), np.stack(maps), rtol=1e-2, atol=1e-3 * np.max(maps))
 
 
@@ -123,7 +125,7 @@ def test_a_step_scores_turned_images_against_its_own_prior() -> None:
     plan.module.eval()
     draws = range(24, 32)  # of the third batch
     loss = float(detector.training_loss(Batch(IMAGES, KEYS, LABELS, epoch=3, draws=draws)).detach())
-    rotated = torch.stack([detector._rotated(IMAGES[i], KEYS[i], 3, draws[i]) for i in range(8)])
+    rotated = torch.stack([randomly_turned(IMAGES[i], 180, 0, KEYS[i], 3, draws[i]) for i in range(8)])
     prior = torch.randn(50, generator=keyed_generator(0, "prior", 3, 2)).double().numpy()
     deviation = (by_hand(detector, normalised(rotated), 2).detach().numpy() - prior.mean()) / prior.std(ddof=1)
     want = np.where(np.array(LABELS) == 0, np.abs(deviation), np.maximum(0, 5 - deviation)).mean()
@@ -134,14 +136,13 @@ def test_a_step_scores_turned_images_against_its_own_prior() -> None:
 
 
 def test_images_are_turned_as_pillow_turns_them_by_angles_of_their_draw() -> None:
-    detector = build(turn_degrees=120)
     image = as_batch([normal_image(3, 64)])[0]
     for draw in range(5):
         degrees = 120 * (2 * keyed_unit(0, "turn", "a", 1, draw) - 1)
         theirs = Image.fromarray(image.permute(1, 2, 0).numpy()).rotate(degrees)
-        same = np.asarray(theirs) == detector._rotated(image, "a", 1, draw).permute(1, 2, 0).numpy()
+        same = np.asarray(theirs) == randomly_turned(image, 120, 0, "a", 1, draw).permute(1, 2, 0).numpy()
         assert same.mean() > 0.97
-    assert torch.equal(build(turn_degrees=0)._rotated(image, "a", 0, 0), image)
+    assert torch.equal(randomly_turned(image, 0, 0, "a", 0, 0), image)
 
 
 def test_batches_are_half_labelled_and_in_rounds() -> None:

@@ -15,7 +15,7 @@ from raydetect.detectors.patchcore import PatchCore
 from raydetect.errors import ArtifactError, SpecError
 from tests.builders.images import defect_image, normal_image
 from tests.contracts.cases import as_batch
-from tests.reference import reference
+from tests.reference import embedding, reference
 
 PARAMS = {"backbone": "resnet18", "weights": "random", "image_size": [64, 64], "coreset_sampling_ratio": 0.2}
 
@@ -60,6 +60,21 @@ def test_the_map_is_smoothed_as_scipy_does() -> None:
     plain = fitted(smoothing_sigma=0).score(images).anomaly_map_BHW[0].numpy()
     smooth = fitted(smoothing_sigma=3).score(images).anomaly_map_BHW[0].numpy()
     np.testing.assert_allclose(smooth, gaussian_filter(plain.astype(np.float64), 3, mode="reflect"), rtol=1e-3)
+
+
+def test_a_bank_of_pooled_embeddings_scores_as_slow_code_on_them() -> None:
+    dims = 50
+    detector = fitted(embedding_dims=dims, n_neighbors=1)
+    assert detector.backbone is not None and detector.tensors()["bank"].shape == (round(12 * 64 * 0.2), dims)
+    images = as_batch([normal_image(900, 64), defect_image(1, "blob", 64)[0]])
+    with torch.inference_mode():
+        levels = [level.numpy() for level in detector.backbone(images)]
+    rows = embedding.pooled_patch_embeddings(levels, dims).reshape(2, -1, dims)
+    bank = detector.tensors()["bank"].double().numpy()
+    want = [reference.nearest_rows(patches, bank)[0].min(1).max() for patches in rows]
+    np.testing.assert_allclose(detector.score(images).image_score_B.numpy(), want, rtol=1e-3)
+    paper = build_detector("patchcore", {"backbone": "resnet18"}, preset="paper").params
+    assert isinstance(paper, PatchCore.Params) and paper.embedding_dims == 1024
 
 
 def test_a_training_image_is_normal_when_the_bank_holds_everything() -> None:

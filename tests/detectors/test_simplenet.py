@@ -6,14 +6,13 @@ import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter
 
-from raydetect.blocks.backbones.patch_embeddings import patch_embeddings, pooled_patch_embeddings
 from raydetect.detectors._base import Batch
 from raydetect.detectors._registry import build_detector
 from raydetect.detectors.simplenet import SimpleNet, truncated_l1
 from tests.builders.bottle import aurocs, aurocs_untrained, fit_in_memory, read_bottles
 from tests.builders.images import defect_image, normal_image
 from tests.contracts.cases import as_batch
-from tests.reference import embedding as plain
+from tests.reference.embedding import resized
 
 SIGMA, MARGIN, LEAK, EPS = 0.05, 0.5, 0.2, 1e-5
 KEYS = ["a", "b", "c"]
@@ -42,16 +41,6 @@ def by_hand(adapted_ND: np.ndarray, v: dict[str, np.ndarray], mean: np.ndarray, 
     hidden = adapted_ND @ v["discriminator.0.weight"].T + v["discriminator.0.bias"]
     normed = (hidden - mean) / np.sqrt(variance + EPS) * v["discriminator.1.weight"] + v["discriminator.1.bias"]
     return np.where(normed > 0, normed, LEAK * normed) @ v["discriminator.3.weight"][0]
-
-
-def test_levels_are_pooled_as_slow_code_pools_them() -> None:
-    random = torch.Generator().manual_seed(0)
-    levels = [torch.randn(2, 5, 6, 7, generator=random), torch.randn(2, 9, 3, 4, generator=random)]
-    for dims in (8, 45, 70):  # fewer than, as many as, and more than the numbers of a level
-        want = plain.pooled_patch_embeddings([level.numpy() for level in levels], dims)
-        np.testing.assert_allclose(pooled_patch_embeddings(levels, dims).numpy(), want, atol=1e-6)
-    one = levels[:1]
-    torch.testing.assert_close(pooled_patch_embeddings(one, 5), patch_embeddings(one))  # nine numbers a channel: means
 
 
 def test_the_loss_is_the_papers_on_one_batch_of_normal_and_noisy_features() -> None:
@@ -106,7 +95,7 @@ def test_the_score_is_what_the_discriminator_denies() -> None:
     want = -by_hand(adapted, v, v["discriminator.1.running_mean"], v["discriminator.1.running_var"])
     scores = detector.score(images)
     np.testing.assert_allclose(scores.image_score_B.numpy(), want.max((1, 2)), rtol=1e-4, atol=1e-5)
-    wide = plain.resized(plain.resized(want, 1, 64), 2, 64)
+    wide = resized(resized(want, 1, 64), 2, 64)
     smoothed = np.stack([gaussian_filter(one, 4.0, mode="reflect") for one in wide])
     np.testing.assert_allclose(scores.anomaly_map_BHW.numpy(), smoothed, rtol=1e-3, atol=1e-4)
 

@@ -66,7 +66,7 @@ def test_jobs_and_python_look_at_the_same(tmp_path: Path) -> None:
         Image.fromarray(picture(i)).save(tmp_path / f"{i}.png")
     changes = {"source": {"uri": f"{tmp_path}/"}, "resources": {"cpus_per_worker": 1}, "batch_size": 8}
     by_preset = {"name": "patchcore", "preset": "paper", "params": RESNET}
-    by_hand = {"name": "patchcore", "params": {**RESNET, "image_size": [224, 224]}}
+    by_hand = {"name": "patchcore", "params": {**RESNET, "image_size": [224, 224], "embedding_dims": 1024}}
     for name, detector, view in (("preset", by_preset, {}), ("hand", by_hand, CENTRE)):
         spec = parse_job({**FIT, **changes, "detector": detector, "view": view, "artifact": f"{tmp_path}/{name}"}, "f")
         assert isinstance(spec, FitSpec)

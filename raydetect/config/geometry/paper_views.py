@@ -1,4 +1,4 @@
-"""How the papers resize and crop: what `preset: paper` adds to a detector's published parameters.
+"""How the papers resize and crop: what `preset: paper` adds to the defaults of a detector.
 
 Detectors know nothing of views, so these facts are here. Sizes are (height, width) in px.
 """
@@ -15,7 +15,7 @@ class PaperView:
     """What a paper feeds to its network.
 
     Attributes:
-        params: parameters of the detector that set the size of the input; empty = its default is the paper's.
+        params: parameters of the detector whose defaults are not the paper's, such as the size of the input.
         view: of the whole picture.
     """
 
@@ -34,7 +34,7 @@ PAPER_VIEWS: Mapping[str, PaperView] = {
     "draem": AT_DEFAULT_SIZE,
     "fastflow": AT_DEFAULT_SIZE,
     "memseg": AT_DEFAULT_SIZE,
-    "patchcore": CENTRE_224,
+    "patchcore": replace(CENTRE_224, params={**CENTRE_224.params, "embedding_dims": 1024}),
     "pyramidflow": AT_DEFAULT_SIZE,
     "reverse_distillation_pp": AT_DEFAULT_SIZE,
     "regad": AT_DEFAULT_SIZE,
