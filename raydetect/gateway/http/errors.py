@@ -62,10 +62,10 @@ async def _refused(request: Request, error: Exception) -> JSONResponse:
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError | ValidationError)
     mistakes = []
-    for item in error.errors():
+    for item in error.errors()[:MISTAKES_SHOWN]:
         path = ".".join(str(part) for part in item["loc"] if part != "body")[:200]
         mistakes.append(f"{path}: {item['msg']}" if path else str(item["msg"]))
-    return JSONResponse({"detail": "; ".join(mistakes[:MISTAKES_SHOWN]) + "."}, 422)
+    return JSONResponse({"detail": "; ".join(mistakes) + "."}, 422)
 
 
 async def _mistake(request: Request, error: Exception) -> JSONResponse:
