@@ -84,7 +84,7 @@ class Guard:
         host = PORT.sub("", authority).lower()
         if self._hosts and host not in self._hosts:
             return 421, "unknown host name. Add it to `hosts` in the server's job file.", ()
-        if origin and origin.partition("://")[2] != authority:
+        if origin and origin != f"{_scheme(scope, headers)}://{authority}":
             return 403, "pages of other sites may not call this server.", ()
         refused = self._gate.refusal(scope) or self._unreadable(headers)
         if refused is None and self._in_flight >= self._limits.max_requests and scope["path"] not in UNLIMITED_PATHS:
@@ -193,6 +193,11 @@ class _Exchange:
         """Responds instead of the endpoint, unless its response has started."""
         if refusal is not None and not self.started:
             await _answer(self._send, *refusal)
+
+
+def _scheme(scope: Message, headers: dict[bytes, str]) -> str:
+    """The scheme that the client used: an ingress that ends TLS says so, and a page of another site cannot."""
+    return headers.get(b"x-forwarded-proto", "").partition(",")[0].strip() or str(scope.get("scheme", "http"))
 
 
 def _too_large(most: int) -> str:
