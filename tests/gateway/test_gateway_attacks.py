@@ -2,6 +2,8 @@
 
 import base64
 import json
+import signal
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,8 +12,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.builders.attacked import HOLDER, Attacked, attacked
+from tests.builders.attacked import HOLDER, SECOND, Attacked, attacked
 from tests.builders.server import SCORE, make_place
+from tests.gateway.test_gateway_wire import dripping
 
 RUNS = "/v1/archives"
 JSON = {"content-type": "application/json"}
@@ -78,6 +81,26 @@ def test_a_body_without_a_token_is_not_read(server: Attacked) -> None:
     answer, slowest, bound = server.health_seconds(attack)
     assert answer.status_code == 401 and slowest <= bound
     assert server.memory_mb("VmHWM") <= idle_mb + 16
+
+
+def test_slow_images_by_url_do_not_delay_others_or_the_end(data_dir: Path) -> None:
+    with dripping(b"HTTP/1.1 200 OK\r\n\r\n") as (web, _), ThreadPoolExecutor(24) as pool:
+        allow = {"sources": [web, f"{data_dir}/open"]}
+        with attacked(data_dir, allow=allow, limits={"fetch_seconds": 4}) as server:
+
+            def post(headers: dict[str, str], *uris: str) -> httpx.Response:
+                body = {"images": [{"uri": uri} for uri in uris]}
+                return httpx.post(server.url + SCORE, json=body, headers=headers, timeout=100)
+
+            slow = [pool.submit(post, HOLDER, *[f"{web}/{i}.png" for i in range(64)]) for _ in range(24)]
+            while sum(one.done() for one in slow) < 16:  # beyond the share of one token
+                time.sleep(0.05)
+            assert {one.result().status_code for one in slow if one.done()} == {429}
+            assert post(SECOND, f"{data_dir}/open/loose/a.png").status_code == 200
+            assert post(SECOND, f"{web}/0.png").json()["results"][0]["status"] == "unreadable"
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(45) == 0  # 10 s for requests in flight and 4 s for one image
+            assert {one.result().status_code for one in slow} == {429, 503}
 
 
 def test_a_long_run_id_is_no_run(server: Attacked) -> None:

@@ -1,8 +1,10 @@
 """The endpoints, as a FastAPI application over a `Backend`."""
 
 import logging
+import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -217,10 +219,16 @@ class Endpoints:
     async def _named(self, body: ScoreRequest, request: Request) -> answers.Wanted:
         """Reads images by URI, http(s) in a pool of its own, until the request times out."""
         until = time.monotonic() + self.spec.limits.request_seconds
-        budget = answers.Budget(request.scope["take"], self.spec.limits.max_body_bytes, until)
+        budget = answers.Budget(request.scope["take"], self.spec.limits.max_body_bytes, until, threading.Event())
         is_web = any(image.uri.partition("://")[0].lower() in WEB for image in body.images)
-        lane = self.web if is_web else self.stored
-        return await lane.run(lambda: answers.named(body, self.allow.sources, self.fetcher, budget))
+        work = partial(answers.named, body, self.allow.sources, self.fetcher, budget)
+        try:
+            if is_web:
+                share = WEB_THREADS // 2 if request.scope["several_tokens"] else None
+                return await self.web.run(work, request.scope["holder"], share)
+            return await self.stored.run(work)
+        finally:
+            budget.ended.set()
 
     def _check_count(self, count: int) -> None:
         if count > self.spec.limits.max_images:

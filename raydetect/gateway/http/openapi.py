@@ -8,12 +8,13 @@ from pydantic import BaseModel
 from raydetect.gateway.http.examples import EXAMPLES
 from raydetect.gateway.http.schemas import NewArtifact, Problem, RunRequest, ScoreRequest
 
-COMMON = (401, 403, 413, 421, 422, 429, 500, 503)
+COMMON = (401, 403, 408, 413, 421, 422, 429, 500, 503)
 PROBLEMS = {
     400: "the body is malformed",
     401: "missing or unknown token",
     403: "the token lacks the scope, or a URI is not below an allowed prefix",
     404: "not found",
+    408: "the body came too slowly",
     409: "another run writes there, or wrote there with other settings",
     413: "too many bytes or images in one request",
     415: "the body is neither a form nor JSON",
