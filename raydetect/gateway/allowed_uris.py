@@ -17,6 +17,10 @@ class NotAllowed(RaydetectError):
     """A URI outside the allowed prefixes; the message shows the URI and nothing about the server."""
 
 
+class Malformed(NotAllowed):
+    """Text that is not a URI at all."""
+
+
 @dataclass(frozen=True, slots=True)
 class Prefixes:
     """Normalised prefixes, each with a trailing slash."""
@@ -30,7 +34,10 @@ class Prefixes:
         Raises:
             SpecError: one is not a URI.
         """
-        return cls(tuple(_plain(uri) + "/" for uri in uris))
+        try:
+            return cls(tuple(_plain(uri) + "/" for uri in uris))
+        except Malformed as error:
+            raise SpecError(f"allow: a prefix {error}") from None
 
     def check(self, uri: str, what: str) -> str:
         """Returns the normalised URI.
@@ -41,9 +48,12 @@ class Prefixes:
 
         Raises:
             NotAllowed: it is not below a prefix, or may resolve to a location that is not.
+            Malformed: it is no URI, such as one whose port is not a number.
         """
         try:
             plain = _plain(uri)
+        except Malformed as error:
+            raise Malformed(f"{what}: {uri[:200]!r} {error}") from None
         except SpecError:
             raise NotAllowed(f"{what}: {uri[:200]!r} is not a URI that this server can read.") from None
         if not any((plain + "/").startswith(prefix) for prefix in self.known):
@@ -70,12 +80,17 @@ def _plain(uri: str) -> str:
 
 def _plain_web(uri: str) -> str:
     """An http(s) URL with a lower-case host, without user, query or percent-encoding in its path."""
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+        port = f":{parts.port}" if parts.port else ""
+    except ValueError:  # a bad port, an address in brackets that is none, letters that look like others
+        raise Malformed("is not a valid URL. Correct its host or port.") from None
+    if not parts.netloc.isascii():
+        raise Malformed("is not a valid URL. Write its host in ASCII, such as xn--...")
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment or not parts.hostname:
         raise SpecError("a URL with a user, query or fragment.")
     if unquote(parts.path) != parts.path:
         raise SpecError("a URL with percent-encoded characters.")
-    port = f":{parts.port}" if parts.port else ""
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     return f"{parts.scheme}://{host}{port}{parts.path}".rstrip("/")
 
@@ -101,7 +116,7 @@ def resolved(host: str, port: int) -> list[str]:
     """
     try:
         addresses = {str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
-    except OSError:
+    except (OSError, UnicodeError):
         raise NotAllowed(f"the host {host} has no address.") from None
     if not all(is_allowed_address(address) for address in addresses):
         raise NotAllowed(f"the host {host} has an address that this server does not connect to.")

@@ -6,13 +6,14 @@ import ssl
 import threading
 from contextlib import suppress
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from raydetect.errors import MemberError, StorageError
 from raydetect.gateway.allowed_uris import WEB, resolved
 from raydetect.storage import Storage
 
 UNREADABLE = "unreadable"
+PATH_LETTERS = "/!$&'()*+,;=:@~"  # of RFC 3986, besides letters and digits
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,8 @@ class Fetcher:
                 deadline.watch(connection.sock)
                 if parts.scheme == "https":
                     connection.sock = _secured(connection.sock, str(parts.hostname), deadline)
-                connection.request("GET", parts.path or "/", headers={"Host": parts.netloc, "Connection": "close"})
+                headers = {"Host": parts.netloc, "Connection": "close"}
+                connection.request("GET", quote(parts.path, PATH_LETTERS) or "/", headers=headers)
                 return self._body(connection.getresponse(), deadline)
             except (OSError, http.client.HTTPException):
                 if deadline.passed:

@@ -32,6 +32,7 @@ from raydetect.sinks.scored_chunk import ScoredChunk
 from raydetect.storage import Storage
 
 CHUNKS_IN_FLIGHT = 2
+STOP_SECONDS = 10.0  # for requests in flight when the server stops
 SCORED_AT_ONCE = 2  # requests: one is decoded while the other's images are scored
 
 
@@ -114,7 +115,7 @@ class LocalBackend:
 def serve_here(
     spec: ServeSpec, tokens: Tokens, on_ready: Callable[[str, str], None], wait: Callable[[], None], **bounds: float
 ) -> None:
-    """Serves requests until `wait` returns, then finishes those in flight.
+    """Serves requests until `wait` returns, then finishes those in flight, for at most STOP_SECONDS.
 
     Args:
         spec: the job.
@@ -143,7 +144,7 @@ def serve_here(
             access_log=False,
             lifespan="off",
             backlog=BACKLOG,
-            timeout_graceful_shutdown=math.ceil(spec.limits.request_seconds),
+            timeout_graceful_shutdown=math.ceil(min(STOP_SECONDS, spec.limits.request_seconds)),
         )
         server = uvicorn.Server(config)
         serving = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="uvicorn")

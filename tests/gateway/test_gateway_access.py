@@ -13,6 +13,7 @@ from raydetect.errors import SpecError
 from raydetect.gateway import allowed_uris
 from raydetect.gateway.allowed_uris import NotAllowed, Prefixes, is_allowed_address
 from raydetect.gateway.http.tokens import is_loopback, read_tokens
+from raydetect.gateway.runs import archive_runs
 from tests.builders.images import encode, normal_image
 from tests.builders.server import SCORE, client, files, make_place, run, serve_spec
 
@@ -25,6 +26,7 @@ BAD_URIS = (
     "https://images.example.evil/a/b",
     "https://images.example:8/a/b",
 )
+BEHIND_TLS = {"X-Forwarded-Proto": "https"}
 SECRET, OTHER = "a-secret-of-line-four-0001", "a-secret-of-line-five-0002"
 
 
@@ -98,10 +100,14 @@ def test_pages_of_other_sites_and_other_names_are_refused(data_dir: Path) -> Non
             return [
                 await c.get("/v1/detectors", headers={"Host": "evil.example"}),
                 await c.get("/v1/detectors", headers={"Origin": "http://evil.example"}),
+                await c.get("/v1/detectors", headers={"Origin": "https://127.0.0.1:8000"}),
+                await c.get("/v1/detectors", headers={"Origin": "ftp://127.0.0.1:8000"}),
+                await c.get("/v1/detectors", headers={"Origin": "null"}),
                 await c.get("/v1/detectors", headers={"Origin": "http://127.0.0.1:8000"}),
+                await c.get("/v1/detectors", headers={"Origin": "https://127.0.0.1:8000", **BEHIND_TLS}),
             ]
 
-    assert [answer.status_code for answer in run(work())] == [421, 403, 200]
+    assert [answer.status_code for answer in run(work())] == [421, 403, 403, 403, 403, 200, 200]
 
 
 @pytest.mark.parametrize(
@@ -158,6 +164,43 @@ def test_images_by_uri_are_read_below_allowed_prefixes_only(data_dir: Path) -> N
     assert none.status_code == 422
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:99999/a",
+        "http://127.0.0.1:-1/a",
+        "http://127.0.0.1:port/a",
+        "http://127.0.0.1:1;/a",
+        "http://127.0.0.1:\uff11/a",
+        "http://[x]/a",
+        "http://a\u2100b/a",
+        "http://\u4e2d.example/a",
+    ],
+)
+def test_text_that_is_no_url_is_refused_wherever_it_is_sent(data_dir: Path, url: str) -> None:
+    def run_of(source: str, sink: str) -> dict[str, Any]:
+        return {"detector": "bottle", "source": {"uri": source}, "sink": {"uri": sink}}
+
+    async def work() -> list[Any]:
+        run = f"/v1/archives/{archive_runs.run_id(url)}"
+        async with client(serve_spec(data_dir)) as c:
+            return [
+                await c.post(SCORE, json={"images": [{"uri": url}]}),
+                await c.post("/v1/archives", json=run_of(url, f"{data_dir}/results/x")),
+                await c.post("/v1/archives", json=run_of(f"{data_dir}/open/loose", url)),
+                await c.put("/v1/detectors/bottle", json={"artifact": url}),
+                await c.get(run),
+                await c.get(f"{run}/report"),
+                await c.delete(run),
+            ]
+
+    answers = run(work())
+    assert [answer.status_code for answer in answers] == [422] * 7, [answer.text for answer in answers]
+    assert all("is not a valid URL" in answer.json()["detail"] for answer in answers)
+    with pytest.raises(SpecError, match="is not a valid URL"):
+        Prefixes.of([url])
+
+
 def test_images_by_uri_share_the_body_limit_and_a_pipe_is_refused(data_dir: Path) -> None:
     folder = data_dir / "open/large"
     folder.mkdir()
@@ -204,9 +247,12 @@ class Web(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         image = encode(normal_image(7))
-        body = {"/images/a.png": image, "/images/large.png": b"x" * 1_000_001, "/images/cut.png": image[:99]}.get(
-            self.path
-        )
+        body = {
+            "/images/a.png": image,
+            "/images/%C3%A4%20b;c%25.png": image,
+            "/images/large.png": b"x" * 1_000_001,
+            "/images/cut.png": image[:99],
+        }.get(self.path)
         self.send_response(200 if body else 302 if self.path == "/images/moved.png" else 404)
         self.send_header("Location", "/images/a.png")
         self.send_header("Content-Length", str(len(image) if self.path == "/images/cut.png" else len(body or b"")))
@@ -223,7 +269,7 @@ def test_images_by_url_are_read_and_redirects_are_not_followed(data_dir: Path) -
     try:
         web = f"http://127.0.0.1:{server.server_port}/images"
         allowed = {"sources": [web, f"{data_dir}/open", "http://169.254.169.254/"]}
-        names = ("a.png", "moved.png", "missing.png", "large.png", "cut.png")
+        names = ("a.png", "moved.png", "missing.png", "large.png", "cut.png", "ä b;c%.png")
 
         async def work() -> list[Any]:
             async with client(serve_spec(data_dir, allow=allowed)) as c:
@@ -237,6 +283,13 @@ def test_images_by_url_are_read_and_redirects_are_not_followed(data_dir: Path) -
         server.shutdown()
         server.server_close()
     results = read.json()["results"]
-    assert [one["status"] for one in results] == ["ok", "unreadable", "unreadable", "too_many_bytes", "unreadable"]
-    assert results[0]["image_score"] == local.json()["results"][0]["image_score"]
+    assert [one["status"] for one in results] == [
+        "ok",
+        "unreadable",
+        "unreadable",
+        "too_many_bytes",
+        "unreadable",
+        "ok",
+    ]
+    assert results[0]["image_score"] == results[5]["image_score"] == local.json()["results"][0]["image_score"]
     assert metadata.status_code == 403 and "does not connect" in metadata.json()["detail"]

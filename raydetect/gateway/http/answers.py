@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import re
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,11 +42,13 @@ class Budget:
         take: called with the number of bytes read; raises TooMany when the server's limit is reached.
         most: bytes of all images of the request together.
         until: monotonic time in seconds at which reading stops.
+        ended: set when nobody waits for the images any more.
     """
 
     take: Callable[[int], None]
     most: int
     until: float
+    ended: threading.Event
 
 
 async def uploaded(form: FormData, max_image_bytes: int) -> Wanted:
@@ -85,7 +88,7 @@ def named(body: ScoreRequest, allowed: Prefixes, fetcher: Fetcher, budget: Budge
     uris = [allowed.check(image.uri, "images") for image in body.images]
     members, left = [], budget.most
     for image, uri in zip(body.images, uris, strict=True):
-        if time.monotonic() > budget.until:
+        if time.monotonic() > budget.until or budget.ended.is_set():
             raise Busy("the images took too long to read. Try again.")
         try:
             data = fetcher.read(uri)

@@ -1,16 +1,16 @@
 """The endpoints, as a FastAPI application over a `Backend`."""
 
 import logging
+import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.security import HTTPBearer
-from pydantic import ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from raydetect import __version__
@@ -24,8 +24,9 @@ from raydetect.gateway.http import answers
 from raydetect.gateway.http.authorization import Authorization
 from raydetect.gateway.http.capacity import ThreadLane
 from raydetect.gateway.http.errors import add_refusals
+from raydetect.gateway.http.json_bodies import KIND, JsonBodies, kind_of
 from raydetect.gateway.http.limits import FORM, LOOPBACK_NAMES, Guard
-from raydetect.gateway.http.openapi import SCORE_BODY, describe_bodies, problems
+from raydetect.gateway.http.openapi import SCORE_BODY, describe_bodies, json_body, problems
 from raydetect.gateway.http.schemas import (
     DetectorAnswer,
     Detectors,
@@ -96,6 +97,7 @@ class Endpoints:
         self.fetcher = Fetcher(self.storage, spec.limits.max_image_bytes, spec.limits.fetch_seconds)
         self.heatmaps = None if spec.heatmaps is None else normalise_uri(spec.heatmaps)
         self.page = PAGE.read_text()
+        self.bodies = JsonBodies(spec.limits)
         self.web = ThreadLane("read images by URL", WEB_THREADS, WEB_THREADS)
         self.stored = ThreadLane("read or write storage", STORAGE_THREADS, spec.limits.max_requests)
         self.reporting = ThreadLane("make reports", 1, REPORTS_WAITING)
@@ -116,7 +118,8 @@ class Endpoints:
         one, runs = "/v1/detectors/{name}", "/v1/archives"
         add("score", "/v1/detectors", self.detectors, tags=["detectors"])
         add("score", one, self.detector, 404, tags=["detectors"])
-        add("admin", one, self.replace, 400, 404, methods=["PUT"], tags=["detectors"])
+        put: dict[str, Any] = {"methods": ["PUT"], "openapi_extra": json_body(NewArtifact)}
+        add("admin", one, self.replace, 400, 404, 415, tags=["detectors"], **put)
         add(
             "score",
             f"{one}/score",
@@ -129,7 +132,8 @@ class Endpoints:
         )
         options: dict[str, Any] = {"tags": ["archives"]}
         add("archive", runs, self.runs, **options)
-        add("archive", runs, self.start, 400, 404, 409, 415, methods=["POST"], status_code=202, **options)
+        post: dict[str, Any] = {"methods": ["POST"], "status_code": 202, "openapi_extra": json_body(RunRequest)}
+        add("archive", runs, self.start, 400, 404, 409, 415, **post, **options)
         add("archive", f"{runs}/{{id}}", self.run, 404, **options)
         add("archive", f"{runs}/{{id}}/report", self.report, 404, response_class=HTMLResponse, **options)
         add("archive", f"{runs}/{{id}}", self.cancel, 404, methods=["DELETE"], **options)
@@ -157,10 +161,12 @@ class Endpoints:
         """One served detector."""
         return DetectorAnswer(**(await self._served(name)).facts)
 
-    async def replace(self, name: str, body: NewArtifact) -> DetectorAnswer:
+    async def replace(self, name: str, request: Request) -> DetectorAnswer:
         """Serves a new artifact version; the old one keeps scoring until the new one is loaded."""
+        body = await self.bodies.read(NewArtifact, request)
         await self._served(name)
-        replaced = await self.backend.replace(name, self.allow.artifacts.check(body.artifact, "artifact"))
+        artifact = await self.stored.run(lambda: self.allow.artifacts.check(body.artifact, "artifact"))
+        replaced = await self.backend.replace(name, artifact)
         return DetectorAnswer(**replaced.facts)
 
     async def score(self, name: str, request: Request) -> Any:
@@ -190,18 +196,15 @@ class Endpoints:
             raise Busy(f"{served.name}: cannot score right now; see the server's log.") from None
 
     async def _wanted(self, request: Request) -> answers.Wanted:
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        kind = kind_of(request)
         if kind == FORM:
             try:
                 async with request.form(max_files=self.spec.limits.max_images, max_fields=8) as form:
                     wanted = await answers.uploaded(form, self.spec.limits.max_image_bytes)
             except StarletteHTTPException as error:
                 raise self._too_many_files(error) from None
-        elif kind == "application/json":
-            try:
-                body = ScoreRequest.model_validate_json(await request.body())
-            except ValidationError as error:
-                raise RequestValidationError(error.errors(include_url=False, include_context=False)) from None
+        elif kind == KIND:
+            body = await self.bodies.read(ScoreRequest, request)
             self._check_count(len(body.images))
             wanted = await self._named(body, request)
         else:
@@ -216,10 +219,16 @@ class Endpoints:
     async def _named(self, body: ScoreRequest, request: Request) -> answers.Wanted:
         """Reads images by URI, http(s) in a pool of its own, until the request times out."""
         until = time.monotonic() + self.spec.limits.request_seconds
-        budget = answers.Budget(request.scope["take"], self.spec.limits.max_body_bytes, until)
+        budget = answers.Budget(request.scope["take"], self.spec.limits.max_body_bytes, until, threading.Event())
         is_web = any(image.uri.partition("://")[0].lower() in WEB for image in body.images)
-        lane = self.web if is_web else self.stored
-        return await lane.run(lambda: answers.named(body, self.allow.sources, self.fetcher, budget))
+        work = partial(answers.named, body, self.allow.sources, self.fetcher, budget)
+        try:
+            if is_web:
+                share = WEB_THREADS // 2 if request.scope["several_tokens"] else None
+                return await self.web.run(work, request.scope["holder"], share)
+            return await self.stored.run(work)
+        finally:
+            budget.ended.set()
 
     def _check_count(self, count: int) -> None:
         if count > self.spec.limits.max_images:
@@ -246,20 +255,21 @@ class Endpoints:
 
         return Runs(runs=[run for run in await self.stored.run(answers) if run is not None])
 
-    async def start(self, body: RunRequest) -> RunAnswer:
+    async def start(self, request: Request) -> RunAnswer:
         """Starts scoring an archive; the same request resumes a run that stopped."""
+        body = await self.bodies.read(RunRequest, request)
         served = await self._served(body.detector)
-        job = archive_runs.job_of(body, served, self.spec, self.allow)
+        job = await self.stored.run(lambda: archive_runs.job_of(body, served, self.spec, self.allow))
         state = await self.backend.start(job)
         return await self._run_answer(state.uri)
 
     async def run(self, id: str) -> RunAnswer:
         """The progress of an archive run, from its ledger; also works for runs of another server."""
-        return await self._run_answer(self._uri(id))
+        return await self._run_answer(await self._uri(id))
 
     async def report(self, id: str) -> HTMLResponse:
         """The report of an archive run, finished or not: one self-contained HTML page."""
-        uri = self._uri(id)
+        uri = await self._uri(id)
         await self._run_answer(uri)
         served = await self.backend.served()
         page = await self.reporting.run(lambda: self.reports.page(uri, served))
@@ -267,16 +277,16 @@ class Endpoints:
 
     async def cancel(self, id: str) -> RunAnswer:
         """Stops an archive run; keeps what is committed."""
-        uri = self._uri(id)
+        uri = await self._uri(id)
         if not await self.backend.cancel(uri):
             raise HTTPException(404, "no archive run with that id is in progress.")
         return await self._run_answer(uri)
 
-    def _uri(self, name: str) -> str:
+    async def _uri(self, name: str) -> str:
         uri = archive_runs.uri_of(name)
         if uri is None:
             raise HTTPException(404, "no archive run has that id.")
-        return self.allow.sinks.check(uri, "id")
+        return await self.stored.run(lambda: self.allow.sinks.check(uri, "id"))
 
     async def _run_answer(self, uri: str) -> RunAnswer:
         known = (await self.backend.runs()).get(uri)

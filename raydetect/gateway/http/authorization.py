@@ -24,6 +24,20 @@ class Authorization:
         """Requires a scope for a route."""
         self._required.append((route, scope))
 
+    def holder(self, request: MutableMapping[str, Any]) -> str:
+        """The name of the token of a request; "" without a known one."""
+        token = self._tokens.holder(_bearer(request))
+        return "" if token is None else token.name
+
+    @property
+    def several(self) -> bool:
+        """Whether there are several tokens."""
+        return len(self._tokens.known) > 1
+
+    def share(self, room: int) -> int:
+        """How much one token may hold: half if there are several, so that none locks out the others."""
+        return max(1, room // 2) if self.several else room
+
     def refusal(self, request: MutableMapping[str, Any]) -> Refusal | None:
         """Why a request is not authorised; None if it is, or matches no endpoint.
 
@@ -33,10 +47,14 @@ class Authorization:
         required = next((scope for route, scope in self._required if route.matches(request)[0] is Match.FULL), None)
         if required is None or not self._tokens.known:
             return None
-        given = next((value for name, value in request["headers"] if name.lower() == b"authorization"), b"")
-        token = self._tokens.holder(given.decode("latin-1"))
+        token = self._tokens.holder(_bearer(request))
         if token is None:
             return 401, "a token is required: Authorization: Bearer TOKEN.", BEARER
         if required not in token.scopes:
             return 403, f"the token of {token.name!r} does not have the scope {required!r}.", ()
         return None
+
+
+def _bearer(request: MutableMapping[str, Any]) -> str:
+    given = next((value for name, value in request["headers"] if name.lower() == b"authorization"), b"")
+    return bytes(given).decode("latin-1")

@@ -2,9 +2,10 @@
 
 import asyncio
 import threading
+from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from raydetect.gateway.backend import TooMany
 
@@ -48,22 +49,28 @@ class ThreadLane:
         """
         self._what, self._room = what, threads + waiting
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=what.replace(" ", "-"))
-        self._in_hand, self._lock = 0, threading.Lock()
+        self._in_hand, self._lock = Counter[str](), threading.Lock()  # by holder
 
-    async def run(self, work: Callable[[], T]) -> T:
+    async def run(self, work: Callable[[], T], holder: str = "", share: int | None = None) -> T:
         """Returns or raises what `work` does. If cancelled, the work keeps its thread until it ends.
 
+        Args:
+            work: runs in a thread.
+            holder: the name of the token that asks for it.
+            share: how much work one holder may have running and queued; all of it by default.
+
         Raises:
-            TooMany: the queue is full.
+            TooMany: the queue is full, or the holder has its share.
         """
         with self._lock:
-            if self._in_hand >= self._room:
-                raise TooMany(f"{self._room} requests already {self._what}, which is this server's limit. Try again.")
-            self._in_hand += 1
+            if self._in_hand.total() >= self._room or (share is not None and self._in_hand[holder] >= share):
+                most = self._room if self._in_hand.total() >= self._room else share
+                raise TooMany(f"{most} requests already {self._what}, which is this server's limit. Try again.")
+            self._in_hand[holder] += 1
         future = self._pool.submit(work)
-        future.add_done_callback(self._ended)
+        future.add_done_callback(lambda _: self._ended(holder))
         return await asyncio.wrap_future(future)
 
-    def _ended(self, _: Future[Any]) -> None:
+    def _ended(self, holder: str) -> None:
         with self._lock:
-            self._in_hand -= 1
+            self._in_hand[holder] -= 1

@@ -17,7 +17,7 @@ from raydetect.errors import (
     StorageError,
     TooManyBadRows,
 )
-from raydetect.gateway.allowed_uris import NotAllowed
+from raydetect.gateway.allowed_uris import Malformed, NotAllowed
 from raydetect.gateway.backend import Busy, TooMany
 from raydetect.gateway.http.limits import INTERNAL_ERROR
 
@@ -44,7 +44,7 @@ def public_message(error: RaydetectError) -> tuple[int, str]:
     if isinstance(error, Busy):
         return (429 if isinstance(error, TooMany) else 503), str(error)
     if isinstance(error, NotAllowed):
-        return 403, str(error)
+        return (422 if isinstance(error, Malformed) else 403), str(error)
     if isinstance(error, ResumeError):
         return 409, str(error)
     if isinstance(error, CLIENT_ERRORS):
@@ -62,10 +62,10 @@ async def _refused(request: Request, error: Exception) -> JSONResponse:
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError | ValidationError)
     mistakes = []
-    for item in error.errors():
+    for item in error.errors()[:MISTAKES_SHOWN]:
         path = ".".join(str(part) for part in item["loc"] if part != "body")[:200]
         mistakes.append(f"{path}: {item['msg']}" if path else str(item["msg"]))
-    return JSONResponse({"detail": "; ".join(mistakes[:MISTAKES_SHOWN]) + "."}, 422)
+    return JSONResponse({"detail": "; ".join(mistakes) + "."}, 422)
 
 
 async def _mistake(request: Request, error: Exception) -> JSONResponse:

@@ -3,16 +3,18 @@
 from typing import Any
 
 from fastapi import FastAPI
+from pydantic import BaseModel
 
 from raydetect.gateway.http.examples import EXAMPLES
-from raydetect.gateway.http.schemas import Problem, ScoreRequest
+from raydetect.gateway.http.schemas import NewArtifact, Problem, RunRequest, ScoreRequest
 
-COMMON = (401, 403, 413, 421, 422, 429, 500, 503)
+COMMON = (401, 403, 408, 413, 421, 422, 429, 500, 503)
 PROBLEMS = {
     400: "the body is malformed",
     401: "missing or unknown token",
     403: "the token lacks the scope, or a URI is not below an allowed prefix",
     404: "not found",
+    408: "the body came too slowly",
     409: "another run writes there, or wrote there with other settings",
     413: "too many bytes or images in one request",
     415: "the body is neither a form nor JSON",
@@ -58,6 +60,12 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return responses
 
 
+def json_body(model: type[BaseModel]) -> dict[str, Any]:
+    """The OpenAPI entry of a body that an endpoint reads itself."""
+    schema = {"$ref": f"#/components/schemas/{model.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
 def describe_bodies(app: FastAPI) -> None:
     """Adds the bodies that endpoints parse themselves, and examples, to the document; builds it once."""
     plain = app.openapi
@@ -66,8 +74,9 @@ def describe_bodies(app: FastAPI) -> None:
         if app.openapi_schema is None:
             document = plain()
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
-            schemas["ScoreRequest"] = ScoreRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-            schemas.update(schemas["ScoreRequest"].pop("$defs", {}))
+            for model in (NewArtifact, RunRequest, ScoreRequest):
+                schemas[model.__name__] = model.model_json_schema(ref_template="#/components/schemas/{model}")
+                schemas.update(schemas[model.__name__].pop("$defs", {}))
             for name, example in EXAMPLES.items():  # FastAPI would omit their nulls
                 schemas[name]["examples"] = [example]
             app.openapi_schema = document

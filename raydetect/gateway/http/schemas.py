@@ -6,6 +6,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from raydetect.config import MAX_REGIONS, Heatmaps
 
+MAX_URIS = 1000  # of one archive run
+Uri = Annotated[str, Field(min_length=1, max_length=2000)]
+Template = Annotated[str, Field(max_length=500)]
 OnlineHeatmaps = Literal["none", "flagged", "all"]
 
 
@@ -25,7 +28,7 @@ class ImageByUri(Strict):
 class ScoreRequest(Strict):
     """Images by URI. Uploads use multipart/form-data instead, with parts named `images`."""
 
-    images: Annotated[list[ImageByUri], Field(min_length=1)]
+    images: Annotated[list[ImageByUri], Field(min_length=1, fail_fast=True)]
     heatmaps: Annotated[OnlineHeatmaps, Field(description="which images get a heatmap")] = "none"
     store_heatmaps: Annotated[bool, Field(description="write heatmaps to the server's folder and return URIs")] = False
 
@@ -111,11 +114,14 @@ class NewArtifact(Strict):
 class RunSource(Strict):
     """Images of an archive; the keys of `source` in job files, with the server's own storage options."""
 
-    uri: Annotated[str | list[str], Field(description="below a prefix of `allow.sources`; a file, folder or glob")]
+    uri: Annotated[
+        Uri | Annotated[list[Uri], Field(min_length=1, max_length=MAX_URIS, fail_fast=True)],
+        Field(description="below a prefix of `allow.sources`; a file, folder or glob"),
+    ]
     format: Literal["auto", "tar", "zip", "parquet", "prefix"] = "auto"
-    pattern: str | None = None
-    mask_pattern: str | None = None
-    image_column: str | None = None
+    pattern: Template | None = None
+    mask_pattern: Template | None = None
+    image_column: Template | None = None
     exif_orientation: Literal["apply", "ignore"] = "apply"
     on_bad_shard: Literal["fail", "record"] = "record"
 
@@ -134,7 +140,7 @@ class RunSink(Strict):
 class RunRequest(Strict):
     """An archive to score. The same request resumes a run that stopped."""
 
-    detector: str
+    detector: Annotated[str, Field(max_length=200)]
     source: RunSource
     sink: RunSink
     chunk_images: Annotated[int, Field(ge=1, le=4096)] = 64

@@ -15,6 +15,7 @@ from raydetect.sinks.run_progress import ProgressReader, RunProgress
 from raydetect.storage import Storage
 
 REMEMBERED = 100
+MAX_ID_LETTERS = 11_000  # base64 of 2000 letters of up to 4 bytes
 
 
 def job_of(body: RunRequest, served: Served, spec: ServeSpec, allow: "Allowed") -> ScoreSpec:
@@ -74,6 +75,8 @@ def run_id(uri: str) -> str:
 
 def uri_of(name: str) -> str | None:
     """The results directory of a run id; None if the id is invalid."""
+    if len(name) > MAX_ID_LETTERS:
+        return None
     try:
         uri = base64.urlsafe_b64decode(name + "=" * (-len(name) % 4)).decode()
     except (binascii.Error, ValueError):
