@@ -78,8 +78,8 @@ def fitted(name: str, device: Any) -> Any:
     from raydetect.fitting.reading.counts import ReadFacts
     from raydetect.fitting.timings import Phases
     from raydetect.images.preprocess import Preprocess
-    from tests.builders.auxiliary import other_images
     from tests.builders.images import DEFECTS, defect_image, normal_image
+    from tests.builders.other_images import other_images
 
     cache = ImageCache(Preprocess((SIZE_PX, SIZE_PX)))
     for number in range(IMAGES):

@@ -4,10 +4,6 @@ from typing import Any
 
 from raydetect.detectors._base import Auxiliary
 from raydetect.detectors._registry import detector_class
-from raydetect.fitting.image_cache import CachedImage, ImageCache
-from raydetect.fitting.reading.auxiliary import AuxiliaryImages
-from raydetect.fitting.reading.counts import ReadFacts
-from raydetect.images.preprocess import Preprocess
 from raydetect.storage import Storage
 from tests.builders.archives import mixed_files, pack
 from tests.builders.images import SIZE_PX, encode, normal_image
@@ -47,13 +43,3 @@ def auxiliary_of(*names: str, folder: str, count: int = 6, storage: Storage | No
         return {"auxiliary": {"uri": folder, "pattern": PATTERN}}
     pack(folder, "", mixed_files(count, -(-count // 3)), 1, storage)
     return {"auxiliary": {"uri": folder, **MASKED}}
-
-
-def other_images(count: int, size_px: int) -> AuxiliaryImages:
-    """Decoded normal images of two other categories."""
-    cache = ImageCache(Preprocess((size_px, size_px)))
-    for i in range(count):
-        image = normal_image(70_000 + i, size_px)
-        category, pixels = ("inverted", 255 - image) if i % 2 else ("turned", image.transpose(1, 0, 2))
-        cache.add(CachedImage(f"{category}-{i:03d}", 0, category), pixels)
-    return AuxiliaryImages(cache, ReadFacts())
