@@ -2,15 +2,18 @@
 
 Both sides start from 8-bit images and random weights and end with the optimizer step; anomalib's Lightning modules are
 called directly, without a Lightning Trainer. For CFLOW-AD, both sides take one optimizer step per batch of fibres of a
-batch of images. For DRAEM, both simulate defects within the step, from the same texture files.
+batch of images. For DRAEM, both simulate defects from the same texture files: anomalib in the step, raydetect those of
+the next step beside it.
 """
 
 import os
 import tempfile
 import warnings
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +30,7 @@ from raydetect.blocks.coresets.group import Group
 from raydetect.blocks.seeding import keyed_generator
 from raydetect.detectors._registry import build_detector
 from raydetect.fitting.image_cache import CachedImage, ImageCache
+from raydetect.fitting.reading.prepared_batches import cpu_threads, prepared_batches
 from raydetect.fitting.train import Trainer
 from raydetect.images.preprocess import Preprocess
 from tests.builders.images import normal_image
@@ -111,8 +115,8 @@ def write_textures(folder: str) -> None:
         Image.fromarray(picture).save(Path(folder) / f"{number:03d}.png")
 
 
-def our_step(peer: Peer, images_BHWC: np.ndarray) -> Callable[[], object]:
-    """One batch of `worker.train` on a single worker, read from its cache."""
+def our_step(peer: Peer, images_BHWC: np.ndarray, pool: Executor) -> Callable[[], None]:
+    """One batch of a training on a single worker, read from its cache."""
     size = (images_BHWC.shape[1], images_BHWC.shape[2])
     params = {**peer.params, "image_size": list(size), "batch_size": peer.images}
     detector = build_detector(peer.name, params)
@@ -123,7 +127,14 @@ def our_step(peer: Peer, images_BHWC: np.ndarray) -> Callable[[], object]:
     trainer = Trainer(detector, cache, list(cache.images), Group())
     plan = detector.begin_training(peer.images)
     loss_of, rates = trainer._loss_module(plan), [group["lr"] for group in plan.optimizer.param_groups]
-    return lambda: trainer._epoch(plan, loss_of, 0, rates)
+    coming = prepared_batches(detector, cache, trainer._shares(plan, count()), pool)
+    ready = [next(coming)]
+
+    def step() -> None:
+        trainer._steps(plan, loss_of, rates, *ready.pop())
+        ready.append(next(coming))  # waits for what was prepared beside this step
+
+    return step
 
 
 def their_step(peer: Peer, images_BHWC: np.ndarray) -> Callable[[], None]:
@@ -154,11 +165,11 @@ def main() -> None:
     threads = os.cpu_count() or 1
     torch.set_num_threads(threads)
     figures: dict[str, Any] = {"threads": threads, "size_px": SIZE_PX, "anomalib_over_raydetect": {}}
-    with tempfile.TemporaryDirectory() as textures:
+    with tempfile.TemporaryDirectory() as textures, cpu_threads() as pool:
         write_textures(textures)
         for peer in peers(textures):
             images_BHWC = np.stack([normal_image(number, SIZE_PX) for number in range(peer.images)])
-            theirs, ours = alternate(their_step(peer, images_BHWC), our_step(peer, images_BHWC), peer.rounds)
+            theirs, ours = alternate(their_step(peer, images_BHWC), our_step(peer, images_BHWC, pool), peer.rounds)
             figures["anomalib_over_raydetect"][peer.name] = {"images": peer.images, **ratio(theirs, ours)}
             print(peer.name, figures["anomalib_over_raydetect"][peer.name], flush=True)
     write("training", "make bench", figures)

@@ -97,7 +97,7 @@ def archive() -> tuple[np.ndarray, np.ndarray, Discovery]:
     is_anomalous_N = np.arange(ARCHIVE) < ANOMALOUS
     scores_N = random.normal(size=ARCHIVE) + 4.5 * is_anomalous_N
     values_N = p_values(scores_M, scores_N)
-    return values_N, is_anomalous_N, discover(Counter(values_N.tolist()), FDR)
+    return values_N, is_anomalous_N, discover(Counter(values_N.tolist()), FDR, ARCHIVE_CALIBRATION)
 
 
 def draw_false_discoveries(left: Axes, right: Axes) -> None:

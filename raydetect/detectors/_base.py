@@ -101,6 +101,7 @@ class Batch:
             workers; it distinguishes repeated draws of one image within an epoch.
         masks_BHW: pixels of defects, bool, during a training on auxiliary images with masks; else None.
         categories: during training, the category of every image; None if the pattern has none.
+        prepared: during training, what `Detector.prepare_image` returned for every image, stacked along B.
     """
 
     images_BCHW: Tensor
@@ -110,6 +111,7 @@ class Batch:
     draws: Sequence[int] = ()
     masks_BHW: Tensor | None = None
     categories: Sequence[str | None] = ()
+    prepared: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +260,23 @@ class Detector(abc.ABC):
     def begin_training(self, num_images: int) -> "TrainingPlan":
         """Creates the trainable modules and the optimizer; only when "train" is in `phases`."""
         raise TypeError(f"{type(self).__name__} has no train phase")
+
+    def prepare_image(self, image_3HW: Tensor, key: str, epoch: int, draw: int) -> tuple[Tensor, ...]:
+        """What a step needs of an image beside its pixels, such as a copy with a simulated defect or noise.
+
+        Called on several threads of the CPU, while the device takes the step before. So it depends on its arguments,
+        the seed and what no training changes alone, draws from keyed generators, and runs no network.
+
+        Args:
+            image_3HW: uint8, on the CPU.
+            key: of the image.
+            epoch: 0-based.
+            draw: see `Batch.draws`.
+
+        Returns:
+            Tensors on the CPU, of the same shapes for every image; `Batch.prepared` has them on the device.
+        """
+        return ()
 
     def training_pieces(self, batch: Batch) -> Sequence[Any]:
         """Splits a batch into pieces, one optimizer step each; the number is the same on every worker.

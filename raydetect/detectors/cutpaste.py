@@ -229,16 +229,16 @@ class CutPaste(FineTuned):
         drawn = in_rounds(sorted(known), self.seed, "batches", epoch)
         return [list(islice(drawn, size)) for _ in range(self.params.steps_per_epoch)]
 
+    def prepare_image(self, image_3HW: Tensor, key: str, epoch: int, draw: int) -> tuple[Tensor, ...]:
+        """The image of every class, in [0, 255]."""
+        versions = self._versions(image_3HW, keyed_generator(self.seed, "paste", key, epoch, draw))
+        return tuple(version * 255 for version in versions)
+
     def training_loss(self, piece: Batch) -> Tensor:
         """Cross entropy over every image unmodified (class 0) and with pasted patches (eq. 1)."""
-        draws = piece.draws or [0] * len(piece.keys)
-        with torch.no_grad():
-            samples = [
-                self._versions(image_CHW, keyed_generator(self.seed, "paste", key, piece.epoch, draw))
-                for image_CHW, key, draw in zip(piece.images_BCHW, piece.keys, draws, strict=True)
-            ]
-            images_BCHW = torch.cat([torch.stack(version) for version in zip(*samples, strict=True)]) * 255
-        class_B = torch.arange(len(samples[0]), device=images_BCHW.device).repeat_interleave(len(samples))
+        images_BCHW = torch.cat(piece.prepared)
+        classes = torch.arange(len(piece.prepared), device=images_BCHW.device)
+        class_B = classes.repeat_interleave(len(piece.keys))
         pooled_BD = self._training[BACKBONE](images_BCHW)[0].mean((2, 3))
         return F.cross_entropy(self.run(self._training[HEAD], pooled_BD), class_B)
 

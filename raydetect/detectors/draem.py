@@ -151,11 +151,13 @@ class DRAEM(NetworkDetector):
             rate=lambda done: 0.1 ** sum(done >= milestone for milestone in milestones),
         )
 
+    def prepare_image(self, image_3HW: Tensor, key: str, epoch: int, draw: int) -> tuple[Tensor, ...]:
+        """See `_simulated`."""
+        return self._simulated(image_3HW.float() / 255, keyed_generator(self.seed, "draem", key, epoch))
+
     def training_loss(self, piece: Batch) -> Tensor:
         """L2 and SSIM losses of the repaired images, focal loss of the masks (eqs. 2-4)."""
-        pairs = zip(piece.images_BCHW.cpu().float() / 255, piece.keys, strict=True)
-        samples = [self._simulated(image, keyed_generator(self.seed, "draem", k, piece.epoch)) for image, k in pairs]
-        images, damaged, masks = (torch.stack(parts).to(self.device) for parts in zip(*samples, strict=True))
+        images, damaged, masks = piece.prepared
         repaired, anomalous = self._forward(damaged)
         loss = F.mse_loss(repaired, images) + self.params.ssim_weight * ssim_loss(repaired, images)
         return loss + focal_loss(anomalous, masks, FOCAL_GAMMA)

@@ -267,11 +267,13 @@ class MemSeg(NetworkDetector):
         least = p.last_learning_rate / p.learning_rate
         return TrainingPlan(parts, optimizer, epochs, p.batch_size, lambda done: warm_cosine(done / epochs, least))
 
+    def prepare_image(self, image_3HW: Tensor, key: str, epoch: int, draw: int) -> tuple[Tensor, ...]:
+        """See `_simulated`."""
+        return self._simulated(image_3HW, keyed_generator(self.seed, "memseg", key, epoch))
+
     def training_loss(self, piece: Batch) -> Tensor:
         """L1 and focal losses of the masks of simulated defects (sec. 3.4)."""
-        pairs = zip(piece.images_BCHW.cpu(), piece.keys, strict=True)
-        samples = [self._simulated(image, keyed_generator(self.seed, "memseg", k, piece.epoch)) for image, k in pairs]
-        images, masks = (torch.stack(parts).to(self.device) for parts in zip(*samples, strict=True))
+        images, masks = piece.prepared
         anomalous = self._forward(255 * images, self._themselves(piece.keys))
         l1 = (anomalous - masks).abs().mean()
         focal = focal_loss(anomalous, masks, FOCAL_GAMMA)

@@ -207,6 +207,14 @@ class ReverseDistillationPP(NetworkDetector):
         optimizer = torch.optim.Adam(groups, betas=BETAS, fused=True)
         return TrainingPlan(parts, optimizer, p.epochs, p.batch_size)
 
+    def prepare_image(self, image_3HW: Tensor, key: str, epoch: int, draw: int) -> tuple[Tensor, ...]:
+        """A simulated defect to add to pixels in [0, 1], (3, H, W); nothing without projectors."""
+        if not self.params.projector:
+            return ()
+        generator = keyed_generator(self.seed, "simplex", key, epoch, draw)
+        size_px = (image_3HW.shape[-2], image_3HW.shape[-1])
+        return (self.params.noise_strength * noise_patch(size_px, generator),)
+
     def training_loss(self, piece: Batch) -> Tensor:
         """Distillation (RD, eq. 3) and the projectors' losses (RD++, eq. 8; weights: code), means over images."""
         teacher = self._teacher
@@ -214,7 +222,8 @@ class ReverseDistillationPP(NetworkDetector):
         if not self.params.projector:
             levels = teacher.features(normal)
             return distillation_loss(levels, self._rebuilt(levels))
-        damaged = normal + (self._noise(piece) / teacher.std_C11)
+        (noise,) = piece.prepared
+        damaged = normal + noise / teacher.std_C11
         others = [teacher.normalised(self._partners(piece))] if self._uses_partners else []
         with torch.no_grad():
             seen = teacher.features(torch.cat([normal, damaged, *others]))
@@ -266,16 +275,6 @@ class ReverseDistillationPP(NetworkDetector):
         """The decoder's features, shallowest first."""
         found: list[Tensor] = self.run(self.networks[DECODER], self.run(self.networks[EMBEDDING], levels))
         return found
-
-    def _noise(self, batch: Batch) -> Tensor:
-        """Simulated defects to add to pixels in [0, 1], (B, 3, H, W), drawn on the CPU."""
-        size_px = (batch.images_BCHW.shape[-2], batch.images_BCHW.shape[-1])
-        draws = batch.draws or [0] * len(batch.keys)
-        generators = [
-            keyed_generator(self.seed, "simplex", key, batch.epoch, draw)
-            for key, draw in zip(batch.keys, draws, strict=True)
-        ]
-        return self.params.noise_strength * torch.stack([noise_patch(size_px, g) for g in generators]).to(self.device)
 
     def _partners(self, batch: Batch) -> Tensor:
         """Another stored image for every image, by its key and epoch, uint8 (B, 3, H, W)."""

@@ -12,7 +12,6 @@ weight decay is the discriminator's.
 Shapes: B images, h w feature grid, H W pixels, N patches (B * h * w), D feature dim.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -23,7 +22,6 @@ from torch import Tensor, nn
 
 from raydetect.blocks.backbones.backbone import Backbone
 from raydetect.blocks.backbones.patch_embeddings import patch_embeddings
-from raydetect.blocks.device_constants import sent_ahead
 from raydetect.blocks.maps.anomaly_map import smooth_upsampled
 from raydetect.blocks.search.matrix_product import product
 from raydetect.blocks.seeding import keyed_generator, keyed_seed
@@ -90,6 +88,7 @@ class SimpleNet(NetworkDetector):
         ] = 4.0
 
     params: Params
+    _embedded: tuple[int, ...]  # (h, w, D)
 
     def load_weights(self) -> str:
         """Loads the backbone."""
@@ -116,7 +115,11 @@ class SimpleNet(NetworkDetector):
     def begin_training(self, num_images: int) -> TrainingPlan:
         """A new adaptor and discriminator, optimised by one Adam with two learning rates."""
         self.is_fitted = False
-        networks = self.make_networks()
+        networks, backbone = self.make_networks(), self.networks[BACKBONE]
+        assert isinstance(backbone, Backbone)
+        levels = backbone.shapes(self.params.image_size)
+        dims = self.params.embedding_dims or sum(backbone.widths())
+        self._embedded = (*levels[0][1:], dims)
         trained = nn.ModuleDict({name: networks[name].to(self.device).train() for name in (ADAPTOR, DISCRIMINATOR)})
         self.networks.update(trained.items())
         groups = [
@@ -126,12 +129,16 @@ class SimpleNet(NetworkDetector):
         optimizer = torch.optim.Adam(groups, weight_decay=self.params.weight_decay)
         return TrainingPlan(trained, optimizer, self.params.epochs, self.params.batch_size)
 
+    def prepare_image(self, image_3HW: Tensor, key: str, epoch: int, draw: int) -> tuple[Tensor, ...]:
+        """Noise for its embeddings, (h, w, D)."""
+        generator = keyed_generator(self.seed, "noise", key, epoch)
+        return (self.params.noise_sigma * torch.randn(self._embedded, generator=generator),)
+
     def training_loss(self, piece: Batch) -> Tensor:
         """Loss of eqs. 5-7, with normal and noisy features in one discriminator batch."""
+        (noise_BhwD,) = piece.prepared
         with torch.no_grad():
             embeddings_BhwD = self._embed(piece.images_BCHW)
-            noise = [self._noise(key, piece.epoch, embeddings_BhwD.shape[1:]) for key in piece.keys]
-            noise_BhwD = sent_ahead(torch.stack(noise), embeddings_BhwD.device)
         adapted_ND = self.run(self.networks[ADAPTOR], embeddings_BhwD.flatten(0, 2))
         noisy_ND = adapted_ND + noise_BhwD.flatten(0, 2)
         normality_2N = self._normality(torch.cat([adapted_ND, noisy_ND]))
@@ -144,10 +151,6 @@ class SimpleNet(NetworkDetector):
         assert isinstance(discriminator, nn.Sequential)
         normality_N1: Tensor = discriminator[1:](self.run(discriminator[0], rows_ND))
         return normality_N1[:, 0]
-
-    def _noise(self, key: str, epoch: int, shape: Sequence[int]) -> Tensor:
-        generator = keyed_generator(self.seed, "noise", key, epoch)
-        return self.params.noise_sigma * torch.randn(tuple(shape), generator=generator)
 
     def end_training(self) -> None:
         """Freezes the adaptor and the discriminator."""

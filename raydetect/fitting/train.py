@@ -6,7 +6,7 @@ order depends on seed and epoch only, and an epoch is split into batches of near
 for the workers. Learning rates are a function of the completed epochs, so resuming needs only tensors.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain, cycle, islice
@@ -20,10 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 from raydetect.blocks.coresets.group import Group
 from raydetect.blocks.networks.sync_norm import shared_norms
 from raydetect.blocks.seeding import shuffled
-from raydetect.detectors._base import Detector, Known, TrainingPlan
+from raydetect.detectors._base import Batch, Detector, Known, TrainingPlan
 from raydetect.errors import RaydetectError, SpecError
 from raydetect.fitting.checkpoints import Checkpoints
 from raydetect.fitting.image_cache import ImageCache
+from raydetect.fitting.reading.prepared_batches import Share, cpu_threads, prepared_batches
 
 Part = TypeVar("Part")
 
@@ -81,19 +82,25 @@ class Trainer:
         rates = [float(param_group["lr"]) for param_group in plan.optimizer.param_groups]
         if checkpoint is not None:
             checkpoint.restore(plan.module, plan.optimizer)
-        loss_of = self._loss_module(plan)
-        with shared_norms(plan.module) if self.group.size > 1 else nullcontext():
-            for epoch in range(len(losses), plan.epochs):
-                batches = self._batches(plan, epoch)
-                if epoch == self.resumed_epochs:
-                    on_progress(epoch * len(batches), plan.epochs * len(batches))
-                losses.append(self._epoch(plan, loss_of, epoch, rates, batches, on_progress))
-                self._keep(plan, losses)
+        loss_of, of_epoch = self._loss_module(plan), list[float]()
+        with shared_norms(plan.module) if self.group.size > 1 else nullcontext(), cpu_threads() as pool:
+            shares = self._shares(plan, range(self.resumed_epochs, plan.epochs))
+            for share, batch in prepared_batches(self.detector, self.cache, shares, pool):
+                if (share.epoch, share.number) == (self.resumed_epochs, 0):
+                    on_progress(share.epoch * share.batches, plan.epochs * share.batches)
+                of_epoch += self._steps(plan, loss_of, rates, share, batch)
+                on_progress(1, plan.epochs * share.batches)
+                if share.number + 1 == share.batches:
+                    losses.append(sum(of_epoch) / len(of_epoch))
+                    of_epoch = []
+                    self._keep(plan, losses)
         self.detector.end_training()
         return losses
 
     def measure(self, num_images: int, seconds_of: Callable[[Callable[[], object]], float]) -> tuple[float, int]:
         """Trains on one batch twice; returns the seconds of the second time for each image, and the epochs of a fit.
+
+        They include the preparation of a third batch, which a training waits for only if it takes longer than the step.
 
         Args:
             num_images: of the fit to forecast.
@@ -102,15 +109,19 @@ class Trainer:
         plan = self.detector.begin_training(num_images)
         rates = [float(param_group["lr"]) for param_group in plan.optimizer.param_groups]
         loss_of = self._loss_module(plan)
-        batch = self._batches(plan, 0)[:1]
+        share = next(self._shares(plan, [0]))
 
-        def train() -> float:
-            return self._epoch(plan, loss_of, 0, rates, batch, lambda done, total: None)
+        with cpu_threads() as pool:
+            coming = prepared_batches(self.detector, self.cache, [share] * 3, pool)
 
-        train()  # the first time is slower
-        seconds = seconds_of(train)
+            def train(batch: Batch) -> Batch:
+                self._steps(plan, loss_of, rates, share, batch)
+                return next(coming)[1]
+
+            second = train(next(coming)[1])  # the first time is slower
+            seconds = seconds_of(lambda: train(second))
         self.detector.end_training()
-        return seconds / len(batch[0]), plan.epochs
+        return seconds / len(share.keys), plan.epochs
 
     def _loss_module(self, plan: TrainingPlan) -> nn.Module:
         loss = _Loss(self.detector, plan.module)
@@ -124,29 +135,25 @@ class Trainer:
             assert self.checkpoints is not None
             self.checkpoints.save(plan.module, plan.optimizer, losses)
 
-    def _epoch(
-        self,
-        plan: TrainingPlan,
-        loss_of: nn.Module,
-        epoch: int,
-        rates: list[float],
-        batches: list[list[str]],
-        on_progress: Callable[[int, int], None],
-    ) -> float:
-        losses: list[float] = []
-        drawn = 0
-        for number, keys in enumerate(batches):
-            factor = plan.rate(epoch + number / len(batches))
-            for param_group, rate in zip(plan.optimizer.param_groups, rates, strict=True):
-                param_group["lr"] = rate * factor
-            mine = self._share(keys, plan)
-            share = len(mine) / len(keys)
-            draws = self._share(range(drawn, drawn + len(keys)), plan)
-            drawn += len(keys)
-            pieces = self.detector.training_pieces(self.cache.batch(mine, self.detector.device, epoch, draws))
-            losses += [self._step(plan, loss_of, piece, share, epoch) for piece in pieces]
-            on_progress(1, plan.epochs * len(batches))
-        return sum(losses) / len(losses)
+    def _shares(self, plan: TrainingPlan, epochs: Iterable[int]) -> Iterator[Share]:
+        """This worker's shares of all batches."""
+        for epoch in epochs:
+            batches, drawn = self._batches(plan, epoch), 0
+            for number, keys in enumerate(batches):
+                mine = self._share(keys, plan)
+                draws = self._share(range(drawn, drawn + len(keys)), plan)
+                drawn += len(keys)
+                yield Share(epoch, number, len(batches), len(mine) / len(keys), mine, draws)
+
+    def _steps(
+        self, plan: TrainingPlan, loss_of: nn.Module, rates: list[float], share: Share, batch: Batch
+    ) -> list[float]:
+        """Takes the steps of a batch at its learning rates; returns their losses."""
+        factor = plan.rate(share.epoch + share.number / share.batches)
+        for param_group, rate in zip(plan.optimizer.param_groups, rates, strict=True):
+            param_group["lr"] = rate * factor
+        pieces = self.detector.training_pieces(batch)
+        return [self._step(plan, loss_of, piece, share.ratio, share.epoch) for piece in pieces]
 
     def _share(self, parts: Sequence[Part], plan: TrainingPlan) -> list[Part]:
         """What belongs to this worker's images of a batch: every size-th item, whole."""

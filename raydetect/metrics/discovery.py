@@ -28,8 +28,8 @@ class Discovery:
         flagged: number of flagged images.
         expected_false: `tested * p_threshold`, the expected number of images at or below the threshold if all were
             normal. Divided by `flagged` it is at most the level.
-        needed_held_out: if no image is flagged, the number of held-out images with which those of the smallest p-value
-            would be; 0 otherwise.
+        needed_held_out: if no image is flagged although some have the smallest p-value of all possible ones, the number
+            of held-out images with which these would be; 0 otherwise, since a larger calibration lowers no other.
     """
 
     level: float
@@ -45,12 +45,14 @@ class Discovery:
         return self.expected_false / self.flagged if self.flagged else 0.0
 
 
-def discover(counts: Mapping[float, int], level: float) -> Discovery:
+def discover(counts: Mapping[float, int], level: float, held_out: int) -> Discovery:
     """Applies the Benjamini-Hochberg procedure.
 
     Args:
         counts: number of images by p-value.
         level: in (0, 1).
+        held_out: number of held-out images; for several calibrations that of the largest, as only its smallest p-value
+            is certain to be above all of its scores.
     """
     tested = sum(counts.values())
     seen, flagged, threshold = 0, 0, None
@@ -61,7 +63,7 @@ def discover(counts: Mapping[float, int], level: float) -> Discovery:
     if threshold is not None:
         return Discovery(level, tested, threshold, flagged, threshold * tested)
     needed = 0
-    if counts:
+    if counts and min(counts) * (held_out + 1) <= 1.0 + ROUNDING:
         at_best = counts[min(counts)]
         needed = math.ceil(tested / (level * at_best) * (1.0 - ROUNDING)) - 1
     return Discovery(level, tested, None, 0, 0.0, needed)

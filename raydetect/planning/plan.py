@@ -329,7 +329,8 @@ def decide(flag: FlagSpec, records: Mapping[str | None, ArtifactRecord], where: 
     level = flag.fdr
     if level is None:
         return {}
-    discovery = discover(totals.p_counts, level)
+    held_out = max(len(record.calibration.scores) for record in records.values())
+    discovery = discover(totals.p_counts, level, held_out)
     record = records.get(None)
     thresholds = {category or "": _score_threshold(r, discovery.p_threshold) for category, r in records.items()}
     facts = {**to_plain(discovery), "false_share": discovery.false_share}

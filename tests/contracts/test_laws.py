@@ -19,6 +19,7 @@ from raydetect.detectors._base import Batch, Detector, NotFittedError
 from raydetect.detectors._registry import build_detector, detector_class, list_models
 from raydetect.errors import ArtifactError, RaydetectError, SpecError
 from raydetect.storage import Storage
+from tests.builders.training import prepared
 from tests.contracts import cases
 from tests.contracts.cases import CASES, IN_BFLOAT16, SIZE_PX, Case
 
@@ -68,7 +69,7 @@ def train_twice(detector: Detector, batch: Batch) -> None:
     """Runs a train phase of two epochs over one batch."""
     plan = detector.begin_training(len(batch.keys))
     for _ in range(2):
-        for piece in detector.training_pieces(batch):
+        for piece in detector.training_pieces(prepared(detector, batch)):
             plan.optimizer.zero_grad()
             detector.training_loss(piece).backward()
             plan.optimizer.step()

@@ -23,6 +23,7 @@ from raydetect.detectors.cutpaste import CutPaste
 from raydetect.errors import SpecError
 from tests.builders.bottle import aurocs, aurocs_untrained, fit_in_memory, read_bottles
 from tests.builders.images import defect_image, normal_image
+from tests.builders.training import loss_of
 from tests.contracts.cases import as_batch
 
 IMAGES = as_batch([normal_image(i, 64) for i in range(10)])
@@ -118,7 +119,7 @@ def test_the_loss_is_the_cross_entropy_of_each_version(augment_type: str, classe
     detector = build(augment_type=augment_type, level=level)
     plan = detector.begin_training(4)
     draws = [7, 3, 11, 20]
-    loss = float(detector.training_loss(Batch(IMAGES[:4], KEYS[:4], epoch=2, draws=draws)).detach())
+    loss = float(loss_of(detector, Batch(IMAGES[:4], KEYS[:4], epoch=2, draws=draws)).detach())
     made = [detector._versions(IMAGES[i], keyed_generator(0, "paste", KEYS[i], 2, draws[i])) for i in range(4)]
     size = 64 if level == "image" else 32
     assert all(len(versions) == classes and versions[0].shape == (3, size, size) for versions in made)
@@ -136,8 +137,8 @@ def test_every_draw_pastes_otherwise_and_the_order_of_a_batch_does_not_matter() 
     detector = build()
     detector.begin_training(3)
     draws = [0, 1, 2]
-    one = detector.training_loss(Batch(IMAGES[:3], KEYS[:3], draws=draws)).detach()
-    turned = detector.training_loss(Batch(IMAGES[:3].flip(0), KEYS[:3][::-1], draws=draws[::-1])).detach()
+    one = loss_of(detector, Batch(IMAGES[:3], KEYS[:3], draws=draws)).detach()
+    turned = loss_of(detector, Batch(IMAGES[:3].flip(0), KEYS[:3][::-1], draws=draws[::-1])).detach()
     torch.testing.assert_close(one, turned, rtol=1e-5, atol=0)
     versions = [detector._versions(IMAGES[0], keyed_generator(0, "paste", "a", 0, draw)) for draw in range(5)]
     for number in range(3):
@@ -182,7 +183,7 @@ def test_training_starts_from_the_loaded_weights_and_saves_no_head(tmp_path: Pat
     message = detector.load_weights()
     assert source.digest() in message
     plan = detector.begin_training(10)
-    loss = detector.training_loss(Batch(IMAGES, KEYS))
+    loss = loss_of(detector, Batch(IMAGES, KEYS))
     loss.backward()
     plan.optimizer.step()
     backbone = detector.networks["backbone"]

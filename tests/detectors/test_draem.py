@@ -19,6 +19,7 @@ from raydetect.errors import ArtifactError
 from tests.builders.archives import pack
 from tests.builders.bottle import aurocs, aurocs_untrained, fit_in_memory, read_bottles
 from tests.builders.images import defect_image, encode, normal_image
+from tests.builders.training import loss_of
 from tests.contracts.cases import as_batch
 from tests.reference import images as plain
 
@@ -33,7 +34,7 @@ def started(**params: object) -> DRAEM:
 
 
 def step(detector: DRAEM, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
-    loss = detector.training_loss(batch)
+    loss = loss_of(detector, batch)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -68,7 +69,7 @@ def test_the_loss_is_the_sum_of_its_three_parts_and_falls() -> None:
     assert np.mean(losses[-3:]) < 0.6 * losses[0]
     detector.end_training()
     batch = normal_batch(2, epoch=3)
-    found = detector.training_loss(batch).item()
+    found = loss_of(detector, batch).item()
     parts = []
     for image, key in zip(batch.images_BCHW.float() / 255, batch.keys, strict=True):
         truth, damaged, mask = detector._simulated(image, keyed_generator(detector.seed, "draem", key, 3))

@@ -21,6 +21,7 @@ from raydetect.detectors.memseg import MemSeg, warm_cosine
 from raydetect.errors import ArtifactError, SpecError
 from tests.builders.bottle import aurocs, aurocs_untrained, fit_in_memory, read_bottles
 from tests.builders.images import defect_image, normal_image
+from tests.builders.training import loss_of
 from tests.contracts.cases import as_batch
 from tests.reference import images as plain
 from tests.reference.memory import coordinate_attention, recalled
@@ -57,7 +58,7 @@ def trained(steps: int, **params: object) -> tuple[MemSeg, list[float]]:
     detector = collected(**params)
     plan, losses = detector.begin_training(8), []
     for epoch in range(steps):
-        loss = detector.training_loss(normal_batch(8, epoch))
+        loss = loss_of(detector, normal_batch(8, epoch))
         plan.optimizer.zero_grad()
         loss.backward()
         plan.optimizer.step()
@@ -178,21 +179,21 @@ def test_while_training_an_image_passes_over_itself() -> None:
         return inner(levels, *words)  # type: ignore[arg-type]
 
     memory.recall = listened  # type: ignore[method-assign,assignment]
-    detector.training_loss(normal_batch(5))
+    loss_of(detector, normal_batch(5))
     detector.end_training()
     detector.score(normal_batch(5).images_BCHW)
     assert all(level.min() > 1e-3 for level in asked[0])
     assert all(level.max() < 1e-4 for level in asked[1])
     one = collected(images=1, memory_size=1)
     one.begin_training(1)
-    assert one._themselves(["0"]) is None and torch.isfinite(one.training_loss(normal_batch(2)))
+    assert one._themselves(["0"]) is None and torch.isfinite(loss_of(one, normal_batch(2)))
 
 
 def test_the_loss_is_the_weighted_sum_of_both_and_falls() -> None:
     detector, losses = trained(30, l1_weight=0.7, focal_weight=0.5, anomalous_ratio=1.0)
     assert np.mean(losses[-5:]) < 0.6 * losses[0]
     batch, parts = normal_batch(2, epoch=4), []
-    found = detector.training_loss(batch).item()
+    found = loss_of(detector, batch).item()
     for i, (image, key) in enumerate(zip(batch.images_BCHW, batch.keys, strict=True)):
         damaged, mask = detector._simulated(image, keyed_generator(detector.seed, "memseg", key, 4))
         with torch.inference_mode():
@@ -219,7 +220,7 @@ def test_the_users_parameters_work_together() -> None:
     words = {"memory_size": 1000, "k_neighbors": 3, "feature_dim": 512}
     detector = collected(images=6, **words)
     detector.begin_training(6)
-    detector.training_loss(normal_batch(6)).backward()
+    loss_of(detector, normal_batch(6)).backward()
     detector.end_training()
     assert detector.facts()["memory_images"] == 6
     deepest = detector.networks["memory"].get_buffer("level2").permute(0, 3, 1, 2)

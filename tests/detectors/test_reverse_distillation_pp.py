@@ -22,6 +22,7 @@ from raydetect.detectors.reverse_distillation_pp import Projectors, ReverseDisti
 from raydetect.errors import SpecError
 from tests.builders.bottle import aurocs, fit_in_memory, read_bottles
 from tests.builders.images import defect_image, normal_image
+from tests.builders.training import loss_of, prepared
 from tests.contracts.cases import as_batch
 
 KEYS = ["a", "b", "c", "d"]
@@ -74,7 +75,7 @@ def test_projectors_learn_at_a_rate_of_their_own_and_the_teacher_not_at_all() ->
     for name, rate in (("projector", 1e-3), ("embedding", 5e-3), ("decoder", 5e-3)):
         assert {rates.pop(id(p)) for p in detector.networks[name].parameters()} == {rate}
     assert not rates and plan.optimizer.defaults["betas"] == (0.5, 0.999)
-    detector.training_loss(batch()).backward()
+    loss_of(detector, batch()).backward()
     assert all(p.grad is not None for p in plan.module.parameters())
     plan.optimizer.step()
     assert detector._teacher.digest() == before
@@ -104,7 +105,7 @@ def test_losses_are_those_of_loops_over_images_levels_and_positions() -> None:
 def test_the_loss_is_put_together_as_published(params: dict[str, Any]) -> None:
     detector = built(**params)
     detector.begin_training(4)
-    found = detector.training_loss(batch())
+    found = loss_of(detector, batch())
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     pixels = batch().images_BCHW / 255
     trunk = detector._teacher.trunk
@@ -134,8 +135,8 @@ def test_an_images_loss_does_not_depend_on_the_others(params: dict[str, Any]) ->
     whole = batch(epoch=2)
     singles = [Batch(whole.images_BCHW[i : i + 1], [KEYS[i]], None, 2, range(i, i + 1)) for i in range(len(whole.keys))]
     with torch.no_grad():
-        together = float(detector.training_loss(whole))
-        alone = float(torch.stack([detector.training_loss(one) for one in singles]).mean())
+        together = float(loss_of(detector, whole))
+        alone = float(torch.stack([loss_of(detector, one) for one in singles]).mean())
     assert together == pytest.approx(alone, abs=2e-5)
 
 
@@ -156,7 +157,7 @@ def test_optimal_transport_changes_the_training_but_not_between_a_batch_and_its_
     gradients = []
     for detector in (plain, with_it):
         detector.begin_training(4)
-        detector.training_loss(batch()).backward()
+        loss_of(detector, batch()).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in detector.networks["projector"].parameters()]))  # type: ignore[union-attr]
     assert (gradients[1] - gradients[0]).norm() > 0.1 * gradients[0].norm()
 
@@ -178,7 +179,7 @@ def test_noise_is_a_patch_of_the_published_size_and_keyed() -> None:
     assert (min(heights), max(heights)) == (min(widths), max(widths)) == (10, 31)
     assert 0.15 < np.mean(spread) < 0.4
     detector = built()
-    first, again, later = (detector._noise(batch(epoch)) for epoch in (0, 0, 1))
+    first, again, later = (prepared(detector, batch(epoch)).prepared[0] for epoch in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, later)
     assert len({float(image.sum()) for image in first}) == 4
 
@@ -218,7 +219,7 @@ def test_the_decoder_mirrors_every_resnet(name: str) -> None:
 def test_the_map_sums_the_levels_and_the_score_is_its_maximum() -> None:
     detector = built(smoothing_sigma=2.0)
     detector.begin_training(4)
-    detector.training_loss(batch())
+    loss_of(detector, batch())
     detector.end_training()
     images = as_batch([normal_image(77, 64), defect_image(3, "spot", 64)[0]])
     scores = detector.score(images)

@@ -11,6 +11,7 @@ from raydetect.detectors._registry import build_detector
 from raydetect.detectors.simplenet import SimpleNet, truncated_l1
 from tests.builders.bottle import aurocs, aurocs_untrained, fit_in_memory, read_bottles
 from tests.builders.images import defect_image, normal_image
+from tests.builders.training import loss_of
 from tests.contracts.cases import as_batch
 from tests.reference.embedding import resized
 
@@ -47,10 +48,11 @@ def test_the_loss_is_the_papers_on_one_batch_of_normal_and_noisy_features() -> N
     detector = build()
     detector.begin_training(3)
     v = values(detector)
-    loss = float(detector.training_loss(Batch(IMAGES, KEYS, epoch=4)).detach())
+    loss = float(loss_of(detector, Batch(IMAGES, KEYS, epoch=4)).detach())
     with torch.no_grad():
         embeddings = detector._embed(IMAGES)
-    noise = np.stack([detector._noise(key, 4, embeddings.shape[1:]).double().numpy() for key in KEYS])
+    noise = np.stack([detector.prepare_image(IMAGES[0], key, 4, 0)[0].double().numpy() for key in KEYS])
+    assert noise.shape == embeddings.shape
     adapted = embeddings.flatten(0, 2).double().numpy() @ v["adaptor.weight"].T
     both = np.concatenate([adapted, adapted + noise.reshape(adapted.shape)])
     hidden = both @ v["discriminator.0.weight"].T + v["discriminator.0.bias"]
@@ -64,15 +66,18 @@ def test_the_loss_is_the_papers_on_one_batch_of_normal_and_noisy_features() -> N
 
 def test_noise_belongs_to_image_and_epoch_and_has_its_sigma() -> None:
     detector = build()
-    shape = (8, 8, 384)
-    noise = detector._noise("a", 0, shape)
-    assert abs(float(noise.std()) / SIGMA - 1) < 0.02 and abs(float(noise.mean())) < 4 * SIGMA / noise.numel() ** 0.5
-    assert torch.equal(noise, detector._noise("a", 0, shape))
-    others = [detector._noise("b", 0, shape), detector._noise("a", 1, shape)]
-    assert all(abs(float((noise * other).mean())) < 0.03 * SIGMA**2 for other in others)
     detector.begin_training(3)
-    loss = detector.training_loss(Batch(IMAGES, KEYS))
-    turned = detector.training_loss(Batch(IMAGES.flip(0), KEYS[::-1]))
+
+    def noise_of(key: str, epoch: int) -> torch.Tensor:
+        return detector.prepare_image(IMAGES[0], key, epoch, 0)[0]
+
+    noise = noise_of("a", 0)
+    assert abs(float(noise.std()) / SIGMA - 1) < 0.02 and abs(float(noise.mean())) < 4 * SIGMA / noise.numel() ** 0.5
+    assert torch.equal(noise, noise_of("a", 0))
+    others = [noise_of("b", 0), noise_of("a", 1)]
+    assert all(abs(float((noise * other).mean())) < 0.03 * SIGMA**2 for other in others)
+    loss = loss_of(detector, Batch(IMAGES, KEYS))
+    turned = loss_of(detector, Batch(IMAGES.flip(0), KEYS[::-1]))
     torch.testing.assert_close(loss, turned, rtol=1e-5, atol=0)
 
 
@@ -83,7 +88,7 @@ def test_the_score_is_what_the_discriminator_denies() -> None:
     assert [group["lr"] for group in plan.optimizer.param_groups] == [2.5e-3, 5e-3]
     for epoch in range(10):
         plan.optimizer.zero_grad()
-        detector.training_loss(Batch(IMAGES, KEYS, epoch=epoch)).backward()
+        loss_of(detector, Batch(IMAGES, KEYS, epoch=epoch)).backward()
         plan.optimizer.step()
     detector.end_training()
     assert detector.networks["backbone"].digest() == backbone

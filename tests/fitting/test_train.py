@@ -53,11 +53,12 @@ class Small(Detector):
             self.net, optimizer, epochs=5, batch_size=4, rate=lambda done: 0.5 ** (done // 2), max_gradient_norm=1.0
         )
 
+    def prepare_image(self, image_3HW: Tensor, key: str, epoch: int, draw: int) -> tuple[Tensor, ...]:
+        return (torch.randn(image_3HW.shape, generator=keyed_generator(1, epoch, key, draw)),)
+
     def training_loss(self, batch: Batch) -> Tensor:
         images = batch.images_BCHW.double() / 255
-        draws = zip(batch.keys, batch.draws, strict=True)
-        noise = [torch.randn(images.shape[1:], generator=keyed_generator(1, batch.epoch, *draw)) for draw in draws]
-        found = self.net(images + 0.1 * torch.stack(noise))
+        found = self.net(images + 0.1 * batch.prepared[0])
         return (found - images.mean((1, 2, 3))[:, None, None, None]).square().mean()
 
     def end_training(self) -> None:

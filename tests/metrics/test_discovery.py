@@ -39,16 +39,16 @@ DRAWS = 200
 def test_what_is_flagged_is_what_scipy_rejects(ranks: list[int], size: int, level: float) -> None:
     values = np.array(ranks) / size
     expected = false_discovery_control(values) <= level * (1 + 1e-9)
-    found = discover(Counter(values.tolist()), level)
+    found = discover(Counter(values.tolist()), level, size - 1)
     flagged = np.zeros(len(values), bool) if found.p_threshold is None else values <= found.p_threshold
     assert flagged.tolist() == expected.tolist() and found.flagged == expected.sum()
     assert found.false_share <= level * (1 + 1e-9)
-    if found.p_threshold is None:
+    if found.p_threshold is None and min(ranks) == 1:
         at_best = Counter(ranks)[min(ranks)]
         enough = Counter({1 / (found.needed_held_out + 1): at_best, 1.0: len(ranks) - at_best})
-        assert discover(enough, level).flagged >= at_best
+        assert discover(enough, level, found.needed_held_out).flagged >= at_best
         too_few = Counter({1 / found.needed_held_out: at_best, 1.0: len(ranks) - at_best})
-        assert found.needed_held_out < 2 or discover(too_few, level).flagged < at_best
+        assert found.needed_held_out < 2 or discover(too_few, level, found.needed_held_out - 1).flagged < at_best
     else:
         assert found.needed_held_out == 0
 
@@ -69,7 +69,7 @@ def test_the_false_discovery_rate_of_a_mixed_archive_is_at_most_the_level(
         held = np.sort(random.gamma(2.0, size=999))
         scores = np.concatenate([random.gamma(2.0, size=normal), 6 + random.gamma(2.0, size=anomalous)])
         values = p_values(held, scores)
-        decision = discover(Counter(values.tolist()), level)
+        decision = discover(Counter(values.tolist()), level, len(held))
         flagged = values <= (decision.p_threshold or 0.0)
         shares.append(flagged[:normal].sum() / max(1, flagged.sum()))
         found.append(flagged[normal:].mean())
@@ -118,7 +118,7 @@ def test_the_decision_is_in_the_manifest_and_rows_are_left_open() -> None:
     found, fdr = rows(plan), manifest["fdr"]
     assert all(row["flagged"] is None and row["threshold"] is None for row in found)
     counts = Counter(row["p_value"] for row in found)
-    assert fdr.items() >= to_plain(discover(counts, 0.3)).items()
+    assert fdr.items() >= to_plain(discover(counts, 0.3, 99)).items()
     chosen = [row for row in found if row["p_value"] <= fdr["p_threshold"]]
     assert len(chosen) == fdr["flagged"] == manifest["flagged"] > 0
     assert {row["key"] for row in found if row["image_score"] >= fdr["threshold"]} == {row["key"] for row in chosen}
@@ -191,11 +191,24 @@ def test_too_small_a_calibration_is_refused_with_the_size_it_needs() -> None:
 
 
 def test_when_nothing_is_flagged_the_needed_size_is_told() -> None:
-    found = discover({1 / 100: 1, 0.5: 99}, 0.05)
+    found = discover({1 / 100: 1, 0.5: 99}, 0.05, 99)
     assert (found.flagged, found.p_threshold, found.needed_held_out) == (0, None, 1999)
     assert "need 1,999 held-out normal images" in fdr_text({**to_plain(found), "false_share": found.false_share})
-    assert discover({}, 0.1).tested == 0
-    assert fdr_text({**to_plain(discover({}, 0.1)), "false_share": 0.0}).startswith("no p-value of 0 images")
+    assert discover({}, 0.1, 99).tested == 0
+    assert fdr_text({**to_plain(discover({}, 0.1, 99)), "false_share": 0.0}).startswith("no p-value of 0 images")
+
+
+def test_no_size_is_told_where_a_larger_calibration_would_not_help() -> None:
+    """The best image is below one held-out image, and its p-value stays near 2 / 100 however many are held out."""
+    found = discover({2 / 100: 1, 0.5: 99}, 0.05, 99)
+    assert (found.flagged, found.p_threshold, found.needed_held_out) == (0, None, 0)
+    assert fdr_text({**to_plain(found), "false_share": 0.0}) == (
+        "no p-value of 100 images is small enough for a false discovery rate of 5 %."
+    )
+    random = np.random.default_rng(1)
+    score = 2.3  # 1 % of normal images are above it
+    values = [float(p_values(np.sort(random.normal(size=size)), np.array([score]))[0]) for size in (99, 1999, 99_999)]
+    assert all(discover({value: 1, 0.5: 99}, 0.05, 99_999).flagged == 0 for value in values[1:])
 
 
 def test_real_bottles_keep_the_promises(real_data: Path, real_weights: Path) -> None:
@@ -228,7 +241,7 @@ def test_real_bottles_keep_the_promises(real_data: Path, real_weights: Path) -> 
         mixed = random.permutation(normal)
         held, new = np.sort(mixed[:69]), np.concatenate([mixed[69:], random.choice(defects, 20, replace=False)])
         values = p_values(held, new)
-        decision = discover(Counter(values.tolist()), 0.1)
+        decision = discover(Counter(values.tolist()), 0.1, len(held))
         flagged = values <= (decision.p_threshold or 0.0)
         false.append(flagged[: len(normal) - 69].sum() / max(1, flagged.sum()))
     mean, low, high = interval(false)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from raydetect.blocks.augment.hue import turned_hue
 from raydetect.blocks.backbones.vision import transforms
 
 Range = tuple[float, float]
@@ -40,7 +41,7 @@ def jittered(image_CHW: Tensor, strength: float, random: Generator) -> Tensor:
         transforms.adjust_saturation,
     ]
     factors = [uniform(random, max(0.0, 1 - strength), 1 + strength) for _ in steps]
-    steps.append(transforms.adjust_hue)
+    steps.append(turned_hue)
     factors.append(uniform(random, -strength, strength))
     for number in torch.randperm(len(steps), generator=random).tolist():
         image_CHW = steps[number](image_CHW, factors[number])

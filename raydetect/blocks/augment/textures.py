@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from raydetect.blocks.augment.hue import turned_hue
 from raydetect.blocks.augment.synthesis import perlin_noise, rotated, uniform
 from raydetect.blocks.backbones.vision import transforms
 
@@ -137,7 +138,7 @@ def _sharpness(texture: Tensor, generator: Generator) -> Tensor:
 
 def _hue_and_saturation(texture: Tensor, generator: Generator) -> Tensor:
     hue, saturation = uniform(-50, 50, generator) / 255, uniform(-50, 50, generator) / 255
-    return transforms.adjust_saturation(transforms.adjust_hue(texture, hue), 1 + saturation)
+    return transforms.adjust_saturation(turned_hue(texture, hue), 1 + saturation)
 
 
 def _solarised(texture: Tensor, generator: Generator) -> Tensor:
