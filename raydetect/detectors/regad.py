@@ -148,7 +148,7 @@ class RegAD(NetworkDetector):
         """The trunk, with random weights from the seed; the heads serve the training alone."""
         with keyed_init(self.seed, TRUNK):
             trunk = RegistrationTrunk(self.params.backbone, self.params.image_size)
-        return {TRUNK: trunk.to(memory_format=torch.channels_last)}  # loaded weights keep it, and so the rounding
+        return {TRUNK: trunk}
 
     def begin_training(self, num_images: int) -> TrainingPlan:
         """The loaded trunk and new heads, optimised by SGD."""
@@ -210,7 +210,8 @@ class RegAD(NetworkDetector):
     def end_training(self) -> None:
         """Freezes the trunk and drops the heads, which scoring does not need."""
         self._heads = nn.ModuleDict()
-        self.networks[TRUNK].eval().requires_grad_(False)
+        trunk = self.networks[TRUNK].to(memory_format=torch.contiguous_format)  # as when loaded, for the same rounding
+        trunk.eval().requires_grad_(False)
 
     def collect(self, batch: Batch) -> dict[str, Tensor]:
         """Registered features of all views of every image, (B, S, V * C) for each level."""

@@ -96,7 +96,7 @@ def test_missing_and_superfluous_images_are_refused_by_the_check_and_by_the_fit(
     ("changes", "message"),
     [
         ({"extend": "memory://auxiliary/one"}, "extend keeps what the artifact learnt from auxiliary images"),
-        ({"per_category": True}, "per_category would train on the auxiliary images once for each category"),
+        ({"per_category": True}, "auxiliary trains a detector for one category; remove per_category"),
     ],
 )
 def test_jobs_that_would_train_for_nothing_or_again_are_refused(changes: dict[str, Any], message: str) -> None:

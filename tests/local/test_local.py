@@ -226,7 +226,7 @@ def test_damaged_artifacts_are_refused() -> None:
         load_artifact("memory://data/artifact", storage)
     body = dict(record.body)
     for change, message in (
-        ({"format_version": 4}, "has format 4"),
+        ({"format_version": 5}, "has format 5"),
         ({"calibration": None}, "damaged or foreign"),
         ({"tensors": {**body["tensors"], "file": "../x"}}, "outside the folder"),
         ({"detector": "patchcoer"}, "cannot build"),

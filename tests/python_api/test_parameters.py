@@ -49,6 +49,7 @@ SETTINGS: dict[str, tuple[Any, Any]] = {
     "backbone": ("resnet18", None),
     "projector": (True, False),
     "ssot_weight": (1.0, 0),
+    "k_shot": (2, 0),
 }
 STATED: dict[str, Any] = {"k_neighbors": 3, "train_difference": False, "textures": "memory://textures"}
 
