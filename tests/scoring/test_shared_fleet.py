@@ -263,7 +263,7 @@ def test_commands_say_what_was_fitted_and_figures_are_of_each_category(tmp_path:
         mine = [row for row in rows if row["category"] == category]
         expected[category] = roc_auc_score([r["label"] for r in mine], [r["image_score"] for r in mine])
         assert found[category] == pytest.approx(expected[category], abs=1e-9)
-    assert f"{sum(expected.values()) / 3:.3f}" in ended
+    assert f"{sum(expected.values()) / 3:.4f}" in ended
 
 
 def test_the_records_of_a_large_fleet_read_the_header_of_the_tensors_once(monkeypatch: pytest.MonkeyPatch) -> None:
