@@ -107,10 +107,43 @@ def aurocs(detector: Detector, bottles: Bottles, batch_size: int = 16) -> tuple[
     return image_auroc, float(roc_auc_score(bottles.masks_BHW.ravel(), np.concatenate(maps).ravel()))
 
 
-def aurocs_untrained(detector: Detector, bottles: Bottles, test: Bottles) -> tuple[float, float]:
-    """(image AUROC, pixel AUROC) of the same networks without a step of training; fit the detector afterwards."""
-    fit_in_memory(detector, bottles, trains=False)
-    return aurocs(detector, test)
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """What training brought.
+
+    Attributes:
+        before: (image AUROC, pixel AUROC) of the same networks without a step.
+        after: the same after the fit.
+        losses: of the training, one for each epoch.
+    """
+
+    before: tuple[float, float]
+    after: tuple[float, float]
+    losses: list[float]
+
+    def at_least(self, image: float, pixel: float) -> bool:
+        """Whether the AUROCs have grown by so much."""
+        return self.after[0] >= self.before[0] + image and self.after[1] >= self.before[1] + pixel
+
+    def reaches(self, image: float, pixel: float) -> bool:
+        """Whether the AUROCs after the fit are at least these."""
+        return self.after[0] >= image and self.after[1] >= pixel
+
+
+def gain_by_training(detector: Detector, train: Bottles, test: Bottles) -> Gain:
+    """Fits a detector whose weights are loaded, once without its steps and then with them."""
+    fit_in_memory(detector, train, trains=False)
+    before = aurocs(detector, test)
+    losses = fit_in_memory(detector, train)
+    found = Gain(before, aurocs(detector, test), losses)
+    print(found)
+    return found
+
+
+def bottles_of(folder: Path, size_px: int, train_every: int = 1, test_every: int = 2) -> tuple[Bottles, Bottles]:
+    """(training images, test images), every so many of them."""
+    train, test = read_bottles(folder, "train", size_px), read_bottles(folder, "test", size_px)
+    return train.only(np.arange(0, len(train.names), train_every)), test.only(np.arange(0, len(test.names), test_every))
 
 
 def scores_of(detector: Detector, bottles: Bottles, batch_size: int = 16) -> np.ndarray:

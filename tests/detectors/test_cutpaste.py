@@ -21,7 +21,7 @@ from raydetect.detectors._base import Batch, Known
 from raydetect.detectors._registry import build_detector
 from raydetect.detectors.cutpaste import CutPaste
 from raydetect.errors import SpecError
-from tests.builders.bottle import aurocs, aurocs_untrained, fit_in_memory, read_bottles
+from tests.builders.bottle import bottles_of, gain_by_training
 from tests.builders.images import defect_image, normal_image
 from tests.builders.training import loss_of
 from tests.contracts.cases import as_batch
@@ -203,11 +203,6 @@ def test_it_learns_to_locate_the_broken_bottles_by_its_steps(real_data: Path) ->
     words = {"weights": "random", "last_layer": "layer3", "image_size": [72, 72]}
     detector = build_detector("cutpaste", {**words, "epochs": 2, "steps_per_epoch": 15})
     detector.load_weights()
-    train, test = read_bottles(real_data, "train", 72), read_bottles(real_data, "test", 72)
-    test = test.only(np.arange(0, len(test.names), 2))
-    image_before, pixel_before = aurocs_untrained(detector, train, test)
-    losses = fit_in_memory(detector, train)
-    image_auroc, pixel_auroc = aurocs(detector, test)
-    print(f"AUROC {image_before:.4f}, {pixel_before:.4f} -> {image_auroc:.4f}, {pixel_auroc:.4f}, losses {losses}")
-    assert losses[-1] < 0.95 * losses[0] and image_auroc >= 0.85
-    assert pixel_auroc >= pixel_before + 0.15 and pixel_auroc >= 0.65
+    gain = gain_by_training(detector, *bottles_of(real_data, 72))
+    assert gain.losses[-1] < 0.95 * gain.losses[0] and gain.after[0] >= 0.85
+    assert gain.after[1] >= gain.before[1] + 0.15 and gain.after[1] >= 0.65

@@ -23,7 +23,7 @@ from raydetect.detectors.devnet import DevNet, deviation_loss, worst_mean
 from raydetect.errors import SpecError
 from raydetect.local import jobs
 from tests.builders.archives import normal_files, pack
-from tests.builders.bottle import aurocs, aurocs_untrained, fit_in_memory, read_bottles
+from tests.builders.bottle import gain_by_training, read_bottles
 from tests.builders.images import DEFECTS, defect_image, encode, normal_image
 from tests.contracts.cases import CASES, as_batch
 
@@ -242,8 +242,5 @@ def test_it_finds_the_kinds_of_defects_that_it_was_shown(real_data: Path, real_w
     shown = np.array([kind[i] for i in range(8) for kind in kinds][:8])
     train = read_bottles(real_data, "train", 72).joined(test.only(shown))
     rest = test.only(np.setdiff1d(np.arange(len(test.names)), shown)[::2])
-    image_before, pixel_before = aurocs_untrained(detector, train, rest)
-    fit_in_memory(detector, train)
-    image_auroc, pixel_auroc = aurocs(detector, rest)
-    print(f"AUROC {image_before:.4f}, {pixel_before:.4f} -> {image_auroc:.4f}, {pixel_auroc:.4f}")
-    assert image_auroc >= 0.85 and image_auroc >= image_before + 0.2
+    gain = gain_by_training(detector, train, rest)
+    assert gain.reaches(image=0.85, pixel=0) and gain.at_least(image=0.2, pixel=0)

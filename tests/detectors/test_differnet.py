@@ -22,7 +22,7 @@ from raydetect.detectors._base import Batch
 from raydetect.detectors._registry import build_detector, build_from
 from raydetect.detectors.differnet import DifferNet
 from raydetect.errors import SpecError
-from tests.builders.bottle import aurocs, aurocs_untrained, fit_in_memory, read_bottles
+from tests.builders.bottle import bottles_of, gain_by_training
 from tests.builders.images import defect_image, normal_image
 from tests.contracts.cases import as_batch
 from tests.reference import reference
@@ -299,13 +299,8 @@ def test_it_finds_the_broken_bottles(
 ) -> None:
     """Small images and few epochs, in batches of 4 for enough steps of the flow; every second test image."""
     detector = built({**REAL, "weights": str(real_weights), **params})
-    train, test = read_bottles(real_data, "train", 96), read_bottles(real_data, "test", 96)
-    test = test.only(np.arange(0, len(test.names), 2))
-    image_before, pixel_before = aurocs_untrained(detector, train, test)
-    losses = fit_in_memory(detector, train)
-    image_auroc, pixel_auroc = aurocs(detector, test)
-    print(f"AUROC {image_before:.4f}, {pixel_before:.4f} -> {image_auroc:.4f}, {pixel_auroc:.4f}, losses {losses}")
-    assert losses[-1] < losses[0]
-    assert image_auroc >= image_floor and pixel_auroc >= pixel_floor
+    gain = gain_by_training(detector, *bottles_of(real_data, 96))
+    assert gain.losses[-1] < gain.losses[0]
+    assert gain.reaches(image=image_floor, pixel=pixel_floor)
     if "head" not in params:  # the difference begins as the plain distance, which finds as much
-        assert image_auroc >= image_before + 0.3 and pixel_auroc >= pixel_before + 0.03
+        assert gain.at_least(image=0.3, pixel=0.03)

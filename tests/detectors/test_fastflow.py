@@ -13,7 +13,7 @@ from raydetect.detectors._base import Batch
 from raydetect.detectors._registry import build_detector
 from raydetect.detectors.fastflow import FastFlow, LevelFlow
 from raydetect.errors import SpecError
-from tests.builders.bottle import aurocs, aurocs_untrained, fit_in_memory, read_bottles
+from tests.builders.bottle import bottles_of, gain_by_training
 from tests.builders.images import defect_image, normal_image
 from tests.contracts.cases import as_batch
 
@@ -142,12 +142,7 @@ def test_it_finds_the_broken_bottles(real_data: Path, real_weights: Path) -> Non
     params = {"backbone": "resnet18", "weights": str(real_weights), "layers": ["layer2", "layer3"]}
     detector = build_detector("fastflow", {**params, "image_size": [96, 96], "epochs": 6, "batch_size": 16})
     detector.load_weights()
-    train, test = read_bottles(real_data, "train", 96), read_bottles(real_data, "test", 96)
-    train, test = train.only(np.arange(0, len(train.names), 2)), test.only(np.arange(0, len(test.names), 3))
-    image_before, pixel_before = aurocs_untrained(detector, train, test)
-    losses = fit_in_memory(detector, train)
-    image_auroc, pixel_auroc = aurocs(detector, test)
-    print(f"AUROC {image_before:.4f}, {pixel_before:.4f} -> {image_auroc:.4f}, {pixel_auroc:.4f}, losses {losses}")
-    assert image_auroc >= image_before + 0.3 and pixel_auroc >= pixel_before + 0.3
-    assert losses[-1] < losses[0] - 0.5 * abs(losses[0])
-    assert image_auroc >= 0.9 and pixel_auroc >= 0.9
+    gain = gain_by_training(detector, *bottles_of(real_data, 96, 2, 3))
+    assert gain.at_least(image=0.3, pixel=0.3)
+    assert gain.losses[-1] < gain.losses[0] - 0.5 * abs(gain.losses[0])
+    assert gain.reaches(image=0.9, pixel=0.9)

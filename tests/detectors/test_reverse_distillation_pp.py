@@ -20,7 +20,7 @@ from raydetect.detectors._base import Batch
 from raydetect.detectors._registry import build_detector, detector_class
 from raydetect.detectors.reverse_distillation_pp import Projectors, ReverseDistillationPP
 from raydetect.errors import SpecError
-from tests.builders.bottle import aurocs, fit_in_memory, read_bottles
+from tests.builders.bottle import bottles_of, gain_by_training
 from tests.builders.images import defect_image, normal_image
 from tests.builders.training import loss_of, prepared
 from tests.contracts.cases import as_batch
@@ -260,13 +260,6 @@ def test_it_finds_the_broken_bottles_and_did_not_before_its_steps(
     short = {"epochs": 3, "batch_size": 16, "smoothing_sigma": 2.0}
     detector = build_detector("reverse_distillation_pp", {**params, **short})
     detector.load_weights()
-    train, test = read_bottles(real_data, "train", 128), read_bottles(real_data, "test", 128)
-    detector.begin_training(len(train.names))
-    detector.end_training()
-    image_before, pixel_before = aurocs(detector, test)
-    losses = fit_in_memory(detector, train)
-    image_auroc, pixel_auroc = aurocs(detector, test)
-    print(f"AUROC {image_before:.4f}, {pixel_before:.4f} -> {image_auroc:.4f}, {pixel_auroc:.4f}, losses {losses}")
-    assert losses[-1] < 0.4 * losses[0]
-    assert image_auroc >= 0.98 and pixel_auroc >= 0.95
-    assert image_auroc >= image_before + 0.3 and pixel_auroc >= pixel_before + 0.3
+    gain = gain_by_training(detector, *bottles_of(real_data, 128, 1, 1))
+    assert gain.losses[-1] < 0.4 * gain.losses[0]
+    assert gain.reaches(image=0.98, pixel=0.95) and gain.at_least(image=0.3, pixel=0.3)

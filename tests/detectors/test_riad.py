@@ -13,7 +13,7 @@ from raydetect.blocks.seeding import keyed_generator
 from raydetect.detectors._base import Batch
 from raydetect.detectors._registry import build_detector
 from raydetect.detectors.riad import RIAD, InpaintingNet, disjoint_masks
-from tests.builders.bottle import aurocs, aurocs_untrained, fit_in_memory, read_bottles
+from tests.builders.bottle import bottles_of, gain_by_training
 from tests.builders.images import defect_image, normal_image
 from tests.contracts.cases import as_batch
 from tests.reference import images as plain
@@ -148,11 +148,6 @@ def test_it_finds_the_broken_bottles_and_did_not_before_its_steps(real_data: Pat
     params: dict[str, Any] = {"base_width": 8, "grid_size": [4, 8], "epochs": 3, "learning_rate": 3e-3}
     detector = build_detector("riad", {"image_size": [64, 64], **params})
     detector.load_weights()
-    train, test = read_bottles(real_data, "train", 64), read_bottles(real_data, "test", 64)
-    test = test.only(np.arange(0, len(test.names), 2))
-    image_before, pixel_before = aurocs_untrained(detector, train, test)
-    losses = fit_in_memory(detector, train)
-    image_auroc, pixel_auroc = aurocs(detector, test)
-    print(f"AUROC {image_before:.4f}, {pixel_before:.4f} -> {image_auroc:.4f}, {pixel_auroc:.4f}, losses {losses}")
-    assert image_auroc >= image_before + 0.3 and pixel_auroc >= pixel_before + 0.3
-    assert image_auroc >= 0.93 and pixel_auroc >= 0.9
+    gain = gain_by_training(detector, *bottles_of(real_data, 64))
+    assert gain.at_least(image=0.3, pixel=0.3)
+    assert gain.reaches(image=0.93, pixel=0.9)

@@ -9,7 +9,7 @@ from scipy.ndimage import gaussian_filter
 from raydetect.detectors._base import Batch
 from raydetect.detectors._registry import build_detector
 from raydetect.detectors.simplenet import SimpleNet, truncated_l1
-from tests.builders.bottle import aurocs, aurocs_untrained, fit_in_memory, read_bottles
+from tests.builders.bottle import bottles_of, gain_by_training
 from tests.builders.images import defect_image, normal_image
 from tests.builders.training import loss_of
 from tests.contracts.cases import as_batch
@@ -110,12 +110,7 @@ def test_it_finds_the_broken_bottles(real_data: Path, real_weights: Path) -> Non
     params = {"backbone": "resnet18", "weights": str(real_weights), "image_size": [96, 96], "embedding_dims": None}
     detector = build_detector("simplenet", {**params, "epochs": 4})
     detector.load_weights()
-    train, test = read_bottles(real_data, "train", 96), read_bottles(real_data, "test", 96)
-    test = test.only(np.arange(0, len(test.names), 3))
-    image_before, pixel_before = aurocs_untrained(detector, train, test)
-    losses = fit_in_memory(detector, train)
-    image_auroc, pixel_auroc = aurocs(detector, test)
-    print(f"AUROC {image_before:.4f}, {pixel_before:.4f} -> {image_auroc:.4f}, {pixel_auroc:.4f}, losses {losses}")
-    assert image_auroc >= image_before + 0.3 and pixel_auroc >= pixel_before + 0.3
-    assert losses[-1] < 0.92 * losses[0]
-    assert image_auroc >= 0.97 and pixel_auroc >= 0.93
+    gain = gain_by_training(detector, *bottles_of(real_data, 96, 1, 3))
+    assert gain.at_least(image=0.3, pixel=0.3)
+    assert gain.losses[-1] < 0.92 * gain.losses[0]
+    assert gain.reaches(image=0.97, pixel=0.93)
