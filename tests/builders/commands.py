@@ -1,8 +1,11 @@
 """Calls commands in this process, and runs code that is killed at one of its writes."""
 
+import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from click.testing import CliRunner, Result
 
@@ -41,3 +44,16 @@ def killed_after(writes: int, code: str, *arguments: str) -> int:
     """
     command = [sys.executable, "-c", KILL + textwrap.dedent(code), str(writes), *arguments]
     return subprocess.run(command, check=False).returncode
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Restores SIGINT, which background jobs of a shell and their children ignore.
+
+    A `preexec_fn` would fork this process while Ray's threads are running.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

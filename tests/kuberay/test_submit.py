@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 
 from raydetect.cli.main import main
 from raydetect.kuberay import follow
+from tests.builders.commands import interruptible
 from tests.kuberay.fake_api import NAMESPACE, TOKEN, Cluster, Step, serving
 from tests.kuberay.test_resources import SCORE
 
@@ -239,7 +240,7 @@ def test_without_a_cluster_or_with_one_that_does_not_answer(
 def test_interrupting_leaves_the_job_and_says_how_to_go_on(job: Path, cluster: Cluster, tmp_path: Path) -> None:
     cluster.steps = list(START)
     command = [sys.executable, "-m", "raydetect", "submit", str(job), "--kuberay", "--name", "one", *IMAGE]
-    with (tmp_path / "out").open("w") as out:
+    with (tmp_path / "out").open("w") as out, interruptible():
         process = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ})
     try:
         deadline = time.monotonic() + 60

@@ -22,6 +22,7 @@ from click.testing import CliRunner
 from raydetect.cli.main import main
 from raydetect.sinks.ledger import Ledger
 from raydetect.storage import Storage
+from tests.builders.commands import interruptible
 from tests.whole_jobs import fork_worker
 
 COMMAND = Path(sys.executable).with_name("raydetect")
@@ -61,7 +62,7 @@ STARTED: list[Run] = []
 def start(folder: Path, *arguments: str, **environment: str) -> Run:
     """Starts `raydetect WORDS`."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err, _interruptible():
+    with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err, interruptible():
         process = subprocess.Popen(
             [COMMAND, *arguments], stdout=out, stderr=err, stdin=subprocess.DEVNULL, env={**os.environ, **environment}
         )
@@ -78,19 +79,6 @@ def end_started() -> None:
             below = list(descendants(left.process.pid))
             left.kill()
             end(below)
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Restores SIGINT, which background jobs of a shell and their children ignore.
-
-    A `preexec_fn` would fork this process while Ray's threads are running.
-    """
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def run(folder: Path, *arguments: str, **environment: str) -> Run:
