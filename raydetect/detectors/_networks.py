@@ -11,7 +11,7 @@ from raydetect.blocks.backbones.backbone import Backbone
 from raydetect.blocks.seeding import SkipInitialisation
 from raydetect.detectors._base import Detector, NotFittedError
 from raydetect.detectors._weights import load_backbone
-from raydetect.errors import ArtifactError
+from raydetect.errors import ArtifactError, SpecError
 
 COUNTERS = "num_batches_tracked"
 
@@ -42,6 +42,18 @@ class NetworkDetector(Detector):
         """
         if not self.is_fitted:
             raise NotFittedError(f"{self._name()}: is not fitted. Fit it or load an artifact first.")
+
+    def require_size(self, images_BCHW: Tensor) -> None:
+        """Checks that images have the size of the fit; for detectors with parameters of every position.
+
+        Raises:
+            SpecError: they have another.
+        """
+        size_px = (images_BCHW.shape[-2], images_BCHW.shape[-1])
+        if size_px != self.params.image_size:
+            raise SpecError(
+                f"{self._name()}: was fitted on images of {self.params.image_size} px, given {size_px}. Resize them."
+            )
 
     def _name(self) -> str:
         return type(self).__module__.rpartition(".")[2]

@@ -28,7 +28,6 @@ from raydetect.blocks.seeding import keyed_generator, keyed_seed
 from raydetect.detectors._base import Batch, Detector, DetectorInfo, Scores, TrainingPlan
 from raydetect.detectors._networks import NetworkDetector
 from raydetect.detectors._weights import WeightsName, load_backbone
-from raydetect.errors import SpecError
 
 BACKBONE, FLOWS = "backbone", "flows"
 
@@ -173,14 +172,10 @@ class FastFlow(NetworkDetector):
             SpecError: the images are not of `image_size`; the layer norms have parameters per position.
         """
         self.require_fitted()
-        size_px = (images_BCHW.shape[-2], images_BCHW.shape[-1])
-        if size_px != self.params.image_size:
-            raise SpecError(
-                f"fastflow: was fitted on images of {self.params.image_size} px, given {size_px}. Resize them."
-            )
+        self.require_size(images_BCHW)
         levels = self.networks[BACKBONE](images_BCHW)
         map_BHW = negative_log_mean_likelihood(
-            [-0.5 * z_BChw.square().mean(1) for z_BChw, _ in self._run_flows(levels)], size_px
+            [-0.5 * z_BChw.square().mean(1) for z_BChw, _ in self._run_flows(levels)], self.params.image_size
         )
         return Scores(map_BHW.flatten(1).amax(1), map_BHW)
 

@@ -269,16 +269,12 @@ class PyramidFlow(NetworkDetector):
             SpecError: the images are not of `image_size`; the mean latent has values per position.
         """
         self.require_fitted()
-        size_px = (images_BCHW.shape[-2], images_BCHW.shape[-1])
-        if size_px != self.params.image_size:
-            raise SpecError(
-                f"pyramidflow: was fitted on images of {self.params.image_size} px, given {size_px}. Resize them."
-            )
+        self.require_size(images_BCHW)
         template = self.networks[TEMPLATE]
         assert isinstance(template, Template)
         latents = zip(self._latents(images_BCHW), template.levels(), strict=True)
         map_Bhw = compose([(z_BChw - mean_Chw).abs() for z_BChw, mean_Chw in latents]).mean(1)
-        return Scores(map_Bhw.flatten(1).amax(1), upsample(map_Bhw, size_px))
+        return Scores(map_Bhw.flatten(1).amax(1), upsample(map_Bhw, self.params.image_size))
 
 
 def fourier_loss(latents: Sequence[Tensor]) -> Tensor:

@@ -30,7 +30,6 @@ from raydetect.blocks.seeding import keyed_generator, keyed_seed
 from raydetect.detectors._base import Batch, Detector, DetectorInfo, ImageSize, Scores, TrainingPlan
 from raydetect.detectors._networks import NetworkDetector
 from raydetect.detectors._weights import WeightsName, load_backbone
-from raydetect.errors import SpecError
 
 BACKBONE, RECONSTRUCTION = "backbone", "reconstruction"
 DECAY_AT, DECAY = 0.8, 0.1  # of the epochs, of the learning rate
@@ -177,15 +176,11 @@ class UniAD(NetworkDetector):
             SpecError: the images are not of `image_size`; positions and queries are learned for its grid.
         """
         self.require_fitted()
-        size_px = (images_BCHW.shape[-2], images_BCHW.shape[-1])
-        if size_px != self.params.image_size:
-            raise SpecError(
-                f"uniad: was fitted on images of {self.params.image_size} px, given {size_px}. Resize them."
-            )
+        self.require_size(images_BCHW)
         features_BChw = self._features(images_BCHW)
         rebuilt_BChw = self.run(self.networks[RECONSTRUCTION], features_BChw, KeyedDropout())
         errors_B1hw = (rebuilt_BChw - features_BChw).square().sum(1, keepdim=True).sqrt()
-        map_B1HW = resized(errors_B1hw, size_px)
+        map_B1HW = resized(errors_B1hw, self.params.image_size)
         means = F.avg_pool2d(map_B1HW, self.params.pooling_px, 1)
         return Scores(means.flatten(1).amax(1), map_B1HW[:, 0])
 

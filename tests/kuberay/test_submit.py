@@ -21,8 +21,6 @@ from tests.builders.commands import interruptible
 from tests.kuberay.fake_api import NAMESPACE, TOKEN, Cluster, Step, serving
 from tests.kuberay.test_resources import SCORE
 
-pytest.importorskip("kubernetes", reason="needs Kubernetes' client: pip install 'raydetect[kubernetes]'")
-
 IMAGE = ("--image", "registry.example.com/raydetect:1")
 FAILED = "Job entrypoint command failed with exit code {}, last available logs (truncated to 20,000 chars):\nError: x"
 START = (
